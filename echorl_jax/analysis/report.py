@@ -1,0 +1,214 @@
+"""Writes the report of a run: one HTML file with every curve and a viewer of EchoClips.
+
+It needs no network. The page's parts live beside this module: ``report.html.jinja``,
+``report.css``, the scripts ``charts.js``, ``ledger.js`` and ``viewer.js``, and uPlot (MIT licence),
+which draws the curves. A content security policy names the scripts by their hashes, so the page can
+neither fetch anything nor run a script that came with the data.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import os
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from echorl_jax.analysis import curves, headline
+from echorl_jax.analysis.clips import clip_section
+from echorl_jax.analysis.collapse import collapse_section
+from echorl_jax.analysis.deletion import deletion_section
+from echorl_jax.analysis.entropy_law import law_section
+from echorl_jax.analysis.ledger import build_ledger, read_ledger
+from echorl_jax.analysis.panels import Section
+from echorl_jax.analysis.runs import Run, read_jsonl, read_runs
+from echorl_jax.analysis.samples import Viewer, build_viewer
+from echorl_jax.analysis.text import embed_json, visible
+from echorl_jax.analysis.trajectories import profile_section
+from echorl_jax.config import Config
+
+_SCRIPTS = ("uplot.min.js", "charts.js", "ledger.js", "viewer.js")
+_STYLES = ("uplot.min.css", "report.css")
+_FIRST = ("learning", "signal")
+
+
+def write_report(workdir: Path, *, compare: tuple[Path, ...] = (), out: Path | None = None) -> Path:
+    """Writes the report of a working directory and returns the file's path.
+
+    Args:
+      workdir: the run the report is about. Files that are missing or torn leave their part of the
+        page out.
+      compare: working directories of other runs, overlaid in the curves.
+      out: where to write; ``workdir/report.html`` by default. It is replaced in one piece.
+
+    Raises:
+      ConfigError: a given working directory does not exist.
+    """
+    runs = read_runs([Path(workdir), *compare])
+    out = Path(out) if out is not None else Path(workdir) / "report.html"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(out.name + ".part")
+    unfinished.write_text(render(runs), encoding="utf-8")
+    os.replace(unfinished, out)
+    return out
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page as text; the first run is the one it is about."""
+    run = runs[0]
+    ledger = build_ledger(read_ledger(run.ledger_file))
+    viewer = build_viewer(run)
+    sections = page_sections(runs, viewer)
+    scripts = [_asset(name) for name in _SCRIPTS]
+    styles = [_asset(name) for name in _STYLES]
+    # Everything that is not in the data block passes through here: names of runs, config values,
+    # notes.
+    text: dict[str, Any] = _visible_text(
+        {
+            "title": run.name,
+            "headline": headline.headline(run),
+            "facts": [dataclasses.asdict(fact) for fact in headline.facts(run)],
+            "runs": [other.name for other in runs],
+            "comparison": headline.comparison(runs) if len(runs) > 1 else None,
+            "differences": config_differences(runs),
+            "notes": [
+                f"{r.name}: {note}" if len(runs) > 1 else note for r in runs for note in r.notes
+            ],
+            "config": config_table(run.config),
+            "environment": [(k, _plain(v), False) for k, v in run.environment.items()],
+            "sections": [_heading(number, section) for number, section in enumerate(sections)],
+        }
+    )
+    page = _environment().get_template("report.html.jinja")
+    return page.render(
+        **text,
+        # The method's own pictures come right after what was learned.
+        first=[s for s in text["sections"] if s["id"] in _FIRST],
+        rest=[s for s in text["sections"] if s["id"] not in _FIRST],
+        span=curves.thinned_steps(runs),
+        ledger=ledger,
+        viewer=viewer,
+        scripts=scripts,
+        styles=styles,
+        policy=_policy(scripts, styles),
+        data=embed_json(
+            {
+                "sections": _visible_text([section.payload() for section in sections]),
+                "ledger": ledger,
+                "viewer": viewer.payload(),
+            }
+        ),
+    )
+
+
+def page_sections(runs: Sequence[Run], viewer: Viewer) -> list[Section]:
+    """The curves, then every study there is data for, in the order of the page.
+
+    Studies that need a model are not made here: ``analysis/trajectories.jsonl`` and
+    ``analysis/deletion.jsonl`` in the working directory are shown where they exist.
+    """
+    plots = curves.build_sections(runs)
+    others = [section for section in plots if section.folded]
+    folder = runs[0].path / "analysis"
+    studies = [
+        collapse_section(runs),
+        law_section(runs),
+        clip_section(viewer.clips),
+        profile_section(list(read_jsonl(folder / "trajectories.jsonl"))),
+        deletion_section(list(read_jsonl(folder / "deletion.jsonl"))),
+    ]
+    shown = [section for section in plots if not section.folded]
+    return [section for section in (*shown, *studies, *others) if section is not None]
+
+
+def config_table(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, str, bool]]]]:
+    """Sections of a config: ``[(section, [(key, value, differs from default), ...]), ...]``."""
+    defaults = dataclasses.asdict(Config())
+    top = {key: value for key, value in config.items() if not isinstance(value, dict)}
+    sections = [("", top)] if top else []
+    sections += [(key, value) for key, value in config.items() if isinstance(value, dict)]
+    table = []
+    for section, values in sections:
+        known = defaults.get(section, {}) if section else defaults
+        rows = [
+            (key, _plain(value), key in known and _plain(value) != _plain(known[key]))
+            for key, value in values.items()
+        ]
+        table.append((section, rows))
+    return table
+
+
+def config_differences(runs: Sequence[Run]) -> list[list[str]]:
+    """The config keys in which runs differ: ``[["echo.enabled", value of each run ...], ...]``."""
+    flat = [
+        {
+            f"{section}.{key}" if section else key: value
+            for section, rows in config_table(run.config)
+            for key, value, _ in rows
+        }
+        for run in runs
+    ]
+    keys = dict.fromkeys(key for values in flat for key in values)
+    rows = [[key, *(values.get(key, "–") for values in flat)] for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]
+
+
+def _heading(number: int, section: Section) -> dict[str, Any]:
+    return {
+        "number": number,
+        "id": section.id,
+        "title": section.title,
+        "count": len(section.panels),
+        "notes": section.notes,
+        "tables": section.tables,
+        "folded": section.folded,
+    }
+
+
+def _environment() -> jinja2.Environment:
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("echorl_jax", "analysis"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _asset(name: str) -> str:
+    return resources.files("echorl_jax.analysis").joinpath(name).read_text(encoding="utf-8")
+
+
+def _policy(scripts: Sequence[str], styles: Sequence[str]) -> str:
+    return (
+        f"default-src 'none'; script-src {_hashes(scripts)}; style-src {_hashes(styles)}; "
+        "base-uri 'none'; form-action 'none'"
+    )
+
+
+def _hashes(blocks: Sequence[str]) -> str:
+    digests = (hashlib.sha256(block.encode()).digest() for block in blocks)
+    return " ".join(f"'sha256-{base64.b64encode(digest).decode()}'" for digest in digests)
+
+
+def _visible_text(value: Any) -> Any:
+    if isinstance(value, str):
+        return visible(value)
+    if isinstance(value, dict):
+        return {key: _visible_text(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_visible_text(item) for item in value]
+    return value
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(_plain(item) for item in value) or "none"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_plain(item)}" for key, item in value.items()) or "none"
+    return (
+        {True: "yes", False: "no"}.get(value, str(value)) if isinstance(value, bool) else str(value)
+    )

@@ -1,0 +1,104 @@
+"""The ``echorl`` program: finds the command, turns errors into one line and an exit code.
+
+Exit codes: 0 done, 2 bad usage, config or input (one line says which), 1 anything else.
+"""
+
+import argparse
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from echorl_jax import __version__
+from echorl_jax.errors import UserError
+
+COMMANDS = {
+    "train": "reinforcement learning with verifiable rewards, EchoRL on top; resumes by itself",
+    "sft": "supervised training on expert trajectories, or from scratch",
+    "evaluate": "pass@1, avg@k and pass@k of a model over benchmark files",
+    "grade": "verdicts for finished generations, without a model",
+    "check": "data, gold answers and prompt lengths of a config, before any accelerator time",
+    "convert": "Hugging Face directory to Orbax checkpoint and back",
+    "report": "one self-contained HTML file for a training run",
+    "options": "every config key with its default and meaning",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command and exits."""
+    try:
+        sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+    except UserError as error:
+        print(f"echorl: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run(argv: list[str]) -> int:
+    """Parses and calls; returns the exit code.
+
+    Raises:
+      UserError: unknown command or option, or what the command itself reports.
+    """
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if argv[0] == "--version":
+        print(f"echorl {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}"
+        raise UserError(f"unknown command {argv[0]!r}; {hint}")
+    command = importlib.import_module(f"echorl_jax.commands.{argv[0]}")
+    parser = _Parser(
+        prog=f"echorl {argv[0]}",
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    command.add_arguments(parser)
+    known, rest = parser.parse_known_args(argv[1:])
+    overrides = config_overrides(rest, takes_config="config" in vars(known))
+    if overrides:
+        known.overrides = overrides
+    return command.run(known) or 0
+
+
+def config_overrides(rest: list[str], *, takes_config: bool) -> dict[str, str]:
+    """``["--config.steps=3", "--config.seed", "1"]`` as ``{"steps": "3", "seed": "1"}``.
+
+    Raises:
+      UserError: anything else on the line.
+    """
+    overrides, words = {}, iter(rest)
+    for word in words:
+        if not (takes_config and word.startswith("--config.")):
+            raise UserError(f"unknown argument {word!r}")
+        key, equals, value = word.removeprefix("--config.").partition("=")
+        text = value if equals else next(words, None)
+        if text is None or (not equals and text.startswith("--")):
+            raise UserError(f"--config.{key} needs a value: --config.{key}=VALUE")
+        overrides[key] = text
+    return overrides
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {about}" for name, about in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: echorl COMMAND [options]      (echorl COMMAND --help explains each)",
+            "",
+            "EchoRL in JAX: reinforcement learning that keeps learning from solved prompts.",
+            "",
+            *lines,
+            "",
+            "First run, a few minutes on a laptop CPU:",
+            "  echorl train --config=configs/countdown.py --workdir=runs/first",
+        ]
+    )

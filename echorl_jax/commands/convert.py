@@ -1,0 +1,25 @@
+"""Converts a Hugging Face model directory to an Orbax checkpoint, or such a checkpoint back.
+
+The direction follows from what --model is. The round trip is bit-identical.
+
+examples:
+  echorl convert --model=models/qwen --out=checkpoints/qwen
+  echorl convert --model=checkpoints/qwen --out=models/qwen-again
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("--model", required=True, metavar="DIR", help="what to convert")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="must not exist")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Converts and says what was written."""
+    from echorl_jax.training.convert import convert
+
+    print(convert(arguments.model, arguments.out))
+    return 0

@@ -1,0 +1,39 @@
+"""Verdicts for finished generations, without a model.
+
+Every input line is written again with `correct`, `score` and `reason`; a summary follows on stderr.
+
+examples:
+  echorl grade generations.jsonl --grader=countdown --out=graded.jsonl
+  echorl grade outputs.jsonl --response_key=output --answer_key=gold --grader=my_package.rewards:judge
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("file", type=Path, metavar="FILE.jsonl", help="one object per line")
+    parser.add_argument("--response_key", default="response", help="what was generated")
+    parser.add_argument("--answer_key", default="answer", help="the right answer")
+    parser.add_argument("--grader", default="countdown", help="a name or package.module:function")
+    parser.add_argument("--workers", type=int, default=2, help="grading processes")
+    parser.add_argument("--timeout_s", type=float, default=10.0, help="limit for one verdict")
+    parser.add_argument("--out", type=Path, metavar="OUT.jsonl", help="default: standard output")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Grades the file."""
+    from echorl_jax.evaluation.grade_file import grade_file
+
+    summary = grade_file(
+        arguments.file,
+        out=arguments.out,
+        response_key=arguments.response_key,
+        answer_key=arguments.answer_key,
+        grader=arguments.grader,
+        workers=arguments.workers,
+        timeout_s=arguments.timeout_s,
+    )
+    print(summary)
+    return 0

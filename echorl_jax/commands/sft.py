@@ -1,0 +1,25 @@
+"""Supervised training on expert trajectories: a warm start, or a model from scratch.
+
+The rows need a `target` column with the expert's messages; generated Countdown rows have one. With
+--config.model.init=random the model directory gives only architecture and tokenizer.
+
+example:
+  echorl sft --config=configs/countdown_sft.py --workdir=runs/sft
+
+`echorl options` lists every key.
+"""
+
+import argparse
+
+from echorl_jax.commands.train import add_arguments as add_arguments
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Loads the config, then trains."""
+    from echorl_jax.config_file import load_config
+
+    config = load_config(arguments.config, arguments.overrides)
+    from echorl_jax.training.sft import train_supervised
+
+    train_supervised(config, arguments.workdir)
+    return 0

@@ -1,0 +1,296 @@
+"""Every option of a run, once: frozen dataclasses and one ``validate``.
+
+How a file under ``configs/`` and ``--config.key=value`` become a :class:`Config` is in
+config_file.py. Nothing here imports JAX, so that ``--help`` and wrong keys answer at once.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from echorl_jax.errors import UserError
+
+
+class ConfigError(UserError):
+    """A wrong option: names the key and what is allowed."""
+
+
+Aggregation = Literal[
+    "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    # Hugging Face directory, repository id, or "builtin:countdown" (the tiny model in this package).
+    path: str = "builtin:countdown"
+    # "pretrained" reads the weights; "random" takes only architecture and tokenizer and draws fresh weights.
+    init: Literal["pretrained", "random"] = "pretrained"
+    # Type of activations and matrix products. Master weights and optimizer state are float32.
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    # What the backward pass recomputes: everything in a layer, all but matrix products, or nothing.
+    remat: Literal["layer", "dots", "none"] = "layer"
+    # Attention kernel; "auto" takes splash on TPU, cuDNN on GPU, XLA elsewhere.
+    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    # Training rows: files (parquet, JSONL), or "countdown:operands=3&max_number=29&..." for
+    # generated ones; a comma separates several.
+    train: str = "countdown:"
+    # Held-out rows for the periodic evaluation, in the same form; "" evaluates nothing.
+    eval: str = ""
+    # How a row becomes text: "chat" is the tokenizer's chat template, "plain" joins the message
+    # contents as they stand.
+    template: Literal["chat", "plain"] = "chat"
+    # Prompts longer than this are left out and counted (tokens).
+    max_prompt_tokens: int = 1024
+    # What a broken row does: stop with its file and number, or be skipped and counted.
+    on_bad_row: Literal["error", "skip"] = "error"
+    # Who judges: "countdown", or "package.module:function".
+    grader: str = "countdown"
+    # Limit for one verdict (seconds); a hang costs that one item.
+    grader_timeout_s: float = 10.0
+    # Grading processes; 0 grades in this process, without time limit.
+    grader_workers: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    # Prompts per training step, P.
+    prompts_per_step: int = 128
+    # Rollouts per prompt, G.
+    group_size: int = 8
+    # Longest completion, T (tokens).
+    max_new_tokens: int = 8192
+    # Sampling temperature; also divides the logits of every log-probability and entropy.
+    temperature: float = 1.0
+    # Keep the k likeliest tokens; 0 keeps all.
+    top_k: int = 0
+    # Keep the likeliest tokens that hold this much probability.
+    top_p: float = 1.0
+    # Rows decoded at once; 0 takes all rows.
+    slots: int = 0
+    # Steps between comparisons of sampler and trainer log-probabilities (also done at the first step); 0 never compares.
+    check_every: int = 50
+    # Largest accepted gap between the two (nats); 0 takes the bound of the model's dtype.
+    max_logprob_gap: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    # Name in OBJECTIVES, or "package.module:objective".
+    name: str = "grpo"
+    # A correctness score from here on counts as verified success.
+    success_threshold: float = 1.0
+    # Clip range below and above 1; None takes the objective's own.
+    epsilon_low: float | None = None
+    epsilon_high: float | None = None
+    # How token losses become one number (verl's names); None takes the objective's own.
+    aggregation: Aggregation | None = None
+    # Weight of the KL term against the reference policy, and its estimator; None takes the objective's own.
+    kl_coef: float | None = None
+    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    # Weight of the entropy bonus; None takes the objective's own.
+    entropy_coef: float | None = None
+    # Bound c on the loss of a token with a negative advantage, -A c; None takes the objective's own.
+    dual_clip: float | None = None
+    # Cap C of truncated importance weights against the sampler; None takes the objective's own.
+    tis_cap: float | None = None
+    # Expert trajectories in each group, of group_size rows; None takes the objective's own.
+    expert_rows: int | None = None
+    # Leave all-right and all-wrong groups out of the policy loss and sample others for them; None
+    # takes the objective's own.
+    dynamic_sampling: bool | None = None
+    # Rounds of sampling for one step, at most, with dynamic_sampling.
+    max_rounds: int = 4
+    # Width of the overlong punishment's slope, as a share of max_new_tokens; None takes the
+    # objective's own.
+    overlong_buffer: float | None = None
+    # Training steps with hints in the prompts (UFT), T_hint; 0 takes 60% of all steps.
+    hint_steps: int = 0
+    # Mini-batches of whole groups, each with an update of its own.
+    mini_batches: int = 1
+    # Passes over them.
+    epochs: int = 1
+    # The policy that is improved upon: as the sampler computed it, or as the trainer does (costs a
+    # forward pass).
+    old_logprobs: Literal["rollout", "trainer"] = "rollout"
+
+
+@dataclasses.dataclass(frozen=True)
+class EchoConfig:
+    # Adds the echo loss; False is the plain objective.
+    enabled: bool = True
+    # lambda, the weight of L_echo.
+    coef: float = 1e-3
+    # What ends a reasoning step: every vocabulary entry with a newline, or the ids below.
+    delimiter: Literal["newline", "ids"] = "newline"
+    # Token ids that end a step, with delimiter = "ids" (the authors' Qwen2.5 setting: 198,271).
+    delimiter_ids: tuple[int, ...] = ()
+    # Which step ends the clip: highest entropy (the paper), lowest, the whole rollout, or by chance or place.
+    select: Literal["max", "min", "full", "random", "first", "last"] = "max"
+    # Clips per prompt, K.
+    top_k: int = 1
+    # Shorter steps do not compete (tokens).
+    min_step_tokens: int = 1
+    # Prompts that give clips: any with a success, or only those whose whole group succeeded.
+    when: Literal["any_success", "degenerate_only"] = "any_success"
+    # Mean over the prompts with a clip, over all prompts, or over clip tokens.
+    normalise: Literal["prompts_with_clip", "all_prompts", "tokens"] = "prompts_with_clip"
+    # Active in [start_step, end_step); None is open.
+    start_step: int = 0
+    end_step: int | None = None
+    # Whether all-right groups that dynamic sampling leaves out of the policy loss give clips.
+    filtered_groups: Literal["keep", "drop"] = "keep"
+    # Static bound on steps per rollout; later ones join the last (counted in a metric).
+    max_steps: int = 512
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig:
+    # Peak learning rate of AdamW.
+    learning_rate: float = 1e-6
+    # Steps of linear warm-up.
+    warmup_steps: int = 0
+    # After warm-up: constant, or cosine to 0 at the last step.
+    schedule: Literal["constant", "cosine"] = "constant"
+    # Decoupled weight decay, on matrices only.
+    weight_decay: float = 0.0
+    # Momentum decay rates.
+    beta1: float = 0.9
+    beta2: float = 0.999
+    # Global gradient norm is cut to this.
+    max_grad_norm: float = 1.0
+    # Tokens in a micro-batch, padding included, on each data-parallel device.
+    micro_batch_tokens: int = 32768
+    # Rows per step of supervised training (`echorl sft`).
+    sft_rows_per_step: int = 256
+    # Updates skipped for a non-finite gradient before the run stops, in a row.
+    max_bad_updates: int = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    # Devices along each mesh axis; -1 takes what is left (at most one of them).
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    # Steps between checkpoints; 0 saves at the end only.
+    every: int = 5
+    # Newest checkpoints kept.
+    keep: int = 2
+    # Write the Hugging Face directory `export/` at the end.
+    export: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    # Steps between evaluations (also before the first and after the last step); 0 evaluates nothing.
+    every: int = 5
+    # Rows of data.eval that are used; 0 uses all.
+    rows: int = 0
+    # Completions per row; pass@1 is their mean.
+    samples: int = 1
+    # Sampling temperature; 0 is greedy.
+    temperature: float = 0.6
+
+
+@dataclasses.dataclass(frozen=True)
+class LogConfig:
+    # Steps between files of sampled groups, and groups in each.
+    samples_every: int = 5
+    samples_groups: int = 4
+    # Write TensorBoard events.
+    tensorboard: bool = True
+    # Write report.html at the end.
+    report: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    # Training steps.
+    steps: int = 100
+    # Seed of data order, sampling and fresh weights.
+    seed: int = 0
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
+    echo: EchoConfig = dataclasses.field(default_factory=EchoConfig)
+    optim: OptimConfig = dataclasses.field(default_factory=OptimConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    log: LogConfig = dataclasses.field(default_factory=LogConfig)
+
+
+def validate(config: Config) -> Config:
+    """Checks what types alone cannot; returns the config unchanged.
+
+    Raises:
+      ConfigError: names the first key that is out of range and what is allowed.
+    """
+    for key, holds, allowed in _rules(config):
+        if not holds:
+            raise ConfigError(f"config.{key} = {_value(config, key)!r}: must be {allowed}")
+    return config
+
+
+def _rules(c: Config) -> list[tuple[str, bool, str]]:
+    positive = ["rollout.prompts_per_step", "rollout.group_size", "rollout.max_new_tokens"]
+    positive += ["echo.top_k", "echo.min_step_tokens", "echo.max_steps", "data.max_prompt_tokens"]
+    positive += ["objective.max_rounds", "objective.mini_batches", "objective.epochs"]
+    positive += ["optim.micro_batch_tokens", "optim.sft_rows_per_step", "optim.max_bad_updates"]
+    positive += ["checkpoint.keep", "eval.samples", "log.samples_groups"]
+    at_least_zero = ["steps", "rollout.top_k", "rollout.slots", "rollout.check_every", "eval.every"]
+    at_least_zero += ["rollout.max_logprob_gap", "optim.warmup_steps", "optim.weight_decay"]
+    at_least_zero += ["checkpoint.every", "eval.rows", "eval.temperature", "log.samples_every"]
+    at_least_zero += ["data.grader_workers", "echo.coef", "echo.start_step"]
+    above_zero = ["optim.learning_rate", "optim.max_grad_norm", "rollout.temperature"]
+    above_zero += ["data.grader_timeout_s"]
+    mesh = (c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    return [
+        *((key, _value(c, key) >= 1, "at least 1") for key in positive),
+        *((key, _value(c, key) >= 0, "at least 0") for key in at_least_zero),
+        *((key, _value(c, key) > 0, "above 0") for key in above_zero),
+        ("rollout.top_p", 0 < c.rollout.top_p <= 1, "in (0, 1]"),
+        (
+            "objective.mini_batches",
+            c.rollout.prompts_per_step % c.objective.mini_batches == 0,
+            "a divisor of rollout.prompts_per_step",
+        ),
+        (
+            "objective.expert_rows",
+            0 <= (c.objective.expert_rows or 0) < c.rollout.group_size,
+            "below rollout.group_size",
+        ),
+        ("optim.beta1", 0 <= c.optim.beta1 < 1, "in [0, 1)"),
+        ("optim.beta2", 0 <= c.optim.beta2 < 1, "in [0, 1)"),
+        ("mesh.fsdp", mesh.count(-1) <= 1, "a number when another axis is -1"),
+        *((f"mesh.{k}", n == -1 or n >= 1, "-1 or at least 1") for k, n in vars(c.mesh).items()),
+        (
+            "echo.delimiter_ids",
+            (c.echo.delimiter == "ids") == bool(c.echo.delimiter_ids),
+            'set exactly when echo.delimiter = "ids"',
+        ),
+        (
+            "echo.end_step",
+            c.echo.end_step is None or c.echo.end_step >= c.echo.start_step,
+            "None or at least echo.start_step",
+        ),
+        (
+            "eval.every",
+            c.eval.every == 0 or bool(c.data.eval),
+            "0 without data.eval",
+        ),
+    ]
+
+
+def _value(config: Config, key: str) -> Any:
+    section, _, name = key.rpartition(".")
+    return getattr(getattr(config, section) if section else config, name)

@@ -1,0 +1,185 @@
+"""From a file under ``configs/`` and ``--config.key=value`` to a validated :class:`Config`."""
+
+import dataclasses
+import difflib
+import importlib.util
+import inspect
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import ml_collections
+
+from echorl_jax.config import Config, ConfigError, validate
+
+
+def default_config() -> ml_collections.ConfigDict:
+    """The defaults as a ConfigDict, locked: a file that sets an unknown key fails at once."""
+    config = ml_collections.ConfigDict(to_dict(Config()), convert_dict=True)
+    return config.lock()
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The plain nested dict that is saved beside a run; :func:`from_dict` reads it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Reads and validates a nested mapping; keys that are not given keep their defaults.
+
+    Raises:
+      ConfigError: an unknown key (with the nearest valid one), a wrong type or value.
+    """
+    return validate(_read(Config, values, prefix=""))
+
+
+def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config:
+    """Runs a configuration file and applies overrides.
+
+    Args:
+      spec: ``FILE.py`` or ``FILE.py:ARGUMENT``; the file's ``get_config`` is called with the
+        argument, if there is one.
+      overrides: dotted key to text, as typed on the command line.
+
+    Raises:
+      ConfigError: as :func:`from_dict`, or the file is missing or fails.
+    """
+    values = _run_file(spec)
+    for key, text in (overrides or {}).items():
+        _set(values, key, _Typed(text))
+    return from_dict(values)
+
+
+def describe_options() -> Iterator[tuple[str, str, str]]:
+    """Every option as (key, default, meaning); the meaning is the comment above the field."""
+    for prefix, cls in [("", Config), *((f.name, f.type) for f in _sections())]:
+        meaning, fresh = "", True
+        for line in inspect.getsource(typing.cast(type, cls)).splitlines()[2:]:
+            text = line.strip()
+            if text.startswith("#"):
+                meaning = (text[1:] if fresh else f"{meaning} {text[1:].strip()}").strip()
+                fresh = False
+                continue
+            name, _, rest = text.partition(":")
+            if "default_factory" not in rest:
+                yield f"{prefix}.{name}".lstrip("."), rest.rpartition("= ")[2], meaning
+            fresh = True
+
+
+def _sections() -> list[dataclasses.Field]:
+    return [f for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Typed:
+    """Text from the command line, to be read as whatever type its key has."""
+
+    text: str
+
+
+def _run_file(spec: str) -> dict[str, Any]:
+    path, colon, argument = spec.partition(".py:")
+    file = Path(path + ".py" if colon else path)
+    if not file.is_file():
+        near = _nearest(file.name, [p.name for p in file.parent.glob("*.py")])
+        raise ConfigError(f"config file {file} does not exist{near}")
+    module_spec = importlib.util.spec_from_file_location(f"echorl_config_{file.stem}", file)
+    if module_spec is None or module_spec.loader is None:
+        raise ConfigError(f"config file {file}: not a Python file")
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+        config = module.get_config(argument) if colon else module.get_config()
+    except ConfigError:
+        raise
+    except Exception as error:  # the file is the user's program: anything can go wrong in it
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config file {file}: {type(error).__name__}: {reason}") from error
+    return config.to_dict()
+
+
+def _set(values: dict[str, Any], key: str, value: _Typed) -> None:
+    *sections, name = key.split(".")
+    for depth, section in enumerate(sections):
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            where = ".".join(sections[: depth + 1])
+            raise ConfigError(f"config.{key}: config.{where} is a value, it has no keys")
+    values[name] = value
+
+
+def _read(cls: Any, values: Mapping[str, Any], *, prefix: str) -> Any:
+    if isinstance(values, _Typed) or not isinstance(values, Mapping):
+        raise ConfigError(f"config.{prefix.rstrip('.')} is a section; set one of its keys")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for name in values:
+        if name not in fields:
+            raise ConfigError(f"unknown key config.{prefix}{name}{_suggest(prefix, name)}")
+    read = {}
+    for name, value in values.items():
+        kind = fields[name].type
+        if dataclasses.is_dataclass(kind):
+            read[name] = _read(kind, value, prefix=f"{prefix}{name}.")
+        else:
+            read[name] = _convert(f"{prefix}{name}", value, kind)
+    return cls(**read)
+
+
+def _convert(key: str, value: Any, kind: Any) -> Any:
+    """The value as ``kind``: bool, int, float, str, Literal, tuple of int, or one of them or None."""
+    original = value.text if isinstance(value, _Typed) else value
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if original is None or (isinstance(value, _Typed) and value.text.lower() == "none"):
+            return None
+        return _convert(key, value, args[0])
+    if isinstance(value, _Typed):
+        value = _parse(value.text, kind)
+    if origin is Literal and value in args:
+        return value
+    if origin is tuple and isinstance(value, list | tuple) and all(type(v) is int for v in value):
+        return tuple(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if isinstance(kind, type) and type(value) is kind:
+        return value
+    near = _nearest(str(original), [str(a) for a in args]) if origin is Literal else ""
+    raise ConfigError(f"config.{key} = {original!r}: must be {_name(kind)}{near}")
+
+
+def _parse(text: str, kind: Any) -> Any:
+    """The text as ``kind``, or unchanged where it is none; the caller's type check then reports it."""
+    if typing.get_origin(kind) is tuple:
+        parts = [part for part in text.strip("()[] ").replace(" ", "").split(",") if part]
+        return [int(p) for p in parts] if all(p.lstrip("-").isdigit() for p in parts) else text
+    if kind is bool:
+        return {"true": True, "false": False, "1": True, "0": False}.get(text.lower(), text)
+    if kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            return text
+    return text
+
+
+def _name(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " | ".join(repr(a) for a in typing.get_args(kind))
+    if typing.get_origin(kind) is tuple:
+        return "whole numbers separated by commas"
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+
+
+def _suggest(prefix: str, name: str) -> str:
+    keys = [key for key, _, _ in describe_options()] + [f.name for f in _sections()]
+    same_name = [key for key in keys if key.rpartition(".")[2] == name]
+    near = same_name or difflib.get_close_matches(prefix + name, keys, n=1, cutoff=0.0)
+    return f"; did you mean config.{near[0]}?"
+
+
+def _nearest(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]}?" if near else ""

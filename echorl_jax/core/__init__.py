@@ -1,0 +1,68 @@
+"""The method: pure functions from arrays to arrays, on JAX and the shared types alone."""
+
+from echorl_jax.core.advantages import (
+    group_advantages,
+    mixed_groups,
+    opo_advantages,
+    overlong_punishment,
+    rloo_advantages,
+    whitened_advantages,
+)
+from echorl_jax.core.aggregation import aggregation_weights
+from echorl_jax.core.clips import active_coef, clip_weights, echo_loss, mine_echo_clips
+from echorl_jax.core.entropy import logprobs_and_entropy, token_entropy, token_logprobs
+from echorl_jax.core.hints import hint_lines, hint_probability
+from echorl_jax.core.loss import LossTerms, batch_loss
+from echorl_jax.core.losses import (
+    cispo_loss,
+    clipped_tokens,
+    kl_cov_loss,
+    kl_penalty,
+    policy_loss,
+    sequence_log_ratio,
+    shaped_policy_loss,
+    token_log_ratio,
+    truncated_importance_weights,
+)
+from echorl_jax.core.objectives import OBJECTIVES, Objective, load_objective
+from echorl_jax.core.selection import clip_cov_selection, kl_cov_selection, token_covariance
+from echorl_jax.core.steps import joined_steps, step_entropy, step_ids
+
+__all__ = [
+    "OBJECTIVES",
+    "LossTerms",
+    "Objective",
+    "active_coef",
+    "aggregation_weights",
+    "batch_loss",
+    "cispo_loss",
+    "clip_cov_selection",
+    "clip_weights",
+    "clipped_tokens",
+    "echo_loss",
+    "group_advantages",
+    "hint_lines",
+    "hint_probability",
+    "joined_steps",
+    "kl_cov_loss",
+    "kl_cov_selection",
+    "kl_penalty",
+    "load_objective",
+    "logprobs_and_entropy",
+    "mine_echo_clips",
+    "mixed_groups",
+    "opo_advantages",
+    "overlong_punishment",
+    "policy_loss",
+    "rloo_advantages",
+    "sequence_log_ratio",
+    "shaped_policy_loss",
+    "step_entropy",
+    "step_ids",
+    "token_covariance",
+    "token_entropy",
+    "token_log_ratio",
+    "token_logprobs",
+    "truncated_importance_weights",
+    "whitened_advantages",
+]

@@ -1,0 +1,226 @@
+"""Advantages: how much better each rollout did than was to be expected, as constants."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from echorl_jax.types import Array
+
+
+def group_advantages(
+    rewards: Array,
+    group: Array,
+    *,
+    num_groups: int,
+    on_policy: Array | None = None,
+    divide_by_std: bool = True,
+    eps: float = 1e-6,
+) -> Array:
+    """Scores each rollout against the others drawn for its prompt (GRPO, Dr.GRPO, LUFFY).
+
+    A_i = (r_i - mean_g) / (std_g + eps), with the sample deviation (n - 1). A group whose rewards
+    are all equal yields exactly
+    zero: the degenerate case that the echo loss exists for. A group of one has mean 0 and deviation
+      1 by convention, so A = r.
+
+    With ``on_policy``, mean and deviation are those of the rows the policy wrote, and every row is
+    scored against them (LUFFY's split); if these rows agree, the deviation counts as 1, so that an
+    expert who did better still stands out.
+    Sources: arXiv 2402.03300, section 4.1; arXiv 2503.20783, section 3; arXiv 2504.14945.
+
+    Args:
+      rewards: ``[N]`` float32.
+      group: ``[N]`` int32 in ``[0, num_groups)``, in any order.
+      num_groups: P, static under jit.
+      on_policy: ``[N]`` bool, the rows that make the baseline; None takes all.
+      divide_by_std: False leaves the difference from the mean (Dr.GRPO).
+      eps: added to the deviation.
+
+    Returns:
+      ``[N]`` float32, to be treated as constants.
+
+    Raises:
+      ValueError: if ``rewards`` and ``group`` are not two ``[N]`` arrays.
+
+    >>> rewards, group = jnp.array([1.0, 0.0, 1.0, 1.0]), jnp.array([0, 0, 1, 1])
+    >>> print(group_advantages(rewards, group, num_groups=2).round(2))
+    [ 0.71 -0.71  0.    0.  ]
+    """
+    share = None if on_policy is None else on_policy.astype(jnp.float32)
+    centred, count = _centred(rewards, group, num_groups, share)
+    if not divide_by_std:
+        return centred
+    own = jnp.ones_like(centred) if share is None else share
+    squares = jax.ops.segment_sum(own * centred**2, group, num_groups)
+    std = jnp.sqrt(squares / jnp.maximum(count - 1.0, 1.0))
+    if on_policy is not None:
+        std = jnp.where(std == 0, 1.0, std)
+    scale = jnp.where(count > 1, std + eps, 1.0)
+    return centred / scale[group]
+
+
+def rloo_advantages(rewards: Array, group: Array, *, num_groups: int) -> Array:
+    """Scores each rollout against the mean of the *other* rollouts of its prompt (RLOO).
+
+    A_i = r_i - mean_{j != i} r_j = (r_i - mean_g) n / (n - 1); a group of one keeps A = r. Source:
+    arXiv 2402.14740, section 3.
+
+    Args:
+      rewards: ``[N]`` float32.
+      group: ``[N]`` int32 in ``[0, num_groups)``.
+      num_groups: P, static under jit.
+
+    Returns:
+      ``[N]`` float32.
+
+    >>> rloo_advantages(jnp.array([1.0, 0.0, 0.0]), jnp.zeros(3, jnp.int32), num_groups=1).tolist()
+    [1.0, -0.5, -0.5]
+    """
+    rewards = _checked(rewards, group)
+    count = jax.ops.segment_sum(jnp.ones_like(rewards), group, num_groups)
+    above = rewards - jax.ops.segment_min(rewards, group, num_groups)[group]
+    others = jax.ops.segment_sum(above, group, num_groups)[group] - above
+    alone = (count < 2)[group]
+    return jnp.where(alone, rewards, above - others / jnp.maximum(count - 1.0, 1.0)[group])
+
+
+def opo_advantages(rewards: Array, group: Array, lengths: Array, *, num_groups: int) -> Array:
+    """Scores each rollout against the length-weighted mean reward of its prompt (OPO).
+
+    A_i = r_i - sum_j l_j r_j / sum_j l_j; a group of one keeps A = r. Source: arXiv 2505.23585,
+    section 3.
+
+    Args:
+      rewards: ``[N]`` float32.
+      group: ``[N]`` int32 in ``[0, num_groups)``.
+      lengths: ``[N]``, tokens of each completion.
+      num_groups: P, static under jit.
+
+    Returns:
+      ``[N]`` float32.
+
+    >>> rewards, group = jnp.array([1.0, 0.0]), jnp.array([0, 0])
+    >>> opo_advantages(rewards, group, jnp.array([1, 3]), num_groups=1).tolist()
+    [0.75, -0.25]
+    """
+    return _centred(rewards, group, num_groups, lengths.astype(jnp.float32), alone_below=None)[0]
+
+
+def whitened_advantages(
+    rewards: Array, group: Array, lengths: Array, *, num_groups: int, group_baseline: bool = False
+) -> Array:
+    """Rewards whitened over the batch's tokens (REINFORCE++ and its baseline variant).
+
+    A_i = (r_i - m) / sqrt(v + 1e-8), where m and v are mean and sample variance over all tokens,
+    each carrying its rollout's reward. Undiscounted, so every token of a rollout has the same
+    return. Fewer than two tokens leave the rewards as they are.
+    Source: arXiv 2501.03262, sections 3.1 and 3.2.
+
+    Args:
+      rewards: ``[N]`` float32.
+      group: ``[N]`` int32 in ``[0, num_groups)``.
+      lengths: ``[N]``, tokens of each completion; a row of 0 tokens has no part in mean and
+        variance.
+      num_groups: P, static under jit.
+      group_baseline: subtract the group's mean first (the -baseline variant); a group of one keeps
+        r.
+
+    Returns:
+      ``[N]`` float32.
+
+    >>> rewards, group = jnp.array([1.0, 0.0]), jnp.array([0, 0])
+    >>> print(whitened_advantages(rewards, group, jnp.array([2, 2]), num_groups=1).round(2))
+    [ 0.87 -0.87]
+    """
+    value = _centred(rewards, group, num_groups)[0] if group_baseline else _checked(rewards, group)
+    tokens = lengths.astype(jnp.float32)
+    count = jnp.sum(tokens)
+    mean = jnp.sum(tokens * value) / jnp.maximum(count, 1.0)
+    variance = jnp.sum(tokens * (value - mean) ** 2) / jnp.maximum(count - 1.0, 1.0)
+    return jnp.where(count > 1, (value - mean) * lax.rsqrt(variance + 1e-8), value)
+
+
+def mixed_groups(correct: Array, group: Array, *, num_groups: int) -> Array:
+    """The prompts whose rollouts differ in outcome: those with something to compare (DAPO).
+
+    A group of one counts as mixed: by convention its advantage is its reward. Source: arXiv
+    2503.14476, section 3.2.
+
+    Args:
+      correct: ``[N]``, bool or rewards.
+      group: ``[N]`` int32 in ``[0, num_groups)``.
+      num_groups: P, static under jit.
+
+    Returns:
+      ``[P]`` bool; False for a prompt without rollouts. ``mixed[group]`` is the mask over rollouts.
+
+    >>> correct, group = jnp.array([True, False, True, True]), jnp.array([0, 0, 1, 1])
+    >>> mixed_groups(correct, group, num_groups=2).tolist()
+    [True, False]
+    """
+    value = _checked(correct.astype(jnp.float32), group)
+    low = jax.ops.segment_min(value, group, num_groups)
+    high = jax.ops.segment_max(value, group, num_groups)
+    count = jax.ops.segment_sum(jnp.ones_like(group), group, num_groups)
+    return (count == 1) | ((count > 1) & (high > low))
+
+
+def overlong_punishment(lengths: Array, *, max_tokens: int, buffer_tokens: int) -> Array:
+    """A penalty for long completions (DAPO).
+
+    0 up to L - C tokens, then a slope of (L - C - l) / C down to -1 at L, and -1 beyond.
+    Source: arXiv 2503.14476, section 3.4, equation 13.
+
+    Args:
+      lengths: ``[N]``, tokens of each completion, l.
+      max_tokens: the limit, L.
+      buffer_tokens: length of the slope, C; 0 punishes only what is beyond L.
+
+    Returns:
+      ``[N]`` float32 in [-1, 0], to be added to the rewards.
+
+    Raises:
+      ValueError: unless ``0 <= buffer_tokens <= max_tokens``.
+
+    >>> lengths = jnp.array([80, 90, 100, 101])
+    >>> overlong_punishment(lengths, max_tokens=100, buffer_tokens=20).tolist()
+    [0.0, -0.5, -1.0, -1.0]
+    """
+    if not 0 <= buffer_tokens <= max_tokens:
+        raise ValueError(f"{buffer_tokens=} must lie in [0, {max_tokens=}]")
+    excess = (lengths - (max_tokens - buffer_tokens)).astype(jnp.float32)
+    return 0.0 - jnp.clip(excess / max(buffer_tokens, 1), 0.0, 1.0)
+
+
+def _checked(rewards: Array, group: Array) -> Array:
+    if rewards.ndim != 1 or rewards.shape != group.shape:
+        raise ValueError(f"expected rewards [N] and group [N], got {rewards.shape}, {group.shape}")
+    return rewards.astype(jnp.float32)
+
+
+def _centred(
+    rewards: Array,
+    group: Array,
+    num_groups: int,
+    weights: Array | None = None,
+    alone_below: float | None = 2.0,
+) -> tuple[Array, Array]:
+    """Rewards minus their group's weighted mean ``[N]``, and the group's weight ``[P]``.
+
+    A group whose weight is below ``alone_below`` (None: with fewer than two rows) has mean 0 by
+    convention.
+    """
+    rewards = _checked(rewards, group)
+    weights = jnp.ones_like(rewards) if weights is None else weights
+    count = jax.ops.segment_sum(weights, group, num_groups)
+    # Differences from the group's least reward are exactly 0 where all agree, and so is their mean:
+    # no rounding makes up a signal.
+    least = jax.ops.segment_min(jnp.where(weights > 0, rewards, jnp.inf), group, num_groups)
+    least = jnp.where(count > 0, least, 0.0)[group]
+    above = jax.ops.segment_sum(weights * (rewards - least), group, num_groups)
+    mean_above = above / jnp.where(count > 0, count, 1.0)
+    if alone_below is None:
+        alone = jax.ops.segment_sum(jnp.ones_like(rewards), group, num_groups) < 2
+    else:
+        alone = count < alone_below
+    return jnp.where(alone[group], rewards, (rewards - least) - mean_above[group]), count

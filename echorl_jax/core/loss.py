@@ -1,0 +1,147 @@
+"""The whole loss of some rows: objective, echo, likelihood, KL and entropy in one sum."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from echorl_jax.core.losses import clipped_tokens, kl_penalty, truncated_importance_weights
+from echorl_jax.core.objectives import Objective
+from echorl_jax.types import Array, LossTerm, TrainBatch, pytree
+
+
+@pytree
+class LossTerms:
+    """The parts of a loss before their coefficients.
+
+    ``sum`` is what enters the loss, ``mean()`` the mean under the same weights.
+    """
+
+    policy: LossTerm
+    echo: LossTerm
+    nll: LossTerm
+    kl: LossTerm
+    entropy: LossTerm
+    clip_fraction: LossTerm
+
+    def __add__(self, other: "LossTerms") -> "LossTerms":
+        return LossTerms(
+            self.policy + other.policy,
+            self.echo + other.echo,
+            self.nll + other.nll,
+            self.kl + other.kl,
+            self.entropy + other.entropy,
+            self.clip_fraction + other.clip_fraction,
+        )
+
+
+def batch_loss(
+    logprobs: Array,
+    entropy: Array,
+    batch: TrainBatch,
+    objective: Objective,
+    *,
+    echo_coef: Array | float,
+) -> tuple[Array, LossTerms]:
+    """The loss of some rows of a batch; summed over micro-batches it is that of the whole.
+
+    L = sum w l + kl_coef sum w kl - entropy_coef sum w H + echo_coef sum w_echo nll + nll_coef sum
+    w_nll nll, with w the batch's final ``token_weights`` and l the objective's token loss, times
+    truncated importance weights on rows that the policy sampled where the objective asks for them.
+    Terms whose coefficient is 0 or whose field is None are left out of the program. What has no
+    weight anywhere may hold anything, NaN included, and gets exactly zero gradient; a NaN that has
+    weight shows in the loss.
+
+    Args:
+      logprobs: ``[B, T]``, the current policy's, differentiated.
+      entropy: ``[B, T]``, differentiated where ``entropy_coef`` is not 0.
+      batch: the rows, with final weights.
+      objective: static.
+      echo_coef: lambda at this step, see :func:`active_coef`; 0 costs nothing.
+
+    Returns:
+      The total, float32 ``[]``, and its terms. ``policy``, ``kl``, ``entropy``, ``echo``, ``nll``:
+      (weighted sum, sum of weights). ``clip_fraction``: (clipped tokens, tokens with weight).
+
+    Raises:
+      ValueError: if a KL or likelihood term is asked for and its field is None.
+    """
+    batch, used = _quiet(batch)
+    logprobs = jnp.where(used, logprobs, 0.0)
+    entropy = jnp.where(used, entropy, 0.0)
+    token_loss = objective.token_loss(logprobs, batch, objective)
+    if objective.tis_cap is not None:
+        weights = truncated_importance_weights(
+            batch.old_logprobs, batch.rollout_logprobs, cap=objective.tis_cap
+        )
+        token_loss *= jnp.where(batch.on_policy[:, None], weights, 1.0)
+    terms = LossTerms(
+        policy=_weighted(batch.token_weights, token_loss),
+        echo=_weighted(batch.echo_weights, -logprobs),
+        nll=_nll_term(logprobs, batch, objective),
+        kl=_kl_term(logprobs, batch, objective),
+        entropy=_weighted(batch.token_weights, entropy),
+        clip_fraction=_clip_term(logprobs, batch, objective),
+    )
+    total = terms.policy.sum
+    for coef, term in (
+        (objective.kl_coef, terms.kl),
+        (-objective.entropy_coef, terms.entropy),
+        (echo_coef, terms.echo),
+        (objective.nll_coef, terms.nll),
+    ):
+        if not (isinstance(coef, float | int) and coef == 0):
+            total += coef * term.sum
+    return total, terms
+
+
+def _weighted(weights: Array, values: Array) -> LossTerm:
+    return LossTerm(jnp.sum(jnp.where(weights != 0, weights * values, 0.0)), jnp.sum(weights))
+
+
+def _nothing() -> LossTerm:
+    return LossTerm.of(0.0, 0.0)
+
+
+def _quiet(batch: TrainBatch) -> tuple[TrainBatch, Array]:
+    """The batch with zeros where no token has a weight, and the mask of those that have."""
+    used = (batch.loss_mask > 0) | (batch.token_weights != 0) | (batch.echo_weights != 0)
+    if batch.nll_weights is not None:
+        used |= batch.nll_weights != 0
+    ref = batch.ref_logprobs
+    quiet = dataclasses.replace(
+        batch,
+        old_logprobs=jnp.where(used, batch.old_logprobs, 0.0),
+        rollout_logprobs=jnp.where(used, batch.rollout_logprobs, 0.0),
+        ref_logprobs=None if ref is None else jnp.where(used, ref, 0.0),
+    )
+    return quiet, used
+
+
+def _nll_term(logprobs: Array, batch: TrainBatch, objective: Objective) -> LossTerm:
+    if objective.nll_coef == 0 or batch.nll_weights is None:
+        return _nothing()
+    return _weighted(batch.nll_weights, -logprobs)
+
+
+def _kl_term(logprobs: Array, batch: TrainBatch, objective: Objective) -> LossTerm:
+    if objective.kl_coef == 0:
+        return _nothing()
+    if batch.ref_logprobs is None:
+        raise ValueError("a KL term needs batch.ref_logprobs")
+    kl = kl_penalty(logprobs, batch.ref_logprobs, estimator=objective.kl_estimator)
+    return _weighted(batch.token_weights, kl)
+
+
+def _clip_term(logprobs: Array, batch: TrainBatch, objective: Objective) -> LossTerm:
+    if objective.epsilon_low is None and objective.epsilon_high is None:
+        return _nothing()
+    clipped = clipped_tokens(
+        objective.log_ratio(logprobs, batch),
+        batch.advantages,
+        epsilon_low=objective.epsilon_low,
+        epsilon_high=objective.epsilon_high,
+    )
+    counted = batch.token_weights != 0
+    return LossTerm(
+        jnp.sum(clipped & counted, dtype=jnp.float32), jnp.sum(counted, dtype=jnp.float32)
+    )

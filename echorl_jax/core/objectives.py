@@ -1,0 +1,317 @@
+"""The table of objectives: advantages, token loss, aggregation and the settings of each."""
+
+import dataclasses
+import difflib
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+
+from echorl_jax.core import advantages as adv
+from echorl_jax.core import losses, selection
+from echorl_jax.core.aggregation import Aggregation
+from echorl_jax.types import Array, TrainBatch
+
+
+def grpo_advantages(
+    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
+) -> Array:
+    """:func:`group_advantages` in the form that an objective calls."""
+    del lengths, on_policy
+    return adv.group_advantages(rewards, group, num_groups=num_groups)
+
+
+def centred_advantages(
+    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
+) -> Array:
+    """:func:`group_advantages` without the division by the deviation."""
+    del lengths, on_policy
+    return adv.group_advantages(rewards, group, num_groups=num_groups, divide_by_std=False)
+
+
+def leave_one_out_advantages(
+    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
+) -> Array:
+    """:func:`rloo_advantages` in the form that an objective calls."""
+    del lengths, on_policy
+    return adv.rloo_advantages(rewards, group, num_groups=num_groups)
+
+
+def reinforce_pp_advantages(
+    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
+) -> Array:
+    """:func:`whitened_advantages` without a group baseline."""
+    del on_policy
+    return adv.whitened_advantages(rewards, group, lengths, num_groups=num_groups)
+
+
+def reinforce_pp_baseline_advantages(
+    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
+) -> Array:
+    """:func:`whitened_advantages` with a group baseline."""
+    del on_policy
+    return adv.whitened_advantages(
+        rewards, group, lengths, num_groups=num_groups, group_baseline=True
+    )
+
+
+def length_weighted_advantages(
+    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
+) -> Array:
+    """:func:`opo_advantages` in the form that an objective calls."""
+    del on_policy
+    return adv.opo_advantages(rewards, group, lengths, num_groups=num_groups)
+
+
+def no_advantages(
+    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
+) -> Array:
+    """Ones: every row counts alike, whatever its reward."""
+    del group, num_groups, lengths, on_policy
+    return jnp.ones_like(rewards)
+
+
+def token_ratio(logprobs: Array, batch: TrainBatch) -> Array:
+    """:func:`token_log_ratio` of a batch."""
+    return losses.token_log_ratio(logprobs, batch.old_logprobs)
+
+
+def sequence_ratio(logprobs: Array, batch: TrainBatch) -> Array:
+    """:func:`sequence_log_ratio` of a batch."""
+    return losses.sequence_log_ratio(logprobs, batch.old_logprobs, batch.loss_mask)
+
+
+def clipped_loss(logprobs: Array, batch: TrainBatch, objective: "Objective") -> Array:
+    """:func:`policy_loss` with the objective's ratio and bounds."""
+    return losses.policy_loss(
+        objective.log_ratio(logprobs, batch),
+        batch.advantages,
+        epsilon_low=objective.epsilon_low,
+        epsilon_high=objective.epsilon_high,
+        dual_clip=objective.dual_clip,
+    )
+
+
+def cispo(logprobs: Array, batch: TrainBatch, objective: "Objective") -> Array:
+    """:func:`cispo_loss` with the objective's bounds."""
+    return losses.cispo_loss(
+        logprobs,
+        batch.old_logprobs,
+        batch.advantages,
+        epsilon_low=objective.epsilon_low,
+        epsilon_high=objective.epsilon_high,
+    )
+
+
+def luffy(logprobs: Array, batch: TrainBatch, objective: "Objective") -> Array:
+    """:func:`policy_loss` on rows the policy wrote, :func:`shaped_policy_loss` on the expert's."""
+    own = clipped_loss(logprobs, batch, objective)
+    expert = losses.shaped_policy_loss(logprobs, batch.advantages, shaping=objective.shaping)
+    return jnp.where(batch.on_policy[:, None], own, expert)
+
+
+def kl_cov(logprobs: Array, batch: TrainBatch, objective: "Objective") -> Array:
+    """:func:`kl_cov_loss` on ``batch.selected``."""
+    return losses.kl_cov_loss(
+        objective.log_ratio(logprobs, batch),
+        batch.advantages,
+        _selected(batch),
+        kl_cov_coef=objective.kl_cov_coef,
+    )
+
+
+def clip_cov(logprobs: Array, batch: TrainBatch, objective: "Objective") -> Array:
+    """:func:`policy_loss`, without the tokens in ``batch.selected``."""
+    # A product, not a choice: a NaN on a selected token still shows.
+    kept = jnp.where(_selected(batch), 0.0, 1.0)
+    return kept * clipped_loss(logprobs, batch, objective)
+
+
+def nll(logprobs: Array, batch: TrainBatch, objective: "Objective") -> Array:
+    """Negative log-likelihood."""
+    del batch, objective
+    return -logprobs
+
+
+def select_kl_cov(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    loss_mask: Array,
+    key: Array,
+    objective: "Objective",
+) -> Array:
+    """:func:`kl_cov_selection` in the form that an objective calls."""
+    del old_logprobs, key
+    return selection.kl_cov_selection(
+        logprobs, advantages, loss_mask, fraction=objective.selected_fraction
+    )
+
+
+def select_clip_cov(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    loss_mask: Array,
+    key: Array,
+    objective: "Objective",
+) -> Array:
+    """:func:`clip_cov_selection` in the form that an objective calls."""
+    return selection.clip_cov_selection(
+        logprobs,
+        old_logprobs,
+        advantages,
+        loss_mask,
+        key,
+        fraction=objective.selected_fraction,
+        low=objective.covariance_low,
+        high=objective.covariance_high,
+        epsilon_low=objective.epsilon_low,
+        epsilon_high=objective.epsilon_high,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What a run optimises: small pure functions and their settings; hashable, so static in jit.
+
+    EchoRL is not an objective: its loss is added to any of these.
+    """
+
+    # (rewards [N], group [N], *, num_groups, lengths [N], on_policy [N]) -> [N]
+    advantages: Callable[..., Array] = grpo_advantages
+    # (logprobs [B, T], batch, objective) -> [B, T]
+    token_loss: Callable[[Array, TrainBatch, "Objective"], Array] = clipped_loss
+    # How token losses become one number.
+    aggregation: Aggregation = "token-mean"
+    # Clip range of the ratio; None is no bound.
+    epsilon_low: float | None = None
+    epsilon_high: float | None = None
+    # Bound c on the loss where the advantage is negative: -A c.
+    dual_clip: float | None = None
+    # Weight and estimator of the KL term against the reference policy; 0 needs no reference.
+    kl_coef: float = 0.0
+    kl_estimator: losses.KLEstimator = "k3"
+    # Weight of the entropy bonus.
+    entropy_coef: float = 0.0
+    # Weight of the negative log-likelihood of hint tokens.
+    nll_coef: float = 0.0
+    # Cap C of the truncated importance weights; None applies none.
+    tis_cap: float | None = None
+    # (logprobs [B, T], batch) -> [B, T], the log-ratio that is clipped and whose clipping is
+    # reported.
+    log_ratio: Callable[[Array, TrainBatch], Array] = token_ratio
+    # Picks batch.selected from the whole batch; None where the loss does not use it.
+    select_tokens: Callable[..., Array] | None = None
+    # Share of tokens to pick, bounds of their covariance, weight of KL-Cov's penalty.
+    selected_fraction: float = 0.0002
+    covariance_low: float = 1.0
+    covariance_high: float = 5.0
+    kl_cov_coef: float = 1.0
+    # gamma of LUFFY's policy shaping.
+    shaping: float = 0.1
+    # Expert trajectories placed in each group.
+    expert_rows: int = 0
+    # Leave groups with a single outcome out of the policy loss and sample others for them.
+    dynamic_sampling: bool = False
+    # Slope of the overlong punishment, as a share of the completion limit; 0 punishes nothing.
+    overlong_buffer: float = 0.0
+    # Append hints to prompts (UFT).
+    hints: bool = False
+    # Learn from demonstrations alone: nothing is sampled.
+    supervised: bool = False
+
+
+_GRPO = Objective(
+    aggregation="seq-mean-token-mean", epsilon_low=0.2, epsilon_high=0.2, kl_coef=0.001
+)
+_COV = dataclasses.replace(_GRPO, aggregation="token-mean", kl_coef=0.0)
+
+OBJECTIVES: dict[str, Objective] = {
+    "grpo": _GRPO,
+    "dr_grpo": dataclasses.replace(
+        _GRPO, advantages=centred_advantages, aggregation="seq-mean-token-sum-norm", kl_coef=0.0
+    ),
+    "dapo": Objective(
+        epsilon_low=0.2,
+        epsilon_high=0.28,
+        dual_clip=10.0,
+        dynamic_sampling=True,
+        overlong_buffer=0.2,
+    ),
+    "gspo": Objective(
+        aggregation="seq-mean-token-mean",
+        log_ratio=sequence_ratio,
+        epsilon_low=3e-4,
+        epsilon_high=4e-4,
+    ),
+    "cispo": Objective(token_loss=cispo, epsilon_low=1.0, epsilon_high=0.28),
+    "rloo": Objective(advantages=leave_one_out_advantages),
+    "reinforce_pp": Objective(
+        advantages=reinforce_pp_advantages, epsilon_low=0.2, epsilon_high=0.2
+    ),
+    "reinforce_pp_baseline": Objective(
+        advantages=reinforce_pp_baseline_advantages, epsilon_low=0.2, epsilon_high=0.2
+    ),
+    "opo": Objective(advantages=length_weighted_advantages),
+    "luffy": Objective(
+        advantages=centred_advantages,
+        token_loss=luffy,
+        aggregation="seq-mean-token-sum-norm",
+        expert_rows=1,
+    ),
+    "uft": dataclasses.replace(_GRPO, nll_coef=0.001, hints=True),
+    "sft": Objective(advantages=no_advantages, token_loss=nll, supervised=True),
+    "kl_cov": dataclasses.replace(
+        _COV, token_loss=kl_cov, epsilon_low=None, epsilon_high=None, select_tokens=select_kl_cov
+    ),
+    "clip_cov": dataclasses.replace(_COV, token_loss=clip_cov, select_tokens=select_clip_cov),
+}
+
+
+def load_objective(name: str, **settings: Any) -> Objective:
+    """An objective by name or import path, with some of its settings changed.
+
+    Args:
+      name: a key of ``OBJECTIVES``, or ``package.module:attribute`` that holds an
+        :class:`Objective`.
+      **settings: fields to replace; None leaves the objective's own.
+
+    Returns:
+      The objective.
+
+    Raises:
+      ValueError: if there is no such objective or setting; the message names the nearest.
+
+    >>> load_objective("dapo", epsilon_high=0.3, aggregation=None).epsilon_high
+    0.3
+    """
+    objective = _imported(name) if ":" in name else OBJECTIVES.get(name)
+    if not isinstance(objective, Objective):
+        raise ValueError(f"no objective {name!r}{_nearest(name, OBJECTIVES)}")
+    fields = [field.name for field in dataclasses.fields(objective)]
+    for setting in settings:
+        if setting not in fields:
+            raise ValueError(f"an objective has no setting {setting!r}{_nearest(setting, fields)}")
+    changes = {key: value for key, value in settings.items() if value is not None}
+    return dataclasses.replace(objective, **changes)
+
+
+def _imported(path: str) -> Any:
+    module, _, attribute = path.partition(":")
+    try:
+        return vars(importlib.import_module(module)).get(attribute)
+    except ModuleNotFoundError as error:
+        raise ValueError(f"no module {error.name!r} for the objective {path!r}") from error
+
+
+def _nearest(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+def _selected(batch: TrainBatch) -> Array:
+    if batch.selected is None:
+        raise ValueError("this objective needs batch.selected, from its select_tokens")
+    return batch.selected

@@ -1,0 +1,127 @@
+"""Tokens picked out of a batch by covariance with the advantage (KL-Cov, Clip-Cov)."""
+
+import fractions
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from echorl_jax.core.losses import clipped_tokens
+from echorl_jax.types import Array
+
+
+def token_covariance(logprobs: Array, advantages: Array, loss_mask: Array) -> Array:
+    """Each token's share of the covariance between advantage and log-probability.
+
+    (A - mean A) (log pi - mean log pi), the means over all tokens of the batch. Where it is large,
+    the update pushes the policy's entropy down most. Source: arXiv 2505.22617, section 3.2.
+
+    Args:
+      logprobs: ``[N, T]``, constants.
+      advantages: ``[N]``.
+      loss_mask: ``[N, T]``, the tokens of the batch.
+
+    Returns:
+      ``[N, T]`` float32, 0 where masked.
+
+    >>> logprobs, advantages = jnp.array([[-1.0], [-3.0]]), jnp.array([1.0, -1.0])
+    >>> token_covariance(logprobs, advantages, jnp.ones((2, 1))).tolist()
+    [[1.0], [1.0]]
+    """
+    mask = loss_mask.astype(jnp.bool_)
+    count = jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0)
+
+    def centred(value):
+        value = jnp.where(mask, value, 0.0)
+        return jnp.where(mask, value - jnp.sum(value) / count, 0.0)
+
+    return centred(advantages[:, None]) * centred(lax.stop_gradient(logprobs))
+
+
+def kl_cov_selection(
+    logprobs: Array, advantages: Array, loss_mask: Array, *, fraction: float = 0.0002
+) -> Array:
+    """The ``max(1, floor(fraction * tokens))`` tokens of the batch with the largest covariance.
+
+    Chosen once over the whole batch, before it is cut into micro-batches, so that the split does
+    not matter; ties go to the first.
+
+    Args:
+      logprobs: ``[N, T]``, the policy's at the time of choosing.
+      advantages: ``[N]``.
+      loss_mask: ``[N, T]``.
+      fraction: share of the tokens.
+
+    Returns:
+      ``[N, T]`` bool; all False for an empty mask.
+
+    >>> logprobs, advantages = jnp.array([[-1.0, -2.0], [-1.0, -9.0]]), jnp.array([1.0, -1.0])
+    >>> kl_cov_selection(logprobs, advantages, jnp.ones((2, 2)), fraction=0.25).tolist()
+    [[False, False], [False, True]]
+    """
+    eligible = loss_mask.astype(jnp.bool_)
+    return _largest(token_covariance(logprobs, advantages, loss_mask), eligible, eligible, fraction)
+
+
+def clip_cov_selection(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    loss_mask: Array,
+    key: Array,
+    *,
+    fraction: float = 0.0002,
+    low: float = 1.0,
+    high: float = 5.0,
+    epsilon_low: float | None = 0.2,
+    epsilon_high: float | None = 0.2,
+) -> Array:
+    """A random pick among tokens with covariance in ``(low, high)``; they lose their gradient.
+
+    At most ``max(1, floor(fraction * tokens))`` tokens, chosen once over the whole batch; tokens
+    that are clipped anyway are not candidates. Source: arXiv 2505.22617, section 4.1 (Clip-Cov).
+
+    Args:
+      logprobs: ``[N, T]``, the policy's at the time of choosing.
+      old_logprobs: ``[N, T]``.
+      advantages: ``[N]``.
+      loss_mask: ``[N, T]``.
+      key: PRNG key of the pick.
+      fraction: share of the tokens.
+      low: covariance above this.
+      high: covariance below this.
+      epsilon_low: clip range below 1.
+      epsilon_high: clip range above 1.
+
+    Returns:
+      ``[N, T]`` bool; all False where no token qualifies.
+
+    >>> old = jnp.array([[-4.0], [-1.0]])
+    >>> advantages, mask, key = jnp.array([-1.0, 1.0]), jnp.ones((2, 1)), jax.random.key(0)
+    >>> clip_cov_selection(old, old, advantages, mask, key, fraction=0.5).sum().item()
+    1
+    """
+    mask = loss_mask.astype(jnp.bool_)
+    covariance = token_covariance(logprobs, advantages, loss_mask)
+    clipped = clipped_tokens(
+        logprobs - old_logprobs, advantages, epsilon_low=epsilon_low, epsilon_high=epsilon_high
+    )
+    eligible = mask & (covariance > low) & (covariance < high) & ~clipped
+    return _largest(jax.random.uniform(key, mask.shape), eligible, mask, fraction)
+
+
+def _largest(score: Array, eligible: Array, mask: Array, fraction: float) -> Array:
+    """The ``max(1, floor(fraction * sum(mask)))`` eligible entries with the highest score."""
+    bound = max(1, int(fraction * mask.size) + 1)
+    flat = jnp.where(eligible, score, -jnp.inf).reshape(-1)
+    value, index = lax.top_k(flat, min(bound, mask.size))
+    wanted = jnp.maximum(_share(jnp.sum(mask, dtype=jnp.int32), fraction), 1)
+    chosen = (value > -jnp.inf) & (jnp.arange(value.size, dtype=jnp.int32) < wanted)
+    return jnp.zeros(flat.shape, jnp.bool_).at[index].set(chosen).reshape(mask.shape)
+
+
+def _share(count: Array, fraction: float) -> Array:
+    """``floor(count * fraction)`` in whole numbers: float32 cannot hold the product exactly."""
+    exact = fractions.Fraction(fraction).limit_denominator(40_000)
+    whole, rest = count // exact.denominator, count % exact.denominator
+    return whole * exact.numerator + rest * exact.numerator // exact.denominator

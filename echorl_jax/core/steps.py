@@ -1,0 +1,98 @@
+"""Reasoning steps: where a response is cut, and how uncertain the policy was over each piece."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from echorl_jax.types import Array
+
+
+def step_ids(tokens: Array, mask: Array, is_delimiter: Array) -> Array:
+    """Numbers the reasoning step of each token.
+
+    A delimiter closes the step it belongs to; delimiters that follow at once join that step; a
+    leading run of delimiters joins the first step; what follows the last delimiter is a step too.
+    So a step starts at each content token whose predecessor is a delimiter, and at the first
+    content token. Masked tokens are passed over. Source: arXiv 2605.31228, section 3; the treatment
+    of runs is a choice of this package.
+
+    Args:
+      tokens: ``[N, T]`` int32. An id outside the vocabulary is no delimiter.
+      mask: ``[N, T]`` bool or float, the real tokens.
+      is_delimiter: ``[V]`` bool.
+
+    Returns:
+      ``[N, T]`` int32, counting from 0; -1 where masked.
+
+    Raises:
+      ValueError: if a shape does not fit.
+
+    >>> tokens = jnp.array([[9, 7, 7, 9, 9, 7]])  # 9 is the delimiter; the last token is padding
+    >>> step_ids(tokens, jnp.array([[1, 1, 1, 1, 1, 0]]), jnp.arange(10) == 9).tolist()
+    [[0, 0, 0, 0, 0, -1]]
+    >>> step_ids(jnp.array([[7, 9, 9, 7, 9, 7]]), jnp.ones((1, 6)), jnp.arange(10) == 9).tolist()
+    [[0, 0, 0, 1, 1, 2]]
+    """
+    if tokens.ndim != 2 or tokens.shape != mask.shape or is_delimiter.ndim != 1:
+        shapes = tokens.shape, mask.shape, is_delimiter.shape
+        raise ValueError(f"expected tokens [N, T], mask [N, T], is_delimiter [V], got {shapes}")
+    real = mask.astype(jnp.bool_)
+    known = (tokens >= 0) & (tokens < is_delimiter.shape[0])
+    delimiter = real & known & is_delimiter[jnp.where(known, tokens, 0)]
+    content = real & ~delimiter
+    # The position of the last real token before each one, -1 if there is none.
+    position = jnp.where(real, lax.broadcasted_iota(jnp.int32, tokens.shape, 1), -1)
+    before = jnp.pad(lax.cummax(position, axis=1), ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    after_delimiter = jnp.take_along_axis(delimiter, jnp.maximum(before, 0), axis=1) | (before < 0)
+    starts = lax.cumsum((content & after_delimiter).astype(jnp.int32), axis=1)
+    return jnp.where(real, jnp.maximum(starts - 1, 0), -1)
+
+
+def step_entropy(token_entropy: Array, step_ids: Array, num_steps: int) -> tuple[Array, Array]:
+    """Mean token entropy of each step: segment sum over segment count.
+
+    Args:
+      token_entropy: ``[N, T]``, in nats.
+      step_ids: ``[N, T]`` int32, -1 where masked.
+      num_steps: static bound on steps; later ones join the last (count them with
+        :func:`joined_steps`).
+
+    Returns:
+      ``(mean [N, num_steps] float32, count [N, num_steps] int32)``; a step without tokens has mean
+      0 and count 0.
+
+    Raises:
+      ValueError: if the shapes differ or ``num_steps`` is not above 0.
+
+    >>> mean, count = step_entropy(jnp.array([[1.0, 2.0, 6.0]]), jnp.array([[0, 0, 1]]), 3)
+    >>> mean.tolist(), count.tolist()
+    ([[1.5, 6.0, 0.0]], [[2, 1, 0]])
+    """
+    if token_entropy.ndim != 2 or token_entropy.shape != step_ids.shape or num_steps < 1:
+        shapes = token_entropy.shape, step_ids.shape
+        raise ValueError(
+            f"expected two [N, T] arrays and num_steps > 0, got {shapes}, {num_steps=}"
+        )
+    # Masked tokens go to one segment more, which is cut off.
+    segment = jnp.where(step_ids < 0, num_steps, jnp.minimum(step_ids, num_steps - 1))
+    value = jnp.where(step_ids < 0, 0.0, token_entropy.astype(jnp.float32))
+    sums = jax.vmap(lambda v, s: jax.ops.segment_sum(v, s, num_steps + 1))
+    total = sums(value, segment)[:, :num_steps]
+    count = sums(jnp.ones_like(segment), segment)[:, :num_steps]
+    return total / jnp.maximum(count, 1).astype(jnp.float32), count
+
+
+def joined_steps(step_ids: Array, num_steps: int) -> Array:
+    """How many steps of each rollout lie past the static bound and were joined into its last step.
+
+    Args:
+      step_ids: ``[N, T]`` int32, -1 where masked.
+      num_steps: the bound given to :func:`step_entropy`.
+
+    Returns:
+      ``[N]`` int32.
+
+    >>> joined_steps(jnp.array([[0, 1, 2, 3], [0, 1, -1, -1]]), 2).tolist()
+    [2, 0]
+    """
+    return jnp.maximum(jnp.max(step_ids, axis=1, initial=-1) + 1 - num_steps, 0)

@@ -1,0 +1,29 @@
+"""Sources of rows, prompts as token ids, and the stream that training reads."""
+
+from echorl_jax.data.countdown import CountdownRows, parse_countdown, solve
+from echorl_jax.data.errors import DataError
+from echorl_jax.data.rows import Row
+from echorl_jax.data.sources import Rows, load_rows
+from echorl_jax.data.stream import Prompt, PromptStream
+from echorl_jax.data.tokens import (
+    encode_prompt,
+    encode_target,
+    load_tokenizer,
+    newline_delimiters,
+)
+
+__all__ = [
+    "CountdownRows",
+    "DataError",
+    "Prompt",
+    "PromptStream",
+    "Row",
+    "Rows",
+    "encode_prompt",
+    "encode_target",
+    "load_rows",
+    "load_tokenizer",
+    "newline_delimiters",
+    "parse_countdown",
+    "solve",
+]

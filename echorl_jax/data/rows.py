@@ -1,0 +1,144 @@
+"""One shape for all rows: verl's columns, whatever columns a file has.
+
+Known shapes: verl (``prompt`` messages, ``reward_model.ground_truth``, ``extra_info``, optional
+expert ``target``), TRL (``prompt`` as messages or text, the answer in a column of its own), plain
+``problem`` or ``question`` with ``answer``, and multiple choice (``options``, ``answer``). Columns
+that a shape does not name are kept, for graders that read them.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# Where the answer stands in rows without ``reward_model``, first match wins.
+ANSWERS = ("ground_truth", "answer", "solution")
+
+
+class BadRow(ValueError):
+    """A row that cannot be used; says which column and why."""
+
+    def __init__(self, column: str, reason: str) -> None:
+        super().__init__(f"column {column}: {reason}")
+
+
+def normalise_row(raw: Mapping[str, Any], *, source: str) -> Row:
+    """Brings a row into verl's columns.
+
+    ``source`` becomes the ``data_source`` of a row that names none. An expert trajectory is a
+    ``target`` that is a list of messages; any other ``target`` (in UFT's Countdown files it is the
+    number to reach) is dropped.
+
+    Raises:
+      BadRow: a column that is missing or has the wrong content.
+    """
+    if raw.get("images"):
+        raise BadRow("images", "pictures are not supported")
+    row = dict(raw)
+    row["prompt"] = _prompt(raw)
+    row["reward_model"] = {"style": "rule", **_mapping(raw, "reward_model")}
+    row["reward_model"]["ground_truth"] = _ground_truth(raw)
+    row["data_source"] = raw.get("data_source") or source
+    row["extra_info"] = _mapping(raw, "extra_info")
+    if isinstance(raw.get("prompt"), str):
+        # TRL's reward functions get text where the prompt was text, messages where it was messages.
+        row["extra_info"]["prompt_format"] = "text"
+    _settle_target(row)
+    if not isinstance(row["data_source"], str):
+        raise BadRow("data_source", f"expected text, found {_kind(row['data_source'])}")
+    if row["data_source"] == "countdown":
+        _check_countdown(row["reward_model"]["ground_truth"])
+    return row
+
+
+def _prompt(raw: Mapping[str, Any]) -> list[dict[str, str]]:
+    prompt = raw.get("prompt")
+    if prompt is None:
+        return [{"role": "user", "content": _question(raw)}]
+    if isinstance(prompt, str):
+        return [{"role": "user", "content": _text(prompt, "prompt")}]
+    return _messages(prompt, "prompt")
+
+
+def _question(raw: Mapping[str, Any]) -> str:
+    column = next((name for name in ("problem", "question") if raw.get(name) is not None), None)
+    if column is None:
+        raise BadRow("prompt", "missing, and there is no column problem or question either")
+    text = _text(raw[column], column)
+    options = raw.get("options")
+    if options is None:
+        return text
+    if not isinstance(options, Sequence) or isinstance(options, str) or not options:
+        raise BadRow("options", f"expected a list of texts, found {_kind(options)}")
+    lines = [f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    return "\n".join([text, "", *lines])
+
+
+def _ground_truth(raw: Mapping[str, Any]) -> Any:
+    judged = raw.get("reward_model")
+    if judged is not None:
+        truth = _mapping(raw, "reward_model").get("ground_truth")
+        column = "reward_model.ground_truth"
+    else:
+        column = next((name for name in ANSWERS if raw.get(name) is not None), None)
+        if column is None:
+            raise BadRow("reward_model", "missing, and there is no column answer either")
+        truth = raw[column]
+    if truth is None or (isinstance(truth, str) and not truth.strip()):
+        raise BadRow(column, "empty")
+    return str(truth) if isinstance(truth, int | float) else truth
+
+
+def _messages(value: Any, column: str) -> list[dict[str, str]]:
+    if not isinstance(value, Sequence) or isinstance(value, bytes) or not value:
+        raise BadRow(column, f"expected a list of messages, found {_kind(value)}")
+    for message in value:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise BadRow(column, "expected messages with role and content")
+        if not isinstance(message["role"], str) or not isinstance(message["content"], str):
+            raise BadRow(column, "a message's role and content must be text")
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _settle_target(row: Row) -> None:
+    target = row.pop("target", None)
+    if isinstance(target, Sequence) and not isinstance(target, str | bytes):
+        row["target"] = _messages(target, "target")
+
+
+def _check_countdown(truth: Any) -> None:
+    if not isinstance(truth, Mapping):
+        raise BadRow(
+            "reward_model.ground_truth", f"expected numbers and target, found {_kind(truth)}"
+        )
+    numbers = truth.get("numbers")
+    if not isinstance(numbers, Sequence) or not all(_is_whole(n) for n in numbers) or not numbers:
+        raise BadRow("reward_model.ground_truth.numbers", "no list of whole numbers")
+    if not _is_whole(truth.get("target")):
+        raise BadRow("reward_model.ground_truth.target", "no whole number")
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _mapping(raw: Mapping[str, Any], column: str) -> dict[str, Any]:
+    value = raw.get(column)
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping):
+        raise BadRow(column, f"expected an object, found {_kind(value)}")
+    return dict(value)
+
+
+def _text(value: Any, column: str) -> str:
+    if not isinstance(value, str):
+        raise BadRow(column, f"expected text, found {_kind(value)}")
+    if not value.strip():
+        raise BadRow(column, "empty")
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {type(None): "nothing", dict: "an object", list: "a list", str: "text", int: "a number"}
+    return names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,115 @@
+"""From a spec, a line of text in the config, to rows."""
+
+import bisect
+import dataclasses
+import difflib
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, overload
+
+from echorl_jax.data.countdown import parse_countdown
+from echorl_jax.data.errors import DataError
+from echorl_jax.data.files import FileRows, read_file
+from echorl_jax.data.rows import Row
+
+# "FILE@0.7": a source and its share of the mixture.
+WEIGHTED = re.compile(r"(?P<name>.*)@(?P<weight>\d+(\.\d*)?|\.\d+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows(Sequence[Row]):
+    """Rows of one or several sources, end to end."""
+
+    parts: tuple[Sequence[Row], ...]
+    # Shares of the parts in a training stream; None takes every row equally often.
+    weights: tuple[float, ...] | None = None
+    # A line about each row that was left out: file, place, column, reason.
+    bad: tuple[str, ...] = ()
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """Where each part begins, and, last, the number of rows."""
+        return (0, *itertools.accumulate(len(part) for part in self.parts))
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Row]: ...
+    def __getitem__(self, index: int | slice) -> Row | list[Row]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        if not 0 <= position < len(self):
+            raise IndexError(index)
+        part = bisect.bisect_right(self.starts, position) - 1
+        return self.parts[part][position - self.starts[part]]
+
+
+def load_rows(spec: str, *, on_bad_row: Literal["error", "skip"] = "error") -> Rows:
+    """Reads the rows that a spec names.
+
+    A spec is a comma-separated list of ``.parquet`` and ``.jsonl`` files and of generated sources
+    like ``countdown:operands=4&max_number=50&seed=2`` (the options are the fields of
+    :class:`CountdownRows`). With weights, as in ``hard.jsonl@0.8,easy.jsonl@0.2``, a training
+    stream draws from each by its share; every source then needs one.
+
+    Places are counted as the formats do: rows of a parquet file from 0, lines of a JSONL file from
+    1.
+
+    Raises:
+      DataError: a source that cannot be read or, unless ``on_bad_row`` is ``skip``, its first bad
+      row.
+
+    >>> rows = load_rows("countdown:seed=1&count=2,countdown:seed=2&count=3")
+    >>> len(rows), rows[2]["extra_info"]["seed"]
+    (5, 2)
+    """
+    if on_bad_row not in ("error", "skip"):
+        raise DataError(f"on_bad_row={on_bad_row!r}: must be error or skip")
+    names, weights = zip(*map(_split_weight, _split_spec(spec)), strict=True)
+    parts = tuple(_load_part(name, skip_bad=on_bad_row == "skip") for name in names)
+    bad = [line for part in parts if isinstance(part, FileRows) for line in part.bad]
+    return Rows(parts, _settle_weights(spec, weights), tuple(bad))
+
+
+def _split_spec(spec: str) -> list[str]:
+    names = [name.strip() for name in spec.split(",")]
+    if not all(names):
+        raise DataError(f"data source {spec!r}: a name is empty")
+    return names
+
+
+def _split_weight(name: str) -> tuple[str, float | None]:
+    match = WEIGHTED.fullmatch(name)
+    return (match["name"], float(match["weight"])) if match else (name, None)
+
+
+def _settle_weights(spec: str, weights: Sequence[float | None]) -> tuple[float, ...] | None:
+    given = [weight for weight in weights if weight is not None]
+    if not given:
+        return None
+    if len(given) < len(weights) or min(given) <= 0:
+        raise DataError(f"data source {spec!r}: give every source a weight above 0, or none")
+    return tuple(weight / sum(given) for weight in given)
+
+
+def _load_part(name: str, *, skip_bad: bool) -> Sequence[Row]:
+    if name.startswith("countdown:"):
+        return parse_countdown(name.removeprefix("countdown:"))
+    path = Path(name).expanduser()
+    if not path.exists():
+        raise DataError(f"{name}: no such file{_nearest(path)}")
+    return read_file(path, skip_bad=skip_bad)
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" (nor the folder {path.parent})"
+    siblings = [file.name for file in path.parent.iterdir()]
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    return f"; did you mean {path.parent / close[0]}?" if close else ""

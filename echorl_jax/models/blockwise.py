@@ -1,0 +1,161 @@
+"""Causal attention in bounded memory with plain XLA operations.
+
+Scores exist for one block of queries and one block of keys at a time; the softmax is kept as a
+running maximum and sum, and the backward pass computes the scores again. Blocks that the causal
+mask or the window hides entirely are never visited. Sources: arXiv 2112.05682, arXiv 2307.08691.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from echorl_jax.types import Array
+
+# A finite "minus infinity": a row without a single visible key gives an average instead of NaN.
+HIDDEN = -1e30
+
+
+class _Mask(NamedTuple):
+    """What a block needs to know to hide keys: i32 ``[B]`` and i32 ``[blocks, B, block]``."""
+
+    lengths: Array | None
+    segments: Array | None
+
+
+def blockwise_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    lengths: Array | None,
+    segment_ids: Array | None,
+    *,
+    window: int | None,
+    block: int,
+) -> Array:
+    """Shapes and meaning as in ``attention.attend``; memory grows with ``T * block``, not ``T^2``."""
+    batch, length, heads, width = q.shape
+    kv_heads = k.shape[2]
+    padded = -(-length // block) * block
+    grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, width)
+    segments = None if segment_ids is None else _blocks(segment_ids, padded, block)
+    out = _attend(
+        _blocks(grouped, padded, block).transpose(0, 1, 3, 4, 2, 5),  # [n, B, KV, G, block, K]
+        _blocks(k, padded, block).transpose(0, 1, 3, 2, 4),  # [n, B, KV, block, K]
+        _blocks(v, padded, block).transpose(0, 1, 3, 2, 4),
+        _Mask(lengths, segments),
+        window,
+    )
+    out = out.transpose(1, 0, 4, 2, 3, 5).reshape(batch, padded, heads, width)
+    return out[:, :length]
+
+
+def _blocks(x: Array, padded: int, block: int) -> Array:
+    """``[B, T, ...]`` to ``[blocks, B, block, ...]``, padded with zeros."""
+    filler = [(0, 0)] * x.ndim
+    filler[1] = (0, padded - x.shape[1])
+    x = jnp.pad(x, filler)
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, block, *x.shape[2:]), 1, 0)
+
+
+def _first_block(i: Array, block: int, window: int | None) -> Array:
+    """The first block of keys that the queries of block ``i`` can see."""
+    if window is None:
+        return jnp.zeros_like(i)
+    return jnp.maximum(i * block - window + 1, 0) // block
+
+
+def _scores(q: Array, k: Array, mask: _Mask, i: Array, j: Array, window: int | None) -> Array:
+    """f32 ``[B, KV, G, block, block]`` of queries i and keys j, hidden ones at ``HIDDEN``."""
+    block = q.shape[-2]
+    query = (i * block + jnp.arange(block))[None, :, None]
+    key = (j * block + jnp.arange(block))[None, None, :]
+    visible = key <= query
+    if window is not None:
+        visible &= key > query - window
+    if mask.lengths is not None:
+        visible &= key < mask.lengths[:, None, None]
+    if mask.segments is not None:
+        visible &= mask.segments[i][:, :, None] == mask.segments[j][:, None, :]
+    scores = jnp.einsum("bngqk,bnsk->bngqs", q, k, preferred_element_type=jnp.float32)
+    return jnp.where(visible[:, None, None], scores * q.shape[-1] ** -0.5, HIDDEN)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q: Array, k: Array, v: Array, mask: _Mask, window: int | None) -> Array:
+    return _forward(q, k, v, mask, window)[0]
+
+
+def _forward(q: Array, k: Array, v: Array, mask: _Mask, window: int | None):
+    """Attention of every block of queries, and what the backward pass needs of it."""
+
+    def queries(i: Array) -> tuple[Array, Array]:
+        def keys(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            total, peak, norm = state
+            scores = _scores(q[i], k[j], mask, i, j, window)
+            new_peak = jnp.maximum(peak, scores.max(axis=-1))
+            shrink = jnp.exp(peak - new_peak)
+            weights = jnp.exp(scores - new_peak[..., None])
+            part = jnp.einsum(
+                "bngqs,bnsk->bngqk",
+                weights.astype(v.dtype),
+                v[j],
+                preferred_element_type=jnp.float32,
+            )
+            norm = norm * shrink + weights.sum(axis=-1)
+            return total * shrink[..., None] + part, new_peak, norm
+
+        rows = q.shape[1:-1]
+        start = (
+            jnp.zeros((*rows, q.shape[-1]), jnp.float32),
+            jnp.full(rows, HIDDEN, jnp.float32),
+            jnp.zeros(rows, jnp.float32),
+        )
+        first = _first_block(i, q.shape[-2], window)
+        total, peak, norm = jax.lax.fori_loop(first, i + 1, keys, start)
+        return (total / norm[..., None]).astype(q.dtype), peak + jnp.log(norm)
+
+    out, log_norm = jax.lax.map(queries, jnp.arange(q.shape[0]))
+    return out, (q, k, v, mask, out, log_norm)
+
+
+def _backward(window: int | None, saved, d_out: Array):
+    """With p the weights: dv = p^T do, ds = p (do v^T - do . o), dq = ds k, dk = ds^T q."""
+    q, k, v, mask, out, log_norm = saved
+    scale = q.shape[-1] ** -0.5
+
+    def queries(sums: tuple[Array, Array], i: Array):
+        dot = jnp.sum(d_out[i].astype(jnp.float32) * out[i].astype(jnp.float32), axis=-1)
+
+        def keys(j: Array, state: tuple[Array, Array, Array]):
+            dq, dk, dv = state
+            scores = _scores(q[i], k[j], mask, i, j, window)
+            weights = jnp.exp(scores - log_norm[i][..., None])
+            d_weights = jnp.einsum(
+                "bngqk,bnsk->bngqs", d_out[i], v[j], preferred_element_type=jnp.float32
+            )
+            d_scores = (weights * (d_weights - dot[..., None]) * scale).astype(q.dtype)
+            dv = dv.at[j].add(_sum_queries(weights.astype(v.dtype), d_out[i]))
+            dk = dk.at[j].add(_sum_queries(d_scores, q[i]))
+            dq += jnp.einsum(
+                "bngqs,bnsk->bngqk", d_scores, k[j], preferred_element_type=jnp.float32
+            )
+            return dq, dk, dv
+
+        start = (jnp.zeros(q.shape[1:], jnp.float32), *sums)
+        first = _first_block(i, q.shape[-2], window)
+        dq, *sums = jax.lax.fori_loop(first, i + 1, keys, start)
+        return tuple(sums), dq.astype(q.dtype)
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    (dk, dv), dq = jax.lax.scan(queries, (zeros, zeros), jnp.arange(q.shape[0]))
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
+
+
+def _sum_queries(weights: Array, x: Array) -> Array:
+    """Sums over the queries of all heads that share a KV head: ``[B, KV, block, K]``."""
+    return jnp.einsum("bngqs,bngqk->bnsk", weights, x, preferred_element_type=jnp.float32)
+
+
+_attend.defvjp(_forward, _backward)

@@ -1,0 +1,80 @@
+"""What distinguishes one decoder from another: static, hashable, nothing about files."""
+
+import dataclasses
+from typing import Literal
+
+
+class ModelError(ValueError):
+    """A model directory that we cannot use: one line that names the field or the tensor."""
+
+
+RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding: base and scaling. Fields are those of the Hugging Face ``rope_parameters``."""
+
+    theta: float = 10_000.0
+    kind: RopeKind = "default"
+    factor: float = 1.0
+    # Context of pre-training, where the scaling starts from (llama3, yarn).
+    original_max_position_embeddings: int = 0
+    # llama3: wavelengths between original / high and original / low are blended.
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    # yarn: dimensions that turn more than beta_fast times are kept, fewer than beta_slow times are interpolated.
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """Architecture of a Llama, Qwen2 or Qwen3 decoder; static and hashable."""
+
+    model_type: Literal["llama", "qwen2", "qwen3"]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position_embeddings: int = 2048
+    norm_eps: float = 1e-6
+    tied_embeddings: bool = False
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    rope: RopeConfig = RopeConfig()
+    # For each layer the number of latest positions it attends to, itself included; None is all.
+    windows: tuple[int | None, ...] = ()
+    # Standard deviation of fresh weights.
+    initializer_range: float = 0.02
+    # Type of the stored tensors.
+    stored_dtype: str = "bfloat16"
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    pad_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(
+                f"num_attention_heads={self.num_heads} is no multiple of num_key_value_heads={self.num_kv_heads}"
+            )
+        if self.head_dim % 2:
+            raise ModelError(f"head_dim={self.head_dim} is odd; rotary embedding needs pairs")
+        if not self.windows:
+            object.__setattr__(self, "windows", (None,) * self.num_layers)
+        if len(self.windows) != self.num_layers:
+            raise ModelError(f"{len(self.windows)} layer_types for {self.num_layers} layers")
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a KV head."""
+        return self.num_heads // self.num_kv_heads

@@ -1,0 +1,213 @@
+"""The decoder: a static description whose methods take the weights as a plain pytree."""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from echorl_jax.models.attention import Kernel, attend
+from echorl_jax.models.config import DecoderConfig, ModelError
+from echorl_jax.models.modules import Trunk
+from echorl_jax.models.rope import Rotary, rotary
+from echorl_jax.parallel import constrain
+from echorl_jax.types import Array, PyTree
+
+Remat = Literal["layer", "dots", "none"]
+_REMAT_POLICIES = {
+    "layer": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A causal language model without its weights: hashable, so that it can be a static argument of ``jax.jit``.
+
+    ``params`` is a nested dict; the leaves under ``layers`` are stacked ``[num_layers, ...]``. Weights are stored as ``param_dtype``
+    and cast to ``dtype`` where they are used; norms, rotary embedding, softmax and logits are f32.
+    """
+
+    config: DecoderConfig
+    # Activations and matrix products.
+    dtype: str = "bfloat16"
+    # Stored weights.
+    param_dtype: str = "float32"
+    # What the backward pass recomputes: a whole layer, all but the matrix products, or nothing.
+    remat: Remat = "layer"
+    attention: Kernel = "auto"
+
+    def hidden(
+        self,
+        params: PyTree,
+        tokens: Array,
+        *,
+        lengths: Array | None = None,
+        segment_ids: Array | None = None,
+        positions: Array | None = None,
+    ) -> Array:
+        """Final-normed hidden states.
+
+        Args:
+          params: the weights.
+          tokens: i32 ``[B, T]``, padded on the right.
+          lengths: i32 ``[B]``, real tokens of each row; all unless given. Padding is never attended to.
+          segment_ids: i32 ``[B, T]``, for several sequences packed into one row.
+          positions: i32 ``[B, T]``, from 0 along the row unless given (packed rows start again with each segment).
+
+        Returns:
+          ``[B, T, D]`` in the compute dtype; at padding positions finite and without meaning.
+        """
+        if positions is None:
+            positions = _row_positions(tokens.shape, lengths)
+        tables = self.rotary(positions)
+
+        def step(x: Array, layer: PyTree, window: int | None) -> Array:
+            q, k, v = self.qkv(layer, x, positions, tables)
+            out = attend(
+                q,
+                k,
+                v,
+                lengths=lengths,
+                segment_ids=segment_ids,
+                window=window,
+                kernel=self.attention,
+            )
+            return self.finish_layer(layer, x, out)
+
+        x = self._scan_layers(step, self.embed(params, tokens), self.layers(params))
+        return self.final_norm(params, x)
+
+    def _scan_layers(self, step, x: Array, layers: PyTree) -> Array:
+        windows = self.config.windows
+        kinds = tuple(dict.fromkeys(windows))
+
+        def body(x: Array, scanned):
+            layer, kind = scanned
+            branches = [functools.partial(step, window=window) for window in kinds]
+            if len(kinds) == 1:
+                return branches[0](x, layer), None
+            return jax.lax.switch(kind, branches, x, layer), None
+
+        if self.remat != "none":
+            body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
+        kind = jnp.array([kinds.index(window) for window in windows], jnp.int32)
+        return jax.lax.scan(body, x, (layers, kind))[0]
+
+    def logits(self, params: PyTree, tokens: Array, *, lengths: Array | None = None) -> Array:
+        """f32 ``[B, T, V]``; large, so for tests and small work only."""
+        hidden = self.hidden(params, tokens, lengths=lengths)
+        return jnp.matmul(hidden, self.head(params), preferred_element_type=jnp.float32)
+
+    def head(self, params: PyTree) -> Array:
+        """``[D, V]`` in the compute dtype: the output projection, or the transposed embedding where the two are tied."""
+        if self.config.tied_embeddings:
+            return params["embed"]["table"].astype(self.dtype).T
+        return params["head"]["kernel"].astype(self.dtype)
+
+    def embed(self, params: PyTree, tokens: Array) -> Array:
+        """i32 ``[..., T]`` to ``[..., T, D]``."""
+        x = self._part("embed", params["embed"])(tokens, jnp.dtype(self.dtype))
+        return constrain(x, "batch", "length", "feature") if x.ndim == 3 else x
+
+    def layers(self, params: PyTree) -> PyTree:
+        """The layers' weights, stacked ``[L, ...]``, to scan over."""
+        return params["layers"]
+
+    def rotary(self, positions: Array) -> Rotary:
+        """Tables for :meth:`qkv`, the same in every layer."""
+        return rotary(self.config, positions)
+
+    def qkv(
+        self, layer: PyTree, x: Array, positions: Array, tables: Rotary | None = None
+    ) -> tuple[Array, Array, Array]:
+        """First half of a layer: norm, projections, biases, query/key norms, rotary embedding.
+
+        Args:
+          layer: one layer's weights.
+          x: ``[B, T, D]``.
+          positions: i32 ``[B, T]``.
+          tables: ``rotary(positions)``, where it has been computed already.
+
+        Returns:
+          q ``[B, T, H, K]``, k and v ``[B, T, KV, K]``.
+        """
+        tables = self.rotary(positions) if tables is None else tables
+        return self._part("layers", layer).qkv(x, tables)
+
+    def finish_layer(self, layer: PyTree, x: Array, attended: Array) -> Array:
+        """Second half of a layer: output projection, residual, MLP. ``attended`` is ``[B, T, H, K]``."""
+        return self._part("layers", layer).finish(x, attended)
+
+    def final_norm(self, params: PyTree, x: Array) -> Array:
+        return self._part("final_norm", params["final_norm"])(x)
+
+    def param_shapes(self) -> PyTree:
+        """``jax.ShapeDtypeStruct`` for each parameter."""
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.param_dtype), _shapes(self.config)
+        )
+
+    def param_axes(self) -> PyTree:
+        """The logical axes of each parameter, a tuple of names, for the sharding table."""
+        return _axes(self.config)
+
+    def cast(self, params: PyTree) -> PyTree:
+        """Weights as the sampler wants them: matrices in the compute dtype, once; norms stay f32, as in training."""
+        return jax.tree.map(
+            lambda leaf, axes: leaf if "norm" in axes else leaf.astype(self.dtype),
+            params,
+            self.param_axes(),
+            is_leaf=lambda node: isinstance(node, tuple),
+        )
+
+    def _part(self, name: str, params: PyTree) -> Any:
+        return nnx.merge(_graphs(self.config)[name], params)
+
+
+def _row_positions(shape: tuple[int, ...], lengths: Array | None) -> Array:
+    """0, 1, ... along each row; padding repeats the last real position, so that it never counts as length."""
+    row = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None, :], shape)
+    if lengths is None:
+        return row
+    last = jnp.maximum(lengths.astype(jnp.int32) - 1, 0)
+    return jnp.minimum(row, last[:, None])
+
+
+@functools.cache
+def _trunk(config: DecoderConfig) -> Trunk:
+    return nnx.eval_shape(lambda: Trunk(config, nnx.Rngs(0)))
+
+
+@functools.cache
+def _graphs(config: DecoderConfig) -> dict[str, Any]:
+    """The static half of each part."""
+    trunk = _trunk(config)
+    parts = {"embed": trunk.embed, "layers": trunk.layers, "final_norm": trunk.final_norm}
+    if not config.tied_embeddings:
+        parts["head"] = trunk.head
+    return {name: nnx.split(part)[0] for name, part in parts.items()}
+
+
+@functools.cache
+def _shapes(config: DecoderConfig) -> PyTree:
+    shapes = nnx.to_pure_dict(nnx.state(_trunk(config)))
+    shapes["layers"] = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct((config.num_layers, *leaf.shape), leaf.dtype),
+        shapes["layers"],
+    )
+    return shapes
+
+
+@functools.cache
+def _axes(config: DecoderConfig) -> PyTree:
+    axes: dict[str, Any] = {}
+    for path, variable in nnx.to_flat_state(nnx.state(_trunk(config))):
+        node = axes
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        names = variable.get_metadata()["axes"]
+        node[path[-1]] = ("layers", *names) if path[0] == "layers" else names
+    return axes

@@ -1,0 +1,268 @@
+"""Hugging Face model directories: in, straight into shards, and out.
+
+A checkpoint is read one tensor at a time, and of that only the slices that this process's devices hold. Layers are written into
+their stacked array in place, so host memory stays near the largest tensor.
+"""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+
+from echorl_jax.models.attention import Kernel
+from echorl_jax.models.config import ModelError
+from echorl_jax.models.decoder import Decoder, Remat
+from echorl_jax.models.hf_config import read_config, to_hf
+from echorl_jax.models.hf_names import TensorName, tensor_names
+from echorl_jax.models.initialise import param_shardings
+from echorl_jax.models.tensor_files import (
+    StoredTensor,
+    TensorSource,
+    stored_tensors,
+    write_tensors,
+)
+from echorl_jax.parallel import Layout
+from echorl_jax.types import Array, PyTree
+
+
+class Tokenizer(Protocol):
+    """Anything that can write itself into a directory, such as a transformers tokenizer."""
+
+    def save_pretrained(self, save_directory: str) -> Any: ...
+
+
+def load_decoder(
+    path: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    param_dtype: str = "float32",
+    remat: Remat = "layer",
+    attention: Kernel = "auto",
+) -> Decoder:
+    """The model of a directory or repository id, without its weights."""
+    config = read_config(_directory(path))
+    return Decoder(config, _name(dtype), _name(param_dtype), remat, attention)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    mesh: Mesh | None = None,
+    param_dtype: str = "float32",
+    remat: Remat = "layer",
+    attention: Kernel = "auto",
+    layout: Layout = "train",
+) -> tuple[Decoder, PyTree]:
+    """Reads a Hugging Face directory.
+
+    Args:
+      path: directory with ``config.json`` and safetensors, or a repository id (needs the extra ``[hf]`` and a network).
+      dtype: of activations and matrix products.
+      mesh: where the weights go; the first device unless given.
+      param_dtype: of the weights, whatever type is stored.
+      remat: what the backward pass recomputes.
+      attention: attention kernel.
+      layout: column of the sharding table.
+
+    Returns:
+      The static model and its params pytree.
+
+    Raises:
+      ModelError: unsupported architecture or field; missing, surplus or misshapen tensors; no safetensors.
+    """
+    directory = _directory(path)
+    model = load_decoder(
+        directory, dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention
+    )
+    stored = stored_tensors(directory)
+    names = list(tensor_names(model))
+    _check(directory, names, stored, tied=model.config.tied_embeddings)
+    shardings = None if mesh is None else param_shardings(model, mesh, layout=layout)
+    params: dict[str, Any] = {}
+    for name in names:
+        sharding = (
+            SingleDeviceSharding(jax.devices()[0])
+            if shardings is None
+            else _at(shardings, name.path)
+        )
+        _put(params, name.path, _load(name, stored, sharding, jnp.dtype(param_dtype)))
+    return model, params
+
+
+def save_model(
+    path: str | Path,
+    model: Decoder,
+    params: PyTree,
+    tokenizer: Tokenizer | None = None,
+    *,
+    dtype: str | None = None,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a directory that transformers loads.
+
+    Every process of a multi-process run calls this; the first one writes.
+
+    Args:
+      path: the directory, made if missing.
+      model: the model.
+      params: its weights.
+      tokenizer: written beside them if given.
+      dtype: of the stored tensors; the type the model was loaded from unless given, which makes a round trip bit-identical.
+      shard_bytes: largest file.
+    """
+    directory = Path(path)
+    stored_dtype = np.dtype(dtype or model.config.stored_dtype)
+    sources = {
+        name.stored[layer]: _source(name, _at(params, name.path), layer, stored_dtype)
+        for name in tensor_names(model)
+        for layer in range(len(name.stored))
+    }
+    if jax.process_index() != 0:
+        for source in sources.values():
+            source.fetch()
+        return
+    directory.mkdir(parents=True, exist_ok=True)
+    write_tensors(directory, sources, stored_dtype, shard_bytes=shard_bytes)
+    config = to_hf(model.config) | {"torch_dtype": stored_dtype.name}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(directory))
+
+
+def _directory(path: str | Path) -> Path:
+    """A local directory, or the local copy of a repository."""
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import (
+            HfHubHTTPError,
+            HFValidationError,
+            LocalEntryNotFoundError,
+        )
+    except ImportError:
+        raise ModelError(
+            f"{path} is no directory; repository ids need huggingface_hub: pip install 'echorl-jax[hf]'"
+        ) from None
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"{path} is no directory, and no repository could be had: {reason}"
+        ) from None
+
+
+def _name(dtype: Any) -> str:
+    return jnp.dtype(dtype).name
+
+
+def _check(
+    directory: Path, names: list[TensorName], stored: dict[str, StoredTensor], *, tied: bool
+) -> None:
+    """Raises one line for tensors that are missing, surplus or of another shape."""
+    shapes = {tensor: name.stored_shape for name in names for tensor in name.stored}
+    missing = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in stored]
+    surplus = [
+        f"{name} {list(tensor.shape)}"
+        for name, tensor in stored.items()
+        if name not in shapes and not _redundant(name, stored, tied=tied)
+    ]
+    wrong = [
+        f"{name} is {list(stored[name].shape)}, expected {list(shape)}"
+        for name, shape in shapes.items()
+        if name in stored and stored[name].shape != shape
+    ]
+    found = [("missing", missing), ("surplus", surplus), ("misshapen", wrong)]
+    problems = [f"{kind} tensor(s): {_some(items)}" for kind, items in found if items]
+    if problems:
+        raise ModelError(f"{directory}: {'; '.join(problems)}")
+
+
+def _redundant(name: str, stored: dict[str, StoredTensor], *, tied: bool) -> bool:
+    """Tensors that repeat what is known: rope tables of old files, and an output projection tied to the embedding."""
+    if name.endswith(".rotary_emb.inv_freq"):
+        return True
+    embedding = stored.get("model.embed_tokens.weight")
+    if not (tied and name == "lm_head.weight" and embedding):
+        return False
+    head = stored[name]
+    return head.shape == embedding.shape and bool(np.array_equal(head.view(), embedding.view()))
+
+
+def _some(items: list[str], most: int = 3) -> str:
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + rest
+
+
+def _load(name: TensorName, stored: dict[str, StoredTensor], sharding: Any, dtype: Any) -> Array:
+    """One parameter, in its shards."""
+    if not name.stacked:
+        return _device_array(name, stored[name.stored[0]], sharding).astype(dtype)
+    one = _layer_sharding(sharding)
+    shape = (len(name.stored), *name.shape)
+    stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+    write = jax.jit(_write_layer, donate_argnums=0, out_shardings=sharding)
+    for layer, tensor in enumerate(name.stored):
+        stack = write(stack, _device_array(name, stored[tensor], one), layer)
+        # Without waiting, every layer's host copy would be alive at once.
+        stack.block_until_ready()
+    return stack
+
+
+def _write_layer(stack: Array, values: Array, layer: Array) -> Array:
+    return jax.lax.dynamic_update_index_in_dim(stack, values.astype(stack.dtype), layer, 0)
+
+
+def _layer_sharding(sharding: Any) -> Any:
+    if isinstance(sharding, NamedSharding):
+        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
+    return sharding
+
+
+def _device_array(name: TensorName, tensor: StoredTensor, sharding: Any) -> Array:
+    """A stored tensor as a sharded array of its own dtype; each device reads only its slice."""
+    view = name.from_stored(tensor.view())
+    if view.dtype == np.float64:
+        view = view.astype(np.float32)
+    return jax.make_array_from_callback(
+        name.shape, sharding, lambda index: np.ascontiguousarray(view[index])
+    )
+
+
+def _source(name: TensorName, values: Array, layer: int, dtype: np.dtype) -> TensorSource:
+    return TensorSource(
+        name.stored_shape, functools.partial(_fetch, name, values, layer, dtype.name)
+    )
+
+
+def _fetch(name: TensorName, values: Array, layer: int, dtype: str) -> np.ndarray:
+    """One layer's values on the host, gathered from all devices and laid out as stored."""
+    replicated = None
+    if isinstance(values.sharding, NamedSharding):
+        replicated = NamedSharding(values.sharding.mesh, PartitionSpec())
+
+    def gather(values: Array, layer: Array) -> Array:
+        one = values[layer] if name.stacked else values
+        return name.to_stored(one.astype(dtype), jnp)
+
+    return np.asarray(jax.jit(gather, out_shardings=replicated)(values, layer))
+
+
+def _at(tree: PyTree, path: tuple[str, ...]) -> Any:
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = value

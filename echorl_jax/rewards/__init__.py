@@ -1,0 +1,7 @@
+"""Graders and the guarded pool that runs them. Nothing here imports JAX: processes start fast."""
+
+from echorl_jax.rewards.loading import GRADERS, Grader, judge, load_grader
+from echorl_jax.rewards.pool import GraderPool, PoolError
+from echorl_jax.rewards.verdict import Verdict
+
+__all__ = ["GRADERS", "Grader", "GraderPool", "PoolError", "Verdict", "judge", "load_grader"]

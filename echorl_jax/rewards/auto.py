@@ -1,0 +1,21 @@
+"""Judges each row by what it is, for files and mixtures that hold several kinds."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from echorl_jax.rewards import choice, countdown, mathematics
+from echorl_jax.rewards.verdict import Verdict
+
+
+def grade(response: str, row: Mapping[str, Any]) -> Verdict:
+    """Numbers and a target are Countdown, a letter with options is a choice, all else mathematics.
+
+    >>> grade("(B)", {"reward_model": {"ground_truth": "B"}, "options": ["four", "five"]})
+    Verdict(score=1.0, correct=True, reason='chose B')
+    """
+    truth = row["reward_model"]["ground_truth"]
+    if isinstance(truth, Mapping) and "numbers" in truth:
+        return countdown.grade(response, row)
+    if choice.options_of(row) and choice.is_choice(row):
+        return choice.grade(response, row)
+    return mathematics.grade(response, row)

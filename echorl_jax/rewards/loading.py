@@ -1,0 +1,119 @@
+"""Graders by name, and those written for other libraries."""
+
+import difflib
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from echorl_jax.config import ConfigError
+from echorl_jax.rewards.verdict import Verdict, as_verdict
+
+Grader = Callable[[str, Mapping[str, Any]], Verdict]
+
+GRADERS = {
+    "auto": "echorl_jax.rewards.auto:grade",
+    "choice": "echorl_jax.rewards.choice:grade",
+    "countdown": "echorl_jax.rewards.countdown:grade",
+    "math": "echorl_jax.rewards.mathematics:grade",
+}
+# What verl calls its reward functions with.
+VERL_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
+
+
+def load_grader(name: str) -> Grader:
+    """Finds a grader by its name in :data:`GRADERS` or as ``package.module:function``.
+
+    Three kinds of function are taken, told apart by the names of their parameters: ``(response,
+    row)``, verl's ``(data_source, solution_str, ground_truth, extra_info)`` and TRL's ``(prompts,
+    completions, **columns)``. Besides a :class:`Verdict` they may return a number or a mapping with
+    ``score``, TRL's a list of one.
+
+    Raises:
+      ConfigError: an unknown name, a module that cannot be imported, or something that is not such
+        a function.
+
+    >>> load_grader("countdown").__name__
+    'grade'
+    """
+    function = _import(GRADERS.get(name, name))
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"grader {name}: not a function") from error
+    if inspect.iscoroutinefunction(function):
+        raise ConfigError(f"grader {name}: async functions are not supported")
+    if "solution_str" in parameters:
+        return _from_verl(function, parameters)
+    if "completions" in parameters:
+        return _from_trl(function, parameters)
+    if name in GRADERS:
+        return function
+    try:
+        inspect.signature(function).bind("response", {})
+    except TypeError:
+        raise ConfigError(f"grader {name}: expected a function of (response, row)") from None
+    return lambda response, row: as_verdict(function(response, row))
+
+
+def _import(path: str) -> Callable[..., Any]:
+    module_name, colon, attribute = path.partition(":")
+    if not colon or not attribute:
+        close = difflib.get_close_matches(path, GRADERS, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        known = ", ".join(GRADERS)
+        raise ConfigError(f"grader {path!r}: one of {known}, or package.module:function{hint}")
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ConfigError(f"grader {path}: cannot import {module_name}: {error!r}") from error
+    if attribute not in vars(module):
+        raise ConfigError(f"grader {path}: {module_name} has no {attribute}")
+    return vars(module)[attribute]
+
+
+def _accepted(
+    parameters: Mapping[str, inspect.Parameter], offered: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The offered arguments that a function takes."""
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return dict(offered)
+    return {name: value for name, value in offered.items() if name in parameters}
+
+
+def _from_verl(function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]) -> Grader:
+    def grade(response: str, row: Mapping[str, Any]) -> Verdict:
+        truth = row["reward_model"]["ground_truth"]
+        values = (row["data_source"], response, truth, row.get("extra_info", {}))
+        offered: dict[str, Any] = dict(zip(VERL_ARGUMENTS, values, strict=True))
+        return as_verdict(function(**_accepted(parameters, offered)))
+
+    return grade
+
+
+def _from_trl(function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]) -> Grader:
+    """Each row is a batch of one: columns are lists of one value."""
+
+    def grade(response: str, row: Mapping[str, Any]) -> Verdict:
+        columns = {name: [value] for name, value in row.items() if name != "prompt"}
+        columns.setdefault("ground_truth", [row["reward_model"]["ground_truth"]])
+        # A prompt that was plain text has a plain completion; chat messages have a message.
+        if row.get("extra_info", {}).get("prompt_format") == "text":
+            pair = {"prompts": [row["prompt"][0]["content"]], "completions": [response]}
+        else:
+            message = {"role": "assistant", "content": response}
+            pair = {"prompts": [row["prompt"]], "completions": [[message]]}
+        scores = function(**_accepted(parameters, {**columns, **pair}))
+        if len(scores) != 1:
+            raise ValueError(f"the grader returned {len(scores)} scores for one response")
+        return Verdict.wrong("not judged") if scores[0] is None else as_verdict(scores[0])
+
+    return grade
+
+
+def judge(grader: Grader, response: str, row: Mapping[str, Any]) -> Verdict:
+    """Applies a grader to one response; whatever it raises becomes a verdict that says so."""
+    try:
+        return as_verdict(grader(response, row))
+    except (Exception, SystemExit) as error:
+        return Verdict.wrong(f"the grader raised {type(error).__name__}: {error}")

@@ -1,0 +1,70 @@
+"""What a grader says of one response."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+# Reasons are for people and travel between processes: one line, cut to this many characters.
+MAX_REASON = 200
+# A plain score from here on counts as correct.
+CORRECT_SCORE = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """The reward, whether the response is right, and why, in one line."""
+
+    score: float
+    correct: bool
+    reason: str
+
+    @classmethod
+    def right(cls, reason: str) -> "Verdict":
+        """A correct response: score 1."""
+        return cls(1.0, True, reason)
+
+    @classmethod
+    def wrong(cls, reason: str) -> "Verdict":
+        """A response that is wrong or cannot be judged: score 0."""
+        return cls(0.0, False, one_line(reason))
+
+
+def one_line(text: str) -> str:
+    """Text without line ends and control characters, cut to :data:`MAX_REASON`."""
+    start = text[: 2 * MAX_REASON]
+    clean = "".join(sign if sign.isprintable() else " " for sign in start)
+    return clean if len(clean) <= MAX_REASON else clean[: MAX_REASON - 3] + "..."
+
+
+def as_verdict(result: Any) -> Verdict:
+    """Accepts what graders of other libraries return: a number, a truth value, or a mapping.
+
+    A number is the score and is correct from 1 on. A mapping has ``score`` and may have ``acc`` for
+    correctness.
+
+    Raises:
+      TypeError: anything else.
+      ValueError: a score that is not finite.
+
+    >>> as_verdict({"score": -1.0, "acc": False})
+    Verdict(score=-1.0, correct=False, reason='scored -1')
+    """
+    if isinstance(result, Verdict):
+        score, correct, reason = float(result.score), bool(result.correct), one_line(result.reason)
+    else:
+        given: Any = result if isinstance(result, Mapping) else {"score": result}
+        score = _number(given["score"]) if "score" in given else _number(result)
+        correct = bool(given.get("acc", score >= CORRECT_SCORE))
+        reason = f"scored {score:g}"
+    if not math.isfinite(score):
+        raise ValueError(f"the grader's score is {score}")
+    return Verdict(score, correct, reason)
+
+
+def _number(value: Any) -> float:
+    # NumPy scalars have item(); text that looks like a number is a mistake.
+    plain = value.item() if hasattr(value, "item") else value
+    if not isinstance(plain, int | float):
+        raise TypeError(f"the grader returned {type(value).__name__}, not a score")
+    return float(plain)

@@ -1,0 +1,55 @@
+"""A grading process: ``python -m echorl_jax.rewards.worker FD`` serves the pool on a socket.
+
+Requests are pickled by the pool, which trusts itself; answers are JSON, so that nothing a hostile
+response might do to this process can reach the pool's unpickler.
+"""
+
+import json
+import os
+import sys
+from multiprocessing.connection import Connection
+
+from echorl_jax.rewards.loading import judge, load_grader
+from echorl_jax.rewards.verdict import one_line
+
+
+def serve(connection: Connection) -> None:
+    """Reads the set-up, says that it is ready, then answers each (response, row) with a verdict."""
+    search_path, name, memory_mb = connection.recv()
+    sys.path[:] = search_path
+    try:
+        grader = load_grader(name)
+        _limit_memory(memory_mb)
+    except Exception as error:
+        connection.send_bytes(json.dumps({"failed": one_line(str(error))}).encode())
+        return
+    connection.send_bytes(json.dumps({"ready": True}).encode())
+    while True:
+        try:
+            response, row = connection.recv()
+        except EOFError:
+            return
+        verdict = judge(grader, response, row)
+        answer = [verdict.score, verdict.correct, verdict.reason]
+        connection.send_bytes(json.dumps(answer).encode())
+
+
+def _limit_memory(memory_mb: int) -> None:
+    """Caps the address space at what is in use now and ``memory_mb`` MiB more, on Linux."""
+    try:
+        import resource
+
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    except (ImportError, OSError):
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    limit = used + memory_mb * 2**20
+    if hard != resource.RLIM_INFINITY:
+        limit = min(limit, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+if __name__ == "__main__":
+    serve(Connection(int(sys.argv[1])))

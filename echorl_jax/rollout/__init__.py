@@ -1,0 +1,15 @@
+"""The sampler: prompts in, completions with their log-probabilities and entropies out."""
+
+from echorl_jax.rollout.generate import Progress, generate, generate_with_progress, rollout_params
+from echorl_jax.rollout.scoring import join_rows, score, score_rollouts, score_rows
+
+__all__ = [
+    "Progress",
+    "generate",
+    "generate_with_progress",
+    "join_rows",
+    "rollout_params",
+    "score",
+    "score_rollouts",
+    "score_rows",
+]

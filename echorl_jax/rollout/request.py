@@ -1,0 +1,109 @@
+"""A call's host side: prompts and per-row settings, checked and padded to a shape of the closed set."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from echorl_jax.rollout.buckets import bucket
+from echorl_jax.rollout.settings import check_tokens
+
+# Prompts are padded to a multiple of this.
+PROMPT_MULTIPLE = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Host arrays of one call. P and N include padding; only the first ``count`` rows are written."""
+
+    tokens: np.ndarray  # i32 [P, S]
+    length: np.ndarray  # i32 [P]
+    group: np.ndarray  # i32 [N]
+    limit: np.ndarray  # i32 [N]
+    forced: np.ndarray  # i32 [N, F]
+    forced_length: np.ndarray  # i32 [N]
+    prompts: int
+    count: int
+
+
+def make_request(
+    prompts: Sequence[Sequence[int]],
+    *,
+    group_size: int,
+    max_new_tokens: int,
+    row_limits: Sequence[int] | None,
+    prefixes: Sequence[Sequence[int]] | None,
+    vocab_size: int,
+    multiple: int,
+) -> Request:
+    """Checks and pads.
+
+    Args:
+      prompts: token ids, P lists.
+      group_size: rows per prompt; row i answers prompt ``i // group_size``.
+      max_new_tokens: T.
+      row_limits: shorter limits for single rows, N numbers.
+      prefixes: tokens with which rows have to begin, N lists.
+      vocab_size: V.
+      multiple: P is padded to a multiple of this (the shards of the rows).
+
+    Raises:
+      ValueError: an empty list, a length or a token out of range, naming which.
+    """
+    if not prompts:
+        raise ValueError("prompts: there is none")
+    for name, size in (("group_size", group_size), ("max_new_tokens", max_new_tokens)):
+        if size < 1:
+            raise ValueError(f"{name}={size}: must be at least 1")
+    count = len(prompts) * group_size
+    limit = _limits(row_limits, count, max_new_tokens)
+    prefixes = [()] * count if prefixes is None else prefixes
+    if len(prefixes) != count:
+        raise ValueError(f"prefixes: {len(prefixes)} for {count} rows")
+    for row, prefix in enumerate(prefixes):
+        check_tokens(f"prefixes[{row}]", prefix, vocab_size)
+        if len(prefix) > limit[row]:
+            raise ValueError(
+                f"prefixes[{row}]: {len(prefix)} tokens, but the row may have {limit[row]}"
+            )
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompts[{index}] is empty")
+        check_tokens(f"prompts[{index}]", prompt, vocab_size)
+
+    padded = bucket(len(prompts), multiple=multiple)
+    longest = max(map(len, prompts))
+    blank = [()] * (padded - len(prompts))
+    tokens, length = pad_lists([*prompts, *blank], bucket(longest, multiple=PROMPT_MULTIPLE))
+    width = max(map(len, prefixes))
+    forced, forced_length = pad_lists([*prefixes, *blank * group_size], width and bucket(width))
+    return Request(
+        tokens=tokens,
+        length=np.maximum(length, 1),
+        group=np.repeat(np.arange(padded, dtype=np.int32), group_size),
+        limit=np.concatenate([limit, np.ones(padded * group_size - count, np.int32)]),
+        forced=forced,
+        forced_length=forced_length,
+        prompts=len(prompts),
+        count=count,
+    )
+
+
+def _limits(row_limits: Sequence[int] | None, count: int, longest: int) -> np.ndarray:
+    if row_limits is None:
+        return np.full(count, longest, np.int32)
+    if len(row_limits) != count:
+        raise ValueError(f"row_limits: {len(row_limits)} for {count} rows")
+    limit = np.asarray(row_limits, np.int32)
+    if limit.min() < 1 or limit.max() > longest:
+        raise ValueError(f"row_limits: must lie in [1, max_new_tokens={longest}]")
+    return limit
+
+
+def pad_lists(lists: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lists of tokens as i32 ``[rows, width]``, zeros on the right, and their lengths i32 ``[rows]``."""
+    tokens, length = np.zeros((len(lists), width), np.int32), np.zeros(len(lists), np.int32)
+    for row, ids in enumerate(lists):
+        tokens[row, : len(ids)] = ids
+        length[row] = len(ids)
+    return tokens, length

@@ -1,0 +1,178 @@
+"""Log-probabilities and entropies of given completions, by the very functions the trainer uses."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from echorl_jax.core import logprobs_and_entropy
+from echorl_jax.models import Decoder
+from echorl_jax.rollout.buckets import bucket, greatest_divisor
+from echorl_jax.rollout.request import PROMPT_MULTIPLE, pad_lists
+from echorl_jax.rollout.settings import check_tokens
+from echorl_jax.types import Array, PyTree, Rollouts
+
+
+def join_rows(rollouts: Rollouts) -> tuple[Array, Array]:
+    """Each rollout as one right-padded row, its prompt followed by its completion.
+
+    Returns:
+      tokens i32 ``[N, S + T]`` (0 where padded) and their number i32 ``[N]``.
+    """
+    prompt = rollouts.prompt_ids[rollouts.group]
+    before = rollouts.prompt_length[rollouts.group]
+    both = jnp.concatenate([prompt, rollouts.completion_ids], axis=1)
+    column = jnp.arange(both.shape[1])[None, :]
+    length = before + rollouts.completion_length
+    skipped = (
+        prompt.shape[1] - before[:, None]
+    )  # the prompt's padding, which the completion closes up over
+    source = jnp.where(column < before[:, None], column, column + skipped)
+    tokens = jnp.take_along_axis(both, jnp.minimum(source, both.shape[1] - 1), axis=1)
+    return jnp.where(column < length[:, None], tokens, 0), length
+
+
+def score_rows(
+    model: Decoder,
+    params: PyTree,
+    tokens: Array,
+    prompt_length: Array,
+    length: Array,
+    *,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    chunk_size: int = 1024,
+) -> tuple[Array, Array]:
+    """Scores the tokens after each row's prompt; pure, differentiable.
+
+    Args:
+      model, params: the decoder.
+      tokens: i32 ``[B, L]``, prompt then completion, padded on the right.
+      prompt_length: i32 ``[B]``, at least 1.
+      length: i32 ``[B]``, prompt and completion.
+      max_new_tokens: T.
+      temperature: divides the logits; above 0.
+      chunk_size: tokens whose logits exist at once.
+
+    Returns:
+      (logprobs, entropy), f32 ``[B, T]``, 0 past the completion. Entry t belongs to ``tokens[b, prompt_length[b] + t]``.
+    """
+    hidden = model.hidden(params, tokens, lengths=length)
+    position = prompt_length[:, None] + jnp.arange(max_new_tokens)[None, :]
+    inside = position < length[:, None]
+    position = jnp.minimum(position, tokens.shape[1] - 1)
+    predicting = jnp.take_along_axis(hidden, position[:, :, None] - 1, axis=1)
+    targets = jnp.take_along_axis(tokens, position, axis=1)
+    scores = logprobs_and_entropy(
+        predicting, model.head(params), targets, temperature=temperature, chunk_size=chunk_size
+    )
+    logprobs, entropy = (jnp.where(inside, score, 0.0) for score in scores)
+    return logprobs, entropy
+
+
+@functools.partial(jax.jit, static_argnames=("model", "temperature", "rows", "chunk_size"))
+def score_rollouts(
+    model: Decoder,
+    params: PyTree,
+    rollouts: Rollouts,
+    *,
+    temperature: float = 1.0,
+    rows: int = 32,
+    chunk_size: int = 1024,
+) -> tuple[Array, Array]:
+    """What the trainer computes for these completions: the other side of the sampler's own numbers.
+
+    Args:
+      model, params: the decoder.
+      rollouts: N completions.
+      temperature: the one they were sampled at (1 for greedy ones).
+      rows: most rows computed at once.
+      chunk_size: tokens whose logits exist at once.
+
+    Returns:
+      (logprobs, entropy), f32 ``[N, T]``, 0 past each completion's end.
+    """
+    tokens, length = join_rows(rollouts)
+    prompt_length = rollouts.prompt_length[rollouts.group]
+    count, longest = rollouts.completion_ids.shape
+    score = functools.partial(
+        score_rows,
+        model,
+        params,
+        max_new_tokens=longest,
+        temperature=temperature,
+        chunk_size=chunk_size,
+    )
+    pieces = count // greatest_divisor(count, most=rows)
+    if pieces == 1:
+        return score(tokens, prompt_length, length)
+    cut = jax.tree.map(
+        lambda x: x.reshape(pieces, -1, *x.shape[1:]), (tokens, prompt_length, length)
+    )
+    logprobs, entropy = lax.map(lambda piece: score(*piece), cut)
+    return logprobs.reshape(count, longest), entropy.reshape(count, longest)
+
+
+def score(
+    model: Decoder,
+    params: PyTree,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    temperature: float = 1.0,
+    rows: int = 32,
+    chunk_size: int = 1024,
+) -> tuple[Array, Array]:
+    """Scores completions that somebody else wrote, such as expert trajectories.
+
+    Args:
+      model, params: the decoder.
+      prompts, completions: N token lists each.
+      temperature, rows, chunk_size: as in :func:`score_rollouts`.
+
+    Returns:
+      (logprobs, entropy), f32 ``[N, T]`` with T the longest completion; 0 past each one's end.
+
+    Raises:
+      ValueError: the lists differ in number, one is empty, or a token is outside the vocabulary.
+    """
+    if len(prompts) != len(completions) or not prompts:
+        raise ValueError(f"{len(prompts)} prompts for {len(completions)} completions")
+    for name, lists in (("prompts", prompts), ("completions", completions)):
+        for index, ids in enumerate(lists):
+            if not len(ids):
+                raise ValueError(f"{name}[{index}] is empty")
+            check_tokens(f"{name}[{index}]", ids, model.config.vocab_size)
+    given = given_rollouts(prompts, completions)
+    logprobs, entropy = score_rollouts(
+        model, params, given, temperature=temperature, rows=rows, chunk_size=chunk_size
+    )
+    count, longest = len(completions), max(map(len, completions))
+    return logprobs[:count, :longest], entropy[:count, :longest]
+
+
+def given_rollouts(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+) -> Rollouts:
+    """Token lists as :class:`Rollouts`, one prompt per row, padded to a shape of the closed set; log-probabilities are 0."""
+    count = bucket(len(prompts))
+    padding = [(0,)] * (count - len(prompts))
+    prompt_ids, prompt_length = pad_lists(
+        [*prompts, *padding], bucket(max(map(len, prompts)), multiple=PROMPT_MULTIPLE)
+    )
+    ids, length = pad_lists(
+        [*completions, *padding], bucket(max(map(len, completions)), multiple=PROMPT_MULTIPLE)
+    )
+    nothing = jnp.zeros(ids.shape, jnp.float32)
+    return Rollouts(
+        prompt_ids=jnp.asarray(prompt_ids),
+        prompt_length=jnp.asarray(prompt_length),
+        group=jnp.arange(count, dtype=jnp.int32),
+        completion_ids=jnp.asarray(ids),
+        completion_length=jnp.asarray(length),
+        rollout_logprobs=nothing,
+        token_entropy=nothing,
+        truncated=jnp.zeros(count, bool),
+    )

@@ -1,0 +1,184 @@
+"""From graded rollouts to a :class:`TrainBatch`: advantages, steps, EchoClips, final weights."""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from echorl_jax.config import EchoConfig
+from echorl_jax.core import (
+    Objective,
+    aggregation_weights,
+    clip_weights,
+    mine_echo_clips,
+    step_entropy,
+    step_ids,
+)
+from echorl_jax.rollout import join_rows
+from echorl_jax.types import Array, EchoClips, Graded, LossTerm, Rollouts, TrainBatch, pytree
+
+
+@pytree
+class BatchStats:
+    """What a step's rollouts looked like, before any update."""
+
+    reward: LossTerm
+    correct: LossTerm
+    all_success: LossTerm  # over groups
+    all_failure: LossTerm  # over groups
+    length: LossTerm  # tokens
+    truncated: LossTerm
+    token_entropy: LossTerm  # nats, over completion tokens
+    clips: Array  # i32 []
+    clip_tokens: LossTerm
+    clip_entropy: LossTerm  # nats
+    joined_steps: LossTerm  # rows with more steps than the bound
+
+
+@pytree
+class Assembled:
+    """A batch and what the logs want to know of it."""
+
+    batch: TrainBatch
+    clips: EchoClips
+    step_ids: Array  # i32 [N, T]
+    step_entropy: Array  # f32 [N, num_steps]
+    stats: BatchStats
+
+
+@functools.partial(jax.jit, static_argnames=("objective",))
+def score(rollouts: Rollouts, graded: Graded, *, objective: Objective) -> Array:
+    """Advantages ``[N]`` f32 over the whole batch of a step."""
+    return objective.advantages(
+        graded.rewards,
+        rollouts.group,
+        num_groups=rollouts.prompt_ids.shape[0],
+        lengths=rollouts.completion_length,
+        on_policy=graded.on_policy,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "echo", "max_tokens"))
+def assemble(
+    rollouts: Rollouts,
+    graded: Graded,
+    advantages: Array,
+    in_policy: Array,
+    in_echo: Array,
+    is_delimiter: Array,
+    key: Array,
+    *,
+    objective: Objective,
+    echo: EchoConfig,
+    max_tokens: int,
+) -> Assembled:
+    """Steps, clips and final weights of the rows of one update.
+
+    Args:
+      rollouts: as sampled, with P prompts and N rows.
+      graded: their verdicts.
+      advantages: f32 ``[N]``, from :func:`score`.
+      in_policy: bool ``[N]``, rows of the policy loss.
+      in_echo: bool ``[N]``, rows that may give clips.
+      is_delimiter: bool ``[V]``, tokens that end a reasoning step.
+      key: for random choices of clips or tokens.
+      objective: static.
+      echo: static; ``enabled`` off mines nothing.
+      max_tokens: the constant length of ``seq-mean-token-sum-norm``.
+    """
+    num_rows, width = rollouts.completion_ids.shape
+    num_groups = rollouts.prompt_ids.shape[0]
+    mask = _completion_mask(rollouts)
+    loss_mask = mask & in_policy[:, None]
+    num_steps = min(echo.max_steps, width)
+    steps = step_ids(rollouts.completion_ids, mask, is_delimiter)
+    mean_entropy, _ = step_entropy(rollouts.token_entropy, steps, num_steps)
+    clips = mine_echo_clips(
+        rollouts.token_entropy,
+        steps,
+        graded.correct & in_echo & echo.enabled,
+        rollouts.group,
+        num_groups=num_groups,
+        num_steps=num_steps,
+        on_policy=graded.on_policy,
+        select=echo.select,
+        top_k=echo.top_k,
+        min_step_tokens=echo.min_step_tokens,
+        when=echo.when,
+        key=key,
+    )
+    tokens, length = join_rows(rollouts)
+    batch = TrainBatch(
+        tokens=tokens,
+        prompt_length=rollouts.prompt_length[rollouts.group],
+        length=length,
+        loss_mask=loss_mask.astype(jnp.float32),
+        advantages=advantages,
+        old_logprobs=rollouts.rollout_logprobs,
+        rollout_logprobs=rollouts.rollout_logprobs,
+        token_weights=aggregation_weights(
+            loss_mask, mode=objective.aggregation, max_tokens=max_tokens
+        ),
+        echo_weights=clip_weights(clips, (num_rows, width), normalise=echo.normalise),
+        on_policy=graded.on_policy,
+    )
+    if objective.select_tokens is not None:
+        selected = objective.select_tokens(
+            batch.old_logprobs, batch.old_logprobs, advantages, loss_mask, key, objective
+        )
+        batch = dataclasses.replace(batch, selected=selected)
+    stats = _stats(rollouts, graded, clips, steps, mask, num_groups, num_steps)
+    return Assembled(batch, clips, steps, mean_entropy, stats)
+
+
+def join_assembled(parts: Sequence[Assembled]) -> Assembled:
+    """Mini-batches end to end (NumPy); rows of clips count over all of them."""
+    if len(parts) == 1:
+        return parts[0]
+    starts = np.cumsum([0] + [len(part.batch.advantages) for part in parts[:-1]])
+    moved = [
+        dataclasses.replace(part, clips=dataclasses.replace(part.clips, row=part.clips.row + start))
+        for part, start in zip(parts, starts, strict=True)
+    ]
+    stats = jax.tree.map(lambda *values: sum(values), *[part.stats for part in parts])
+    joined = [dataclasses.replace(part, stats=stats) for part in moved]
+    arrays = jax.tree.map(
+        lambda *values: np.concatenate(values) if np.ndim(values[0]) else values[0], *joined
+    )
+    return arrays
+
+
+def _completion_mask(rollouts: Rollouts) -> Array:
+    width = rollouts.completion_ids.shape[1]
+    return jnp.arange(width)[None, :] < rollouts.completion_length[:, None]
+
+
+def _stats(
+    rollouts: Rollouts,
+    graded: Graded,
+    clips: EchoClips,
+    steps: Array,
+    mask: Array,
+    num_groups: int,
+    num_steps: int,
+) -> BatchStats:
+    size = jax.ops.segment_sum(jnp.ones_like(graded.rewards), rollouts.group, num_groups)
+    hits = jax.ops.segment_sum(graded.correct.astype(jnp.float32), rollouts.group, num_groups)
+    rows = graded.rewards.shape[0]
+    valid = clips.valid.sum()
+    return BatchStats(
+        reward=LossTerm.of(graded.rewards.sum(), rows),
+        correct=LossTerm.of(graded.correct.sum(), rows),
+        all_success=LossTerm.of(((hits == size) & (size > 0)).sum(), num_groups),
+        all_failure=LossTerm.of(((hits == 0) & (size > 0)).sum(), num_groups),
+        length=LossTerm.of(rollouts.completion_length.sum(), rows),
+        truncated=LossTerm.of(rollouts.truncated.sum(), rows),
+        token_entropy=LossTerm.of((rollouts.token_entropy * mask).sum(), mask.sum()),
+        clips=valid,
+        clip_tokens=LossTerm.of(jnp.where(clips.valid, clips.length, 0).sum(), valid),
+        clip_entropy=LossTerm.of(jnp.where(clips.valid, clips.entropy, 0.0).sum(), valid),
+        joined_steps=LossTerm.of((steps.max(axis=1) >= num_steps).sum(), rows),
+    )

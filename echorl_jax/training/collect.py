@@ -1,0 +1,234 @@
+"""One step's experience: sample groups, add experts and hints, grade, refill where asked to."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TypeVar
+
+import jax
+import numpy as np
+
+from echorl_jax.core import Objective, mixed_groups, overlong_punishment
+from echorl_jax.data import Prompt
+from echorl_jax.evaluation import grade_rollouts
+from echorl_jax.rewards import Verdict
+from echorl_jax.rollout import generate
+from echorl_jax.training.experts import append_experts, with_hints
+from echorl_jax.training.logs import timed
+from echorl_jax.training.run import Run
+from echorl_jax.training.session import Session
+from echorl_jax.types import Array, Graded, HostArray, PyTree, Rollouts
+
+_T = TypeVar("_T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experience:
+    """Graded rollouts on the host (NumPy), with their texts."""
+
+    prompts: tuple[Prompt, ...]  # P, as the policy saw them
+    hint_tokens: HostArray  # i32 [P], last tokens of each prompt that are a hint
+    rollouts: Rollouts
+    graded: Graded
+    in_policy: HostArray  # bool [N], rows of the policy loss
+    in_echo: HostArray  # bool [N], rows that may give clips
+    responses: tuple[str, ...]  # N
+    reasons: tuple[str, ...]  # N
+    seconds: dict[str, float]
+    rounds: int = 1
+
+
+def collect(run: Run, params: PyTree, key: Array, *, step: int) -> Experience:
+    """Samples and grades groups for the next prompts.
+
+    With dynamic sampling more rounds follow until ``prompts_per_step`` groups are mixed, or
+    ``max_rounds`` is reached. Groups that are not mixed, or too many, are left out of the policy
+    loss; all-right ones still give clips. Groups are in the order in which mini-batches take them.
+    """
+    config = run.session.config
+    rounds: list[Experience] = []
+    for number in range(config.objective.max_rounds if run.objective.dynamic_sampling else 1):
+        rounds.append(_sample_round(run, params, jax.random.fold_in(key, number), step=step))
+        if _mixed(rounds).sum() >= config.rollout.prompts_per_step:
+            break
+    found = _join(rounds)
+    if run.objective.dynamic_sampling:
+        found = _filter(
+            found,
+            _mixed(rounds),
+            wanted=config.rollout.prompts_per_step,
+            keep_solved=config.echo.filtered_groups == "keep",
+        )
+    return _deal(found, config.objective.mini_batches)
+
+
+def split(found: Experience, parts: int) -> list[Experience]:
+    """Equal runs of whole groups, in order."""
+    count = len(found.prompts) // parts
+    return [_take(found, np.arange(i * count, (i + 1) * count)) for i in range(parts)]
+
+
+def _sample_round(run: Run, params: PyTree, key: Array, *, step: int) -> Experience:
+    session, objective, config = run.session, run.objective, run.session.config
+    seconds: dict[str, float] = {}
+    prompts, hint_tokens = next(run.stream), np.zeros(config.rollout.prompts_per_step, np.int32)
+    if objective.hints:
+        horizon = config.objective.hint_steps or max(1, round(0.6 * config.steps))
+        prompts, hint_tokens = with_hints(
+            prompts,
+            session.tokenizer,
+            jax.random.fold_in(key, 1),
+            step=step - 1,
+            horizon=horizon,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+        )
+    with timed(seconds, "rollout"):
+        rollouts = generate(
+            session.model,
+            params,
+            [prompt.ids for prompt in prompts],
+            key,
+            group_size=config.rollout.group_size - objective.expert_rows,
+            max_new_tokens=config.rollout.max_new_tokens,
+            temperature=config.rollout.temperature,
+            top_k=config.rollout.top_k,
+            top_p=config.rollout.top_p,
+            slots=config.rollout.slots,
+            eos_ids=session.eos_ids,
+            mesh=session.mesh,
+        )
+        rollouts = jax.device_get(rollouts)
+        on_policy = np.ones(len(rollouts.group), bool)
+        if objective.expert_rows:
+            rollouts, on_policy = append_experts(
+                rollouts, prompts, session.tokenizer, count=objective.expert_rows
+            )
+    with timed(seconds, "grade"):
+        texts = grade_rollouts(
+            rollouts,
+            [prompt.row for prompt in prompts],
+            tokenizer=session.tokenizer,
+            grader=run.grader,
+        )
+    return Experience(
+        prompts=tuple(prompts),
+        hint_tokens=hint_tokens,
+        rollouts=rollouts,
+        graded=_graded(session, objective, rollouts, texts.verdicts, on_policy),
+        in_policy=np.ones(len(on_policy), bool),
+        in_echo=np.ones(len(on_policy), bool),
+        responses=texts.responses,
+        reasons=tuple(verdict.reason for verdict in texts.verdicts),
+        seconds=seconds,
+    )
+
+
+def _graded(
+    session: Session,
+    objective: Objective,
+    rollouts: Rollouts,
+    verdicts: Sequence[Verdict],
+    on_policy: HostArray,
+) -> Graded:
+    """Scores as rewards, with the overlong punishment where the objective has one."""
+    scores: HostArray = np.array([verdict.score for verdict in verdicts], np.float32)
+    correct: HostArray = scores >= session.config.objective.success_threshold
+    longest = session.config.rollout.max_new_tokens
+    buffer_tokens = int(objective.overlong_buffer * longest)
+    if buffer_tokens:
+        punishment = overlong_punishment(
+            rollouts.completion_length, max_tokens=longest, buffer_tokens=buffer_tokens
+        )
+        scores = scores + np.where(on_policy, punishment, 0.0).astype(np.float32)
+    return Graded(rewards=scores, correct=correct, on_policy=on_policy)
+
+
+def _mixed(rounds: Sequence[Experience]) -> np.ndarray:
+    """The groups with successes and failures, bool ``[P]`` over all rounds."""
+    flags = [
+        mixed_groups(part.graded.correct, part.rollouts.group, num_groups=len(part.prompts))
+        for part in rounds
+    ]
+    return np.concatenate([np.asarray(flag) for flag in flags])
+
+
+def _filter(found: Experience, mixed: np.ndarray, *, wanted: int, keep_solved: bool) -> Experience:
+    """The first ``wanted`` mixed groups for the policy loss, and all-right ones for clips."""
+    group, correct = found.rollouts.group, found.graded.correct
+    chosen = mixed & (np.cumsum(mixed) <= wanted)
+    solved = ~mixed & (np.bincount(group, weights=correct, minlength=len(mixed)) > 0)
+    gives_clips = chosen | solved if keep_solved else chosen
+    return dataclasses.replace(found, in_policy=chosen[group], in_echo=gives_clips[group])
+
+
+def _join(rounds: Sequence[Experience]) -> Experience:
+    """Rounds end to end; a row's group counts over all of them."""
+    if len(rounds) == 1:
+        return rounds[0]
+    starts = np.cumsum([0] + [len(part.prompts) for part in rounds[:-1]])
+    rollouts = [
+        dataclasses.replace(part.rollouts, group=part.rollouts.group + start)
+        for part, start in zip(rounds, starts.astype(np.int32), strict=True)
+    ]
+    # The sampler pads prompts to the longest of the round.
+    width = max(part.prompt_ids.shape[1] for part in rollouts)
+    rollouts = [
+        dataclasses.replace(
+            part,
+            prompt_ids=np.pad(part.prompt_ids, [(0, 0), (0, width - part.prompt_ids.shape[1])]),
+        )
+        for part in rollouts
+    ]
+    return Experience(
+        prompts=tuple(prompt for part in rounds for prompt in part.prompts),
+        hint_tokens=np.concatenate([part.hint_tokens for part in rounds]),
+        rollouts=_concatenate(rollouts),
+        graded=_concatenate([part.graded for part in rounds]),
+        in_policy=np.concatenate([part.in_policy for part in rounds]),
+        in_echo=np.concatenate([part.in_echo for part in rounds]),
+        responses=tuple(text for part in rounds for text in part.responses),
+        reasons=tuple(text for part in rounds for text in part.reasons),
+        seconds={name: sum(part.seconds[name] for part in rounds) for name in rounds[0].seconds},
+        rounds=len(rounds),
+    )
+
+
+def _concatenate(parts: Sequence[_T]) -> _T:
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
+
+
+def _deal(found: Experience, parts: int) -> Experience:
+    """Reorders groups so that equal runs of them share the policy groups evenly."""
+    if parts == 1:
+        return found
+    size = len(found.responses) // len(found.prompts)
+    order = np.argsort(~found.in_policy[::size], kind="stable")
+    return _take(found, np.concatenate([order[i::parts] for i in range(parts)]))
+
+
+def _take(found: Experience, groups: np.ndarray) -> Experience:
+    """The given groups, in that order, with all their rows (groups are equally large)."""
+    size = len(found.responses) // len(found.prompts)
+    rows = (groups[:, None] * size + np.arange(size)[None, :]).reshape(-1)
+    whole = found.rollouts
+    group: HostArray = np.repeat(np.arange(len(groups), dtype=np.int32), size)
+    rollouts = Rollouts(
+        prompt_ids=whole.prompt_ids[groups],
+        prompt_length=whole.prompt_length[groups],
+        group=group,
+        completion_ids=whole.completion_ids[rows],
+        completion_length=whole.completion_length[rows],
+        rollout_logprobs=whole.rollout_logprobs[rows],
+        token_entropy=whole.token_entropy[rows],
+        truncated=whole.truncated[rows],
+    )
+    return dataclasses.replace(
+        found,
+        prompts=tuple(found.prompts[g] for g in groups),
+        hint_tokens=found.hint_tokens[groups],
+        rollouts=rollouts,
+        graded=jax.tree.map(lambda array: array[rows], found.graded),
+        in_policy=found.in_policy[rows],
+        in_echo=found.in_echo[rows],
+        responses=tuple(found.responses[r] for r in rows),
+        reasons=tuple(found.reasons[r] for r in rows),
+    )

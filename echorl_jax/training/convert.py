@@ -1,0 +1,53 @@
+"""Between Hugging Face directories and Orbax checkpoints of the bare weights."""
+
+import shutil
+from pathlib import Path
+
+import jax
+import orbax.checkpoint as ocp
+
+from echorl_jax.data import load_tokenizer
+from echorl_jax.data.tokens import BUILTIN
+from echorl_jax.errors import UserError
+from echorl_jax.models import load_decoder, load_model, save_model
+
+# Inside a converted directory: the weights, and all that is not weights as it came.
+WEIGHTS, ORIGINAL = "params", "huggingface"
+
+
+def convert(model: str, out: Path) -> str:
+    """Converts in the direction that ``model`` asks for; returns a line on what was written.
+
+    Raises:
+      UserError: no such model, or ``out`` exists.
+    """
+    if out.exists():
+        raise UserError(f"{out} exists already")
+    source = Path(BUILTIN.get(model, model))
+    if (source / WEIGHTS).is_dir():
+        return _to_hugging_face(source, out)
+    return _to_orbax(source, model, out)
+
+
+def _to_orbax(source: Path, model: str, out: Path) -> str:
+    path = str(source) if source.is_dir() else model
+    decoder, params = load_model(path, param_dtype="float32")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((out / WEIGHTS).resolve(), params)
+    (out / ORIGINAL).mkdir()
+    for file in source.glob("*"):
+        if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
+            shutil.copy(file, out / ORIGINAL)
+    return f"{out}: Orbax checkpoint of {_count(params)} parameters"
+
+
+def _to_hugging_face(source: Path, out: Path) -> str:
+    decoder = load_decoder(str(source / ORIGINAL))
+    with ocp.StandardCheckpointer() as checkpointer:
+        params = checkpointer.restore((source / WEIGHTS).resolve(), decoder.param_shapes())
+    save_model(out, decoder, params, load_tokenizer(str(source / ORIGINAL)))
+    return f"{out}: Hugging Face directory of {_count(params)} parameters"
+
+
+def _count(params) -> str:
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,}"

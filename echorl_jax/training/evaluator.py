@@ -1,0 +1,65 @@
+"""The periodic evaluation of a run on held-out rows."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from echorl_jax.data import encode_prompt, load_rows
+from echorl_jax.evaluation import attempt_rows, score_by_source
+from echorl_jax.rewards import GraderPool
+from echorl_jax.training.session import Session
+from echorl_jax.types import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """Held-out rows and how they are tried."""
+
+    session: Session
+    grader: GraderPool
+    rows: Sequence[Mapping[str, Any]]
+    prompts: Sequence[Sequence[int]]
+
+    @classmethod
+    def load(cls, session: Session, grader: GraderPool) -> "Evaluator":
+        """Reads and encodes ``config.data.eval``; no rows when nothing is to be evaluated."""
+        config = session.config
+        if not config.eval.every:
+            return cls(session, grader, (), ())
+        rows = load_rows(config.data.eval, on_bad_row=config.data.on_bad_row)
+        rows = list(itertools.islice(rows, config.eval.rows or None))
+        prompts = [encode_prompt(session.tokenizer, row, config.data.template) for row in rows]
+        longest = config.data.max_prompt_tokens
+        fits = [i for i, ids in enumerate(prompts) if len(ids) <= longest]
+        return cls(session, grader, [rows[i] for i in fits], [prompts[i] for i in fits])
+
+    def due(self, step: int) -> bool:
+        """Before the first step, every ``eval.every`` steps, and after the last."""
+        every, last = self.session.config.eval.every, self.session.config.steps
+        return bool(self.rows) and (step % every == 0 or step == last)
+
+    def scores(self, params: PyTree) -> dict[str, float]:
+        """``eval/<source>/pass@1`` and pass@k for each data source; the same draws every time."""
+        config = self.session.config
+        attempts = attempt_rows(
+            self.session.model,
+            params,
+            self.rows,
+            self.prompts,
+            jax.random.key(config.seed + 1),
+            tokenizer=self.session.tokenizer,
+            grader=self.grader,
+            samples=config.eval.samples,
+            max_new_tokens=config.rollout.max_new_tokens,
+            temperature=config.eval.temperature,
+            mesh=self.session.mesh,
+        )
+        outcomes = [(a.data_source, a.problem, a.verdict.correct) for a in attempts]
+        return {
+            f"eval/{source}/pass@{k}": value
+            for source, result in score_by_source(outcomes).items()
+            for k, value in result.pass_at.items()
+        }

@@ -1,0 +1,170 @@
+"""Expert trajectories in groups (LUFFY) and expert hints in prompts (UFT)."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from echorl_jax.config import ConfigError
+from echorl_jax.core import hint_lines
+from echorl_jax.data import Prompt, encode_target
+from echorl_jax.types import Array, HostArray, Rollouts, TrainBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def target_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int]:
+    """The tokens of a prompt's expert trajectory, EOS included.
+
+    Raises:
+      ConfigError: the row has none; the line names it.
+    """
+    try:
+        return encode_target(tokenizer, prompt.row)
+    except ValueError as error:
+        raise ConfigError(f"row {prompt.index} of data.train: {error}") from error
+
+
+def append_experts(
+    rollouts: Rollouts,
+    prompts: Sequence[Prompt],
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    count: int,
+) -> tuple[Rollouts, np.ndarray]:
+    """Adds the row's expert trajectory, ``count`` times, at the end of each group.
+
+    Args:
+      rollouts: NumPy arrays, group-major with equal group sizes.
+      prompts: with a ``target`` in each row; a trajectory longer than T is cut there.
+
+    Returns:
+      The rollouts and ``on_policy``, bool ``[N]``, False for the expert rows. These have no
+      log-probabilities and no entropies: zeros.
+    """
+    groups, (rows, width) = len(prompts), rollouts.completion_ids.shape
+    ids = np.zeros((groups, width), np.int32)
+    length = np.zeros(groups, np.int32)
+    whole = np.zeros(groups, bool)
+    for place, prompt in enumerate(prompts):
+        target = target_ids(tokenizer, prompt)
+        length[place] = min(len(target), width)
+        ids[place, : length[place]] = target[:width]
+        whole[place] = len(target) <= width
+
+    def add(own: HostArray, expert: HostArray) -> HostArray:
+        own = own.reshape(groups, rows // groups, *own.shape[1:])
+        expert = np.repeat(expert[:, None], count, axis=1)
+        joined = np.concatenate([own, expert.astype(own.dtype)], axis=1)
+        return joined.reshape(-1, *own.shape[2:])
+
+    joined = dataclasses.replace(
+        rollouts,
+        group=add(rollouts.group, np.arange(groups)),
+        completion_ids=add(rollouts.completion_ids, ids),
+        completion_length=add(rollouts.completion_length, length),
+        rollout_logprobs=add(rollouts.rollout_logprobs, np.zeros((groups, width))),
+        token_entropy=add(rollouts.token_entropy, np.zeros((groups, width))),
+        truncated=add(rollouts.truncated, ~whole),
+    )
+    return joined, add(np.ones(rows, bool), np.zeros(groups, bool))
+
+
+def with_hints(
+    prompts: Sequence[Prompt],
+    tokenizer: "PreTrainedTokenizerBase",
+    key: Array,
+    *,
+    step: int,
+    horizon: int,
+    max_prompt_tokens: int,
+) -> tuple[list[Prompt], np.ndarray]:
+    """Appends the first lines of each expert solution to its prompt, by UFT's schedule.
+
+    Args:
+      step: training step, counted from 0.
+      horizon: steps with hints.
+      max_prompt_tokens: a hint that does not fit loses its last lines.
+
+    Returns:
+      The prompts, and the tokens of each one's hint, i32 ``[P]``.
+    """
+    solutions = [hint_segments(prompt) for prompt in prompts]
+    count: HostArray = np.array([len(lines) for lines in solutions], np.int32)
+    shown = np.asarray(hint_lines(key, count, step, horizon=horizon))
+    hinted, lengths = [], np.zeros(len(prompts), np.int32)
+    for place, (prompt, lines) in enumerate(zip(prompts, solutions, strict=True)):
+        room = max_prompt_tokens - len(prompt.ids)
+        ids: list[int] = []
+        for number in range(int(shown[place]), 0, -1):
+            text = "".join(lines[:number])
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+            if len(ids) <= room:
+                break
+            ids = []
+        hinted.append(dataclasses.replace(prompt, ids=[*prompt.ids, *ids]))
+        lengths[place] = len(ids)
+    return hinted, lengths
+
+
+def hint_segments(prompt: Prompt) -> list[str]:
+    """The lines of the row's solution: its ``hint`` column, ``solution``, or expert ``target``.
+
+    Raises:
+      ConfigError: the row has none of them.
+    """
+    row = prompt.row
+    if isinstance(row.get("hint"), Sequence) and not isinstance(row["hint"], str):
+        return [str(line) for line in row["hint"]]
+    if isinstance(row.get("solution"), str):
+        return _lines(row["solution"])
+    target = row.get("target")
+    if isinstance(target, Sequence) and not isinstance(target, str) and target:
+        return _lines("".join(message["content"] for message in target))
+    raise ConfigError(
+        f"row {prompt.index} of data.train: no solution to take hints from "
+        "(columns hint, solution or target)"
+    )
+
+
+def _lines(text: str) -> list[str]:
+    return text.splitlines(keepends=True)
+
+
+def learn_hints(batch: TrainBatch, group: HostArray, hint_tokens: HostArray) -> TrainBatch:
+    """Moves the target region back over each row's hint and weighs the hint's likelihood.
+
+    The hint is part of the prompt for the policy. Its tokens get ``nll_weights`` that add up to 1
+    over the batch, so that the term is their mean negative log-likelihood; the rows of a group
+    share a hint, and the first of them carries it.
+
+    Args:
+      batch: NumPy arrays.
+      group: i32 ``[N]``, group-major.
+      hint_tokens: i32 ``[P]``.
+    """
+    first = np.diff(group, prepend=-1) != 0
+    hint_tokens = hint_tokens[group]
+    width, wider = batch.loss_mask.shape[1], batch.tokens.shape[1]
+    place = np.arange(wider)[None, :] - hint_tokens[:, None]
+
+    def shift(values: HostArray) -> HostArray:
+        inside = (place >= 0) & (place < width)
+        moved = np.take_along_axis(values, np.clip(place, 0, width - 1), axis=1)
+        return np.where(inside, moved, np.zeros((), values.dtype))
+
+    moved = {
+        name: shift(np.asarray(value))
+        for name, value in vars(batch).items()
+        if value is not None and name != "tokens" and np.ndim(value) == 2
+    }
+    in_hint = np.arange(wider)[None, :] < hint_tokens[:, None]
+    weights = (in_hint & first[:, None]).astype(np.float32)
+    return dataclasses.replace(
+        batch,
+        **moved,
+        prompt_length=batch.prompt_length - hint_tokens,
+        nll_weights=weights / max(float(weights.sum()), 1.0),
+    )

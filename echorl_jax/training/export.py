@@ -1,0 +1,18 @@
+"""What a finished run leaves for others: the model in Hugging Face format, and the report."""
+
+import shutil
+from pathlib import Path
+
+from echorl_jax.models import save_model
+from echorl_jax.training.session import Session
+from echorl_jax.types import PyTree
+
+
+def export_model(workdir: Path, session: Session, params: PyTree) -> Path:
+    """Writes ``workdir/export``, a directory that ``transformers`` loads; replaced as a whole."""
+    fresh, final = workdir / "export.partial", workdir / "export"
+    shutil.rmtree(fresh, ignore_errors=True)
+    save_model(fresh, session.model, params, session.tokenizer)
+    shutil.rmtree(final, ignore_errors=True)
+    fresh.rename(final)
+    return final

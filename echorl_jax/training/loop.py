@@ -1,0 +1,92 @@
+"""The algorithm on one page: sample, grade, advantages, EchoClips, update, log, save, evaluate."""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from echorl_jax.config import Config
+from echorl_jax.training.batch import Assembled, assemble, join_assembled, score
+from echorl_jax.training.collect import Experience, collect, split
+from echorl_jax.training.experts import learn_hints
+from echorl_jax.training.logs import timed
+from echorl_jax.training.metrics import batch_metrics, learning_metrics, update_metrics
+from echorl_jax.training.optimizer import TrainState
+from echorl_jax.training.run import Run, open_run
+from echorl_jax.training.samples import record_samples
+from echorl_jax.types import Array
+
+
+def train(config: Config, workdir: str | Path) -> TrainState:
+    """Trains for ``config.steps`` steps, from the newest checkpoint in ``workdir`` if there is one.
+
+    Returns:
+      The final state.
+
+    Raises:
+      UserError: config, data, model or workdir that cannot be used.
+      TrainingStopped: sampler and trainer disagree, or gradients stay non-finite.
+    """
+    with open_run(config, workdir, prompts_per_step=config.rollout.prompts_per_step) as opened:
+        run, state = opened
+        for step in run.steps():
+            sample_key, clip_key = jax.random.split(run.key(step))
+            found = collect(run, state.params, sample_key, step=step)
+            with timed(found.seconds, "update"):
+                parts = make_batches(run, found, clip_key)
+                state, done, used = run.improve(state, [part.batch for part in parts], step)
+            made = join_assembled(parts)
+            record_samples(
+                run.directory,
+                step,
+                found,
+                made,
+                groups=groups_to_show(config, step),
+                tokenizer=run.session.tokenizer,
+            )
+            speed = learning_metrics(
+                used=used,
+                trained_tokens=int(made.batch.length[used].sum()) * config.objective.epochs,
+                sampled_tokens=int(found.rollouts.completion_length.sum()),
+                seconds=found.seconds,
+            )
+            metrics = batch_metrics(made.stats) | update_metrics(done) | speed
+            run.end_step(step, state, metrics)
+        run.finish(state)
+    return state
+
+
+def make_batches(run: Run, found: Experience, key: Array) -> list[Assembled]:
+    """Advantages over the whole step; then clips and final weights for each mini-batch (NumPy)."""
+    config, objective = run.session.config, run.objective
+    advantages = np.asarray(score(found.rollouts, found.graded, objective=objective))
+    parts = split(found, config.objective.mini_batches)
+    made = []
+    for number, (part, own) in enumerate(zip(parts, np.split(advantages, len(parts)), strict=True)):
+        assembled = assemble(
+            part.rollouts,
+            part.graded,
+            own,
+            part.in_policy,
+            part.in_echo,
+            run.session.is_delimiter,
+            jax.random.fold_in(key, number),
+            objective=objective,
+            echo=config.echo,
+            max_tokens=config.rollout.max_new_tokens,
+        )
+        assembled = jax.device_get(assembled)
+        if objective.hints:
+            batch = learn_hints(assembled.batch, part.rollouts.group, part.hint_tokens)
+            assembled = dataclasses.replace(assembled, batch=batch)
+        made.append(assembled)
+    return made
+
+
+def groups_to_show(config: Config, step: int) -> range:
+    """The prompts whose rollouts are written in full at this step."""
+    every = config.log.samples_every
+    due = every and (step % every == 0 or step in (1, config.steps))
+    shown = min(config.log.samples_groups, config.rollout.prompts_per_step)
+    return range(shown if due else 0)

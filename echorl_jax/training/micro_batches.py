@@ -1,0 +1,110 @@
+"""Cuts a batch into micro-batches of a small, closed set of shapes, on the host.
+
+Rows that cannot have a gradient are left out, and a row whose only terms are linear in the
+log-probabilities of a prefix (an EchoClip, a hint) is cut to that prefix: the weights in the batch
+are already global, so the gradient stays exactly the same.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from echorl_jax.types import HostArray, TrainBatch
+
+
+def length_buckets(longest: int) -> tuple[int, ...]:
+    """Row lengths that are compiled for, each at most 1.5 times the one before (2 from 128 to 256).
+
+    >>> length_buckets(600)
+    (32, 48, 64, 96, 128, 256, 384, 512, 600)
+    """
+    sizes = [32, 48, 64, 96]
+    power = 128
+    while power < longest:
+        sizes += [power] if power == 128 else [power, power * 3 // 2]
+        power *= 2
+    return (*(size for size in sizes if size < longest), longest)
+
+
+def trainable_rows(batch: TrainBatch, *, every_row: bool) -> tuple[TrainBatch, np.ndarray]:
+    """The batch with pure-prefix rows cut, and which rows have a gradient.
+
+    Args:
+      batch: NumPy arrays.
+      every_row: the objective has a term that does not vanish with the advantage (KL, entropy).
+
+    Returns:
+      The batch with new lengths, and a bool ``[N]``.
+    """
+    in_policy = np.any(batch.token_weights != 0, axis=1)
+    whole = in_policy & (every_row | (batch.advantages != 0))
+    if batch.selected is not None:
+        whole |= np.any(np.asarray(batch.selected), axis=1)
+    prefix = _used_tokens(batch.echo_weights)
+    if batch.nll_weights is not None:
+        prefix = np.maximum(prefix, _used_tokens(batch.nll_weights))
+    length = np.where(whole, batch.length, batch.prompt_length + prefix)
+    return dataclasses.replace(batch, length=length.astype(np.int32)), whole | (prefix > 0)
+
+
+def micro_batches(
+    batch: TrainBatch, rows: np.ndarray, *, longest: int, token_budget: int, row_multiple: int
+) -> Iterator[tuple[np.ndarray, TrainBatch]]:
+    """Yields the chosen rows, longest first, in micro-batches of at most ``token_budget`` tokens.
+
+    Row counts are ``row_multiple`` times a power of two and lengths come from
+    :func:`length_buckets`, so the number of compiled programs is small and known. Missing rows are
+    padding with zero weights.
+
+    Args:
+      batch: NumPy arrays.
+      rows: bool ``[N]``, from :func:`trainable_rows`.
+      longest: a bound on row lengths that holds for the whole run.
+      token_budget: tokens of a micro-batch on all devices together, padding included; a single row
+        per device may exceed it.
+      row_multiple: data-parallel devices; divides every micro-batch.
+
+    Yields:
+      The places of its rows in the batch, and the micro-batch, which may have more rows.
+    """
+    lengths = np.asarray(batch.length)
+    order = np.flatnonzero(rows)
+    order = order[np.argsort(-lengths[order], kind="stable")]
+    buckets = np.array(length_buckets(longest))
+    while order.size:
+        width = int(buckets[np.searchsorted(buckets, lengths[order[0]])])
+        count = row_multiple
+        while count < order.size and 2 * count * width <= token_budget:
+            count *= 2
+        yield order[:count], _take(batch, order[:count], count=count, width=width)
+        order = order[count:]
+
+
+def _used_tokens(weights: HostArray) -> np.ndarray:
+    used = np.asarray(weights) != 0
+    return np.where(used.any(axis=1), used.shape[1] - np.argmax(used[:, ::-1], axis=1), 0)
+
+
+def _take(batch: TrainBatch, index: np.ndarray, *, count: int, width: int) -> TrainBatch:
+    """Rows ``index``, cut or padded to ``width`` tokens and ``count`` rows."""
+    target_width = min(width, batch.loss_mask.shape[1])
+
+    def fit(path: tuple[Any, ...], value: HostArray) -> HostArray:
+        array = np.asarray(value)[index]
+        missing = [(0, count - len(index))]
+        if array.ndim == 2:
+            columns = width if path[0].name == "tokens" else target_width
+            array = array[:, :columns]
+            missing.append((0, columns - array.shape[1]))
+        return np.pad(array, missing)
+
+    fitted = jax.tree_util.tree_map_with_path(fit, batch)
+    # A padding row keeps one token, so that no attention row is empty.
+    return dataclasses.replace(
+        fitted,
+        prompt_length=np.maximum(fitted.prompt_length, 1),
+        length=np.maximum(fitted.length, 1),
+    )

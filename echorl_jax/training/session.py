@@ -1,0 +1,117 @@
+"""What a run needs before its first step, built from the config: mesh, model, text, optimizer."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from echorl_jax.config import Config
+from echorl_jax.data import load_tokenizer, newline_delimiters
+from echorl_jax.data.tokens import BUILTIN
+from echorl_jax.models import Decoder, init_params, load_decoder, load_model
+from echorl_jax.parallel import make_mesh
+from echorl_jax.training.micro_batches import micro_batches
+from echorl_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from echorl_jax.types import PyTree, TrainBatch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Session:
+    """The static parts of a run."""
+
+    config: Config
+    mesh: Mesh
+    model: Decoder
+    tokenizer: "PreTrainedTokenizerBase"
+    is_delimiter: np.ndarray  # bool [V]
+    schedule: optax.Schedule
+    optimizer: optax.GradientTransformation
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion: the model's and the tokenizer's."""
+        own: Any = self.tokenizer.eos_token_id
+        return tuple(sorted({own, *self.model.config.eos_ids}))
+
+    @property
+    def data_devices(self) -> int:
+        """Devices that hold different rows of a micro-batch."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def micro_batches(
+        self, batch: TrainBatch, rows: np.ndarray
+    ) -> Iterator[tuple[np.ndarray, TrainBatch]]:
+        """:func:`micro_batches` with this run's bounds."""
+        return micro_batches(
+            batch,
+            rows,
+            longest=self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens,
+            token_budget=self.config.optim.micro_batch_tokens * self.data_devices,
+            row_multiple=self.data_devices,
+        )
+
+    def summary(self, params: PyTree, *, first_step: int) -> str:
+        """One paragraph on what runs where."""
+        config, sizes = self.config, dict(self.mesh.shape)
+        count = sum(leaf.size for leaf in jax.tree.leaves(params))
+        axes = " x ".join(f"{name} {size}" for name, size in sizes.items())
+        start = f"resumed after step {first_step}" if first_step else "from the start"
+        return (
+            f"{config.model.path}: {count / 1e6:.2f}M parameters, {config.model.dtype} compute; "
+            f"{jax.device_count()} {jax.default_backend()} device(s), mesh {axes}\n"
+            f"{config.objective.name}{' + EchoRL' if config.echo.enabled else ''}, "
+            f"{config.steps} steps, {start}"
+        )
+
+
+def start_session(config: Config) -> tuple[Session, PyTree]:
+    """Builds the session and the sharded initial parameters.
+
+    Raises:
+      UserError: a model directory, tokenizer or mesh that does not work, named in one line.
+    """
+    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    tokenizer = load_tokenizer(config.model.path)
+    path = str(BUILTIN.get(config.model.path, config.model.path))
+    options: dict[str, Any] = {
+        "dtype": config.model.dtype,
+        "remat": config.model.remat,
+        "attention": config.model.attention,
+    }
+    if config.model.init == "pretrained":
+        model, params = load_model(path, mesh=mesh, **options)
+    else:
+        model = load_decoder(path, **options)
+        params = init_params(model, jax.random.key(config.seed), mesh=mesh)
+    schedule = learning_rate_schedule(
+        peak=config.optim.learning_rate,
+        warmup_steps=config.optim.warmup_steps,
+        total_steps=config.steps,
+        kind=config.optim.schedule,
+    )
+    optimizer = make_optimizer(
+        beta1=config.optim.beta1,
+        beta2=config.optim.beta2,
+        weight_decay=config.optim.weight_decay,
+        max_grad_norm=config.optim.max_grad_norm,
+    )
+    is_delimiter = step_delimiters(config, tokenizer, model.config.vocab_size)
+    return Session(config, mesh, model, tokenizer, is_delimiter, schedule, optimizer), params
+
+
+def step_delimiters(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", vocab_size: int
+) -> np.ndarray:
+    """Marks the tokens that end a reasoning step, ``[V]`` bool."""
+    if config.echo.delimiter == "newline":
+        return newline_delimiters(tokenizer, vocab_size)
+    marks = np.zeros(vocab_size, bool)
+    marks[list(config.echo.delimiter_ids)] = True
+    return marks

@@ -1,0 +1,85 @@
+"""Supervised training on expert trajectories, with the same update, checkpoints and logs."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from echorl_jax.config import Config, ConfigError
+from echorl_jax.core import aggregation_weights
+from echorl_jax.data import Prompt
+from echorl_jax.training.experts import target_ids
+from echorl_jax.training.logs import timed
+from echorl_jax.training.metrics import learning_metrics, update_metrics
+from echorl_jax.training.optimizer import TrainState
+from echorl_jax.training.run import Run, open_run
+from echorl_jax.types import TrainBatch
+
+
+def train_supervised(config: Config, workdir: str | Path) -> TrainState:
+    """Lowers the mean negative log-likelihood of the rows' ``target`` tokens, EOS included.
+
+    Targets longer than ``rollout.max_new_tokens`` are cut there.
+
+    Returns:
+      The final state.
+
+    Raises:
+      UserError: config, data, model or workdir that cannot be used; an objective that samples.
+      TrainingStopped: gradients stay non-finite.
+    """
+    with open_run(config, workdir, prompts_per_step=config.optim.sft_rows_per_step) as opened:
+        run, state = opened
+        if not run.objective.supervised:
+            raise ConfigError(
+                f"config.objective.name = {config.objective.name!r}: `echorl sft` needs 'sft'"
+            )
+        for step in run.steps():
+            seconds: dict[str, float] = {}
+            with timed(seconds, "data"):
+                batch = demonstrations(run, next(run.stream))
+            with timed(seconds, "update"):
+                state, done, used = run.improve(state, [batch], step)
+            speed = learning_metrics(
+                used=used,
+                trained_tokens=int(batch.length.sum()),
+                sampled_tokens=0,
+                seconds=seconds,
+            )
+            metrics = update_metrics(done) | speed
+            run.end_step(step, state, {**metrics, "loss/nll": metrics["loss/total"]})
+        run.finish(state)
+    return state
+
+
+def demonstrations(run: Run, prompts: Sequence[Prompt]) -> TrainBatch:
+    """Prompts and expert trajectories as a batch (NumPy) whose token losses all count."""
+    config = run.session.config
+    width = config.rollout.max_new_tokens
+    targets = [target_ids(run.session.tokenizer, prompt)[:width] for prompt in prompts]
+    tokens = np.zeros((len(prompts), config.data.max_prompt_tokens + width), np.int32)
+    mask = np.zeros((len(prompts), width), np.float32)
+    for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
+        ids = [*prompt.ids, *target]
+        tokens[row, : len(ids)] = ids
+        mask[row, : len(target)] = 1.0
+    prompt_length = np.array([len(prompt.ids) for prompt in prompts], np.int32)
+    weights = aggregation_weights(
+        jnp.asarray(mask), mode=run.objective.aggregation, max_tokens=width
+    )
+    zeros = np.zeros_like(mask)
+    arrays: dict[str, Any] = {
+        "tokens": tokens,
+        "prompt_length": prompt_length,
+        "length": prompt_length + mask.sum(axis=1).astype(np.int32),
+        "loss_mask": mask,
+        "advantages": np.ones(len(prompts), np.float32),
+        "old_logprobs": zeros,
+        "rollout_logprobs": zeros,
+        "token_weights": np.asarray(weights),
+        "echo_weights": zeros,
+        "on_policy": np.zeros(len(prompts), bool),
+    }
+    return TrainBatch(**arrays)

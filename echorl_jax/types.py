@@ -1,0 +1,114 @@
+"""The data that flows between the parts, as frozen pytrees, and the one legend of axis letters.
+
+Axes:
+  P  prompts in a step             N  rollouts, ``N = P * G``
+  G  group size                    B  rows of a micro-batch
+  S  prompt length, padded         T  completion length, padded
+  L  whole sequence, padded        K  clips per prompt
+  V  vocabulary                    D  hidden size
+
+Rows are padded on the right. Lengths are in tokens, entropies and log-probabilities in nats. Mesh axes are words:
+``data``, ``fsdp``, ``tensor``.
+"""
+
+import dataclasses
+from typing import Any, TypeVar, dataclass_transform
+
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+PyTree = Any
+# A NumPy array on the host, where the pytrees below pass through it between jitted programs.
+HostArray = Any
+_T = TypeVar("_T")
+
+
+@dataclass_transform(frozen_default=True)
+def pytree(cls: type[_T]) -> type[_T]:
+    """Makes a frozen dataclass that is a JAX pytree; every field is a child."""
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+@pytree
+class Rollouts:
+    """What the policy wrote: P prompts, N completions, and what sampling knew about each token."""
+
+    prompt_ids: Array  # i32 [P, S]
+    prompt_length: Array  # i32 [P]
+    group: Array  # i32 [N], the prompt each row answers, in [0, P)
+    completion_ids: Array  # i32 [N, T], EOS included
+    completion_length: Array  # i32 [N], EOS counted
+    rollout_logprobs: Array  # f32 [N, T]
+    token_entropy: Array  # f32 [N, T]
+    truncated: Array  # bool [N], no EOS within T
+
+
+@pytree
+class Graded:
+    """What the graders said of N completions."""
+
+    rewards: Array  # f32 [N]
+    correct: Array  # bool [N]
+    on_policy: Array  # bool [N], False for an expert trajectory placed in the group
+
+
+@pytree
+class EchoClips:
+    """For each prompt, up to K prefixes of its verified successes that end at a chosen reasoning step."""
+
+    row: Array  # i32 [P, K], the rollout the clip is a prefix of
+    length: Array  # i32 [P, K], tokens in the prefix
+    step: Array  # i32 [P, K], the step it ends with
+    entropy: Array  # f32 [P, K], that step's mean token entropy
+    valid: Array  # bool [P, K]
+
+
+@pytree
+class LossTerm:
+    """A term of the loss or a metric as a pair, so that partial results add up exactly.
+
+    >>> (LossTerm.of(3.0, 2.0) + LossTerm.of(1.0, 2.0)).mean().item()
+    1.0
+    """
+
+    sum: Array  # f32 []
+    count: Array  # f32 [], the global denominator's share
+
+    @classmethod
+    def of(cls, sum: Any, count: Any) -> "LossTerm":
+        """A term from anything that converts to float32."""
+        return cls(jnp.asarray(sum, jnp.float32), jnp.asarray(count, jnp.float32))
+
+    def __add__(self, other: "LossTerm") -> "LossTerm":
+        return LossTerm(self.sum + other.sum, self.count + other.count)
+
+    def mean(self) -> Array:
+        """``sum / count``; exactly 0, with zero gradient, when nothing was counted."""
+        return jnp.where(self.count > 0, self.sum / jnp.where(self.count > 0, self.count, 1.0), 0.0)
+
+
+@pytree
+class TrainBatch:
+    """Rows ready for the update: whole sequences and, per token, all that does not depend on the current policy.
+
+    ``[B, T]`` fields cover the target region: entry t of row b belongs to ``tokens[b, prompt_length[b] + t]``. Weights are final:
+    masks, aggregation and global denominators are already in them, so the loss is a plain weighted sum and any split into
+    micro-batches has the same gradient. A row of padding has all weights 0.
+    """
+
+    tokens: Array  # i32 [B, L], prompt then completion
+    prompt_length: Array  # i32 [B], where the target region begins
+    length: Array  # i32 [B], real tokens in the row
+    loss_mask: Array  # f32 [B, T], tokens that enter the policy loss
+    advantages: Array  # f32 [B]
+    old_logprobs: Array  # f32 [B, T], the policy that is improved upon, frozen
+    rollout_logprobs: Array  # f32 [B, T], the sampler's
+    token_weights: Array  # f32 [B, T]: sum(token_weights * token_loss) is the policy loss
+    echo_weights: Array  # f32 [B, T]: sum(echo_weights * -logprobs) is L_echo
+    on_policy: Array  # bool [B]
+    nll_weights: Array | None = (
+        None  # f32 [B, T]: sum(nll_weights * -logprobs), hints (UFT) and demonstrations (SFT)
+    )
+    ref_logprobs: Array | None = None  # f32 [B, T], only with a KL term
+    selected: Array | None = None  # bool [B, T], tokens picked out by KL-Cov or Clip-Cov

@@ -1,0 +1,151 @@
+"""Advantages, filters, weights and hints: conventions, properties and hand-worked values."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from echorl_jax import core
+
+ESTIMATORS = {name: core.OBJECTIVES[name].advantages for name in core.OBJECTIVES if name != "sft"}
+
+
+def estimate(name, rewards, group, lengths=None, num_groups=4):
+    lengths = jnp.ones(len(rewards), jnp.int32) if lengths is None else lengths
+    rewards, group = jnp.asarray(rewards, jnp.float32), jnp.asarray(group)
+    own = jnp.ones(len(rewards), jnp.bool_)
+    return ESTIMATORS[name](rewards, group, num_groups=num_groups, lengths=lengths, on_policy=own)
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "opo"])
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_equal_rewards_are_exactly_zero(name, size):
+    # 0.1 and 0.7 have no exact float32, so a mean by division would be off by a rounding.
+    rewards = [0.1] * size + [0.7] * size
+    lengths = jnp.arange(2 * size) + 1
+    assert not estimate(name, rewards, [0] * size + [1] * size, lengths).any()
+
+
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "opo", "luffy"])
+def test_a_group_of_one_keeps_its_reward(name):
+    assert estimate(name, [0.7, 1.0, 0.0], [2, 0, 0])[0] == np.float32(0.7)
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_row_order_does_not_matter(name):
+    rng = np.random.default_rng(0)
+    rewards, group = rng.random(12), rng.integers(0, 4, 12)
+    lengths, order = rng.integers(1, 9, 12), rng.permutation(12)
+    straight = estimate(name, rewards, group, jnp.asarray(lengths))
+    shuffled = estimate(name, rewards[order], group[order], jnp.asarray(lengths[order]))
+    np.testing.assert_allclose(straight[order], shuffled, atol=1e-5)
+
+
+def test_whitening_weighs_rewards_by_tokens():
+    # Tokens carry 1, 1, 1, 0: mean 3/4, squares 3/16 + 9/16 = 3/4 over n - 1 = 3: deviation 1/2.
+    ours = estimate("reinforce_pp", [1.0, 0.0], [0, 0], jnp.array([3, 1]))
+    np.testing.assert_allclose(ours, [0.5, -1.5], atol=1e-6)
+
+
+def test_whitening_of_nothing_is_finite():
+    assert np.isfinite(estimate("reinforce_pp", [1.0, 0.0], [0, 0], jnp.array([0, 0]))).all()
+
+
+def test_leave_one_out_by_hand():
+    # 1 - (0 + 4) / 2, 0 - (1 + 4) / 2, 4 - (1 + 0) / 2.
+    assert estimate("rloo", [1.0, 0.0, 4.0], [0, 0, 0]).tolist() == [-1.0, -2.5, 3.5]
+
+
+def test_expert_is_scored_against_the_policys_rows():
+    own = jnp.array([True, True, True, False])
+    group = jnp.zeros(4, jnp.int32)
+    split = core.group_advantages(
+        jnp.array([0.1, 0.1, 0.1, 1.0]), group, num_groups=1, on_policy=own
+    )
+    # The policy's rows agree: deviation 1 by convention, and exactly zero for them.
+    assert split[:3].tolist() == [0.0] * 3 and split[3].item() == pytest.approx(0.9, abs=1e-5)
+
+
+@pytest.mark.parametrize("bad", [jnp.zeros((2, 2)), jnp.zeros(3)])
+def test_shapes_are_checked(bad):
+    with pytest.raises(ValueError):
+        core.group_advantages(bad, jnp.array([0, 0]), num_groups=1)
+
+
+def test_mixed_groups():
+    correct = jnp.array([True, True, False, True, False, False])
+    group = jnp.array([0, 0, 1, 1, 2, 4])
+    mixed = core.mixed_groups(correct, group, num_groups=5)
+    # All right, one of each, a group of one, no rows, a group of one.
+    assert mixed.tolist() == [False, True, True, False, True]
+
+
+def test_overlong_punishment_without_a_slope():
+    punished = core.overlong_punishment(jnp.array([9, 10, 11]), max_tokens=10, buffer_tokens=0)
+    assert punished.tolist() == [0.0, 0.0, -1.0]
+    with pytest.raises(ValueError):
+        core.overlong_punishment(jnp.array([1]), max_tokens=10, buffer_tokens=11)
+
+
+@pytest.mark.parametrize(
+    ("mode", "expected"),
+    [
+        ("token-mean", [[0.25, 0.25, 0.25], [0.25, 0, 0], [0, 0, 0]]),
+        ("seq-mean-token-sum", [[0.5, 0.5, 0.5], [0.5, 0, 0], [0, 0, 0]]),
+        ("seq-mean-token-mean", [[1 / 6, 1 / 6, 1 / 6], [0.5, 0, 0], [0, 0, 0]]),
+        ("seq-mean-token-sum-norm", [[0.2, 0.2, 0.2], [0.2, 0, 0], [0, 0, 0]]),
+    ],
+)
+def test_aggregation_weights(mode, expected):
+    mask = jnp.array([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(core.aggregation_weights(mask, mode=mode, max_tokens=5), expected)
+    assert not core.aggregation_weights(0.0 * mask, mode=mode, max_tokens=5).any()
+
+
+def test_an_unknown_aggregation_is_refused():
+    with pytest.raises(ValueError, match="token-mean"):
+        core.aggregation_weights(jnp.ones((1, 1)), mode="mean", max_tokens=1)
+
+
+def test_covariance_picks_the_largest():
+    rng = np.random.default_rng(0)
+    logprobs, advantages = rng.normal(size=(6, 50)), rng.normal(size=6)
+    mask = rng.random((6, 50)) < 0.7
+    own, logp = np.broadcast_to(advantages[:, None], mask.shape)[mask], logprobs[mask]
+    covariance = (own - own.mean()) * (logp - logp.mean())
+    picked = core.kl_cov_selection(
+        jnp.asarray(logprobs, jnp.float32),
+        jnp.asarray(advantages, jnp.float32),
+        jnp.asarray(mask),
+        fraction=0.05,
+    )
+    best = np.sort(covariance)[::-1][: int(0.05 * mask.sum())]
+    np.testing.assert_allclose(np.sort(covariance[np.asarray(picked)[mask]])[::-1], best)
+    assert not (picked & ~mask).any()
+
+
+def test_clip_cov_picks_from_the_band_only():
+    rng = np.random.default_rng(0)
+    logprobs = jnp.asarray(rng.normal(size=(8, 100)), jnp.float32)
+    advantages, mask = jnp.asarray(rng.normal(size=8), jnp.float32), jnp.ones((8, 100))
+    covariance = core.token_covariance(logprobs, advantages, mask)
+    args = logprobs, logprobs - 0.01, advantages, mask
+    picked = core.clip_cov_selection(*args, jax.random.key(0), fraction=0.01, low=0.5, high=2.0)
+    assert picked.sum() == 8 and ((covariance > 0.5) & (covariance < 2.0))[picked].all()
+    other = core.clip_cov_selection(*args, jax.random.key(1), fraction=0.01, low=0.5, high=2.0)
+    assert (picked != other).any()
+    none = core.clip_cov_selection(*args, jax.random.key(0), fraction=0.01, low=90.0, high=91.0)
+    assert not none.any()
+
+
+def test_hints_follow_the_schedule():
+    lines = jnp.full(4000, 12)
+    # p(5) = 0.05 + 0.9 * (1 + cos(pi / 2)) / 2 = 0.5: 5 segments of 3, 3, 2, 2, 2 lines.
+    shown = core.hint_lines(jax.random.key(0), lines, 5, horizon=10)
+    segments, counts = np.unique(np.asarray(shown), return_counts=True)
+    assert segments.tolist() == [0, 3, 6, 8, 10, 12]
+    expected = np.array([1, 5, 10, 10, 5, 1]) / 32 * 4000
+    assert (abs(counts - expected) < 5 * np.sqrt(expected)).all()
+    assert not core.hint_lines(jax.random.key(0), lines, 10, horizon=10).any()
+    few = core.hint_lines(jax.random.key(0), jnp.array([0, 1, 2]), 0, horizon=10, high=1.0)
+    assert few.tolist() == [0, 1, 2]

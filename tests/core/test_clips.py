@@ -1,0 +1,216 @@
+"""Steps, mining and echo loss against plain loops, over random cases of every awkward kind."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from echorl_jax import core
+
+ROWS, LENGTH, PROMPTS, VOCABULARY, STEPS = 8, 12, 4, 5, 6
+SETTINGS = [
+    dict(select="max", top_k=1, min_step_tokens=1, when="any_success"),
+    dict(select="max", top_k=3, min_step_tokens=2, when="any_success"),
+    dict(select="max", top_k=1, min_step_tokens=1, when="degenerate_only"),
+    dict(select="max", top_k=7, min_step_tokens=1, when="any_success"),
+    dict(select="min", top_k=2, min_step_tokens=1, when="any_success"),
+    dict(select="full", top_k=2, min_step_tokens=2, when="any_success"),
+    dict(select="first", top_k=2, min_step_tokens=2, when="any_success"),
+    dict(select="last", top_k=2, min_step_tokens=1, when="degenerate_only"),
+]
+
+
+@functools.partial(jax.jit, static_argnames=("setting", "normalise"))
+def mined(case, setting, normalise):
+    ids = core.step_ids(case["tokens"], case["mask"], case["is_delimiter"])
+    clips = core.mine_echo_clips(
+        case["entropy"],
+        ids,
+        case["correct"],
+        case["group"],
+        num_groups=PROMPTS,
+        num_steps=STEPS,
+        on_policy=case["on_policy"],
+        **dict(setting),
+    )
+    return ids, clips, core.echo_loss(case["logprobs"], clips, normalise=normalise).mean()
+
+
+@st.composite
+def cases(draw):
+    """One batch: the kinds are drawn by hypothesis, the numbers by NumPy from a drawn seed."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    delimiters = draw(st.sampled_from([(), (0,), (0, 1), (0, 1, 2, 3, 4)]))
+    lengths = rng.integers(0, LENGTH + 1, ROWS)
+    if draw(st.booleans()):
+        lengths = np.where(rng.random(ROWS) < 0.4, 0, lengths)
+    share = draw(st.sampled_from([0.0, 0.5, 1.0]))
+    group = rng.integers(0, PROMPTS, ROWS)
+    if draw(st.booleans()):
+        group = np.sort(group)
+    # Quarters: sums are exact, so a tie in the loops is a tie in float32.
+    entropy = rng.integers(0, draw(st.sampled_from([1, 3, 40])), (ROWS, LENGTH)) / 4
+    return {
+        "tokens": rng.integers(0, VOCABULARY, (ROWS, LENGTH)).astype(np.int32),
+        "mask": np.arange(LENGTH) < lengths[:, None],
+        "is_delimiter": np.isin(np.arange(VOCABULARY), delimiters),
+        "entropy": entropy.astype(np.float32),
+        "correct": rng.random(ROWS) < share,
+        "group": group.astype(np.int32),
+        "on_policy": rng.random(ROWS) < draw(st.sampled_from([0.6, 1.0])),
+        "logprobs": -rng.random((ROWS, LENGTH)).astype(np.float32),
+    }
+
+
+@given(
+    cases(),
+    st.sampled_from(SETTINGS),
+    st.sampled_from(["prompts_with_clip", "all_prompts", "tokens"]),
+)
+@settings(max_examples=500, deadline=None, derandomize=True, database=None)
+def test_against_plain_loops(case, setting, normalise):
+    ids, clips, loss = mined(case, tuple(setting.items()), normalise)
+    expected_ids = oracles.step_ids(case["tokens"], case["mask"], case["is_delimiter"])
+    np.testing.assert_array_equal(ids, expected_ids)
+    expected = oracles.mine(
+        case["entropy"],
+        expected_ids,
+        case["correct"],
+        case["group"],
+        num_groups=PROMPTS,
+        num_steps=STEPS,
+        on_policy=case["on_policy"],
+        **setting,
+    )
+    clips = jax.tree.map(np.asarray, clips)
+    assert clips.valid.sum(axis=1).tolist() == [len(prompt) for prompt in expected]
+    for prompt, rows in enumerate(expected):
+        for k, clip in enumerate(rows):
+            got = clips.row[prompt, k], clips.step[prompt, k], clips.length[prompt, k]
+            assert got == clip[:3]
+            assert clips.entropy[prompt, k] == clip[3]
+    for field in (clips.row, clips.length, clips.step, clips.entropy):
+        assert not field[~clips.valid].any()
+    assert loss == pytest.approx(oracles.echo_loss(case["logprobs"], expected, normalise), abs=2e-6)
+
+
+def test_interior_mask_is_passed_over():
+    # 9 delimits; the masked token between the delimiter and the 7 does not hide that a step ended.
+    tokens = jnp.array([[7, 9, 5, 7, 9, 9, 7]])
+    mask = jnp.array([[1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0]])
+    ids = core.step_ids(tokens, mask, jnp.arange(10) == 9)
+    assert ids.tolist() == [[0, 0, -1, 1, 1, -1, 2]]
+
+
+def test_ids_outside_the_vocabulary_are_content():
+    ids = core.step_ids(jnp.array([[3, 9, -1, 0]]), jnp.ones((1, 4)), jnp.array([True, False]))
+    assert ids.tolist() == [[0, 0, 0, 0]]
+
+
+def test_steps_past_the_bound_join_the_last():
+    ids, entropy = jnp.array([[0, 1, 2, 3]]), jnp.array([[1.0, 2.0, 4.0, 9.0]])
+    mean, count = core.step_entropy(entropy, ids, 2)
+    assert mean.tolist() == [[1.0, 5.0]] and count.tolist() == [[1, 3]]
+    assert core.joined_steps(ids, 2).tolist() == [2]
+
+
+def test_random_selects_among_the_candidates_evenly():
+    # Two correct rollouts of two steps: four candidates; of 400 draws each has 100 +- 3 * 8.7.
+    ids = jnp.array([[0, 1], [0, 1], [0, 1]])
+    correct, group = jnp.array([True, True, False]), jnp.zeros(3, jnp.int32)
+
+    def draw(key):
+        clips = core.mine_echo_clips(
+            jnp.zeros((3, 2)),
+            ids,
+            correct,
+            group,
+            num_groups=1,
+            num_steps=2,
+            select="random",
+            key=key,
+        )
+        return clips.row[0, 0] * 2 + clips.step[0, 0]
+
+    drawn = jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(1), 400))
+    counts = np.bincount(np.asarray(drawn), minlength=6)
+    assert counts[4:].sum() == 0 and (abs(counts[:4] - 100) < 26).all()
+
+
+@pytest.mark.parametrize(
+    "wrong", [dict(select="best"), dict(when="always"), dict(top_k=0), dict(select="random")]
+)
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(ValueError):
+        core.mine_echo_clips(
+            jnp.zeros((1, 1)),
+            jnp.zeros((1, 1), jnp.int32),
+            jnp.array([True]),
+            jnp.array([0]),
+            num_groups=1,
+            num_steps=1,
+            **wrong,
+        )
+
+
+def test_full_clips_of_every_success_are_the_likelihood_of_correct_samples():
+    rng = np.random.default_rng(0)
+    logprobs = -rng.random((6, 5)).astype(np.float32)
+    lengths, correct = np.array([5, 2, 3, 4, 0, 1]), np.array([1, 1, 0, 1, 1, 1], bool)
+    mask = np.arange(5) < lengths[:, None]
+    clips = core.mine_echo_clips(
+        jnp.asarray(rng.random((6, 5)), jnp.float32),
+        jnp.where(mask, 0, -1),
+        jnp.asarray(correct),
+        jnp.array([0, 0, 0, 1, 1, 1]),
+        num_groups=2,
+        num_steps=1,
+        select="full",
+        top_k=3,
+    )
+    # All tokens of all correct rows, each with the same weight.
+    expected = -(logprobs * mask)[correct].sum() / mask[correct].sum()
+    loss = core.echo_loss(jnp.asarray(logprobs), clips, normalise="tokens")
+    assert loss.mean().item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_window():
+    coefs = core.active_coef(jnp.arange(5), 0.25, start_step=2, end_step=4)
+    assert coefs.tolist() == [0.0, 0.0, 0.25, 0.25, 0.0]
+    assert core.active_coef(7, 0.25).item() == 0.25
+
+
+def test_overlapping_clips_of_one_rollout_add_up():
+    rollouts = jnp.array([[0.1, 0.9, 0.5]])
+    clips = core.mine_echo_clips(
+        rollouts,
+        jnp.array([[0, 1, 2]]),
+        jnp.array([True]),
+        jnp.array([0]),
+        num_groups=1,
+        num_steps=3,
+        top_k=2,
+    )
+    # Clips of 2 and 3 tokens, each half of the prompt: 1/4 + 1/6, 1/4 + 1/6, 1/6.
+    np.testing.assert_allclose(core.clip_weights(clips, (1, 3)), [[5 / 12, 5 / 12, 1 / 6]])
+
+
+def test_an_empty_step_axis_and_no_prompt_with_clip():
+    clips = core.mine_echo_clips(
+        jnp.zeros((2, 3)),
+        jnp.full((2, 3), -1),
+        jnp.array([True, True]),
+        jnp.array([0, 1]),
+        num_groups=3,
+        num_steps=2,
+    )
+    assert not clips.valid.any()
+    value, slope = jax.value_and_grad(lambda x: core.echo_loss(x, clips).mean())(
+        jnp.full((2, 3), jnp.nan)
+    )
+    assert value.item() == 0.0 and not slope.any()

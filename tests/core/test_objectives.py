@@ -1,0 +1,106 @@
+"""The table, and objectives that live outside the package."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from echorl_jax import core
+
+OUTSIDE = """
+import jax.numpy as jnp
+from echorl_jax.core import Objective
+
+def above_half(rewards, group, *, num_groups, lengths, on_policy):
+    return rewards - 0.5
+
+def likelihood_ratio(logprobs, batch, objective):
+    return -batch.advantages[:, None] * logprobs
+
+objective = Objective(advantages=above_half, token_loss=likelihood_ratio)
+not_one = 3
+"""
+
+
+def test_the_table_is_complete():
+    named = "grpo dr_grpo dapo gspo cispo rloo reinforce_pp reinforce_pp_baseline luffy uft sft"
+    assert set(f"{named} kl_cov clip_cov".split()) <= set(core.OBJECTIVES)
+
+
+def test_none_keeps_the_objectives_own_setting():
+    objective = core.load_objective("dapo", epsilon_low=0.1, epsilon_high=None)
+    assert (objective.epsilon_low, objective.epsilon_high) == (0.1, 0.28)
+    assert hash(core.load_objective("dapo")) == hash(core.OBJECTIVES["dapo"])
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("grop", {}, "did you mean 'grpo'"),
+        ("grpo", {"epsilon_lo": 0.1}, "did you mean 'epsilon_low'"),
+        ("no_such_package.module:objective", {}, "no_such_package"),
+        ("outside:not_one", {}, "outside:not_one"),
+        ("outside:absent", {}, "outside:absent"),
+    ],
+)
+def test_mistakes_are_named(name, settings, message, outside):
+    with pytest.raises(ValueError, match=message):
+        core.load_objective(name, **settings)
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    (tmp_path / "outside.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+def test_an_objective_by_import_path(outside):
+    objective = core.load_objective("outside:objective", aggregation="seq-mean-token-sum")
+    assert objective.aggregation == "seq-mean-token-sum"
+    advantages = objective.advantages(
+        jnp.array([1.0, 0.0]), jnp.array([0, 0]), num_groups=1, lengths=None, on_policy=None
+    )
+    assert advantages.tolist() == [0.5, -0.5]
+
+
+@pytest.mark.parametrize("epsilon", [None, 0.2])
+def test_clipping_does_not_hide_nan(epsilon):
+    log_ratio = jnp.array([[jnp.nan, 0.1]])
+    for sign in (1.0, -1.0):
+        loss = core.policy_loss(
+            log_ratio,
+            jnp.array([sign]),
+            epsilon_low=epsilon,
+            epsilon_high=epsilon,
+            dual_clip=3.0,
+        )
+        assert jnp.isnan(loss).tolist() == [[True, False]]
+
+
+def test_extreme_ratios_stay_finite():
+    logprobs = jnp.array([[-200.0, 0.0]])
+    old = jnp.array([[0.0, -200.0]])
+    for advantage in (1.0, -1.0):
+
+        def total(x, advantage=advantage):
+            ratio = core.token_log_ratio(x, old)
+            return jnp.sum(
+                core.policy_loss(ratio, jnp.array([advantage]), epsilon_low=0.2, epsilon_high=0.2)
+            )
+
+        value, slope = jax.value_and_grad(total)(logprobs)
+        assert jnp.isfinite(value) and jnp.isfinite(slope).all()
+
+
+def test_dual_clip_bounds_only_negative_advantages():
+    log_ratio = jnp.log(jnp.array([[50.0], [50.0]]))
+    loss = core.policy_loss(log_ratio, jnp.array([1.0, -1.0]), epsilon_high=100.0, dual_clip=10.0)
+    assert loss[0, 0].item() == pytest.approx(-50.0, rel=1e-5) and loss[1, 0].item() == 10.0
+
+
+def test_unknown_estimator_and_bound_are_refused():
+    with pytest.raises(ValueError, match="k3"):
+        core.kl_penalty(jnp.zeros((1, 1)), jnp.zeros((1, 1)), estimator="k4")
+    with pytest.raises(ValueError, match="dual_clip"):
+        core.policy_loss(jnp.zeros((1, 1)), jnp.zeros(1), dual_clip=0.5)
+    with pytest.raises(ValueError, match=r"\[B, T\]"):
+        core.policy_loss(jnp.zeros((2, 1)), jnp.zeros(3))

@@ -1,0 +1,218 @@
+"""Files of rows, good and damaged."""
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from echorl_jax.data import DataError, load_rows
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def verl_row(**changes):
+    row = {
+        "data_source": "sums",
+        "prompt": [{"role": "user", "content": "1+1?"}],
+        "reward_model": {"ground_truth": "2", "style": "rule"},
+        "extra_info": {"index": 7},
+    }
+    return {**row, **changes}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(rows, name="rows.jsonl"):
+        path = tmp_path / name
+        if name.endswith(".parquet"):
+            pq.write_table(pa.Table.from_pylist(rows), path)
+        else:
+            path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return str(path)
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_verl_rows_are_read_as_they_are(write, name):
+    expert = [{"role": "assistant", "content": "2"}]
+    (row,) = load_rows(write([verl_row(target=expert)], name))
+    assert row == verl_row(target=expert)
+
+
+def test_plain_rows_get_verl_columns(write):
+    (row,) = load_rows(write([{"problem": "1+1?", "answer": 2, "level": "easy"}], "sums.jsonl"))
+    assert row["prompt"] == [{"role": "user", "content": "1+1?"}]
+    assert row["reward_model"] == {"style": "rule", "ground_truth": "2"}
+    assert row["data_source"] == "sums" and row["level"] == "easy" and row["extra_info"] == {}
+
+
+def test_trl_rows_keep_their_columns(write):
+    (row,) = load_rows(write([{"prompt": "1+1?", "ground_truth": "2", "hard": False}]))
+    assert row["prompt"] == [{"role": "user", "content": "1+1?"}]
+    assert row["reward_model"]["ground_truth"] == "2" and row["hard"] is False
+    assert row["extra_info"] == {"prompt_format": "text"}
+
+
+def test_choices_are_listed_under_the_question(write):
+    (row,) = load_rows(write([{"question": "Which?", "options": ["a", "b"], "answer": "B"}]))
+    assert row["prompt"][0]["content"] == "Which?\n\nA) a\nB) b"
+
+
+def test_a_target_that_is_a_number_is_no_expert(write):
+    (row,) = load_rows(write([verl_row(target=98)]))
+    assert "target" not in row
+
+
+COUNTDOWN = {"ground_truth": {"numbers": [1, 2], "target": 3}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": None}, "column prompt: missing, and there is no column problem or question"),
+        ({"prompt": []}, "column prompt: expected a list of messages, found a list"),
+        ({"prompt": [{"role": "user"}]}, "column prompt: expected messages with role and content"),
+        ({"prompt": [{"role": "user", "content": 3}]}, "column prompt: a message's role and"),
+        ({"prompt": "  "}, "column prompt: empty"),
+        ({"reward_model": None}, "column reward_model: missing"),
+        ({"reward_model": "2"}, "column reward_model: expected an object, found text"),
+        ({"reward_model": {}}, "column reward_model.ground_truth: empty"),
+        ({"reward_model": {"ground_truth": " "}}, "column reward_model.ground_truth: empty"),
+        ({"data_source": 3}, "column data_source: expected text, found a number"),
+        ({"extra_info": [1]}, "column extra_info: expected an object, found a list"),
+        ({"target": [{"role": "assistant"}]}, "column target: expected messages"),
+        ({"images": ["x"]}, "column images: pictures are not supported"),
+        ({"data_source": "countdown"}, "column reward_model.ground_truth: expected numbers"),
+        (
+            {"data_source": "countdown", "reward_model": {"ground_truth": {"target": 3}}},
+            "column reward_model.ground_truth.numbers: no list of whole numbers",
+        ),
+        (
+            {"data_source": "countdown", "reward_model": {"ground_truth": {"numbers": [1, 2]}}},
+            "column reward_model.ground_truth.target: no whole number",
+        ),
+    ],
+)
+def test_a_bad_row_is_named_by_file_line_and_column(write, changes, message):
+    path = write([verl_row(), verl_row(**changes)])
+    with pytest.raises(DataError) as caught:
+        load_rows(path)
+    assert str(caught.value).startswith(f"{path}, line 2, {message}")
+    assert "\n" not in str(caught.value)
+    rows = load_rows(path, on_bad_row="skip")
+    assert len(rows) == 1 and rows.bad == (str(caught.value),)
+
+
+def test_a_bad_parquet_row_is_named_by_its_place_from_0(write):
+    rows = [verl_row(), verl_row(), verl_row(reward_model=None), verl_row(data_source="last")]
+    path = write(rows, "rows.parquet")
+    with pytest.raises(DataError, match="rows.parquet, row 2, column reward_model"):
+        load_rows(path)
+    kept = load_rows(path, on_bad_row="skip")
+    assert [row["data_source"] for row in kept] == ["sums", "sums", "last"]
+    assert len(kept.bad) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"{'a': 1}", "line 2: not JSON: Expecting property name"),
+        (b'"text"', "line 2: expected an object, found str"),
+        (b"\xff\xfe", "line 2: not UTF-8 text"),
+        (b"[" * 100_000, "line 2: not JSON: nested too deeply"),
+    ],
+)
+def test_a_bad_line_is_named(write, line, message):
+    path = Path(write([verl_row()]))
+    path.write_bytes(path.read_bytes() + line + b"\n\n" + json.dumps(verl_row()).encode())
+    with pytest.raises(DataError, match=message):
+        load_rows(str(path))
+    assert len(load_rows(str(path), on_bad_row="skip")) == 2
+
+
+def test_a_truncated_parquet_is_one_clear_line(write):
+    path = Path(write([verl_row()] * 50, "rows.parquet"))
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(DataError) as caught:
+        load_rows(str(path))
+    assert str(caught.value).startswith(f"{path}: not a readable parquet file: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file_suggests_its_neighbour(write):
+    path = write([verl_row()], "train.jsonl")
+    with pytest.raises(DataError, match=r"trian.jsonl: no such file; did you mean .*train.jsonl"):
+        load_rows(path.replace("train", "trian"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("", "a name is empty"),
+        ("countdown:,", "a name is empty"),
+        ("countdown:@2,countdown:seed=2", "give every source a weight"),
+        ("countdown:@0,countdown:seed=2@1", "give every source a weight"),
+        ("/nonexistent/rows.jsonl", "nor the folder /nonexistent"),
+        (__file__, "unknown kind of file"),
+    ],
+)
+def test_a_wrong_spec_is_one_clear_line(spec, message):
+    with pytest.raises(DataError, match=message):
+        load_rows(spec)
+
+
+def test_an_empty_file_is_an_error(tmp_path):
+    path = tmp_path / "empty.jsonl"
+    path.write_text("\n")
+    with pytest.raises(DataError, match="no rows"):
+        load_rows(str(path))
+
+
+def test_a_file_of_bad_rows_only_is_an_error_even_when_skipping(write):
+    with pytest.raises(DataError, match="line 1, column prompt"):
+        load_rows(write([verl_row(prompt=None)]), on_bad_row="skip")
+
+
+def test_sources_stand_end_to_end(write):
+    path = write([verl_row(), verl_row(data_source="second")])
+    rows = load_rows(f"{path}, countdown:count=3&seed=4")
+    assert len(rows) == 5 and rows.starts == (0, 2, 5)
+    assert [row["data_source"] for row in rows] == ["sums", "second", *["countdown"] * 3]
+    assert rows[-1] == rows[4] and rows[1:3] == [rows[1], rows[2]]
+
+
+def test_weights_become_shares():
+    assert load_rows("countdown:seed=1@3,countdown:seed=2@1").weights == (0.75, 0.25)
+    assert load_rows("countdown:seed=1,countdown:seed=2").weights is None
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no public data files beside the repository")
+@pytest.mark.parametrize(
+    ("name", "count", "source", "expert"),
+    [
+        ("uft_countdown_train.parquet", 10_240, "countdown", False),
+        ("uft_countdown_test_512.parquet", 512, "countdown", False),
+        ("uft_math_700.parquet", 700, "DigitalLearningGmbH/MATH-lighteval", False),
+        ("luffy_train_expert.parquet", 473, "gsm8k", True),
+        ("luffy_eval_aime24_aime25_amc_math500.parquet", 643, "math", False),
+        ("luffy_eval_arc_c_600.parquet", 600, "arc_c", False),
+        ("mmlu_pro_600.parquet", 600, "mmlu_pro_600", False),
+        ("math_train_1000.jsonl", 1000, "math_train_1000", False),
+        ("gsm8k_test.jsonl", 1319, "gsm8k_test", False),
+    ],
+)
+def test_public_files_are_read_as_they_are(name, count, source, expert):
+    rows = load_rows(str(SHARED / name))
+    assert len(rows) == count and not rows.bad
+    assert rows[0]["data_source"] == source
+    assert ("target" in rows[0]) == expert
+    assert rows[-1]["prompt"][-1]["content"]
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no public data files beside the repository")
+def test_rows_with_pictures_are_refused():
+    with pytest.raises(DataError, match="row 0, column images: pictures are not supported"):
+        load_rows(str(SHARED / "geometry3k_6.parquet"))

@@ -1,0 +1,116 @@
+"""The tiny tokenizer, prompts as ids, and delimiters."""
+
+import json
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import echorl_jax
+from echorl_jax.data import (
+    CountdownRows,
+    DataError,
+    encode_prompt,
+    encode_target,
+    load_tokenizer,
+    newline_delimiters,
+)
+from echorl_jax.data.tiny_tokenizer import write_directory
+
+ASSETS = Path(echorl_jax.__file__).parent / "assets" / "countdown"
+QWEN = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "qwen2_5"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer("builtin:countdown")
+
+
+@pytest.fixture(scope="module")
+def qwen():
+    if not QWEN.is_dir():
+        pytest.skip("no Qwen2.5 tokenizer beside the repository")
+    return load_tokenizer(str(QWEN))
+
+
+def test_the_script_makes_the_files_that_ship(tmp_path):
+    write_directory(tmp_path)
+    for made in tmp_path.iterdir():
+        assert json.loads(made.read_text()) == json.loads((ASSETS / made.name).read_text())
+
+
+def test_the_config_fits_the_tokenizer(tokenizer):
+    config = json.loads((ASSETS / "config.json").read_text())
+    assert len(tokenizer) <= config["vocab_size"]
+    assert config["eos_token_id"] == tokenizer.eos_token_id
+    assert config["pad_token_id"] == tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+def test_any_text_goes_in_and_comes_out(tokenizer, text):
+    # <| |> would spell a special token; none arises from this alphabet except by chance of
+    # thousands.
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
+
+
+def test_words_digits_and_line_ends_are_single_tokens(tokenizer):
+    pieces = [tokenizer.decode([i]) for i in tokenizer.encode("Reach 63 with 5, 7, 9.\n\n")]
+    expected = "Reach| |6|3| with| |5|,| |7|,| |9|.|\n|\n"
+    assert pieces == expected.split("|")
+
+
+def test_a_prompt_and_its_target_are_what_the_policy_reads_and_writes(tokenizer):
+    row = CountdownRows(seed=1)[0]
+    assert tokenizer.decode(encode_prompt(tokenizer, row)) == "Reach 43 with 3, 20, 26.\n"
+    target = encode_target(tokenizer, row)
+    assert tokenizer.decode(target[:-1]) == "20-3=17\n26+17=43"
+    assert target[-1] == tokenizer.eos_token_id
+    # Prompt and target together are the conversation under the chat template.
+    both = tokenizer.apply_chat_template(row["prompt"] + row["target"], tokenize=False)
+    assert tokenizer.decode(encode_prompt(tokenizer, row) + target) == both
+
+
+def test_a_plain_template_joins_the_contents(tokenizer):
+    row = {"prompt": [{"role": "user", "content": "1+"}, {"role": "user", "content": "2="}]}
+    assert tokenizer.decode(encode_prompt(tokenizer, row, "plain")) == "1+2="
+
+
+def test_a_tokenizer_without_chat_template_says_so(qwen):
+    with pytest.raises(DataError, match="no chat template"):
+        encode_prompt(qwen, {"prompt": [{"role": "user", "content": "hi"}]})
+
+
+def test_an_unknown_template_names_the_known(tokenizer):
+    with pytest.raises(DataError, match="template 'chatty': .*chat, plain"):
+        encode_prompt(tokenizer, CountdownRows()[0], "chatty")
+
+
+def test_a_row_without_expert_messages_has_no_target(tokenizer):
+    with pytest.raises(DataError, match="column target"):
+        encode_target(tokenizer, {"prompt": []})
+
+
+def test_delimiters_of_the_tiny_tokenizer(tokenizer):
+    marks = newline_delimiters(tokenizer, 512)
+    assert marks.dtype == np.bool_ and marks.shape == (512,)
+    assert marks.nonzero()[0].tolist() == tokenizer.encode("\n")
+
+
+def test_delimiters_of_qwen_hold_the_authors_and_the_merged_ones(qwen):
+    marks = newline_delimiters(qwen, 151_936)
+    assert marks[[198, 271]].all()
+    (merged,) = qwen.encode(".\n\n")
+    assert marks[merged] and not marks[qwen.encode("a")[0]]
+    assert not marks[len(qwen) :].any()
+
+
+@pytest.mark.parametrize("path", ["/nonexistent/model", "no-such-owner/no-such-model"])
+def test_a_missing_tokenizer_is_one_clear_line(path):
+    with pytest.raises(DataError) as caught:
+        load_tokenizer(path)
+    assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)

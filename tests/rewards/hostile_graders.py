@@ -1,0 +1,81 @@
+"""Graders that misbehave on command, and graders with the signatures of other libraries."""
+
+import os
+import signal
+import sys
+import time
+
+from echorl_jax.rewards import Verdict
+
+
+def obey(response, row):
+    """Does what the response says; anything else is right."""
+    match response:
+        case "hang":
+            while True:
+                pass
+        case "hang in C":
+            return len(str(7 ** (7**9)))
+        case "sleep":
+            time.sleep(1000)
+        case "die":
+            os._exit(3)
+        case "segfault":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        case "allocate":
+            return len(bytearray(10**12))
+        case "leak":
+            hoard = []
+            while True:
+                hoard.append(bytearray(10**8))
+        case "recurse":
+            return obey("recurse", row)
+        case "exit":
+            sys.exit(0)
+        case "raise":
+            raise ValueError("no\nsuch " + "luck" * 1000)
+        case "leave a child":
+            if os.fork() == 0:
+                time.sleep(1000)
+            time.sleep(1000)
+        case "nan":
+            return float("nan")
+        case "text":
+            return "1.0"
+        case "pid":
+            return Verdict(1.0, True, str(os.getpid()))
+        case "modules":
+            return Verdict(1.0, True, str("jax" in sys.modules))
+    return Verdict(0.5, True, f"{response} {row.get('number')}")
+
+
+def verl_score(data_source, solution_str, ground_truth, extra_info=None):
+    """verl's way: keyword arguments in, a mapping out."""
+    right = solution_str == ground_truth
+    return {"score": 2.0 if right else -1.0, "acc": right, "seen": (data_source, extra_info)}
+
+
+def trl_reward(prompts, completions, level, **columns):
+    """TRL's way: lists in, a list out."""
+    (completion,), (prompt,) = completions, prompts
+    text = completion if isinstance(completion, str) else completion[0]["content"]
+    assert isinstance(prompt, str) == isinstance(completion, str)
+    return [float(level[0] == "easy" and text == columns["ground_truth"][0])]
+
+
+def trl_none(completions, **_):
+    """TRL's way of saying that a reward does not apply."""
+    return [None for _ in completions]
+
+
+async def trl_async(completions, **_):
+    """Not supported."""
+    return [1.0 for _ in completions]
+
+
+def wrong_signature(response):
+    """Takes too little."""
+    return 1.0
+
+
+NOT_A_FUNCTION = 3

@@ -1,0 +1,101 @@
+"""Graders by name and with other libraries' signatures."""
+
+import subprocess
+import sys
+
+import pytest
+from hostile_graders import obey
+
+from echorl_jax.config import ConfigError
+from echorl_jax.rewards import Verdict, judge, load_grader
+from echorl_jax.rewards.verdict import as_verdict
+
+ROW = {
+    "data_source": "sums",
+    "prompt": [{"role": "user", "content": "1+1?"}],
+    "reward_model": {"ground_truth": "2"},
+    "extra_info": {},
+    "level": "easy",
+}
+
+
+def test_a_users_function_is_found_by_its_path():
+    verdict = load_grader("hostile_graders:obey")("fine", {"number": 3})
+    assert verdict == Verdict(0.5, True, "fine 3")
+
+
+def test_verls_signature():
+    grader = load_grader("hostile_graders:verl_score")
+    assert grader("2", ROW) == Verdict(2.0, True, "scored 2")
+    assert grader("3", ROW) == Verdict(-1.0, False, "scored -1")
+
+
+@pytest.mark.parametrize("info", [{}, {"prompt_format": "text"}])
+def test_trls_signature(info):
+    grader = load_grader("hostile_graders:trl_reward")
+    assert grader("2", {**ROW, "extra_info": info}).correct
+    assert not grader("3", {**ROW, "extra_info": info}).correct
+    assert not grader("2", {**ROW, "extra_info": info, "level": "hard"}).correct
+
+
+def test_trls_none_is_not_correct():
+    assert load_grader("hostile_graders:trl_none")("2", ROW) == Verdict(0.0, False, "not judged")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("countdwn", "did you mean countdown?"),
+        ("no_such_module:grade", "cannot import no_such_module"),
+        ("hostile_graders:missing", "hostile_graders has no missing"),
+        ("hostile_graders:NOT_A_FUNCTION", "not a function"),
+        ("hostile_graders:wrong_signature", r"expected a function of \(response, row\)"),
+        ("hostile_graders:trl_async", "async functions are not supported"),
+        ("hostile_graders:", "or package.module:function"),
+    ],
+)
+def test_a_grader_that_cannot_be_used_is_one_clear_line(name, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_grader(name)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("result", "verdict"),
+    [
+        (True, Verdict(1.0, True, "scored 1")),
+        (0, Verdict(0.0, False, "scored 0")),
+        (0.9, Verdict(0.9, False, "scored 0.9")),
+        ({"score": 0.5, "acc": True}, Verdict(0.5, True, "scored 0.5")),
+        (Verdict(1, True, "a\nb"), Verdict(1.0, True, "a b")),
+    ],
+)
+def test_results_become_verdicts(result, verdict):
+    assert as_verdict(result) == verdict
+
+
+@pytest.mark.parametrize("result", ["1.0", None, [1.0], {"acc": True}, float("inf")])
+def test_other_results_are_errors(result):
+    with pytest.raises((TypeError, ValueError)):
+        as_verdict(result)
+
+
+@pytest.mark.parametrize("response", ["raise", "recurse", "exit", "nan", "text"])
+def test_whatever_a_grader_raises_is_a_verdict(response):
+    verdict = judge(obey, response, {})
+    assert not verdict.correct and verdict.score == 0.0
+    assert verdict.reason.startswith("the grader raised ")
+    assert len(verdict.reason) <= 200 and verdict.reason.isprintable()
+
+
+def test_an_interrupt_is_no_verdict():
+    def interrupted(response, row):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        judge(interrupted, "", {})
+
+
+def test_graders_start_without_jax():
+    code = "import sys, echorl_jax.rewards.worker; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

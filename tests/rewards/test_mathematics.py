@@ -1,0 +1,193 @@
+"""Verdicts on mathematics, against published verdicts and against hostile answers."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from echorl_jax.data import load_rows
+from echorl_jax.rewards import GraderPool, load_grader
+from echorl_jax.rewards.extraction import last_answer, last_boxed
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+needs_files = pytest.mark.skipif(not SHARED.is_dir(), reason="no public data files")
+grade = load_grader("math")
+
+
+def judge(response, gold):
+    row = {"prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": gold}}
+    return grade(response, row)
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        (r"\boxed{1} and \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}"),
+        (r"\boxed{1} \boxed{2", "1"),
+        (r"\boxed {\{1,2\}}", r"\{1,2\}"),
+        (r"\fbox{a}", "a"),
+        (r"\boxed{\boxed{3}}", "3"),
+        (r"\boxed{", None),
+        ("boxed{1}", None),
+        ("}{" * 9, None),
+    ],
+)
+def test_the_last_balanced_box(text, inside):
+    assert last_boxed(text) == inside
+
+
+@pytest.mark.parametrize(
+    ("text", "inside"),
+    [
+        ("<answer>1</answer><answer>2</answer>", "2"),
+        ("<answer>1</answer><answer>2", "1"),
+        ("1</answer>", None),
+        ("<answer>1", None),
+    ],
+)
+def test_the_last_closed_answer(text, inside):
+    assert last_answer(text) == inside
+
+
+@pytest.mark.parametrize(
+    ("response", "gold"),
+    [
+        (r"So it is $\boxed{336}$ degrees.", r"336^\circ"),
+        (r"\boxed{336^\circ}", "336"),
+        (r"\boxed{15 \text{ cm}^2}", r"15\mbox{ cm}^2"),
+        (r"\boxed{0.5}", r"\frac{1}{2}"),
+        (r"\boxed{1,\!000}", "1000"),
+        (r"\boxed{(0, 1]}", "(0,1]"),
+        (r"\boxed{2} and \boxed{1}", "1,2"),
+        (r"\boxed{x = 5}", "5"),
+        (r"\boxed{\text{East}}", r"\text{east}"),
+        (r"\boxed{2x+2}", "2(x+1)"),
+        (r"<think> \boxed{7} </think> \boxed{8}", "8"),
+        ("<answer> 8000 </answer>", {"question": "?", "target": "8000"}),
+        ("some <<3*4=12>> steps\n#### 12", "Twelve eggs.\n#### 12"),
+        ("The answer is 12.", "12"),
+        (r"\boxed{2^{100000}}", "2^{100000}"),
+        (r"\boxed{7}", ["5", "7"]),
+        ("**Final Answer:** a * b ** c **so** \\boxed{3}", "3"),
+    ],
+)
+def test_right(response, gold):
+    assert judge(response, gold).correct
+
+
+@pytest.mark.parametrize(
+    ("response", "gold"),
+    [
+        (r"\boxed{335}", r"336^\circ"),
+        (r"\boxed{8} but rather \boxed{9}", "8"),
+        (r"<think> \boxed{8} </think> \boxed{7}", "8"),
+        (r"\boxed{[0, 1]}", "(0,1]"),
+        (r"\boxed{(1, 2)}", "(2, 1)"),
+        (r"\boxed{1}", "1,2"),
+        ("I do not know.", "3"),
+        ("", "3"),
+        (r"\boxed{}", ""),
+        (r"The sum is 3, so \boxed{\mathrm{none}}", "3"),
+        (r"\boxed{2007 + \frac\pi 2}", "2"),
+    ],
+)
+def test_wrong(response, gold):
+    assert not judge(response, gold).correct
+
+
+@pytest.mark.parametrize(
+    ("response", "right"), [(r"\boxed{\text{(C)}}", True), ("**C**", True), (r"\boxed{A}", False)]
+)
+def test_a_letter_is_judged_as_a_choice(response, right):
+    assert judge(response, "C").correct == right
+
+
+@needs_files
+def test_published_verdicts_on_model_outputs():
+    lines = (SHARED / "graded_responses.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    verdicts = [judge(row["response"], row["gold"]).correct for row in rows]
+    pairs = list(zip(verdicts, rows, strict=True))
+    right = [verdict for verdict, row in pairs if row["correct"]]
+    wrong = [verdict for verdict, row in pairs if not row["correct"]]
+    assert len(right) == 295 and sum(right) >= 0.99 * 295
+    assert len(wrong) == 25 and sum(wrong) <= 0.03 * 25
+
+
+@needs_files
+def test_published_pairs():
+    lines = (SHARED / "grader_pairs.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    verdicts = [judge(row["prediction"], row["gold"]).correct for row in rows]
+    pairs = list(zip(verdicts, rows, strict=True))
+    assert sum(v for v, row in pairs if row["expected"]) >= 0.95 * 105
+    assert sum(not v for v, row in pairs if not row["expected"]) >= 0.90 * 10
+
+
+@needs_files
+@pytest.mark.parametrize("name", ["uft_math_700.parquet", "luffy_train_expert.parquet"])
+def test_gold_answers_and_expert_trajectories_are_right(name):
+    for row in load_rows(str(SHARED / name))[:120]:
+        text = row["target"][0]["content"] if "target" in row else row["answer"]
+        assert grade(text, row).correct
+
+
+CHEAP = [
+    r"\boxed{9^{9^{9^{9}}}}",
+    r"\boxed{9**9**9**9}",
+    r"\boxed{10^{100000000}}",
+    r"\boxed{100000000!}",
+    r"\boxed{9!!!!}",
+    r"\boxed{" + "(" * 100_000 + "1" + ")" * 100_000 + "}",
+    r"\boxed{" + "(" * 300 + "1" + ")" * 300 + "}",
+    r"\boxed{" + "9" * 100_000 + "}",
+    r"\boxed{" * 1000,
+    "{" * 100_000,
+    "$" * 100_000,
+    "a" * 1_000_000,
+    "9" * 1_000_000,
+    "\\boxed{\x00\ud800}",
+    r"\boxed{__import__('os').system('touch pwned')}",
+    "The answer is __import__('os').system('touch pwned')",
+    "The answer is 2**99999999",
+    "<answer>" * 10_000,
+    r"\boxed{٤٢}",
+]
+# These are only stopped by a time limit.
+COSTLY = [
+    r"\boxed{\sum_{n=1}^{10^9} \frac{1}{n}}",
+    r"\boxed{\binom{9999999}{4999999}}",
+    r"\boxed{(x+1)^{9999}}",
+    r"\boxed{((((9!)!)!)!)!}",
+    r"\boxed{\lim_{x\to 0}\sin(1/x)^{\tan x}}",
+    r"\boxed{\gcd(10^{9999},3^{9999})}",
+    r"\boxed{\begin{pmatrix}" + "&".join("1" * 200) + r"\end{pmatrix}^{9999}}",
+    r"\boxed{" + r"\det" * 200 + "}",
+    r"\boxed{" + r"\log_{2}" * 100 + "5}",
+    r"\boxed{1e999999999}",
+    r"\boxed{" + "{}" * 400_000 + "}",
+]
+
+
+def check_hostile(responses, limit_s):
+    row = {"prompt": [{"role": "user", "content": "?"}], "reward_model": {"ground_truth": "42"}}
+    start = time.perf_counter()
+    with GraderPool("math", workers=2) as pool:
+        verdicts = pool.grade([*responses, r"\boxed{42}"], [row] * (len(responses) + 1))
+    assert time.perf_counter() - start < limit_s
+    assert [v.correct for v in verdicts] == [False] * len(responses) + [True]
+    assert not os.path.exists("pwned")
+
+
+def test_hostile_answers_cost_little(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_hostile(CHEAP, limit_s=30)
+
+
+@pytest.mark.slow
+def test_thirty_hostile_answers_within_two_minutes(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    check_hostile(CHEAP + COSTLY, limit_s=120)

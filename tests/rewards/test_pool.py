@@ -1,0 +1,166 @@
+"""The grading pool: order, guards, recovery."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from echorl_jax.config import ConfigError
+from echorl_jax.rewards import GraderPool, PoolError, pool
+
+
+@pytest.fixture(scope="module")
+def obedient():
+    with GraderPool("hostile_graders:obey", workers=2, timeout_s=1.0, memory_mb=100) as made:
+        yield made
+
+
+def test_verdicts_come_in_order(obedient):
+    responses = [f"response {n}" for n in range(300)]
+    verdicts = obedient.grade(responses, [{"number": n} for n in range(300)])
+    assert [v.reason for v in verdicts] == [f"response {n} {n}" for n in range(300)]
+
+
+@pytest.mark.parametrize(
+    ("response", "reason"),
+    [
+        ("hang", "no verdict within 1 s"),
+        ("hang in C", "no verdict within 1 s"),
+        ("sleep", "no verdict within 1 s"),
+        ("leave a child", "no verdict within 1 s"),
+        ("die", "the grading process died"),
+        ("segfault", "the grading process died"),
+        ("allocate", "the grader raised MemoryError"),
+        ("leak", "the grader raised MemoryError"),
+        ("recurse", "the grader raised RecursionError"),
+        ("exit", "the grader raised SystemExit"),
+        ("raise", "the grader raised ValueError: no such luckluck"),
+        ("nan", "the grader raised ValueError"),
+    ],
+)
+def test_a_bad_item_costs_only_itself(obedient, response, reason):
+    verdicts = obedient.grade(["first", response, "\x00\ud800", "last"], [{}] * 4)
+    assert [v.score for v in verdicts] == [0.5, 0.0, 0.5, 0.5]
+    assert verdicts[1].reason.startswith(reason) and not verdicts[1].correct
+
+
+def test_many_bad_items_in_a_row(obedient):
+    responses = ["die", "hang", "segfault", "die", "die", "die", "die", "die", "fine"]
+    verdicts = obedient.grade(responses, [{}] * len(responses))
+    assert [v.correct for v in verdicts] == [False] * 8 + [True]
+
+
+def test_a_process_that_dies_between_rounds_is_replaced(obedient):
+    (verdict,) = obedient.grade(["pid"], [{}])
+    os.kill(int(verdict.reason), 9)
+    time.sleep(0.1)
+    assert all(v.correct for v in obedient.grade(["fine"] * 4, [{}] * 4))
+
+
+def test_long_responses_and_rows_travel(obedient):
+    (verdict,) = obedient.grade(["x" * 2_000_000], [{"number": 1, "text": "y" * 2_000_000}])
+    assert verdict.correct
+
+
+def test_processes_know_no_jax(obedient):
+    (verdict,) = obedient.grade(["modules"], [{}])
+    assert verdict.reason == "False"
+
+
+def test_grading_in_the_background(obedient):
+    slow = obedient.submit(["sleep"], [{}])
+    assert not slow.done()
+    assert obedient.submit(["fine"], [{}]).result()[0].correct
+    assert not slow.result()[0].correct
+
+
+def test_nothing_to_grade(obedient):
+    assert obedient.grade([], []) == []
+    with pytest.raises(ValueError, match="shorter|longer"):
+        obedient.grade(["one"], [])
+
+
+def test_processes_are_recycled(monkeypatch):
+    monkeypatch.setattr(pool, "MAX_ITEMS", 3)
+    with GraderPool("hostile_graders:obey", workers=1) as recycling:
+        verdicts = recycling.grade(["pid"] * 8, [{}] * 8)
+    pids = [v.reason for v in verdicts]
+    assert [len(set(pids[a:b])) for a, b in [(0, 3), (3, 6), (6, 8), (0, 8)]] == [1, 1, 1, 3]
+
+
+def test_an_interrupted_round_leaves_no_stale_verdicts(obedient, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pool._Round, "_receive", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            obedient.grade(["stale"] * 4, [{}] * 4)
+    verdicts = obedient.grade(["fresh"] * 4, [{"number": n} for n in range(4)])
+    assert [v.reason for v in verdicts] == [f"fresh {n}" for n in range(4)]
+
+
+def test_without_processes_exceptions_are_still_verdicts():
+    with GraderPool("hostile_graders:obey", workers=0) as here:
+        verdicts = here.grade(["pid", "raise", "fine"], [{}] * 3)
+    assert verdicts[0].reason == str(os.getpid())
+    assert [v.correct for v in verdicts] == [True, False, True]
+
+
+def test_an_unknown_grader_is_an_error_at_the_start():
+    with pytest.raises(ConfigError, match="did you mean countdown"):
+        GraderPool("contdown", workers=2)
+
+
+def test_a_process_that_cannot_start_is_an_error_not_a_verdict(tmp_path, monkeypatch):
+    # Importable here, but not in a process of its own.
+    module = tmp_path / "only_here.py"
+    module.write_text("def grade(response, row):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with GraderPool("only_here:grade", workers=0):
+        pass
+    module.write_text("raise ImportError('gone')\n")
+    with GraderPool("only_here:grade", workers=1) as broken:
+        with pytest.raises(PoolError, match="cannot start: grader only_here:grade: cannot import"):
+            broken.grade(["x"], [{}])
+
+
+def test_processes_that_die_at_the_start_are_an_error_not_a_loop(tmp_path, monkeypatch):
+    module = tmp_path / "deadly.py"
+    module.write_text("def grade(response, row):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with GraderPool("deadly:grade", workers=0):
+        pass
+    module.write_text("import os\nos._exit(7)\n")
+    with GraderPool("deadly:grade", workers=1) as broken:
+        with pytest.raises(PoolError, match="do not start"):
+            broken.grade(["x"], [{}])
+
+
+def test_a_closed_pool_says_so():
+    closed = GraderPool("countdown", workers=1)
+    closed.close()
+    closed.close()
+    with pytest.raises(PoolError, match="closed"):
+        closed.grade(["1"], [{}])
+
+
+def test_a_script_without_main_guard_or_close_ends_by_itself(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from echorl_jax.rewards import GraderPool\n"
+        "print('run')\n"
+        "pool = GraderPool('countdown', workers=2)\n"
+        "row = {'reward_model': {'ground_truth': {'numbers': [2, 3], 'target': 6}}}\n"
+        "print(pool.grade(['2*3=6'], [row])[0].correct)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, script],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.getcwd()},
+    )
+    assert (run.stdout, run.stderr, run.returncode) == ("run\nTrue\n", "", 0)
