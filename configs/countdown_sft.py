@@ -1,4 +1,4 @@
-"""Trains the tiny Countdown model from scratch on generated solutions, as it ships in the package."""
+"""Trains the tiny Countdown model of this package from scratch on generated solutions."""
 
 from ml_collections import ConfigDict
 

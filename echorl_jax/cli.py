@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from echorl_jax import __version__
-from echorl_jax.errors import UserError
+from echorl_jax.errors import RunStopped, UserError
 
 COMMANDS = {
     "train": "reinforcement learning with verifiable rewards, EchoRL on top; resumes by itself",
@@ -37,6 +37,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"echorl: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except RunStopped as error:
+        print(f"echorl: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("echorl: interrupted; the last checkpoint stays", file=sys.stderr)
+        sys.exit(130)
 
 
 def run(argv: list[str]) -> int:

@@ -21,9 +21,9 @@ Aggregation = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    # Hugging Face directory, repository id, or "builtin:countdown" (the tiny model in this package).
+    # Hugging Face directory, repository id, or "builtin:countdown", the tiny model in this package.
     path: str = "builtin:countdown"
-    # "pretrained" reads the weights; "random" takes only architecture and tokenizer and draws fresh weights.
+    # "pretrained" reads the weights; "random" takes architecture and tokenizer, with fresh weights.
     init: Literal["pretrained", "random"] = "pretrained"
     # Type of activations and matrix products. Master weights and optimizer state are float32.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -40,15 +40,16 @@ class DataConfig:
     train: str = "countdown:"
     # Held-out rows for the periodic evaluation, in the same form; "" evaluates nothing.
     eval: str = ""
-    # How a row becomes text: "chat" is the tokenizer's chat template, "plain" joins the message
-    # contents as they stand.
-    template: Literal["chat", "plain"] = "chat"
+    # How a row becomes text: "chat" is the tokenizer's chat template, "plain" the message contents
+    # as they stand; luffy, qwen-math, boxed and uft write the problem into that prompt.
+    template: str = "chat"
     # Prompts longer than this are left out and counted (tokens).
     max_prompt_tokens: int = 1024
     # What a broken row does: stop with its file and number, or be skipped and counted.
     on_bad_row: Literal["error", "skip"] = "error"
-    # Who judges: "countdown", or "package.module:function".
-    grader: str = "countdown"
+    # Who judges: auto (by the row's data source), math, choice, countdown, or
+    # "package.module:function".
+    grader: str = "auto"
     # Limit for one verdict (seconds); a hang costs that one item.
     grader_timeout_s: float = 10.0
     # Grading processes; 0 grades in this process, without time limit.
@@ -71,7 +72,8 @@ class RolloutConfig:
     top_p: float = 1.0
     # Rows decoded at once; 0 takes all rows.
     slots: int = 0
-    # Steps between comparisons of sampler and trainer log-probabilities (also done at the first step); 0 never compares.
+    # Steps between checks that sampler and trainer agree on log-probabilities, the first step
+    # included; 0 never stops a run for it.
     check_every: int = 50
     # Largest accepted gap between the two (nats); 0 takes the bound of the model's dtype.
     max_logprob_gap: float = 0.0
@@ -88,12 +90,13 @@ class ObjectiveConfig:
     epsilon_high: float | None = None
     # How token losses become one number (verl's names); None takes the objective's own.
     aggregation: Aggregation | None = None
-    # Weight of the KL term against the reference policy, and its estimator; None takes the objective's own.
+    # Weight of the KL term against the reference policy, and its estimator; None takes the
+    # objective's own.
     kl_coef: float | None = None
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
     # Weight of the entropy bonus; None takes the objective's own.
     entropy_coef: float | None = None
-    # Bound c on the loss of a token with a negative advantage, -A c; None takes the objective's own.
+    # Bound c on the loss of a token with negative advantage, -A c; None takes the objective's own.
     dual_clip: float | None = None
     # Cap C of truncated importance weights against the sampler; None takes the objective's own.
     tis_cap: float | None = None
@@ -128,7 +131,8 @@ class EchoConfig:
     delimiter: Literal["newline", "ids"] = "newline"
     # Token ids that end a step, with delimiter = "ids" (the authors' Qwen2.5 setting: 198,271).
     delimiter_ids: tuple[int, ...] = ()
-    # Which step ends the clip: highest entropy (the paper), lowest, the whole rollout, or by chance or place.
+    # Which step ends the clip: highest entropy (the paper), lowest, the whole rollout, or by
+    # chance or place.
     select: Literal["max", "min", "full", "random", "first", "last"] = "max"
     # Clips per prompt, K.
     top_k: int = 1
@@ -190,8 +194,8 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
-    # Steps between evaluations (also before the first and after the last step); 0 evaluates nothing.
-    every: int = 5
+    # Steps between evaluations, also before the first and after the last step; 0 evaluates nothing.
+    every: int = 0
     # Rows of data.eval that are used; 0 uses all.
     rows: int = 0
     # Completions per row; pass@1 is their mean.

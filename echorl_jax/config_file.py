@@ -129,7 +129,7 @@ def _read(cls: Any, values: Mapping[str, Any], *, prefix: str) -> Any:
 
 
 def _convert(key: str, value: Any, kind: Any) -> Any:
-    """The value as ``kind``: bool, int, float, str, Literal, tuple of int, or one of them or None."""
+    """The value as ``kind``: bool, int, float, str, Literal, tuple of int, perhaps or None."""
     original = value.text if isinstance(value, _Typed) else value
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
@@ -151,7 +151,7 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
 
 
 def _parse(text: str, kind: Any) -> Any:
-    """The text as ``kind``, or unchanged where it is none; the caller's type check then reports it."""
+    """The text as ``kind``; unchanged where it is none, and the caller's type check reports it."""
     if typing.get_origin(kind) is tuple:
         parts = [part for part in text.strip("()[] ").replace(" ", "").split(",") if part]
         return [int(p) for p in parts] if all(p.lstrip("-").isdigit() for p in parts) else text

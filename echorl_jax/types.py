@@ -7,8 +7,8 @@ Axes:
   L  whole sequence, padded        K  clips per prompt
   V  vocabulary                    D  hidden size
 
-Rows are padded on the right. Lengths are in tokens, entropies and log-probabilities in nats. Mesh axes are words:
-``data``, ``fsdp``, ``tensor``.
+Rows are padded on the right. Lengths are in tokens, entropies and log-probabilities in nats. Mesh
+axes are words: ``data``, ``fsdp``, ``tensor``.
 """
 
 import dataclasses
@@ -16,6 +16,8 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+
+__all__ = ["EchoClips", "Graded", "LossTerm", "Rollouts", "TrainBatch"]
 
 Array = jax.Array
 PyTree = Any
@@ -55,7 +57,7 @@ class Graded:
 
 @pytree
 class EchoClips:
-    """For each prompt, up to K prefixes of its verified successes that end at a chosen reasoning step."""
+    """For each prompt, up to K prefixes of its verified successes that end at a chosen step."""
 
     row: Array  # i32 [P, K], the rollout the clip is a prefix of
     length: Array  # i32 [P, K], tokens in the prefix
@@ -90,11 +92,12 @@ class LossTerm:
 
 @pytree
 class TrainBatch:
-    """Rows ready for the update: whole sequences and, per token, all that does not depend on the current policy.
+    """Rows ready for the update: sequences and all that does not depend on the current policy.
 
-    ``[B, T]`` fields cover the target region: entry t of row b belongs to ``tokens[b, prompt_length[b] + t]``. Weights are final:
-    masks, aggregation and global denominators are already in them, so the loss is a plain weighted sum and any split into
-    micro-batches has the same gradient. A row of padding has all weights 0.
+    ``[B, T]`` fields cover the target region: entry t of row b belongs to
+    ``tokens[b, prompt_length[b] + t]``. Weights are final: masks, aggregation and global
+    denominators are in them, so the loss is a plain weighted sum and any split into micro-batches
+    has the same gradient. A row of padding has all weights 0.
     """
 
     tokens: Array  # i32 [B, L], prompt then completion

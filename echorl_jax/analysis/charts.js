@@ -12,11 +12,18 @@ function element(tag, className, text) {
 }
 
 function colour(name) {
-  return getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
+  return getComputedStyle(document.documentElement)
+    .getPropertyValue("--" + name)
+    .trim();
 }
 
 function withAlpha(hex, alpha) {
-  return hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
+  return (
+    hex +
+    Math.round(alpha * 255)
+      .toString(16)
+      .padStart(2, "0")
+  );
 }
 
 function significant(value) {
@@ -59,10 +66,24 @@ function paintOf(one) {
   const dash = DASHES[one.dash % DASHES.length];
   const dots = { show: one.paint.endsWith("dots"), size: one.paint === "dots" ? 5 : 6, fill: stroke };
   switch (one.paint) {
-    case "area": return { fill: stroke, width: 0, points: { show: false } };
-    case "bars": return { fill: withAlpha(stroke, 0.75), width: 0, points: { show: false }, paths: uPlot.paths.bars({ size: [0.9, 60] }) };
-    case "dots": return { stroke: withAlpha(stroke, 0.55), width: 0, paths: () => null, points: { ...dots, fill: withAlpha(stroke, 0.45) } };
-    default: return { stroke, width: 2, dash, spanGaps: true, points: dots };
+    case "area":
+      return { fill: stroke, width: 0, points: { show: false } };
+    case "bars":
+      return {
+        fill: withAlpha(stroke, 0.75),
+        width: 0,
+        points: { show: false },
+        paths: uPlot.paths.bars({ size: [0.9, 60] }),
+      };
+    case "dots":
+      return {
+        stroke: withAlpha(stroke, 0.55),
+        width: 0,
+        paths: () => null,
+        points: { ...dots, fill: withAlpha(stroke, 0.45) },
+      };
+    default:
+      return { stroke, width: 2, dash, spanGaps: true, points: dots };
   }
 }
 
@@ -95,14 +116,18 @@ function fillReadout(readout, panel, index) {
     const value = index !== null ? one.y[index] : atEnd ? one.y.findLast(known) : null;
     if (!known(value) && (index !== null || !one.label)) continue;
     const item = element("span");
-    const shape = ["area", "bars", "dots"].includes(one.paint) ? " block" : " dash-" + (one.dash % DASHES.length);
+    const shape = ["area", "bars", "dots"].includes(one.paint)
+      ? " block"
+      : " dash-" + (one.dash % DASHES.length);
     const mark = element("i", "mark" + shape);
     mark.style.color = colour(one.colour);
     item.append(mark);
     if (one.label) item.append(one.label + " ");
     if (known(value)) item.append(element("b", "", FORMS[panel.form](value)));
-    const also = index === null ? [] : one.raw ? [one.raw[index]] : one.low ? [one.low[index], one.high[index]] : [];
-    if (also.some(known)) item.append(element("span", "logged", " (" + also.map(FORMS[panel.form]).join(" to ") + ")"));
+    const also =
+      index === null ? [] : one.raw ? [one.raw[index]] : one.low ? [one.low[index], one.high[index]] : [];
+    if (also.some(known))
+      item.append(element("span", "logged", " (" + also.map(FORMS[panel.form]).join(" to ") + ")"));
     readout.append(item);
   }
 }
@@ -125,15 +150,42 @@ function optionsOf(panel, width, made, readout) {
   const margin = bars ? (panel.x[1] - panel.x[0]) / 2 : 0;
   const xRange = only ?? (bars ? [panel.x[0] - margin, panel.x[panel.x.length - 1] + margin] : undefined);
   const yRange = areas ? [0, 1] : bars ? (_, low, high) => [0, (high || 1) * 1.05] : undefined;
-  const axis = { stroke: colour("soft"), font: "12px system-ui, sans-serif", grid: { stroke: colour("line"), width: 1 }, ticks: { show: false } };
-  const whole = { incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000] };
+  const axis = {
+    stroke: colour("soft"),
+    font: "12px system-ui, sans-serif",
+    grid: { stroke: colour("line"), width: 1 },
+    ticks: { show: false },
+  };
+  const whole = {
+    incrs: [1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000],
+  };
   return {
-    width, height: HEIGHT, legend: { show: false }, padding: [8, 8, 0, 0],
-    cursor: { y: false, points: { size: 7 }, drag: { x: true, y: false }, ...(overSteps ? { sync: { key: "steps", setSeries: false } } : {}) },
+    width,
+    height: HEIGHT,
+    legend: { show: false },
+    padding: [8, 8, 0, 0],
+    cursor: {
+      y: false,
+      points: { size: 7 },
+      drag: { x: true, y: false },
+      ...(overSteps ? { sync: { key: "steps", setSeries: false } } : {}),
+    },
     scales: { x: { time: false, ...(xRange ? { range: xRange } : {}) }, y: yRange ? { range: yRange } : {} },
     axes: [
-      { ...axis, size: 28, space: 60, ...(overSteps ? whole : { values: (_, ticks) => ticks.map((v) => significant(Number(v.toPrecision(6)))) }) },
-      { ...axis, size: 58, space: 38, values: (_, ticks) => ticks.map((v) => form(Number(v.toPrecision(6)))) },
+      {
+        ...axis,
+        size: 28,
+        space: 60,
+        ...(overSteps
+          ? whole
+          : { values: (_, ticks) => ticks.map((v) => significant(Number(v.toPrecision(6)))) }),
+      },
+      {
+        ...axis,
+        size: 58,
+        space: 38,
+        values: (_, ticks) => ticks.map((v) => form(Number(v.toPrecision(6)))),
+      },
     ],
     series: made.series,
     bands: made.bands,
@@ -145,7 +197,9 @@ function optionsOf(panel, width, made, readout) {
 function drawPanel(panel, holder) {
   const card = element("article", "panel");
   card.append(element("h3", "", panel.title));
-  const about = [panel.note, panel.x_name === "step" ? "" : "Across: " + panel.x_name + "."].filter(Boolean).join(" ");
+  const about = [panel.note, panel.x_name === "step" ? "" : "Across: " + panel.x_name + "."]
+    .filter(Boolean)
+    .join(" ");
   if (about) card.append(element("p", "note", about));
   const readout = element("p", "readout");
   const plotHolder = element("div", "plot");
@@ -161,7 +215,11 @@ function drawPanel(panel, holder) {
     if (room() !== plot.width) plot.setSize({ width: room(), height: HEIGHT });
   });
   resize.observe(card);
-  return () => { resize.disconnect(); plot.destroy(); card.remove(); };
+  return () => {
+    resize.disconnect();
+    plot.destroy();
+    card.remove();
+  };
 }
 
 /** Draws the charts of every open section, again whenever the colour scheme changes. */
@@ -171,13 +229,18 @@ function startCharts() {
     const key = section.dataset.section;
     (takeAway.get(key) || []).forEach((undo) => undo());
     const holder = section.querySelector(".panels");
-    takeAway.set(key, page.sections[key].panels.map((panel) => drawPanel(panel, holder)));
+    takeAway.set(
+      key,
+      page.sections[key].panels.map((panel) => drawPanel(panel, holder)),
+    );
   };
   const sections = [...document.querySelectorAll("section.curves")];
   const open = (section) => section.querySelector("details")?.open !== false;
   const redraw = () => sections.filter(open).forEach(draw);
   for (const section of sections) {
-    section.querySelector("details")?.addEventListener("toggle", () => { if (open(section)) draw(section); });
+    section.querySelector("details")?.addEventListener("toggle", () => {
+      if (open(section)) draw(section);
+    });
   }
   redraw();
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);

@@ -39,6 +39,7 @@ SECTIONS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
                 smooth=False,
             ),
             Curve("Reward", ("reward/mean",), "Mean reward of the rollouts sampled in a step."),
+            Curve("Supervised loss", ("loss/nll",), "On demonstrations or hints, in nats."),
             Curve(
                 "Success in training",
                 ("reward/correct",),
@@ -142,17 +143,19 @@ def build_sections(runs: Sequence[Run]) -> list[Section]:
     """Every section of curves that has data.
 
     One stack per run with the shares of mixed, all-right and all-wrong groups opens the section
-    "Signal". Metrics that no panel claims come last, folded, so that nothing logged is hidden.
+    "Signal". Panels of nothing but zeros, such as the KL of a run without reference, and metrics
+    that no panel claims come last, folded, so that nothing logged is hidden.
     """
-    sections, claimed = [], set()
+    sections, claimed, flat = [], set(), []
     for title, curves in SECTIONS:
         stacks = [_stack(run, len(runs) > 1) for run in runs] if title == "Signal" else []
-        panels = [*stacks, *(_panel(curve, runs) for curve in curves)]
+        panels = [p for p in (*stacks, *(_panel(c, runs) for c in curves)) if p is not None]
         claimed |= {key for curve in curves for run in runs for key in _matching(run, curve.keys)}
-        sections.append(Section(title.lower(), title, [p for p in panels if p is not None]))
+        flat += [panel for panel in panels if not _moves(panel)]
+        sections.append(Section(title.lower(), title, [p for p in panels if _moves(p)]))
     rest = sorted({key for run in runs for key in run.keys()} - claimed)
     others = [_panel(Curve(key, (key,), ""), runs) for key in rest]
-    others = [panel for panel in others if panel is not None]
+    others = [*flat, *(panel for panel in others if panel is not None)]
     sections.append(Section("more", "Other metrics", others, folded=True))
     return [section for section in sections if section.panels]
 
@@ -206,6 +209,10 @@ def smoothed(values: Sequence[float]) -> list[float]:
     """The running mean that the report draws; the values themselves where they are few."""
     width = int(len(values) * SMOOTHING) | 1
     return rolling_mean(values, width=width) if width > 1 else list(values)
+
+
+def _moves(panel: Panel) -> bool:
+    return any(value for series in panel.series for value in series.y)
 
 
 def _matching(run: Run, patterns: Sequence[str]) -> list[str]:

@@ -19,6 +19,8 @@ from echorl_jax.analysis.runs import Run
 # Fewer points, or entropies closer together than this ratio of exp(H), fix no curve worth showing.
 MIN_POINTS = 8
 MIN_SPREAD = 1e-3
+# A law that explains less of the variance of the reward predicts nothing.
+MIN_EXPLAINED = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,18 +106,25 @@ def law_section(runs: Sequence[Run]) -> Section | None:
             continue
         panels.append(_law_panel(run.name, entropy, reward, law, run_colour(colour)))
         reached = max(reward[-max(1, len(reward) // 10) :])
-        cells = [number(law.a), number(law.b), share(law.r2), number(law.ceiling), number(reached)]
+        cells = [number(law.a), number(law.b), share(law.r2), _ceiling(law), number(reached)]
         table.append([run.name, *cells])
     if not panels:
         return None
     notes = (
         "Reward over token entropy, and the law R = -a exp(H) + b fitted to it. Where the law "
         "holds, reward is bought with entropy, and b - a is reached when the entropy is spent.",
-        "A fit to one run says nothing about cause; where it explains little of the variance, "
-        "read no ceiling from it.",
+        "A fit to one run says nothing about cause. Where it explains less than half of the "
+        "variance, no ceiling is named.",
     )
     columns = ["Run", "a", "b", "Variance explained", "Ceiling b - a", "Best of the last tenth"]
     return Section("entropy-law", "Entropy law", panels, notes, [(columns, table)])
+
+
+def _ceiling(law: EntropyLaw) -> str:
+    # With a below zero reward falls along with entropy: nothing is gained by spending it.
+    if law.a <= 0:
+        return "none, a is not positive"
+    return number(law.ceiling) if law.r2 >= MIN_EXPLAINED else "unclear"
 
 
 def _law_panel(

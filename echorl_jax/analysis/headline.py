@@ -3,10 +3,12 @@
 import dataclasses
 from collections.abc import Sequence
 
-from echorl_jax.analysis.runs import Run
+from echorl_jax.analysis.runs import Run, integer
 
 # The start and the end of a noisy curve are means over this share of it.
 EDGE = 0.1
+# Changes of success or reward below this are not called a rise or a fall.
+VERDICT = 0.03
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,24 +26,36 @@ def headline(run: Run) -> str:
 
     The evaluation says it where there is one, else the reward.
     """
-    count = f"{len(run.metrics):,} step{'s' * (len(run.metrics) != 1)}"
     for key in eval_keys(run):
-        _, values = run.series(key)
+        steps, values = run.series(key)
         if len(values) > 1:
-            verb = _verb(values[0], values[-1])
-            return (
-                f"Held-out success {verb} from {share(values[0])} to {share(values[-1])} in {count}"
+            change = (
+                f"{_verb(values[0], values[-1])} from {share(values[0])} to {share(values[-1])}"
             )
+            return f"Held-out success {change} in {_steps(steps[-1] - steps[0])}"
+    count = _steps(run.steps_done)
     edge = edges(run, "reward/mean")
-    if edge and len(run.metrics) > 1:
+    if edge and run.steps_done > 1:
         return f"Reward {_verb(*edge)} from {number(edge[0])} to {number(edge[1])} in {count}"
-    return f"A run of {count}" if run.metrics else "This run has not finished a step yet"
+    return f"A run of {count}" if run.steps_done else "This run has not finished a step yet"
+
+
+def progress(run: Run) -> str:
+    """How far the run has come, with the number of steps it was set to where that is known.
+
+    A run that went on past that number, or whose config is not there, only says what it did.
+    """
+    planned = integer(run.config.get("steps")) or 0
+    if run.steps_done < planned:
+        return f"{run.steps_done:,} of {_steps(planned)}"
+    return _steps(run.steps_done)
 
 
 def facts(run: Run) -> list[Fact]:
     """The headline numbers that a run's metrics allow, most telling first."""
     found = [_evaluation(run, key) for key in eval_keys(run)]
-    found += [_reward(run), _degenerate(run), _clips(run), _entropy(run), _time(run)]
+    found += [_reward(run), _supervised(run), _degenerate(run), _clips(run), _entropy(run)]
+    found.append(_time(run))
     return [fact for fact in found if fact is not None]
 
 
@@ -52,7 +66,7 @@ def comparison(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
     columns += ["Clips", "Time"]
     rows = []
     for run in runs:
-        cells = [run.name, f"{len(run.metrics):,}"]
+        cells = [run.name, f"{run.steps_done:,}"]
         cells += [_arrow(run.series(key)[1], share) for key in keys]
         cells += [_arrow(edges(run, "reward/mean"), number)]
         cells += [_arrow(edges(run, "group/all_success_fraction"), share)]
@@ -110,8 +124,15 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
+def _steps(count: int) -> str:
+    return f"{count:,} step{'s' * (count != 1)}"
+
+
 def _verb(before: float, after: float) -> str:
-    return "rose" if after > before else "fell" if after < before else "stayed"
+    # A small change of one run's success is as likely noise: it is told without a verdict.
+    if abs(after - before) < VERDICT:
+        return "went"
+    return "rose" if after > before else "fell"
 
 
 def _source(key: str) -> str:
@@ -139,6 +160,13 @@ def _reward(run: Run) -> Fact | None:
     return Fact("Mean reward", number(edge[1]), number(edge[0]), "first to last tenth of the run")
 
 
+def _supervised(run: Run) -> Fact | None:
+    edge = edges(run, "loss/nll")
+    if edge is None or not any(edge):
+        return None
+    return Fact("Supervised loss", number(edge[1]), number(edge[0]), "nats, first to last tenth")
+
+
 def _degenerate(run: Run) -> Fact | None:
     right, wrong = (
         edges(run, "group/all_success_fraction"),
@@ -154,7 +182,7 @@ def _degenerate(run: Run) -> Fact | None:
 
 def _clips(run: Run) -> Fact | None:
     _, counts = run.series("echo/clips")
-    if not counts:
+    if not any(counts):
         return None
     _, lengths = run.series("echo/clip_tokens_mean")
     detail = f"in {sum(c > 0 for c in counts):,} of {len(counts):,} steps"

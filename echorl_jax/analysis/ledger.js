@@ -14,7 +14,10 @@ function layout(mode) {
   const lanes = page.ledger[mode];
   const deepest = Math.max(...lanes.map((lane) => lane.length));
   lanes.forEach((lane, i) =>
-    lane.forEach((cell, j) => cells.push(mode === "steps" ? { cell, x: i, y: deepest - 1 - j } : { cell, x: j, y: i })));
+    lane.forEach((cell, j) =>
+      cells.push(mode === "steps" ? { cell, x: i, y: deepest - 1 - j } : { cell, x: j, y: i }),
+    ),
+  );
   return mode === "steps"
     ? { cells, columns: lanes.length, rows: deepest }
     : { cells, columns: deepest, rows: lanes.length };
@@ -55,7 +58,13 @@ function paintLedger(canvas, mode) {
     if (cell[5]) {
       pen.fillStyle = withAlpha(dot, 0.6);
       pen.beginPath();
-      pen.arc(left + (width - 1) / 2, top + (height - 1) / 2, Math.max(1, Math.min(width, height) * 0.18), 0, 7);
+      pen.arc(
+        left + (width - 1) / 2,
+        top + (height - 1) / 2,
+        Math.max(1, Math.min(width, height) * 0.18),
+        0,
+        7,
+      );
       pen.fill();
     }
   }
@@ -66,7 +75,9 @@ function paintLedger(canvas, mode) {
 function describeCell(cell) {
   const [step, index, correct, size, truncated, clip] = cell;
   const parts = [
-    "step " + step.toLocaleString("en"), "prompt " + index.toLocaleString("en"), CELL_NAMES[cellState(cell)] + ", " + correct + " of " + size + " right",
+    "step " + step.toLocaleString("en"),
+    "prompt " + index.toLocaleString("en"),
+    CELL_NAMES[cellState(cell)] + ", " + correct + " of " + size + " right",
   ];
   if (truncated) parts.push(truncated + " truncated");
   parts.push(clip ? "gave a clip" : "no clip");
@@ -78,16 +89,34 @@ function movesTable(moves) {
   const holder = document.getElementById("ledger-moves");
   if (!total) return;
   holder.append(element("h3", "", "From one visit to the next"));
-  holder.append(element("p", "note", "What became of a prompt's group the next time it was drawn, over " + total.toLocaleString("en") + " returns."));
+  holder.append(
+    element(
+      "p",
+      "note",
+      "What became of a prompt's group the next time it was drawn, over " +
+        total.toLocaleString("en") +
+        " returns.",
+    ),
+  );
   const table = element("table");
   const head = table.createTHead().insertRow();
-  ["was", ...CELL_STATES.map((state) => "then " + CELL_NAMES[state])].forEach((text) => head.append(element("th", "", text)));
+  ["was", ...CELL_STATES.map((state) => "then " + CELL_NAMES[state])].forEach((text) =>
+    head.append(element("th", "", text)),
+  );
   const body = table.createTBody();
   moves.forEach((row, i) => {
     const sum = row.reduce((a, b) => a + b, 0);
     const line = body.insertRow();
     line.append(element("th", "", CELL_NAMES[CELL_STATES[i]]));
-    row.forEach((n, j) => line.append(element("td", i === j ? "strong" : "", n.toLocaleString("en") + (sum ? " (" + Math.round((100 * n) / sum) + "%)" : ""))));
+    row.forEach((n, j) =>
+      line.append(
+        element(
+          "td",
+          i === j ? "strong" : "",
+          n.toLocaleString("en") + (sum ? " (" + Math.round((100 * n) / sum) + "%)" : ""),
+        ),
+      ),
+    );
   });
   const scroll = element("div", "scroll");
   scroll.append(table);
@@ -97,24 +126,37 @@ function movesTable(moves) {
 function startLedger() {
   const canvas = document.getElementById("ledger-canvas");
   const readout = document.getElementById("ledger-readout");
-  const modes = [["steps", "By step"], ["prompts", "By prompt"]].filter(([mode]) => page.ledger[mode].length);
+  const modes = [
+    ["steps", "By step"],
+    ["prompts", "By prompt"],
+  ].filter(([mode]) => page.ledger[mode].length);
   let mode = modes[0][0];
   let at = () => undefined;
   const buttons = modes.map(([name, text]) => {
     const button = element("button", "", text);
-    button.addEventListener("click", () => { mode = name; paint(); });
+    button.addEventListener("click", () => {
+      mode = name;
+      paint();
+    });
     return button;
   });
   const paint = () => {
     at = paintLedger(canvas, mode);
     buttons.forEach((button, i) => button.setAttribute("aria-pressed", String(modes[i][0] === mode)));
-    readout.textContent = mode === "steps"
-      ? "A column is a step. Point at a cell, or tap it."
-      : "A row is a prompt that came back, a column a visit; the easiest prompts on top. Point at a cell, or tap it.";
+    readout.textContent =
+      mode === "steps"
+        ? "A column is a step. Point at a cell, or tap it."
+        : "A row is a prompt that came back, a column a visit; the easiest prompts on top. Point at a cell, or tap it.";
   };
   if (modes.length > 1) document.getElementById("ledger-modes").append(...buttons);
   const key = document.getElementById("ledger-key");
-  for (const [tile, text] of [["right", "all right"], ["mixed", "mixed"], ["wrong", "all wrong"], ["clip", "gave a clip"], ["truncated", "had a truncated rollout"]]) {
+  for (const [tile, text] of [
+    ["right", "all right"],
+    ["mixed", "mixed"],
+    ["wrong", "all wrong"],
+    ["clip", "gave a clip"],
+    ["truncated", "had a truncated rollout"],
+  ]) {
     const item = element("li");
     item.append(element("i", "tile " + tile), text);
     key.append(item);
@@ -133,7 +175,10 @@ function startLedger() {
   paint();
   let width = 0;
   new ResizeObserver(([entry]) => {
-    if (Math.round(entry.contentRect.width) !== width) { width = Math.round(entry.contentRect.width); paint(); }
+    if (Math.round(entry.contentRect.width) !== width) {
+      width = Math.round(entry.contentRect.width);
+      paint();
+    }
   }).observe(document.getElementById("ledger-scroll"));
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 }

@@ -17,12 +17,12 @@ from typing import Any
 
 import jinja2
 
-from echorl_jax.analysis import curves, headline
+from echorl_jax.analysis import curves, headline, studies
 from echorl_jax.analysis.clips import clip_section
 from echorl_jax.analysis.collapse import collapse_section
 from echorl_jax.analysis.deletion import deletion_section
 from echorl_jax.analysis.entropy_law import law_section
-from echorl_jax.analysis.ledger import build_ledger, read_ledger
+from echorl_jax.analysis.ledger import Visit, build_ledger, read_ledger
 from echorl_jax.analysis.panels import Section
 from echorl_jax.analysis.runs import Run, read_jsonl, read_runs
 from echorl_jax.analysis.samples import Viewer, build_viewer
@@ -59,8 +59,10 @@ def write_report(workdir: Path, *, compare: tuple[Path, ...] = (), out: Path | N
 def render(runs: Sequence[Run]) -> str:
     """The page as text; the first run is the one it is about."""
     run = runs[0]
-    ledger = build_ledger(read_ledger(run.ledger_file))
+    visits = read_ledger(run.ledger_file)
+    ledger = build_ledger(visits)
     viewer = build_viewer(run)
+    name_prompts(viewer.groups, visits)
     sections = page_sections(runs, viewer)
     scripts = [_asset(name) for name in _SCRIPTS]
     styles = [_asset(name) for name in _STYLES]
@@ -70,6 +72,7 @@ def render(runs: Sequence[Run]) -> str:
         {
             "title": run.name,
             "headline": headline.headline(run),
+            "progress": headline.progress(run),
             "facts": [dataclasses.asdict(fact) for fact in headline.facts(run)],
             "runs": [other.name for other in runs],
             "comparison": headline.comparison(runs) if len(runs) > 1 else None,
@@ -78,13 +81,23 @@ def render(runs: Sequence[Run]) -> str:
                 f"{r.name}: {note}" if len(runs) > 1 else note for r in runs for note in r.notes
             ],
             "config": config_table(run.config),
-            "environment": [(k, _plain(v), False) for k, v in run.environment.items()],
+            "changed": [
+                [f"{section}.{key}" if section else key, value]
+                for section, rows in config_table(run.config, top="")
+                for key, value, differs in rows
+                if differs
+            ],
+            "environment": config_table(run.environment, defaults={}, top="environment"),
             "sections": [_heading(number, section) for number, section in enumerate(sections)],
         }
     )
     page = _environment().get_template("report.html.jinja")
     return page.render(
         **text,
+        # Supervised training samples nothing: its page has no parts about groups and clips.
+        samples_rollouts=bool(
+            ledger or viewer.groups or "reward/mean" in run.keys() or not run.metrics
+        ),
         # The method's own pictures come right after what was learned.
         first=[s for s in text["sections"] if s["id"] in _FIRST],
         rest=[s for s in text["sections"] if s["id"] not in _FIRST],
@@ -104,6 +117,21 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
+def name_prompts(groups: Sequence[dict[str, Any]], visits: Sequence[Visit]) -> None:
+    """Adds ``prompt_index``, the prompt's number in the data, to each sampled group.
+
+    A samples file numbers groups within their step; the ledger lists a step's groups in that order.
+    """
+    steps: dict[int, list[Visit]] = {group["step"]: [] for group in groups}
+    for visit in visits:
+        if visit.step in steps:
+            steps[visit.step].append(visit)
+    for group in groups:
+        own, place = steps[group["step"]], group["group"]
+        listed = isinstance(place, int) and 0 <= place < len(own)
+        group["prompt_index"] = own[place].index if listed else None
+
+
 def page_sections(runs: Sequence[Run], viewer: Viewer) -> list[Section]:
     """The curves, then every study there is data for, in the order of the page.
 
@@ -112,27 +140,35 @@ def page_sections(runs: Sequence[Run], viewer: Viewer) -> list[Section]:
     """
     plots = curves.build_sections(runs)
     others = [section for section in plots if section.folded]
-    folder = runs[0].path / "analysis"
-    studies = [
+    folder = runs[0].path / studies.FOLDER
+    made = [
         collapse_section(runs),
         law_section(runs),
         clip_section(viewer.clips),
-        profile_section(list(read_jsonl(folder / "trajectories.jsonl"))),
-        deletion_section(list(read_jsonl(folder / "deletion.jsonl"))),
+        profile_section(list(read_jsonl(folder / studies.TRAJECTORIES))),
+        deletion_section(list(read_jsonl(folder / studies.DELETION))),
     ]
     shown = [section for section in plots if not section.folded]
-    return [section for section in (*shown, *studies, *others) if section is not None]
+    return [section for section in (*shown, *made, *others) if section is not None]
 
 
-def config_table(config: dict[str, Any]) -> list[tuple[str, list[tuple[str, str, bool]]]]:
-    """Sections of a config: ``[(section, [(key, value, differs from default), ...]), ...]``."""
-    defaults = dataclasses.asdict(Config())
-    top = {key: value for key, value in config.items() if not isinstance(value, dict)}
-    sections = [("", top)] if top else []
+def config_table(
+    config: dict[str, Any], *, defaults: dict[str, Any] | None = None, top: str = "run"
+) -> list[tuple[str, list[tuple[str, str, bool]]]]:
+    """Sections of a config: ``[(section, [(key, value, differs from default), ...]), ...]``.
+
+    Args:
+      config: options, some of them grouped in sections.
+      defaults: the same with the defaults; those of :class:`Config` if None.
+      top: what the section of the ungrouped options is called.
+    """
+    defaults = dataclasses.asdict(Config()) if defaults is None else defaults
+    ungrouped = {key: value for key, value in config.items() if not isinstance(value, dict)}
+    sections = [(top, ungrouped)] if ungrouped else []
     sections += [(key, value) for key, value in config.items() if isinstance(value, dict)]
     table = []
     for section, values in sections:
-        known = defaults.get(section, {}) if section else defaults
+        known = defaults if values is ungrouped else defaults.get(section, {})
         rows = [
             (key, _plain(value), key in known and _plain(value) != _plain(known[key]))
             for key, value in values.items()
@@ -146,7 +182,7 @@ def config_differences(runs: Sequence[Run]) -> list[list[str]]:
     flat = [
         {
             f"{section}.{key}" if section else key: value
-            for section, rows in config_table(run.config)
+            for section, rows in config_table(run.config, top="")
             for key, value, _ in rows
         }
         for run in runs
@@ -205,6 +241,8 @@ def _visible_text(value: Any) -> Any:
 
 
 def _plain(value: Any) -> str:
+    if value is None:
+        return "none"
     if isinstance(value, list | tuple):
         return ", ".join(_plain(item) for item in value) or "none"
     if isinstance(value, dict):

@@ -38,6 +38,11 @@ class Run:
         rows = [row for row in self.metrics if key in row]
         return [int(row["step"]) for row in rows], [row[key] for row in rows]
 
+    @property
+    def steps_done(self) -> int:
+        """Training steps that were logged; an evaluation alone, as before the first, is none."""
+        return sum(any(_of_training(key) for key in row) for row in self.metrics)
+
     def keys(self) -> list[str]:
         """Every metric that was logged at least once, sorted, without ``step``."""
         return sorted({key for row in self.metrics for key in row} - {"step"})
@@ -149,6 +154,10 @@ def is_number(value: Any) -> TypeGuard[float]:
 def integer(value: Any) -> int | None:
     """``value`` as an integer, or None where it is not a finite number."""
     return int(value) if is_number(value) else None
+
+
+def _of_training(key: str) -> bool:
+    return key != "step" and not key.startswith("eval/")
 
 
 def _read_metrics(path: Path, notes: list[str]) -> tuple[dict[str, float], ...]:

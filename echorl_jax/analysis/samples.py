@@ -78,7 +78,6 @@ def pack_group(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {
         "step": first["step"],
         "group": integer(first.get("group")),
-        "row": integer(first.get("row")),
         "source": visible(str(first.get("data_source") or "")),
         "prompt": visible(str(first.get("prompt") or "")),
         "outcome": "wrong" if right == 0 else "right" if right == len(rows) else "mixed",

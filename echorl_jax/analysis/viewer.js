@@ -1,7 +1,12 @@
 "use strict";
 // The EchoClip viewer: filter the sampled groups, look at one rollout in full and at the others of its group.
 
-const OUTCOMES = [["", "any outcome"], ["mixed", "mixed"], ["right", "all right"], ["wrong", "all wrong"]];
+const OUTCOMES = [
+  ["", "any outcome"],
+  ["mixed", "mixed"],
+  ["right", "all right"],
+  ["wrong", "all wrong"],
+];
 
 function shade(hundredths) {
   const level = Math.min(1, hundredths / 100 / page.viewer.entropy_scale);
@@ -35,9 +40,15 @@ function stepRow(rollout, i, start, highest) {
   const [end, mean] = rollout.steps[i];
   const inClip = rollout.clip_tokens >= end;
   const peak = i === peakStep(rollout);
-  const row = element("li", "step" + (inClip ? " in-clip" : rollout.clip_tokens ? " after-clip" : "") + (peak ? " peak" : ""));
+  const row = element(
+    "li",
+    "step" + (inClip ? " in-clip" : rollout.clip_tokens ? " after-clip" : "") + (peak ? " peak" : ""),
+  );
   const gutter = element("div", "gutter", mean === null ? "" : mean.toFixed(2));
-  gutter.title = mean === null ? "" : "step " + (i + 1) + ": " + (end - start) + " tokens, mean entropy " + mean.toFixed(3) + " nats";
+  gutter.title =
+    mean === null
+      ? ""
+      : "step " + (i + 1) + ": " + (end - start) + " tokens, mean entropy " + mean.toFixed(3) + " nats";
   if (peak) gutter.append(" peak");
   if (mean !== null) {
     const bar = element("span", "bar-line");
@@ -66,7 +77,9 @@ function verdict(rollout) {
 }
 
 function badges(rollout) {
-  const made = [element("span", "badge " + (rollout.correct ? "right" : "wrong"), rollout.correct ? "right" : "wrong")];
+  const made = [
+    element("span", "badge " + (rollout.correct ? "right" : "wrong"), rollout.correct ? "right" : "wrong"),
+  ];
   if (rollout.clip_tokens) made.push(element("span", "badge clip", "EchoClip"));
   return made;
 }
@@ -74,12 +87,25 @@ function badges(rollout) {
 function fullRollout(group, number) {
   const rollout = group.rollouts[number];
   const sheet = element("article", "sheet");
-  const title = element("h3", "", "Step " + group.step.toLocaleString("en") + ", rollout " + (number + 1) + " of " + group.rollouts.length + " ");
+  const title = element(
+    "h3",
+    "",
+    "Step " +
+      group.step.toLocaleString("en") +
+      ", rollout " +
+      (number + 1) +
+      " of " +
+      group.rollouts.length +
+      " ",
+  );
   title.append(...badges(rollout));
   sheet.append(title, element("p", "facts-line", verdict(rollout)), element("div", "prompt", group.prompt));
   if (rollout.entropy.length) {
     const scale = element("p", "scale", "0");
-    scale.append(element("i"), page.viewer.entropy_scale.toFixed(2) + " nats of entropy; a number is its step's mean");
+    scale.append(
+      element("i"),
+      page.viewer.entropy_scale.toFixed(2) + " nats of entropy; a number is its step's mean",
+    );
     sheet.append(scale);
   }
   const steps = element("ol", "steps");
@@ -88,14 +114,31 @@ function fullRollout(group, number) {
   rollout.steps.forEach(([end], i) => {
     steps.append(stepRow(rollout, i, start, highest));
     if (rollout.clip_tokens && rollout.clip_tokens > start && rollout.clip_tokens <= end) {
-      const text = rollout.clip_tokens === rollout.length ? "EchoClip: the whole rollout, " : "EchoClip ends here: ";
-      steps.append(element("li", "clip-end", text + rollout.clip_tokens.toLocaleString("en") + (rollout.clip_tokens === 1 ? " token" : " tokens")));
+      const text =
+        rollout.clip_tokens === rollout.length ? "EchoClip: the whole rollout, " : "EchoClip ends here: ";
+      steps.append(
+        element(
+          "li",
+          "clip-end",
+          text +
+            rollout.clip_tokens.toLocaleString("en") +
+            (rollout.clip_tokens === 1 ? " token" : " tokens"),
+        ),
+      );
     }
     start = end;
   });
   sheet.append(steps);
   if (rollout.tokens.length < rollout.length) {
-    sheet.append(element("p", "note", "… " + (rollout.length - rollout.tokens.length).toLocaleString("en") + " more tokens are in the samples file."));
+    sheet.append(
+      element(
+        "p",
+        "note",
+        "… " +
+          (rollout.length - rollout.tokens.length).toLocaleString("en") +
+          " more tokens are in the samples file.",
+      ),
+    );
   }
   return sheet;
 }
@@ -128,9 +171,16 @@ function selectBox(name, label, options) {
 function startViewer() {
   const groups = page.viewer.groups;
   const steps = [...new Set(groups.map((group) => group.step))];
-  const [stepBox, stepLabel] = selectBox("step", "Step", [["", "all steps"], ...steps.map((s) => [String(s), s.toLocaleString("en")])]);
+  const [stepBox, stepLabel] = selectBox("step", "Step", [
+    ["", "all steps"],
+    ...steps.map((s) => [String(s), s.toLocaleString("en")]),
+  ]);
   const [outcomeBox, outcomeLabel] = selectBox("outcome", "Group", OUTCOMES);
-  const [clipBox, clipLabel] = selectBox("clip", "Clip", [["", "with or without"], ["yes", "with a clip"], ["no", "without"]]);
+  const [clipBox, clipLabel] = selectBox("clip", "Clip", [
+    ["", "with or without"],
+    ["yes", "with a clip"],
+    ["no", "without"],
+  ]);
   const back = element("button", "", "← Previous");
   const next = element("button", "", "Next →");
   const place = element("span", "count");
@@ -153,8 +203,11 @@ function startViewer() {
     const chosen = number ?? Math.max(0, withClip);
     const head = element("p", "facts-line");
     const name = OUTCOMES.find(([value]) => value === group.outcome)[1];
-    head.append(element("span", "badge " + group.outcome, name), group.right + " of " + group.rollouts.length + " right");
-    if (group.row !== null) head.append(" · prompt " + group.row.toLocaleString("en"));
+    head.append(
+      element("span", "badge " + group.outcome, name),
+      group.right + " of " + group.rollouts.length + " right",
+    );
+    if (group.prompt_index !== null) head.append(" · prompt " + group.prompt_index.toLocaleString("en"));
     if (group.source) head.append(" · " + group.source);
     const grid = element("div", "viewer-grid");
     const others = element("div", "others");
@@ -164,16 +217,24 @@ function startViewer() {
     body.replaceChildren(head, grid);
   };
   const filter = () => {
-    shown = groups.filter((group) =>
-      (!stepBox.value || String(group.step) === stepBox.value) &&
-      (!outcomeBox.value || group.outcome === outcomeBox.value) &&
-      (!clipBox.value || hasClip(group) === (clipBox.value === "yes")));
+    shown = groups.filter(
+      (group) =>
+        (!stepBox.value || String(group.step) === stepBox.value) &&
+        (!outcomeBox.value || group.outcome === outcomeBox.value) &&
+        (!clipBox.value || hasClip(group) === (clipBox.value === "yes")),
+    );
     at = 0;
     show();
   };
   [stepBox, outcomeBox, clipBox].forEach((box) => box.addEventListener("change", filter));
-  back.addEventListener("click", () => { at -= 1; show(); });
-  next.addEventListener("click", () => { at += 1; show(); });
+  back.addEventListener("click", () => {
+    at -= 1;
+    show();
+  });
+  next.addEventListener("click", () => {
+    at += 1;
+    show();
+  });
   filter();
   const clip = groups.findIndex((group) => hasClip(group) && group.outcome === "right");
   const fallback = groups.findIndex(hasClip);

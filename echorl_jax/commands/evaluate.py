@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help="Hugging Face directory, repository id or builtin:countdown")
     add("--data", required=True, metavar="FILE[,FILE]", help="rows, as config.data.eval")
     add("--out", required=True, type=Path, metavar="DIR", help="where results go")
-    add("--grader", default="countdown", help="a name or package.module:function")
+    add("--grader", default="auto", help="auto, math, choice, countdown or module:function")
     add("--samples", type=int, default=1, help="attempts per row (default 1)")
     add("--temperature", type=float, help="default: greedy for one sample, else 0.6")
     add("--top_p", type=float, default=1.0, help="default 1.0, the whole distribution")

@@ -4,7 +4,7 @@ Every input line is written again with `correct`, `score` and `reason`; a summar
 
 examples:
   echorl grade generations.jsonl --grader=countdown --out=graded.jsonl
-  echorl grade outputs.jsonl --response_key=output --answer_key=gold --grader=my_package.rewards:judge
+  echorl grade outputs.jsonl --response_key=output --answer_key=gold --grader=my_rewards:judge
 """
 
 import argparse
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE.jsonl", help="one object per line")
     parser.add_argument("--response_key", default="response", help="what was generated")
     parser.add_argument("--answer_key", default="answer", help="the right answer")
-    parser.add_argument("--grader", default="countdown", help="a name or package.module:function")
+    parser.add_argument("--grader", default="auto", help="auto, math, choice, countdown or module:function")
     parser.add_argument("--workers", type=int, default=2, help="grading processes")
     parser.add_argument("--timeout_s", type=float, default=10.0, help="limit for one verdict")
     parser.add_argument("--out", type=Path, metavar="OUT.jsonl", help="default: standard output")

@@ -10,8 +10,10 @@ example:
 """
 
 import argparse
+from pathlib import Path
 
 from echorl_jax.commands.train import add_arguments as add_arguments
+from echorl_jax.commands.train import finish
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -22,4 +24,5 @@ def run(arguments: argparse.Namespace) -> int:
     from echorl_jax.training.sft import train_supervised
 
     train_supervised(config, arguments.workdir)
+    finish(Path(arguments.workdir), report=config.log.report)
     return 0

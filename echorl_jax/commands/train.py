@@ -12,6 +12,7 @@ examples:
 """
 
 import argparse
+from pathlib import Path
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,11 +23,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Loads the config, then trains."""
+    """Loads the config, trains, and writes the report."""
     from echorl_jax.config_file import load_config
 
     config = load_config(arguments.config, arguments.overrides)
     from echorl_jax.training.loop import train
 
     train(config, arguments.workdir)
+    finish(Path(arguments.workdir), report=config.log.report)
     return 0
+
+
+def finish(workdir: Path, *, report: bool) -> None:
+    """Says what the run achieved and where its files are; writes the report."""
+    from echorl_jax.analysis.headline import headline
+    from echorl_jax.analysis.report import write_report
+    from echorl_jax.analysis.runs import read_run
+
+    print(headline(read_run(workdir)))
+    if report:
+        print(f"report:  {write_report(workdir)}")
+    if (workdir / "export").is_dir():
+        print(f"model:   {workdir / 'export'} (Hugging Face format)")
+    print(f"metrics: {workdir / 'metrics.jsonl'}, samples: {workdir / 'samples'}")

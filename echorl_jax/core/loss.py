@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 
 from echorl_jax.core.losses import clipped_tokens, kl_penalty, truncated_importance_weights
@@ -24,14 +25,7 @@ class LossTerms:
     clip_fraction: LossTerm
 
     def __add__(self, other: "LossTerms") -> "LossTerms":
-        return LossTerms(
-            self.policy + other.policy,
-            self.echo + other.echo,
-            self.nll + other.nll,
-            self.kl + other.kl,
-            self.entropy + other.entropy,
-            self.clip_fraction + other.clip_fraction,
-        )
+        return jax.tree.map(jnp.add, self, other)
 
 
 def batch_loss(
@@ -60,10 +54,11 @@ def batch_loss(
 
     Returns:
       The total, float32 ``[]``, and its terms. ``policy``, ``kl``, ``entropy``, ``echo``, ``nll``:
-      (weighted sum, sum of weights). ``clip_fraction``: (clipped tokens, tokens with weight).
+      (weighted sum, sum of weights). ``clip_fraction``: (clipped, all weighted) tokens of rows that
+      the policy sampled.
 
     Raises:
-      ValueError: if a KL or likelihood term is asked for and its field is None.
+      ValueError: if ``kl_coef`` is not 0 and the batch has no ``ref_logprobs``.
     """
     batch, used = _quiet(batch)
     logprobs = jnp.where(used, logprobs, 0.0)
@@ -141,7 +136,7 @@ def _clip_term(logprobs: Array, batch: TrainBatch, objective: Objective) -> Loss
         epsilon_low=objective.epsilon_low,
         epsilon_high=objective.epsilon_high,
     )
-    counted = batch.token_weights != 0
+    counted = (batch.token_weights != 0) & batch.on_policy[:, None]
     return LossTerm(
         jnp.sum(clipped & counted, dtype=jnp.float32), jnp.sum(counted, dtype=jnp.float32)
     )

@@ -2,15 +2,18 @@
 
 from echorl_jax.data.countdown import CountdownRows, parse_countdown, solve
 from echorl_jax.data.errors import DataError
+from echorl_jax.data.experts import (
+    add_hint,
+    encode_target,
+    expert_text,
+    hint_probability,
+    hint_segments,
+)
 from echorl_jax.data.rows import Row
 from echorl_jax.data.sources import Rows, load_rows
 from echorl_jax.data.stream import Prompt, PromptStream
-from echorl_jax.data.tokens import (
-    encode_prompt,
-    encode_target,
-    load_tokenizer,
-    newline_delimiters,
-)
+from echorl_jax.data.templates import TEMPLATES
+from echorl_jax.data.tokens import encode_prompt, load_tokenizer, newline_delimiters
 
 __all__ = [
     "CountdownRows",
@@ -19,8 +22,13 @@ __all__ = [
     "PromptStream",
     "Row",
     "Rows",
+    "TEMPLATES",
+    "add_hint",
     "encode_prompt",
     "encode_target",
+    "expert_text",
+    "hint_probability",
+    "hint_segments",
     "load_rows",
     "load_tokenizer",
     "newline_delimiters",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -12,35 +12,21 @@ import pyarrow.parquet as pq
 from echorl_jax.data.errors import DataError
 from echorl_jax.data.rows import BadRow, Row, normalise_row
 
-# Rows that become Python objects at a time while a parquet file is checked.
-BATCH_ROWS = 512
-
 
 @dataclasses.dataclass(frozen=True)
-class FileRows(Sequence[Row]):
-    """The usable rows of one file, and a line about each of the others."""
+class CheckedRows(Sequence[Row]):
+    """The usable rows of one source, and a line about each of the others.
 
-    rows: Sequence[Row]
-    bad: tuple[str, ...]
+    Rows are brought into shape when they are read; until then, long trajectories stay in the
+    source's own compact form.
+    """
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
-        return self.rows[index]
-
-
-@dataclasses.dataclass(frozen=True)
-class ParquetRows(Sequence[Row]):
-    """Chosen rows of a table; long texts stay in Arrow's compact form until they are read."""
-
-    table: pa.Table
-    kept: tuple[int, ...]
-    source: str
+    raw: Sequence[Mapping[str, Any]]
+    # Places in ``raw`` of the usable rows.
+    kept: Sequence[int]
+    # The data source of rows that name none.
+    name: str
+    bad: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -48,68 +34,94 @@ class ParquetRows(Sequence[Row]):
     @overload
     def __getitem__(self, index: int) -> Row: ...
     @overload
-    def __getitem__(self, index: slice) -> Sequence[Row]: ...
-    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+    def __getitem__(self, index: slice) -> "CheckedRows": ...
+    def __getitem__(self, index: int | slice) -> "Row | CheckedRows":
         if isinstance(index, slice):
             return dataclasses.replace(self, kept=self.kept[index])
-        (raw,) = self.table.slice(self.kept[index], 1).to_pylist()
-        return normalise_row(raw, source=self.source)
+        return normalise_row(self.raw[self.kept[index]], source=self.name)
 
 
-def read_file(path: Path, *, skip_bad: bool) -> FileRows:
-    """Reads ``.parquet``, ``.jsonl`` or ``.json`` with one object a line.
+class _TableRows(Sequence[dict[str, Any]]):
+    """An Arrow table as a sequence of objects."""
+
+    # Rows that become Python objects at a time when all are read.
+    BATCH = 512
+
+    def __init__(self, table: pa.Table) -> None:
+        self._table = table
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return self._table.take(list(range(len(self)))[index]).to_pylist()
+        return self._table.slice(index, 1).to_pylist()[0]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        for batch in self._table.to_batches(max_chunksize=self.BATCH):
+            yield from batch.to_pylist()
+
+
+def read_file(path: Path, *, skip_bad: bool) -> CheckedRows:
+    """Reads a ``.parquet`` or ``.jsonl`` file.
 
     Raises:
       DataError: no such file, another suffix, contents that are not of the format, no usable row,
-      or (without ``skip_bad``)
-        the first bad row.
+        or (without ``skip_bad``) the
+        first bad row.
     """
     if path.suffix not in (".parquet", ".jsonl"):
         raise DataError(f"{path}: unknown kind of file; rows are read from .parquet and .jsonl")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    file = (
-        _read_parquet(path, skip_bad) if path.suffix == ".parquet" else _read_jsonl(path, skip_bad)
-    )
-    if not file:
-        raise DataError(file.bad[0] if file.bad else f"{path}: no rows")
-    return file
-
-
-def _read_parquet(path: Path, skip_bad: bool) -> FileRows:
+    if path.suffix == ".jsonl":
+        return _read_jsonl(path, skip_bad)
     try:
         table = pq.read_table(path)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(f"{path}: not a readable parquet file: {reason}") from error
+    return check_rows(_TableRows(table), label=str(path), name=path.stem, skip_bad=skip_bad)
+
+
+def check_rows(
+    raw: Sequence[Mapping[str, Any]], *, label: str, name: str, skip_bad: bool
+) -> CheckedRows:
+    """Reads every row once to find the bad ones. ``label`` names the source in messages.
+
+    Raises:
+      DataError: no usable row, or (without ``skip_bad``) the first bad row.
+    """
     kept, bad = [], []
-    for place, raw in enumerate(_objects(table)):
+    for place, row in enumerate(raw):
         try:
-            normalise_row(raw, source=path.stem)
+            normalise_row(row, source=name)
             kept.append(place)
         except BadRow as error:
-            bad.append(_complain(f"{path}, row {place}, {error}", skip_bad))
-    return FileRows(ParquetRows(table, tuple(kept), path.stem), tuple(bad))
+            bad.append(_complain(f"{label}, row {place}, {error}", skip_bad))
+    return _usable(CheckedRows(raw, kept, name, tuple(bad)), label)
 
 
-def _objects(table: pa.Table) -> Iterator[dict[str, Any]]:
-    for batch in table.to_batches(max_chunksize=BATCH_ROWS):
-        yield from batch.to_pylist()
-
-
-def _read_jsonl(path: Path, skip_bad: bool) -> FileRows:
+def _read_jsonl(path: Path, skip_bad: bool) -> CheckedRows:
     rows, bad = [], []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                rows.append(normalise_row(_parse_line(line), source=path.stem))
+                row = _parse_line(line)
+                normalise_row(row, source=path.stem)
+                rows.append(row)
             except BadRow as error:
                 bad.append(_complain(f"{path}, line {number}, {error}", skip_bad))
             except ValueError as error:
                 bad.append(_complain(f"{path}, line {number}: {error}", skip_bad))
-    return FileRows(rows, tuple(bad))
+    return _usable(CheckedRows(rows, range(len(rows)), path.stem, tuple(bad)), str(path))
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:
@@ -130,3 +142,9 @@ def _complain(message: str, skip_bad: bool) -> str:
     if not skip_bad:
         raise DataError(message)
     return message
+
+
+def _usable(rows: CheckedRows, label: str) -> CheckedRows:
+    if not rows:
+        raise DataError(rows.bad[0] if rows.bad else f"{label}: no rows")
+    return rows

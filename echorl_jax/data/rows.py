@@ -2,8 +2,9 @@
 
 Known shapes: verl (``prompt`` messages, ``reward_model.ground_truth``, ``extra_info``, optional
 expert ``target``), TRL (``prompt`` as messages or text, the answer in a column of its own), plain
-``problem`` or ``question`` with ``answer``, and multiple choice (``options``, ``answer``). Columns
-that a shape does not name are kept, for graders that read them.
+``problem`` or ``question`` with ``answer``, the same with ``options`` for multiple choice, and with
+``numbers`` and ``target`` for Countdown. Columns that a shape does not name are kept, for graders
+that read them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +39,7 @@ def normalise_row(raw: Mapping[str, Any], *, source: str) -> Row:
     row["prompt"] = _prompt(raw)
     row["reward_model"] = {"style": "rule", **_mapping(raw, "reward_model")}
     row["reward_model"]["ground_truth"] = _ground_truth(raw)
-    row["data_source"] = raw.get("data_source") or source
+    row["data_source"] = raw.get("data_source") or ("countdown" if _is_puzzle(raw) else source)
     row["extra_info"] = _mapping(raw, "extra_info")
     if isinstance(raw.get("prompt"), str):
         # TRL's reward functions get text where the prompt was text, messages where it was messages.
@@ -79,6 +80,8 @@ def _ground_truth(raw: Mapping[str, Any]) -> Any:
     if judged is not None:
         truth = _mapping(raw, "reward_model").get("ground_truth")
         column = "reward_model.ground_truth"
+    elif _is_puzzle(raw):
+        truth, column = {"numbers": raw["numbers"], "target": raw["target"]}, "numbers"
     else:
         column = next((name for name in ANSWERS if raw.get(name) is not None), None)
         if column is None:
@@ -98,6 +101,10 @@ def _messages(value: Any, column: str) -> list[dict[str, str]]:
         if not isinstance(message["role"], str) or not isinstance(message["content"], str):
             raise BadRow(column, "a message's role and content must be text")
     return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def _is_puzzle(raw: Mapping[str, Any]) -> bool:
+    return raw.get("numbers") is not None and _is_whole(raw.get("target"))
 
 
 def _settle_target(row: Row) -> None:

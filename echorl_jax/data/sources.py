@@ -5,17 +5,34 @@ import dataclasses
 import difflib
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal, overload
 
+from echorl_jax.data.catalogues import read_hf, read_tfds
 from echorl_jax.data.countdown import parse_countdown
 from echorl_jax.data.errors import DataError
-from echorl_jax.data.files import FileRows, read_file
+from echorl_jax.data.files import CheckedRows, read_file
 from echorl_jax.data.rows import Row
 
 # "FILE@0.7": a source and its share of the mixture.
 WEIGHTED = re.compile(r"(?P<name>.*)@(?P<weight>\d+(\.\d*)?|\.\d+)")
+
+FILTERS = ("level", "source", "limit")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Catalogue:
+    """How a kind of named data set is read, and the options it takes."""
+
+    read: Callable[..., CheckedRows]
+    options: tuple[str, ...]
+
+
+CATALOGUES = {
+    "tfds": _Catalogue(read_tfds, ("split", "data_dir")),
+    "hf": _Catalogue(read_hf, ("split", "name")),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +70,18 @@ class Rows(Sequence[Row]):
 def load_rows(spec: str, *, on_bad_row: Literal["error", "skip"] = "error") -> Rows:
     """Reads the rows that a spec names.
 
-    A spec is a comma-separated list of ``.parquet`` and ``.jsonl`` files and of generated sources
-    like ``countdown:operands=4&max_number=50&seed=2`` (the options are the fields of
-    :class:`CountdownRows`). With weights, as in ``hard.jsonl@0.8,easy.jsonl@0.2``, a training
-    stream draws from each by its share; every source then needs one.
+    A spec is a comma-separated list of sources:
+
+    - ``FILE.parquet`` or ``FILE.jsonl``;
+    - ``countdown:operands=4&max_number=50&seed=2``, generated; the options are the fields of
+      :class:`CountdownRows`;
+    - ``tfds:NAME?split=train&data_dir=DIR``, prepared as array_record files;
+    - ``hf:OWNER/NAME?name=CONFIGURATION&split=train``.
+
+    After ``?``, all but the generated ones also take filters: ``level=3-5`` (the number in the
+    column ``level``), ``source=aime|amc`` (the column ``data_source``) and ``limit=100``. With
+    weights, as in ``hard.jsonl@0.8,easy.jsonl@0.2``, a training stream draws from each by its
+    share; every source then needs one.
 
     Places are counted as the formats do: rows of a parquet file from 0, lines of a JSONL file from
     1.
@@ -73,7 +98,7 @@ def load_rows(spec: str, *, on_bad_row: Literal["error", "skip"] = "error") -> R
         raise DataError(f"on_bad_row={on_bad_row!r}: must be error or skip")
     names, weights = zip(*map(_split_weight, _split_spec(spec)), strict=True)
     parts = tuple(_load_part(name, skip_bad=on_bad_row == "skip") for name in names)
-    bad = [line for part in parts if isinstance(part, FileRows) for line in part.bad]
+    bad = [line for part in parts if isinstance(part, CheckedRows) for line in part.bad]
     return Rows(parts, _settle_weights(spec, weights), tuple(bad))
 
 
@@ -101,10 +126,64 @@ def _settle_weights(spec: str, weights: Sequence[float | None]) -> tuple[float, 
 def _load_part(name: str, *, skip_bad: bool) -> Sequence[Row]:
     if name.startswith("countdown:"):
         return parse_countdown(name.removeprefix("countdown:"))
-    path = Path(name).expanduser()
-    if not path.exists():
-        raise DataError(f"{name}: no such file{_nearest(path)}")
-    return read_file(path, skip_bad=skip_bad)
+    place, _, query = name.partition("?")
+    kind, colon, rest = place.partition(":")
+    reader = CATALOGUES.get(kind) if colon else None
+    options = _parse_options(name, query, (*FILTERS, *(reader.options if reader else ())))
+    if reader:
+        rows = reader.read(rest, options, skip_bad=skip_bad)
+    else:
+        path = Path(place).expanduser()
+        if not path.exists():
+            raise DataError(f"{place}: no such file{_nearest(path)}")
+        rows = read_file(path, skip_bad=skip_bad)
+    return _filter(rows, options, name)
+
+
+def _parse_options(name: str, query: str, allowed: Sequence[str]) -> dict[str, str]:
+    options = dict(_split_pair(pair) for pair in query.split("&") if pair)
+    for key in options:
+        if key not in allowed:
+            raise DataError(f"{name}: unknown option {key!r}; one of {', '.join(allowed)}")
+    return options
+
+
+def _split_pair(pair: str) -> tuple[str, str]:
+    key, _, value = pair.partition("=")
+    return key, value
+
+
+def _filter(rows: CheckedRows, options: Mapping[str, str], name: str) -> CheckedRows:
+    """Keeps the rows that the options ask for, in their order."""
+    low, high = _numbers(options.get("level", "0-999"), name, "level")
+    (limit,) = _numbers(options.get("limit", str(len(rows))), name, "limit", count=1)
+    sources = options["source"].split("|") if "source" in options else None
+    kept = []
+    for place, row in zip(rows.kept, rows, strict=True):
+        if len(kept) == limit:
+            break
+        if "level" in options and not low <= _level(row, name) <= high:
+            continue
+        if sources is None or row["data_source"] in sources:
+            kept.append(place)
+    if not kept:
+        raise DataError(f"{name}: no row is left by its filters")
+    return dataclasses.replace(rows, kept=kept)
+
+
+def _numbers(text: str, name: str, option: str, *, count: int = 2) -> list[int]:
+    parts = text.split("-")
+    if not all(part.isdecimal() for part in parts) or len(parts) > count:
+        form = "LOW-HIGH" if count == 2 else "a whole number"
+        raise DataError(f"{name}: {option}={text!r}: must be {form}")
+    return [int(part) for part in (parts * count)[:count]]
+
+
+def _level(row: Row, name: str) -> int:
+    found = re.search(r"\d+", str(row.get("level")))
+    if found is None:
+        raise DataError(f"{name}: level={row.get('level')!r}: a row has no number there")
+    return int(found[0])
 
 
 def _nearest(path: Path) -> str:

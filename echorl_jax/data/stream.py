@@ -23,6 +23,8 @@ class Prompt:
     row: Row
     # Place among the rows of the stream.
     index: int
+    # The last ids that are an expert's hint (UFT).
+    hint_tokens: int = 0
 
 
 class PromptStream(Iterator[list[Prompt]]):

@@ -1,6 +1,6 @@
 """How a row's messages become the text that a model goes on from."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from echorl_jax.data.errors import DataError
@@ -8,23 +8,105 @@ from echorl_jax.data.errors import DataError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEMPLATES = ("chat", "plain")
+Messages = Sequence[dict[str, str]]
+
+# The system prompt of LUFFY's training and evaluation files, which EchoRL's authors use too.
+LUFFY_SYSTEM = (
+    "Your task is to follow a systematic, thorough reasoning process before providing the final "
+    "solution. This involves analyzing, summarizing, exploring, reassessing, and refining your "
+    "thought process through multiple iterations. Structure your response into two sections: "
+    "Thought and Solution. In the Thought section, present your reasoning using the format: "
+    '"<think>\n {thoughts} </think>\n". Each thought should include detailed analysis, '
+    "brainstorming, verification, and refinement of ideas. After "
+    '"</think>\n," in the Solution section, provide the final, logical, and accurate answer, '
+    "clearly derived from the exploration in the Thought section. If applicable, include the "
+    "answer in \\boxed{} for closed-form results like multiple choices or mathematical solutions."
+)
+# What Qwen2.5-Math was tuned with.
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+# The prompt of UFT's files, for base models: it ends inside an opened thought.
+UFT_START = (
+    "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
+    "it. The assistant first thinks about the reasoning process in the mind and then provides the "
+    "user with the answer.\nUser: "
+)
+UFT_END = (
+    " Show your work in <think> </think> tags. And return the final answer in <answer> </answer> "
+    "tags, for example <answer> 12 </answer>.\nAssistant: Let me solve this step by step.\n<think> "
+)
 
 
-def render_prompt(
-    tokenizer: "PreTrainedTokenizerBase", messages: Sequence[dict[str, str]], template: str
-) -> str:
-    """The prompt's text under a named template.
+def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Messages, template: str) -> str:
+    """The prompt's text under a template of :data:`TEMPLATES`.
 
     Raises:
-      DataError: an unknown name, or ``chat`` with a tokenizer that has no chat template.
+      DataError: an unknown name, or a chat template that the tokenizer does not have or that
+        refuses the messages.
     """
-    if template == "plain":
-        return "".join(message["content"] for message in messages)
-    if template != "chat":
+    if template not in TEMPLATES:
         raise DataError(f"template {template!r}: must be one of {', '.join(TEMPLATES)}")
+    return TEMPLATES[template](tokenizer, messages)
+
+
+def starts_itself(template: str) -> bool:
+    """Whether a template writes the start token itself: the tokenizer must not add another."""
+    return template in ("chat", "luffy", "qwen-math")
+
+
+def _chat(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
     if not tokenizer.chat_template:
-        raise DataError("the tokenizer has no chat template; take template plain")
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+        raise DataError("the tokenizer has no chat template; take another template, say plain")
+    from jinja2 import TemplateError
+
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=True
+        )
+    except TemplateError as error:
+        raise DataError(f"the tokenizer's chat template refuses a prompt: {error}") from error
     assert isinstance(text, str)
     return text
+
+
+def _luffy(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
+    return _chat(
+        tokenizer, [{"role": "system", "content": LUFFY_SYSTEM}, *_without_system(messages)]
+    )
+
+
+def _qwen_math(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
+    turns = [{"role": "system", "content": BOXED}, *_without_system(messages)]
+    lines = [f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns]
+    return "".join([*lines, "<|im_start|>assistant\n"])
+
+
+def _boxed(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
+    return f"{_plain(tokenizer, _without_system(messages))}\n{BOXED}\n"
+
+
+def _uft(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
+    text = _plain(tokenizer, _without_system(messages))
+    return text if text.startswith(UFT_START) else f"{UFT_START}{text}{UFT_END}"
+
+
+def _plain(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
+    return "".join(message["content"] for message in messages)
+
+
+def _without_system(messages: Messages) -> list[dict[str, str]]:
+    return [message for message in messages if message["role"] != "system"]
+
+
+# chat: the tokenizer's chat template. plain: the contents, joined. luffy: chat with the authors'
+# system prompt in place of the
+# row's. qwen-math: Qwen's chat format with its instruction to box the answer. boxed: the question
+# and that instruction, for
+# base models. uft: UFT's conversation for base models.
+TEMPLATES: dict[str, Callable[["PreTrainedTokenizerBase", Messages], str]] = {
+    "chat": _chat,
+    "plain": _plain,
+    "luffy": _luffy,
+    "qwen-math": _qwen_math,
+    "boxed": _boxed,
+    "uft": _uft,
+}

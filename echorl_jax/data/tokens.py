@@ -1,14 +1,14 @@
 """From rows to token ids."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from echorl_jax.data.errors import DataError
-from echorl_jax.data.templates import render_prompt
+from echorl_jax.data.templates import render_prompt, starts_itself
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -56,29 +56,7 @@ def encode_prompt(
       DataError: an unknown template, or one that the tokenizer or the row cannot serve.
     """
     text = render_prompt(tokenizer, row["prompt"], template)
-    # A chat template writes its own start token; other text gets the tokenizer's.
-    return _encode(tokenizer, text, add_special_tokens=template == "plain")
-
-
-def encode_target(tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any]) -> list[int]:
-    """The token ids of a row's expert trajectory and the end token, as a policy samples them.
-
-    Raises:
-      DataError: the row has no ``target`` messages.
-    """
-    messages = row.get("target")
-    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise DataError("column target: no expert messages in this row")
-    text = "".join(message["content"] for message in messages)
-    end = tokenizer.convert_tokens_to_ids(str(tokenizer.eos_token))
-    assert isinstance(end, int)
-    return [*_encode(tokenizer, text, add_special_tokens=False), end]
-
-
-def _encode(
-    tokenizer: "PreTrainedTokenizerBase", text: str, *, add_special_tokens: bool
-) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=add_special_tokens)
+    return tokenizer.encode(text, add_special_tokens=not starts_itself(template))
 
 
 def newline_delimiters(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> np.ndarray:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import jax
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -24,7 +25,7 @@ class Benchmark:
 
     model: str
     data: str
-    grader: str = "countdown"
+    grader: str = "auto"
     samples: int = 1
     temperature: float | None = None  # None: greedy for one sample, else 0.6
     top_p: float = 1.0
@@ -107,10 +108,10 @@ def _line(attempt: Attempt, place: int, row) -> dict:
 
 
 def _table(scores: dict[str, Score], attempts: list[Attempt]) -> Table:
-    table = Table()
+    table = Table(box=box.SIMPLE)
     columns = ("data source", "problems", "samples", "mean", "95%", "pass@k", "tokens", "cut off")
     for name in columns:
-        table.add_column(name, justify="left" if name == "data source" else "right")
+        table.add_column(name, justify="left" if name == "data source" else "right", no_wrap=True)
     for source, score in scores.items():
         own = [a for a in attempts if a.data_source == source]
         best = max(score.pass_at)

@@ -34,13 +34,15 @@ def blockwise_attention(
     window: int | None,
     block: int,
 ) -> Array:
-    """Shapes and meaning as in ``attention.attend``; memory grows with ``T * block``, not ``T^2``."""
+    """Shapes and meaning as in ``attention.attend``; memory grows with ``T * block``, not
+    ``T^2``.
+    """
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     padded = -(-length // block) * block
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, width)
     segments = None if segment_ids is None else _blocks(segment_ids, padded, block)
-    out = _attend(
+    out: Array = _attend(
         _blocks(grouped, padded, block).transpose(0, 1, 3, 4, 2, 5),  # [n, B, KV, G, block, K]
         _blocks(k, padded, block).transpose(0, 1, 3, 2, 4),  # [n, B, KV, block, K]
         _blocks(v, padded, block).transpose(0, 1, 3, 2, 4),
@@ -145,8 +147,8 @@ def _backward(window: int | None, saved, d_out: Array):
 
         start = (jnp.zeros(q.shape[1:], jnp.float32), *sums)
         first = _first_block(i, q.shape[-2], window)
-        dq, *sums = jax.lax.fori_loop(first, i + 1, keys, start)
-        return tuple(sums), dq.astype(q.dtype)
+        dq, dk, dv = jax.lax.fori_loop(first, i + 1, keys, start)
+        return (dk, dv), dq.astype(q.dtype)
 
     zeros = jnp.zeros(k.shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(queries, (zeros, zeros), jnp.arange(q.shape[0]))

@@ -13,7 +13,9 @@ RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding: base and scaling. Fields are those of the Hugging Face ``rope_parameters``."""
+    """Rotary position embedding: base and scaling. Fields are those of the Hugging Face
+    ``rope_parameters``.
+    """
 
     theta: float = 10_000.0
     kind: RopeKind = "default"
@@ -23,7 +25,8 @@ class RopeConfig:
     # llama3: wavelengths between original / high and original / low are blended.
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
-    # yarn: dimensions that turn more than beta_fast times are kept, fewer than beta_slow times are interpolated.
+    # yarn: dimensions that turn more than beta_fast times are kept, fewer than beta_slow times are
+    # interpolated.
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float | None = None
@@ -65,7 +68,8 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
-                f"num_attention_heads={self.num_heads} is no multiple of num_key_value_heads={self.num_kv_heads}"
+                f"num_attention_heads={self.num_heads} is no multiple of "
+                f"num_key_value_heads={self.num_kv_heads}"
             )
         if self.head_dim % 2:
             raise ModelError(f"head_dim={self.head_dim} is odd; rotary embedding needs pairs")

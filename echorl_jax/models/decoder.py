@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from echorl_jax.models.attention import Kernel, attend
-from echorl_jax.models.config import DecoderConfig, ModelError
+from echorl_jax.models.config import DecoderConfig
 from echorl_jax.models.modules import Trunk
 from echorl_jax.models.rope import Rotary, rotary
 from echorl_jax.parallel import constrain
@@ -24,10 +24,13 @@ _REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A causal language model without its weights: hashable, so that it can be a static argument of ``jax.jit``.
+    """A causal language model without its weights.
 
-    ``params`` is a nested dict; the leaves under ``layers`` are stacked ``[num_layers, ...]``. Weights are stored as ``param_dtype``
-    and cast to ``dtype`` where they are used; norms, rotary embedding, softmax and logits are f32.
+    Hashable, so that it can be a static argument of ``jax.jit``.
+
+    ``params`` is a nested dict; the leaves under ``layers`` are stacked ``[num_layers, ...]``.
+    Weights are stored as ``param_dtype`` and cast to ``dtype`` where they are used; norms, rotary
+    embedding, softmax and logits are f32.
     """
 
     config: DecoderConfig
@@ -53,9 +56,11 @@ class Decoder:
         Args:
           params: the weights.
           tokens: i32 ``[B, T]``, padded on the right.
-          lengths: i32 ``[B]``, real tokens of each row; all unless given. Padding is never attended to.
+          lengths: i32 ``[B]``, real tokens of each row; all unless given. Padding is never attended
+            to.
           segment_ids: i32 ``[B, T]``, for several sequences packed into one row.
-          positions: i32 ``[B, T]``, from 0 along the row unless given (packed rows start again with each segment).
+          positions: i32 ``[B, T]``, from 0 along the row unless given (packed rows start again with
+            each segment).
 
         Returns:
           ``[B, T, D]`` in the compute dtype; at padding positions finite and without meaning.
@@ -99,13 +104,17 @@ class Decoder:
     def logits(self, params: PyTree, tokens: Array, *, lengths: Array | None = None) -> Array:
         """f32 ``[B, T, V]``; large, so for tests and small work only."""
         hidden = self.hidden(params, tokens, lengths=lengths)
-        return jnp.matmul(hidden, self.head(params), preferred_element_type=jnp.float32)
+        head = self.head(params).astype(hidden.dtype)
+        return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
 
     def head(self, params: PyTree) -> Array:
-        """``[D, V]`` in the compute dtype: the output projection, or the transposed embedding where the two are tied."""
+        """``[D, V]``, the output projection, or the transposed embedding where the two are tied.
+
+        In the dtype of ``params``: whoever multiplies casts, and so gets its gradient in f32.
+        """
         if self.config.tied_embeddings:
-            return params["embed"]["table"].astype(self.dtype).T
-        return params["head"]["kernel"].astype(self.dtype)
+            return params["embed"]["table"].T
+        return params["head"]["kernel"]
 
     def embed(self, params: PyTree, tokens: Array) -> Array:
         """i32 ``[..., T]`` to ``[..., T, D]``."""
@@ -138,7 +147,9 @@ class Decoder:
         return self._part("layers", layer).qkv(x, tables)
 
     def finish_layer(self, layer: PyTree, x: Array, attended: Array) -> Array:
-        """Second half of a layer: output projection, residual, MLP. ``attended`` is ``[B, T, H, K]``."""
+        """Second half of a layer: output projection, residual, MLP. ``attended`` is ``[B, T, H,
+        K]``.
+        """
         return self._part("layers", layer).finish(x, attended)
 
     def final_norm(self, params: PyTree, x: Array) -> Array:
@@ -155,7 +166,9 @@ class Decoder:
         return _axes(self.config)
 
     def cast(self, params: PyTree) -> PyTree:
-        """Weights as the sampler wants them: matrices in the compute dtype, once; norms stay f32, as in training."""
+        """Weights as the sampler wants them: matrices in the compute dtype, once; norms stay
+        f32, as in training.
+        """
         return jax.tree.map(
             lambda leaf, axes: leaf if "norm" in axes else leaf.astype(self.dtype),
             params,
@@ -168,7 +181,9 @@ class Decoder:
 
 
 def _row_positions(shape: tuple[int, ...], lengths: Array | None) -> Array:
-    """0, 1, ... along each row; padding repeats the last real position, so that it never counts as length."""
+    """0, 1, ... along each row; padding repeats the last real position, so that it never counts
+    as length.
+    """
     row = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None, :], shape)
     if lengths is None:
         return row
@@ -204,7 +219,8 @@ def _shapes(config: DecoderConfig) -> PyTree:
 @functools.cache
 def _axes(config: DecoderConfig) -> PyTree:
     axes: dict[str, Any] = {}
-    for path, variable in nnx.to_flat_state(nnx.state(_trunk(config))):
+    for keys, variable in nnx.to_flat_state(nnx.state(_trunk(config))):
+        path = [str(key) for key in keys]
         node = axes
         for key in path[:-1]:
             node = node.setdefault(key, {})

@@ -1,7 +1,8 @@
 """Hugging Face model directories: in, straight into shards, and out.
 
-A checkpoint is read one tensor at a time, and of that only the slices that this process's devices hold. Layers are written into
-their stacked array in place, so host memory stays near the largest tensor.
+A checkpoint is read one tensor at a time, and of that only the slices that this process's devices
+hold. Layers are written into their stacked array in place, so host memory stays near the largest
+tensor.
 """
 
 import functools
@@ -62,7 +63,8 @@ def load_model(
     """Reads a Hugging Face directory.
 
     Args:
-      path: directory with ``config.json`` and safetensors, or a repository id (needs the extra ``[hf]`` and a network).
+      path: directory with ``config.json`` and safetensors, or a repository id (needs the extra
+        ``[hf]`` and a network).
       dtype: of activations and matrix products.
       mesh: where the weights go; the first device unless given.
       param_dtype: of the weights, whatever type is stored.
@@ -74,7 +76,8 @@ def load_model(
       The static model and its params pytree.
 
     Raises:
-      ModelError: unsupported architecture or field; missing, surplus or misshapen tensors; no safetensors.
+      ModelError: unsupported architecture or field; missing, surplus or misshapen tensors; no
+        safetensors.
     """
     directory = _directory(path)
     model = load_decoder(
@@ -113,7 +116,8 @@ def save_model(
       model: the model.
       params: its weights.
       tokenizer: written beside them if given.
-      dtype: of the stored tensors; the type the model was loaded from unless given, which makes a round trip bit-identical.
+      dtype: of the stored tensors; the type the model was loaded from unless given, which makes a
+        round trip bit-identical.
       shard_bytes: largest file.
     """
     directory = Path(path)
@@ -148,7 +152,8 @@ def _directory(path: str | Path) -> Path:
         )
     except ImportError:
         raise ModelError(
-            f"{path} is no directory; repository ids need huggingface_hub: pip install 'echorl-jax[hf]'"
+            f"{path} is no directory; repository ids need huggingface_hub: "
+            "pip install 'echorl-jax[hf]'"
         ) from None
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
     try:
@@ -187,7 +192,9 @@ def _check(
 
 
 def _redundant(name: str, stored: dict[str, StoredTensor], *, tied: bool) -> bool:
-    """Tensors that repeat what is known: rope tables of old files, and an output projection tied to the embedding."""
+    """Tensors that repeat what is known: rope tables of old files, and an output projection tied
+    to the embedding.
+    """
     if name.endswith(".rotary_emb.inv_freq"):
         return True
     embedding = stored.get("model.embed_tokens.weight")

@@ -1,7 +1,8 @@
 """Reads and writes the Hugging Face ``config.json``.
 
-Every field of the file is either used, known to change nothing, or required to hold the one value that we implement. Anything
-else is refused by name: a setting that is silently ignored gives a model that is silently wrong.
+Every field of the file is either used, known to change nothing, or required to hold the one value
+that we implement. Anything else is refused by name: a setting that is silently ignored gives a
+model that is silently wrong.
 """
 
 import dataclasses
@@ -18,34 +19,34 @@ _ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 _USED = frozenset(
-    """model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim max_position_embeddings rms_norm_eps tie_word_embeddings initializer_range
-    rope_theta rope_scaling rope_parameters torch_dtype dtype bos_token_id eos_token_id pad_token_id""".split()
+    """
+    model_type architectures vocab_size hidden_size intermediate_size num_hidden_layers
+    num_attention_heads num_key_value_heads head_dim max_position_embeddings rms_norm_eps
+    tie_word_embeddings initializer_range rope_theta rope_scaling rope_parameters torch_dtype dtype
+    bos_token_id eos_token_id pad_token_id
+    """.split()
+)
+_WINDOW_FIELDS = frozenset(
+    "use_sliding_window sliding_window max_window_layers layer_types".split()
 )
 _USED_BY_FAMILY = {
     "llama": frozenset({"attention_bias", "mlp_bias"}),
-    "qwen2": frozenset(
-        {"use_sliding_window", "sliding_window", "max_window_layers", "layer_types"}
-    ),
-    "qwen3": frozenset(
-        {
-            "attention_bias",
-            "use_sliding_window",
-            "sliding_window",
-            "max_window_layers",
-            "layer_types",
-        }
-    ),
+    "qwen2": _WINDOW_FIELDS,
+    "qwen3": _WINDOW_FIELDS | {"attention_bias"},
 }
-# No effect on the values that a causal language model computes: names, versions, caching, labels, defaults of generation.
+# No effect on the values that a causal language model computes: names, versions, caching, labels,
+# defaults of generation.
 _INERT = frozenset(
-    """_name_or_path _commit_hash transformers_version use_cache output_hidden_states output_attentions return_dict
-    use_return_dict chunk_size_feed_forward problem_type id2label label2id num_labels finetuning_task
-    task_specific_params tokenizer_class prefix sep_token_id decoder_start_token_id torchscript use_bfloat16
-    attn_implementation _attn_implementation _attn_implementation_autoset max_length min_length do_sample
-    early_stopping num_beams num_beam_groups temperature top_k top_p typical_p repetition_penalty length_penalty
-    diversity_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids num_return_sequences
-    output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
+    """
+    _name_or_path _commit_hash transformers_version use_cache output_hidden_states output_attentions
+    return_dict
+    use_return_dict chunk_size_feed_forward problem_type id2label label2id num_labels
+    finetuning_task task_specific_params tokenizer_class prefix sep_token_id decoder_start_token_id
+    torchscript use_bfloat16 attn_implementation _attn_implementation _attn_implementation_autoset
+    max_length min_length do_sample early_stopping num_beams num_beam_groups temperature top_k top_p
+    typical_p repetition_penalty length_penalty diversity_penalty no_repeat_ngram_size
+    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences output_scores
+    return_dict_in_generate forced_bos_token_id forced_eos_token_id remove_invalid_values
     exponential_decay_length_penalty suppress_tokens begin_suppress_tokens""".split()
 )
 # Fields that change the model, with the values under which it is the one that we implement.
@@ -77,7 +78,8 @@ _ROPE_FIELDS: Mapping[str, tuple[str, str]] = {
 def read_config(directory: str | Path) -> DecoderConfig:
     """The architecture in ``directory/config.json``.
 
-    End-of-sequence ids of ``generation_config.json`` are added to its own: chat models stop at more than one token.
+    End-of-sequence ids of ``generation_config.json`` are added to its own: chat models stop at more
+    than one token.
 
     Raises:
       ModelError: no such file, no JSON, or an architecture or field that we do not implement.
@@ -132,7 +134,9 @@ def from_hf(raw: Mapping[str, Any]) -> DecoderConfig:
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:
-    """The fields of a ``config.json`` that transformers (4 and 5) reads back as the same architecture."""
+    """The fields of a ``config.json`` that transformers (4 and 5) reads back as the same
+    architecture.
+    """
     raw: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[config.model_type]],
         "model_type": config.model_type,
@@ -213,7 +217,9 @@ def _integer(raw: Mapping[str, Any], name: str) -> int:
 
 
 def _kv_heads(raw: Mapping[str, Any], family: str, heads: int) -> int:
-    """Llama 1 and 2 leave the field out; for Qwen the reference then assumes 32, which no published model means."""
+    """Llama 1 and 2 leave the field out; for Qwen the reference then assumes 32, which no
+    published model means.
+    """
     if family == "llama" and raw.get("num_key_value_heads") is None:
         return heads
     return _integer(raw, "num_key_value_heads")
@@ -226,7 +232,9 @@ def _ids(value: int | list[int] | None) -> tuple[int, ...]:
 
 
 def _rope(raw: Mapping[str, Any]) -> RopeConfig:
-    """Rope settings, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (4)."""
+    """Rope settings, from ``rope_parameters`` (transformers 5) or ``rope_theta`` and
+    ``rope_scaling`` (4).
+    """
     given = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
     legacy_kind = given.pop("type", "default")
     kind = given.pop("rope_type", legacy_kind)
@@ -267,7 +275,9 @@ def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
 
 
 def _windows(raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """Each layer's sliding window: ``layer_types`` where given, else all layers from ``max_window_layers`` on."""
+    """Each layer's sliding window: ``layer_types`` where given, else all layers from
+    ``max_window_layers`` on.
+    """
     window = raw.get("sliding_window", 4096) if raw.get("use_sliding_window") else None
     if window is None:
         return (None,) * layers

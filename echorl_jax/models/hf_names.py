@@ -9,13 +9,13 @@ import numpy as np
 
 from echorl_jax.models.decoder import Decoder
 
-_LAYER_PARTS = {
+_LAYER_PARTS: dict[tuple[str, ...], str] = {
     ("attention_norm", "scale"): "input_layernorm.weight",
     ("mlp_norm", "scale"): "post_attention_layernorm.weight",
     ("attention", "q_norm", "scale"): "self_attn.q_norm.weight",
     ("attention", "k_norm", "scale"): "self_attn.k_norm.weight",
 }
-_OUTER = {
+_OUTER: dict[tuple[str, ...], str] = {
     ("embed", "table"): "model.embed_tokens.weight",
     ("final_norm", "scale"): "model.norm.weight",
     ("head", "kernel"): "lm_head.weight",
@@ -26,7 +26,8 @@ _OUTER = {
 class TensorName:
     """One parameter's place in a checkpoint.
 
-    A kernel ``[in..., out...]`` is stored as the matrix ``[out, in]`` with heads and head_dim folded into one axis.
+    A kernel ``[in..., out...]`` is stored as the matrix ``[out, in]`` with heads and head_dim
+    folded into one axis.
     """
 
     path: tuple[str, ...]

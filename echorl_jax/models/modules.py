@@ -1,8 +1,8 @@
-"""The parts of the decoder as Flax NNX modules: what they hold, under which logical axes, and how they compute.
+"""The parts of the decoder as Flax NNX modules: what they hold, where, and how they compute.
 
-Parameters are declared once, with their initialisation and logical axes; weights arrive from outside, so a module is built
-abstractly and merged with arrays where it is used. Matrix products run in the dtype of their input; norms, rotary embedding and
-softmax in f32.
+Parameters are declared once, with their initialisation and logical axes; weights arrive from
+outside, so a module is built abstractly and merged with arrays where it is used. Matrix products
+run in the dtype of their input; norms, rotary embedding and softmax in f32.
 """
 
 import jax
@@ -42,7 +42,9 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A matrix product over the last ``inputs`` axes, with an optional bias; axes keep their meaning (heads, head_dim)."""
+    """A matrix product over the last ``inputs`` axes, with an optional bias; axes keep their
+    meaning (heads, head_dim).
+    """
 
     def __init__(
         self,
@@ -70,7 +72,9 @@ class Linear(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Projections around the attention kernel; the kernel itself belongs to whoever holds the keys."""
+    """Projections around the attention kernel; the kernel itself belongs to whoever holds the
+    keys.
+    """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         c, scale = config, config.initializer_range
@@ -139,7 +143,9 @@ class Layer(nnx.Module):
 
 
 class Trunk(nnx.Module):
-    """The whole tree, with one layer standing for all of them; their parameters are stacked ``[L, ...]``."""
+    """The whole tree, with one layer standing for all of them; their parameters are stacked
+    ``[L, ...]``.
+    """
 
     def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
         self.embed = Embedding(config, rngs)

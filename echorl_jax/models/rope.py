@@ -11,7 +11,9 @@ from echorl_jax.types import Array
 
 
 class Rotary(NamedTuple):
-    """Cosine and sine of each position's angles, f32 ``[B, T, head_dim / 2]``, scaled by the attention factor."""
+    """Cosine and sine of each position's angles, f32 ``[B, T, head_dim / 2]``, scaled by the
+    attention factor.
+    """
 
     cos: Array
     sin: Array
@@ -20,9 +22,10 @@ class Rotary(NamedTuple):
 def rotary(config: DecoderConfig, positions: Array) -> Rotary:
     """The tables for ``positions`` i32 ``[B, T]``, to be computed once and used in every layer.
 
-    ``angle = position * theta ** (-2 i / head_dim)`` before scaling. Sources: RoFormer, arXiv 2104.09864; dynamic NTK and
-    YaRN, arXiv 2309.00071; Llama 3, arXiv 2407.21783. Under dynamic NTK the base grows with the row's last position once it
-    passes ``max_position_embeddings``, so there, and only there, keys of a longer row differ from those of its prefix.
+    ``angle = position * theta ** (-2 i / head_dim)`` before scaling. Sources: RoFormer, arXiv
+    2104.09864; dynamic NTK and YaRN, arXiv 2309.00071; Llama 3, arXiv 2407.21783. Under dynamic NTK
+    the base grows with the row's last position once it passes ``max_position_embeddings``, so
+    there, and only there, keys of a longer row differ from those of its prefix.
     """
     frequencies = _frequencies(config, positions)
     angles = positions[..., None].astype(jnp.float32) * frequencies  # [B, T, head_dim / 2]
@@ -31,7 +34,9 @@ def rotary(config: DecoderConfig, positions: Array) -> Rotary:
 
 
 def rotate(x: Array, tables: Rotary) -> Array:
-    """Turns pairs ``(x_i, x_{i + head_dim / 2})`` of ``x [B, T, heads, head_dim]`` by their angles, in f32."""
+    """Turns pairs ``(x_i, x_{i + head_dim / 2})`` of ``x [B, T, heads, head_dim]`` by their
+    angles, in f32.
+    """
     cos, sin = tables.cos[:, :, None, :], tables.sin[:, :, None, :]  # [B, T, 1, head_dim / 2]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -62,7 +67,9 @@ def _inverse(theta: float, head_dim: int) -> np.ndarray:
 
 
 def _dynamic(config: DecoderConfig, positions: Array) -> Array:
-    """NTK-aware base: ``theta * (factor * n / limit - (factor - 1)) ** (d / (d - 2))`` for a row of ``n > limit`` tokens."""
+    """NTK-aware base: ``theta * (factor * n / limit - (factor - 1)) ** (d / (d - 2))`` for a row
+    of ``n > limit`` tokens.
+    """
     limit, width, rope = config.max_position_embeddings, config.head_dim, config.rope
     length = jnp.maximum(jnp.max(positions, axis=-1) + 1, limit).astype(jnp.float32)  # [B]
     stretch = rope.factor * length / limit - (rope.factor - 1)
@@ -80,7 +87,9 @@ def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Dimensions that turn often within the original context are kept, slow ones interpolated, with a ramp between."""
+    """Dimensions that turn often within the original context are kept, slow ones interpolated,
+    with a ramp between.
+    """
 
     def dimension_of(turns: float) -> float:
         ratio = rope.original_max_position_embeddings / (turns * 2 * math.pi)
@@ -97,7 +106,9 @@ def _yarn(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def _attention_factor(rope: RopeConfig) -> float:
-    """YaRN's temperature: cosines and sines grow by ``0.1 ln(factor) + 1``, unless the file says otherwise."""
+    """YaRN's temperature: cosines and sines grow by ``0.1 ln(factor) + 1``, unless the file says
+    otherwise.
+    """
     if rope.kind != "yarn":
         return 1.0
     if rope.attention_factor is not None:

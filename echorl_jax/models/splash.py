@@ -105,7 +105,8 @@ def _rows(
     )
 
     def row(q: Array, k: Array, v: Array, segments: Array) -> Array:
-        return kernel(q, k, v, segment_ids=splash.SegmentIds(q=segments, kv=segments))
+        out = kernel(q, k, v, segment_ids=splash.SegmentIds(q=segments, kv=segments))
+        return jnp.asarray(out)
 
     return jax.vmap(row)(q, k, v, segments)
 

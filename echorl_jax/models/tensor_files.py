@@ -1,7 +1,8 @@
-"""Safetensors files, one tensor at a time: headers are read first, bytes only where they are needed.
+"""Safetensors files, one tensor at a time: headers first, bytes only where they are needed.
 
-The format is eight bytes of header length, a JSON header with each tensor's type, shape and byte range, then the bytes. Reading goes
-through a memory map, so that a slice of a tensor costs that slice; writing streams, so that no more than one tensor is in memory.
+The format is eight bytes of header length, a JSON header with each tensor's type, shape and byte
+range, then the bytes. Reading goes through a memory map, so that a slice of a tensor costs that
+slice; writing streams, so that no more than one tensor is in memory.
 """
 
 import dataclasses
@@ -116,7 +117,9 @@ def _entry(file: Path, name: str, entry: Mapping[str, Any], start: int, size: in
 def write_tensors(
     directory: Path, tensors: Mapping[str, TensorSource], dtype: np.dtype, *, shard_bytes: int
 ) -> None:
-    """Writes ``model.safetensors``, or numbered shards of at most ``shard_bytes`` (or one tensor) with their index."""
+    """Writes ``model.safetensors``, or numbered shards of at most ``shard_bytes`` (or one
+    tensor) with their index.
+    """
     shards = _cut(tensors, dtype, shard_bytes)
     for old in [*directory.glob("model*.safetensors"), *directory.glob(_INDEX)]:
         old.unlink()
@@ -138,7 +141,9 @@ def _bytes(source: TensorSource, dtype: np.dtype) -> int:
 
 
 def _cut(tensors: Mapping[str, TensorSource], dtype: np.dtype, limit: int) -> list[list[str]]:
-    """Consecutive names in shards of at most ``limit`` bytes; a larger tensor has a shard to itself."""
+    """Consecutive names in shards of at most ``limit`` bytes; a larger tensor has a shard to
+    itself.
+    """
     shards: list[list[str]] = [[]]
     filled = 0
     for name, source in tensors.items():

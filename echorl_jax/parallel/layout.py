@@ -1,7 +1,8 @@
-"""One table from logical axes to mesh axes, for weights and activations, for training and for sampling.
+"""One table from logical to mesh axes, for weights and activations, training and sampling.
 
-Code names what an axis *is* (``heads``, ``mlp``, ``batch``); only this table says where it lives. The rollout layout is the
-training layout without the split over ``fsdp``: weights are whole along ``embed``, so that no token waits for a gather.
+Code names what an axis *is* (``heads``, ``mlp``, ``batch``); only this table says where it lives.
+The rollout layout is the training layout without the split over ``fsdp``: weights are whole along
+``embed``, so that no token waits for a gather.
 """
 
 import math
@@ -36,8 +37,9 @@ TABLE: Mapping[Layout, Mapping[str, tuple[str, ...]]] = {
     "train": _TRAIN,
     "rollout": {**_TRAIN, "embed": ()},
 }
-# Axes that are kept whole on every device when they do not divide: few KV heads cost little, a ragged last batch is
-# small, and an odd vocabulary is that of a tiny model. Any other axis that does not divide is an error.
+# Axes that are kept whole on every device when they do not divide: few KV heads cost little, a
+# ragged last batch is small, and an odd vocabulary is that of a tiny model. Any other axis that
+# does not divide is an error.
 _WHOLE_IF_INDIVISIBLE = frozenset({"kv_heads", "batch", "vocab"})
 
 
@@ -53,7 +55,8 @@ def partition_spec(
       layout: column of the table.
 
     Raises:
-      ShardingError: an unknown name, two dimensions on one mesh axis, or a size that does not divide.
+      ShardingError: an unknown name, two dimensions on one mesh axis, or a size that does not
+        divide.
     """
     if len(axes) != len(shape):
         raise ShardingError(f"{len(axes)} logical axes {axes} for shape {tuple(shape)}")
@@ -114,7 +117,9 @@ def tree_shardings(axes: PyTree, shapes: PyTree, mesh: Mesh, layout: Layout = "t
 
 
 def constrain(x: Array, *axes: str | None) -> Array:
-    """Pins an activation to its place in the table, if a mesh is in force (``jax.set_mesh``); else returns it."""
+    """Pins an activation to its place in the table, if a mesh is in force (``jax.set_mesh``);
+    else returns it.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return x

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -18,12 +19,12 @@ def make_mesh(
     fsdp: int = -1,
     tensor: int = 1,
     *,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Mesh:
     """Arranges the devices along the axes ``data``, ``fsdp`` and ``tensor``.
 
-    The axes are of type Auto: the compiler chooses the collectives, and the few places where a choice matters are
-    constrained by hand.
+    The axes are of type Auto: the compiler chooses the collectives, and the few places where a
+    choice matters are constrained by hand.
 
     Args:
       data: copies of the model, each with its own rows.
@@ -39,7 +40,7 @@ def make_mesh(
     Raises:
       ShardingError: the sizes do not multiply to the number of devices.
     """
-    sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
+    sizes: dict[str, int] = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     count = len(devices) if devices is not None else jax.device_count()
     shape = " x ".join(f"{name}={size}" for name, size in sizes.items())
     free = [name for name, size in sizes.items() if size == -1]

@@ -1,9 +1,8 @@
-"""Keys and values of past positions, in blocks, and attention that merges blocks with an online softmax.
+"""Keys and values of past positions, in blocks.
 
-Layout ``[L, blocks, rows, KV, block, K]``: a block of one layer is one contiguous piece, and in it each (row, head) is a
-matrix. A completion's cache is a ring: at every step all slots write the same column, so a write is one slice and needs no
-scatter; a slot that takes a new row simply stops looking at older columns. Rotary positions are in the keys already, so where a
-key lies does not matter.
+Layout ``[L, blocks, rows, KV, block, K]``: a block of one layer is one contiguous piece, and in it
+each (row, head) is a matrix. Rotary positions are in the keys already, so where a key lies does not
+matter; that makes the ring possible (see ``slots.py``).
 """
 
 from typing import Literal
@@ -12,12 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from echorl_jax.parallel.layout import constrain
+from echorl_jax.parallel import constrain
 from echorl_jax.types import Array, pytree
 
 KVDtype = Literal["float32", "bfloat16", "int8"]
-# Smaller than any score of a finite model, and exp(_NEVER - score) is exactly 0.
-_NEVER = -1e30
+KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 _AXES = ("layers", None, "batch", "kv_heads", None, "head_dim")
 
 
@@ -36,37 +34,43 @@ class Cache:
 
     @property
     def block(self) -> int:
+        """Positions in a block."""
         return self.k.shape[4]
 
-
-@pytree
-class Partial:
-    """Attention over part of the keys: what is needed to merge it with the rest."""
-
-    mixed: Array  # f32 [M, KV, R, K], sum of exp(score - top) * value
-    mass: Array  # f32 [M, KV, R], sum of exp(score - top)
-    top: Array  # f32 [M, KV, R], largest score
+    @property
+    def length(self) -> int:
+        """Positions in all blocks."""
+        return self.blocks * self.block
 
 
 def empty_cache(
-    *, layers: int, blocks: int, rows: int, kv_heads: int, block: int, head_dim: int, dtype: KVDtype
+    *,
+    layers: int,
+    blocks: int,
+    rows: int,
+    kv_heads: int,
+    block: int,
+    head_dim: int,
+    dtype: KVDtype,
+    whole: bool = False,
 ) -> Cache:
-    """A cache of zeros, placed on the mesh in force."""
-    shape = (layers, blocks, rows, kv_heads, block, head_dim)
+    """A cache of zeros, placed on the mesh in force: rows split over it, unless ``whole``."""
+    vectors = (layers, blocks, rows, kv_heads, block)
+    zeros = jnp.zeros((*vectors, head_dim), jnp.dtype(dtype))
+    scale = jnp.zeros(vectors, jnp.float32) if dtype == "int8" else None
+    return _place(Cache(zeros, zeros, scale, scale), None if whole else "batch")
 
-    def zeros(shape: tuple[int, ...], dtype: str, axes: tuple[str | None, ...]) -> Array:
-        return constrain(jnp.zeros(shape, jnp.dtype(dtype)), *axes)
 
-    k, v = zeros(shape, dtype, _AXES), zeros(shape, dtype, _AXES)
-    if dtype != "int8":
-        return Cache(k, v)
-    return Cache(
-        k, v, zeros(shape[:-1], "float32", _AXES[:-1]), zeros(shape[:-1], "float32", _AXES[:-1])
-    )
+def _place(cache: Cache, rows: str | None) -> Cache:
+    axes = (*_AXES[:2], rows, *_AXES[3:])
+    return jax.tree.map(lambda x: constrain(x, *axes[: x.ndim]), cache)
 
 
 def encode(k: Array, v: Array, like: Cache) -> Cache:
-    """Keys and values ``[..., K]`` as ``like`` stores them; int8 takes the scale of each vector from its largest entry."""
+    """Keys and values ``[..., K]`` as ``like`` stores them.
+
+    int8: each vector is divided by ``max|x| / 127``, its scale, and rounded.
+    """
     if like.k_scale is None:
         return Cache(k.astype(like.k.dtype), v.astype(like.v.dtype))
     (k, k_scale), (v, v_scale) = _quantise(k), _quantise(v)
@@ -80,13 +84,23 @@ def _quantise(x: Array) -> tuple[Array, Array]:
     return jnp.round(x / safe[..., None]).astype(jnp.int8), scale
 
 
+def read_block(cache: Cache, layer: Array, index: Array) -> Cache:
+    """Block ``index`` of ``layer``, without the two leading axes."""
+
+    def read(x: Array) -> Array:
+        at = (layer, index) + (0,) * (x.ndim - 2)
+        return lax.dynamic_slice(x, at, (1, 1, *x.shape[2:]))[0, 0]
+
+    return jax.tree.map(read, cache)
+
+
 def write_column(cache: Cache, new: Cache, column: Array) -> Cache:
     """Writes one position of every row and layer.
 
     Args:
-      cache: the ring.
+      cache: where to.
       new: ``[L, rows, KV, K]`` (scales ``[L, rows, KV]``), from :func:`encode`.
-      column: i32 scalar in ``[0, blocks * block)``.
+      column: i32 scalar in ``[0, length)``.
     """
     at = (0, column // cache.block, 0, 0, column % cache.block, 0)
 
@@ -97,55 +111,56 @@ def write_column(cache: Cache, new: Cache, column: Array) -> Cache:
     return jax.tree.map(write, cache, new)
 
 
-def start(q: Array, k: Array, v: Array) -> Partial:
-    """Attention of each row's query to its own position only.
+def write_piece(cache: Cache, new: Cache, row: Array, position: Array) -> Cache:
+    """Writes whole blocks of some rows into a cache that is whole on every device.
 
     Args:
-      q: ``[M, KV, R, K]``, R query heads for each key head.
-      k, v: ``[M, KV, K]``.
+      cache: where to.
+      new: ``[L, rows, positions, KV, K]`` (scales without K), from :func:`encode`.
+      row: i32 scalar, the first row.
+      position: i32 scalar, the first position; a multiple of the block, as is their number.
     """
-    scores = jnp.einsum("mhrk,mhk->mhr", q, k, preferred_element_type=jnp.float32)
-    mixed = jnp.broadcast_to(v[:, :, None, :].astype(jnp.float32), q.shape)
-    return Partial(mixed=mixed, mass=jnp.ones_like(scores), top=scores * q.shape[-1] ** -0.5)
+    at = (0, position // cache.block, row, 0, 0, 0)
+
+    def write(whole: Array, part: Array) -> Array:
+        layers, rows, positions, *rest = part.shape
+        part = constrain(part, "layers", None, None, "kv_heads", *(None,) * len(rest[1:]))
+        part = part.reshape(layers, rows, positions // cache.block, cache.block, *rest)
+        part = jnp.moveaxis(part, (1, 2, 3, 4), (2, 1, 4, 3))  # [L, blocks, rows, KV, block, ...]
+        return lax.dynamic_update_slice(whole, part, at[: whole.ndim])
+
+    return jax.tree.map(write, cache, new)
 
 
-def attend_block(partial: Partial, q: Array, block: Cache, valid: Array) -> Partial:
-    """Merges one block of keys into ``partial``.
+def copy_row(cache: Cache, source: Cache, row: Array, source_row: Array) -> Cache:
+    """Row ``row`` becomes a copy of ``source``'s ``source_row``."""
 
-    With scores s and the largest so far m: everything held is scaled by ``exp(m_old - m_new)`` and ``exp(s - m_new)`` is added.
+    def copy(whole: Array, other: Array) -> Array:
+        part = lax.dynamic_slice_in_dim(other, source_row, 1, axis=2)
+        return lax.dynamic_update_slice_in_dim(whole, part, row, axis=2)
+
+    return jax.tree.map(copy, cache, source)
+
+
+def gather_rows(source: Cache, rows: Array) -> Cache:
+    """Rows i32 ``[M]`` of a cache that is whole on every device, split over them."""
+    return _place(jax.tree.map(lambda x: x[:, :, rows], source), "batch")
+
+
+def pick_rows(cache: Cache, rows: Array) -> Cache:
+    """Some rows of each part of a split cache, without moving any between the parts.
 
     Args:
-      q: ``[M, KV, R, K]``.
-      block: arrays ``[M, KV, block, K]`` (scales ``[M, KV, block]``).
-      valid: bool, broadcasts to ``[M, KV, R, block]``.
+      cache: M rows in d equal parts, one for each device that rows are split over.
+      rows: i32 ``[d, m]``, numbers within the part.
+
+    Returns:
+      A cache of ``d * m`` rows.
     """
-    k, v = block.k.astype(q.dtype), block.v.astype(q.dtype)
-    scores = jnp.einsum("mhrk,mhbk->mhrb", q, k, preferred_element_type=jnp.float32)
-    if block.k_scale is not None:
-        scores = scores * block.k_scale[:, :, None, :]
-    scores = jnp.where(valid, scores * q.shape[-1] ** -0.5, _NEVER)
-    top = jnp.maximum(partial.top, scores.max(-1))
-    weight = jnp.exp(scores - top[..., None])
-    shrink = jnp.exp(partial.top - top)
-    mass = partial.mass * shrink + weight.sum(-1)
-    if block.v_scale is not None:
-        weight = weight * block.v_scale[:, :, None, :]
-    mixed = jnp.einsum(
-        "mhrb,mhbk->mhrk", weight.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
-    return Partial(mixed=partial.mixed * shrink[..., None] + mixed, mass=mass, top=top)
 
+    def pick(x: Array) -> Array:
+        parts = x.reshape(*x.shape[:2], rows.shape[0], -1, *x.shape[3:])
+        picked = jax.vmap(lambda part, at: part[:, :, at], in_axes=(2, 0), out_axes=2)(parts, rows)
+        return picked.reshape(*x.shape[:2], rows.size, *x.shape[3:])
 
-def finish(partial: Partial) -> Array:
-    """The attention output ``[M, KV, R, K]`` in float32."""
-    return partial.mixed / partial.mass[..., None]
-
-
-def read_block(cache: Cache, layer: Array, index: Array) -> Cache:
-    """Block ``index`` of ``layer``, without the two leading axes."""
-
-    def read(x: Array) -> Array:
-        at = (layer, index) + (0,) * (x.ndim - 2)
-        return lax.dynamic_slice(x, at, (1, 1, *x.shape[2:]))[0, 0]
-
-    return jax.tree.map(read, cache)
+    return _place(jax.tree.map(pick, cache), "batch")

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,33 +13,35 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.models import Decoder, param_shardings
-from echorl_jax.rollout import buckets
-from echorl_jax.rollout import decode as loop
+from echorl_jax.rollout.buckets import greatest_divisor, levels
 from echorl_jax.rollout.cache import KVDtype, empty_cache
+from echorl_jax.rollout.loop import Output, Program, decode, empty_output
+from echorl_jax.rollout.memory import cache_dtype, choose_slots
 from echorl_jax.rollout.prefill import prefill
 from echorl_jax.rollout.request import Request, make_request
 from echorl_jax.rollout.settings import make_sampling
+from echorl_jax.rollout.slots import Queue, Slots, compact, first_slots
 from echorl_jax.types import Array, PyTree, Rollouts
 
-# Positions in a cache block; see docs/performance.md for how speed depends on it.
+# Positions in a cache block; docs/performance.md shows how speed depends on it.
 BLOCK = 64
-# Positions, and prompts times positions, of one prefill piece.
+# Most positions, and most prompts times positions, of one prefill piece.
 PREFILL_CHUNK = 512
 PREFILL_TOKENS = 8192
-# Fewest slots that get a program of their own when a batch drains.
+# Fewest slots that get a program of their own when the work runs out.
 SMALLEST_LEVEL = 8
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """How far a call is, after a visit of the host."""
+    """How far a call is, each time the host looks."""
 
     rows: int
     rows_done: int
     tokens: int
     seconds: float
     slots: int  # of the program that ran last
-    occupancy: float  # tokens / (turns * slots) so far: the part of all computed tokens that somebody wanted
+    occupancy: float  # tokens / computed tokens so far: the share that somebody wanted
 
     @property
     def tokens_per_second(self) -> float:
@@ -50,20 +53,14 @@ class _Shape:
     """What is fixed when the first program is compiled."""
 
     slots: int
-    length: int
-    memory: int
+    length: int  # T
+    memory: int  # R
     pad_id: int
     kv_dtype: KVDtype
+    shards: int
 
 
 def generate(
-    model: Decoder, params: PyTree, prompts: Sequence[Sequence[int]], key: Array, **settings
-) -> Rollouts:
-    """:func:`generate_with_progress` without the second result."""
-    return generate_with_progress(model, params, prompts, key, **settings)[0]
-
-
-def generate_with_progress(
     model: Decoder,
     params: PyTree,
     prompts: Sequence[Sequence[int]],
@@ -75,7 +72,7 @@ def generate_with_progress(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
-    eos_ids: int | Iterable[int] = (),
+    eos_ids: int | Iterable[int],
     stop_sequences: Iterable[Sequence[int]] = (),
     banned_ids: Iterable[int] = (),
     row_limits: Sequence[int] | None = None,
@@ -83,13 +80,54 @@ def generate_with_progress(
     slots: int = 0,
     kv_dtype: KVDtype | None = None,
     pad_id: int = 0,
+    prompt_tokens: int = 0,
     mesh: Mesh | None = None,
     turns_per_visit: int = 128,
     progress: Callable[[Progress], None] | None = None,
-) -> tuple[Rollouts, Progress]:
-    """Samples ``group_size`` completions for each prompt."""
+) -> Rollouts:
+    """Samples ``group_size`` completions for each prompt.
+
+    Token t of row i depends on its logits and on the key ``fold_in(fold_in(key, i), t)`` alone: not
+    on slots, order or mesh. Log-probabilities and entropies are those of the whole distribution at
+    ``temperature`` (of temperature 1 when greedy), from the logits that the token was drawn from.
+
+    Args:
+      model: the decoder.
+      params: its weights as the trainer holds them; they are cast and laid out for sampling by one
+        compiled program.
+      prompts: P lists of token ids, any lengths. Row i answers prompt ``i // group_size``.
+      key: PRNG key.
+      group_size: G.
+      max_new_tokens: T; rows that reach it without EOS are flagged as truncated.
+      temperature: divides the logits; 0 takes the likeliest token.
+      top_k: draw from the k likeliest tokens; 0 from all.
+      top_p: draw from the likeliest tokens that hold this much probability.
+      min_p: draw from tokens at least this many times as likely as the likeliest.
+      eos_ids: tokens that end a completion and belong to it; may be none.
+      stop_sequences: token sequences that end a completion and belong to it.
+      banned_ids: tokens that are never drawn.
+      row_limits: N limits up to T, one for each row.
+      prefixes: N token lists that the completions have to begin with. They count as completion,
+        with log-probabilities and entropies.
+      slots: rows decoded at once; 0 takes all rows, or as many as memory allows.
+      kv_dtype: type of the cache; the model's unless given. "int8" has a scale for each head.
+      pad_id: fills ``completion_ids`` past the end.
+      prompt_tokens: pads prompts to at least this, so that calls whose longest prompts differ share
+        one compiled program. It costs memory, not computation.
+      mesh: rows are split over ``data`` and ``fsdp``, heads and vocabulary over ``tensor``. All
+        processes of the mesh make the same call.
+      turns_per_visit: tokens per slot between two looks of the host.
+      progress: called at each look.
+
+    Returns:
+      The rollouts, whole on every device of the mesh; rows in groups.
+
+    Raises:
+      ValueError: a setting, a length or a token that is out of range, in one line.
+    """
+    vocab_size = model.config.vocab_size
     sampling = make_sampling(
-        vocab_size=model.config.vocab_size,
+        vocab_size=vocab_size,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -105,42 +143,70 @@ def generate_with_progress(
         max_new_tokens=max_new_tokens,
         row_limits=row_limits,
         prefixes=prefixes,
-        vocab_size=model.config.vocab_size,
+        prompt_tokens=prompt_tokens,
+        vocab_size=vocab_size,
         multiple=shards,
     )
-    if slots < 0:
-        raise ValueError(f"slots={slots}: must be 0 (chosen) or positive")
-    rows = len(request.group)
-    slots = min(rows, -(-slots // shards) * shards) if slots else rows
-    shape = _Shape(
-        slots=slots,
-        length=max_new_tokens,
-        memory=sampling.memory,
-        pad_id=pad_id,
-        kv_dtype=kv_dtype or ("bfloat16" if model.dtype == "bfloat16" else "float32"),
+    _check(model, request, slots=slots, turns_per_visit=turns_per_visit, length=max_new_tokens)
+    rows, kv_dtype = len(request.group), cache_dtype(model, kv_dtype)
+    slots = slots or choose_slots(
+        model,
+        rows=rows,
+        prompt_tokens=request.tokens.shape[1],
+        max_new_tokens=max_new_tokens,
+        kv_dtype=kv_dtype,
+        mesh=mesh,
     )
-    program = loop.Program(
+    slots = min(rows, -(-slots // shards) * shards)
+    shape = _Shape(slots, max_new_tokens, sampling.memory, pad_id, kv_dtype, shards)
+    program = Program(
         sampling=sampling,
         turns=turns_per_visit,
         refill=rows > slots,
         dynamic=jax.default_backend() != "gpu",
+        shards=shards,
     )
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         weights = rollout_params(model, params, mesh)
         arrays = _on_device(request, key, mesh)
         queue, state, output = _begin(model, weights, *arrays, shape=shape)
-        levels = buckets.levels(slots, smallest=max(SMALLEST_LEVEL, shards))
-        output, last = _run(
-            model, weights, queue, state, output, program, levels, request, progress
+        output = _run(model, weights, queue, state, output, program, request.count, progress)
+        return _finish(*arrays[:3], output, prompts=len(prompts), rows=request.count)
+
+
+def generate_with_progress(*args: Any, **settings: Any) -> tuple[Rollouts, Progress]:
+    """:func:`generate`, and where it stood at the end: tokens, seconds, slot occupancy."""
+    last: list[Progress] = []
+    watch = settings.pop("progress", None)
+
+    def note(now: Progress) -> None:
+        last[:] = [now]
+        if watch is not None:
+            watch(now)
+
+    rollouts = generate(*args, **settings, progress=note)
+    return rollouts, last[0]
+
+
+def _check(
+    model: Decoder, request: Request, *, slots: int, turns_per_visit: int, length: int
+) -> None:
+    if slots < 0:
+        raise ValueError(f"slots={slots}: must be 0 (chosen) or positive")
+    if turns_per_visit < 1:
+        raise ValueError(f"turns_per_visit={turns_per_visit}: must be at least 1")
+    config = model.config
+    longest = int(request.length.max()) + length
+    if config.rope.kind == "dynamic" and longest > config.max_position_embeddings:
+        # Its keys change with the row's length, so cached ones would not be the trainer's.
+        raise ValueError(
+            f"prompt and completion may reach {longest} tokens, but with dynamic rope scaling "
+            f"only {config.max_position_embeddings} can be sampled"
         )
-        rollouts = _finish(
-            arrays[0], arrays[1], queue.group, output, request.prompts, request.count
-        )
-    return rollouts, last
 
 
 def rollout_params(model: Decoder, params: PyTree, mesh: Mesh | None) -> PyTree:
-    """The weights as the sampler wants them: in the compute dtype and, on a mesh, in the rollout layout, by one program."""
+    """The weights as sampling wants them: in the compute dtype, and on a mesh in its layout."""
     if mesh is None and model.dtype == model.param_dtype:
         return params
     return _placer(model, mesh)(params)
@@ -153,7 +219,7 @@ def _placer(model: Decoder, mesh: Mesh | None) -> Callable[[PyTree], PyTree]:
 
 
 def _on_device(request: Request, key: Array, mesh: Mesh | None) -> tuple[Array, ...]:
-    """The request as arrays, whole on every device: every process takes the same decisions from them."""
+    """The request as arrays, whole on every device, so that all take the same decisions."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     host = (
@@ -187,10 +253,9 @@ def _begin(
     key: Array,
     *,
     shape: _Shape,
-) -> tuple[loop.Queue, loop.Slots, loop.Output]:
+) -> tuple[Queue, Slots, Output]:
     """Prefills every prompt once and fills the slots."""
     config = model.config
-    prompts, width = tokens.shape
     cache = functools.partial(
         empty_cache,
         layers=config.num_layers,
@@ -198,18 +263,20 @@ def _begin(
         head_dim=config.head_dim,
         dtype=shape.kv_dtype,
     )
-    block = buckets.greatest_divisor(width, most=BLOCK)
-    chunk = block * buckets.greatest_divisor(width // block, most=PREFILL_CHUNK // block)
+    prompts, width = tokens.shape
+    block = greatest_divisor(width, most=BLOCK)
+    chunk = block * greatest_divisor(width // block, most=PREFILL_CHUNK // block)
+    most = max(1, PREFILL_TOKENS // (chunk * shape.shards))
     store = prefill(
         model,
         params,
         tokens,
         length - 1,
-        cache(blocks=width // block, rows=prompts, block=block),
-        rows=buckets.piece_rows(prompts, chunk, tokens=PREFILL_TOKENS),
+        cache(blocks=width // block, rows=prompts, block=block, whole=True),
+        rows=shape.shards * greatest_divisor(prompts // shape.shards, most=most),
         chunk=chunk,
     )
-    queue = loop.Queue(
+    queue = Queue(
         key=key,
         count=count,
         group=group,
@@ -222,68 +289,67 @@ def _begin(
     )
     block = min(BLOCK, shape.length)
     ring = cache(blocks=-(-shape.length // block), rows=shape.slots, block=block)
-    state = loop.first_slots(queue, slots=shape.slots, memory=shape.memory, ring=ring)
-    return queue, state, loop.first_output(group.shape[0], shape.length, shape.pad_id)
+    slots = first_slots(queue, slots=shape.slots, memory=shape.memory, ring=ring)
+    return queue, slots, empty_output(group.shape[0], shape.length, shape.pad_id)
 
 
-_decode = jax.jit(
-    loop.decode, static_argnames=("model", "program"), donate_argnames=("slots", "output")
-)
-_compact = jax.jit(loop.compact, static_argnames=("size", "idle"), donate_argnames=("slots",))
+_decode = jax.jit(decode, static_argnames=("model", "program"), donate_argnames=("slots", "output"))
+_compact = jax.jit(compact, static_argnames=("size", "idle", "shards"))
 
 
 def _run(
     model: Decoder,
     params: PyTree,
-    queue: loop.Queue,
-    slots: loop.Slots,
-    output: loop.Output,
-    program: loop.Program,
-    levels: tuple[int, ...],
-    request: Request,
+    queue: Queue,
+    slots: Slots,
+    output: Output,
+    program: Program,
+    rows: int,
     progress: Callable[[Progress], None] | None,
-) -> tuple[loop.Output, Progress]:
-    """Calls the decode loop until every row is done; between calls moves to a smaller program where that suffices."""
+) -> Output:
+    """Calls the decode loop until all is written; moves to smaller programs as work runs out."""
     begin = time.perf_counter()
-    tokens, places, level = 0, 0, 0
+    sizes = levels(slots.row.shape[0], smallest=max(SMALLEST_LEVEL, program.shards))
+    tokens, computed, level = 0, 0, 0
     while True:
-        shrink_at = levels[level + 1] if level + 1 < len(levels) else 0
+        shrink_at = np.int32(sizes[level + 1] if level + 1 < len(sizes) else 0)
         slots, output, status = _decode(
-            model, params, queue, slots, output, np.int32(shrink_at), program=program
+            model, params, queue, slots, output, shrink_at, program=program
         )
         status = jax.device_get(status)
         tokens += int(status.tokens)
-        places += int(status.turns) * levels[level]
-        now = Progress(
-            rows=request.count,
-            rows_done=int(status.next_row) - int(status.active),
-            tokens=tokens,
-            seconds=time.perf_counter() - begin,
-            slots=levels[level],
-            occupancy=tokens / places,
-        )
+        computed += int(status.turns) * sizes[level]
         if progress is not None:
-            progress(now)
+            progress(
+                Progress(
+                    rows=rows,
+                    rows_done=int(status.next_row) - int(status.active),
+                    tokens=tokens,
+                    seconds=time.perf_counter() - begin,
+                    slots=sizes[level],
+                    occupancy=tokens / computed,
+                )
+            )
         if not status.active:
-            return output, now
-        if status.next_row >= request.count and status.active <= shrink_at:
-            level = max(i for i, size in enumerate(levels) if size >= status.active)
+            return output
+        if status.next_row >= rows and status.needed <= shrink_at:
+            level = max(i for i, size in enumerate(sizes) if size >= status.needed)
             program = dataclasses.replace(program, refill=False)
-            slots = _compact(slots, size=levels[level], idle=len(request.group))
+            slots = _compact(slots, size=sizes[level], idle=queue.rows, shards=program.shards)
 
 
-@functools.partial(jax.jit, static_argnames=("prompts", "count"))
+@functools.partial(jax.jit, static_argnames=("prompts", "rows"))
 def _finish(
-    tokens: Array, length: Array, group: Array, output: loop.Output, prompts: int, count: int
+    tokens: Array, length: Array, group: Array, output: Output, *, prompts: int, rows: int
 ) -> Rollouts:
-    """The written rows without padding."""
+    """The written rows, without the padding of the shape bucket."""
     return Rollouts(
         prompt_ids=tokens[:prompts],
         prompt_length=length[:prompts],
-        group=group[:count],
-        completion_ids=output.token[:count],
-        completion_length=output.length[:count],
-        rollout_logprobs=output.logprob[:count],
-        token_entropy=output.entropy[:count],
-        truncated=~output.stopped[:count],
+        group=group[:rows],
+        completion_ids=output.token[:rows],
+        completion_length=output.length[:rows],
+        rollout_logprobs=output.logprob[:rows],
+        token_entropy=output.entropy[:rows],
+        truncated=~output.stopped[:rows],
     )

@@ -1,4 +1,4 @@
-"""A call's host side: prompts and per-row settings, checked and padded to a shape of the closed set."""
+"""A call's host side: prompts and settings of rows, checked and padded to an allowed shape."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ PROMPT_MULTIPLE = 16
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """Host arrays of one call. P and N include padding; only the first ``count`` rows are written."""
+    """Host arrays of one call. P and N include padding; the first ``count`` rows are written."""
 
     tokens: np.ndarray  # i32 [P, S]
     length: np.ndarray  # i32 [P]
@@ -33,6 +33,7 @@ def make_request(
     max_new_tokens: int,
     row_limits: Sequence[int] | None,
     prefixes: Sequence[Sequence[int]] | None,
+    prompt_tokens: int,
     vocab_size: int,
     multiple: int,
 ) -> Request:
@@ -44,6 +45,7 @@ def make_request(
       max_new_tokens: T.
       row_limits: shorter limits for single rows, N numbers.
       prefixes: tokens with which rows have to begin, N lists.
+      prompt_tokens: S is at least this.
       vocab_size: V.
       multiple: P is padded to a multiple of this (the shards of the rows).
 
@@ -56,6 +58,8 @@ def make_request(
         if size < 1:
             raise ValueError(f"{name}={size}: must be at least 1")
     count = len(prompts) * group_size
+    if prompt_tokens < 0:
+        raise ValueError(f"prompt_tokens={prompt_tokens}: must not be negative")
     limit = _limits(row_limits, count, max_new_tokens)
     prefixes = [()] * count if prefixes is None else prefixes
     if len(prefixes) != count:
@@ -72,7 +76,7 @@ def make_request(
         check_tokens(f"prompts[{index}]", prompt, vocab_size)
 
     padded = bucket(len(prompts), multiple=multiple)
-    longest = max(map(len, prompts))
+    longest = max(prompt_tokens, *map(len, prompts))
     blank = [()] * (padded - len(prompts))
     tokens, length = pad_lists([*prompts, *blank], bucket(longest, multiple=PROMPT_MULTIPLE))
     width = max(map(len, prefixes))
@@ -101,7 +105,7 @@ def _limits(row_limits: Sequence[int] | None, count: int, longest: int) -> np.nd
 
 
 def pad_lists(lists: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of tokens as i32 ``[rows, width]``, zeros on the right, and their lengths i32 ``[rows]``."""
+    """Lists of tokens as i32 ``[rows, width]``, zeros on the right, and their lengths."""
     tokens, length = np.zeros((len(lists), width), np.int32), np.zeros(len(lists), np.int32)
     for row, ids in enumerate(lists):
         tokens[row, : len(ids)] = ids

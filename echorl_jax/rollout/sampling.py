@@ -1,8 +1,9 @@
-"""From logits to a token, its log-probability and its entropy, with one random number generator call per token.
+"""From logits to a token, its log-probability and its entropy, with two random numbers per token.
 
-Drawing by the largest of V Gumbel variates would need V random numbers a token. Here a uniform number is looked up in the
-cumulative distribution, in two levels: which block of the vocabulary, then which token of the block. Only block sums and one block
-are scanned, and with the vocabulary split over devices only block sums travel.
+Drawing by the largest of V Gumbel variates would need V random numbers a token. Here a uniform
+number is looked up in the cumulative distribution, in two levels: which block of the vocabulary,
+then which token of the block. Only block sums and one block are scanned, and with the vocabulary
+split over devices only block sums and one block travel.
 """
 
 import math
@@ -13,8 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from echorl_jax.parallel import constrain
 from echorl_jax.rollout.settings import Sampling
 from echorl_jax.types import Array, pytree
+
+# Logit of what cannot be drawn: exp of it is exactly 0 in float32, and 0 times it is 0, not NaN.
+_NEVER = -1e30
 
 
 @pytree
@@ -22,16 +27,17 @@ class Sampled:
     """One token a row."""
 
     token: Array  # i32 [M]
-    logprob: Array  # f32 [M], of the whole distribution at the sampling temperature
+    logprob: Array  # f32 [M], under the whole distribution at the sampling temperature
     entropy: Array  # f32 [M], likewise
 
 
 def token_uniforms(key: Array, row: Array, position: Array) -> Array:
-    """The two uniform numbers that belong to token ``position`` of row ``row``, whatever slot computes it.
+    """The two uniform numbers of token ``position`` of row ``row``, whatever slot computes it.
 
     Args:
       key: one PRNG key for the call.
-      row, position: i32 ``[M]``.
+      row: i32 ``[M]``.
+      position: i32 ``[M]``.
 
     Returns:
       f32 ``[M, 2]`` in ``[0, 1)``, from the key ``fold_in(fold_in(key, row), position)``.
@@ -48,8 +54,9 @@ def sample(
 ) -> Sampled:
     """Draws a token from each row of logits.
 
-    With ``z = logits / temperature``: ``logprob = z[token] - logsumexp(z)``, ``entropy = -sum p log p``, p = softmax(z). These are of the
-    untruncated distribution; bans and truncation only decide what can be drawn.
+    With ``z = logits / temperature`` and ``p = softmax(z)``: ``logprob = z[token] - logsumexp(z)``,
+    ``entropy = -sum p log p``. These are of the untruncated distribution; bans and truncation only
+    decide what can be drawn.
 
     Args:
       logits: ``[M, V]``.
@@ -57,13 +64,15 @@ def sample(
       sampling: the settings.
       forced: i32 ``[M]``, a token to take whatever was drawn; -1 leaves the draw.
     """
-    z = logits.astype(jnp.float32) / sampling.scale
+    z = logits.astype(jnp.float32)
+    if sampling.scale != 1:
+        z = z / sampling.scale
     z = z - z.max(-1, keepdims=True)
     rows, vocab = z.shape
-    blocks, width = vocabulary_blocks(vocab)
-    z = _pad(z, blocks * width).reshape(rows, blocks, width)
+    blocks, width = vocabulary_blocks(vocab, shards=_vocabulary_shards())
+    z = jnp.pad(z, ((0, 0), (0, blocks * width - vocab)), constant_values=_NEVER)
+    z = constrain(z.reshape(rows, blocks, width), "batch", "vocab", None)
     weight = jnp.exp(z)
-    # The padding's weight is exactly 0, and 0 * finite is 0: no mask is needed.
     block_sums = weight.sum(-1)
     total = block_sums.sum(-1)
     entropy = jnp.log(total) - (weight * z).sum((-2, -1)) / total
@@ -78,31 +87,39 @@ def sample(
     return Sampled(token=token, logprob=chosen - jnp.log(total), entropy=jnp.maximum(entropy, 0.0))
 
 
-def vocabulary_blocks(vocab: int) -> tuple[int, int]:
+def vocabulary_blocks(vocab: int, *, shards: int = 1) -> tuple[int, int]:
     """Splits the vocabulary into blocks for the two-level search.
 
-    Returns:
-      ``(blocks, width)`` with ``blocks * width >= vocab``: the divisor pair nearest the square root if one is near, else padded.
+    Args:
+      vocab: V.
+      shards: devices that the vocabulary is split over; divides the number of blocks.
 
-    >>> vocabulary_blocks(32_000), vocabulary_blocks(151_936), vocabulary_blocks(50_257)
-    ((200, 160), (1187, 128), (225, 224))
+    Returns:
+      ``(blocks, width)`` with ``blocks * width >= vocab``: a pair of divisors near the square root
+      if there is one, else the square root with padding.
+
+    >>> vocabulary_blocks(32_000), vocabulary_blocks(50_257)
+    ((200, 160), (225, 224))
+    >>> vocabulary_blocks(151_936), vocabulary_blocks(151_936, shards=8)
+    ((1187, 128), (128, 1187))
     """
     root = max(1, math.isqrt(vocab))
     for width in range(root, max(1, root // 4), -1):
         if vocab % width == 0:
-            return vocab // width, width
-    return -(-vocab // root), root
+            pairs = (vocab // width, width), (width, vocab // width)
+            for blocks, other in pairs:
+                if blocks % shards == 0:
+                    return blocks, other
+    blocks = shards * -(-vocab // (root * shards))
+    return blocks, -(-vocab // blocks)
 
 
-_NEVER = -1e30  # exp of it is exactly 0 in float32
+def _vocabulary_shards() -> int:
+    """Devices along ``tensor`` in the mesh in force."""
+    return dict(jax.sharding.get_abstract_mesh().shape).get("tensor", 1)
 
 
-def _pad(z: Array, size: int) -> Array:
-    extra = size - z.shape[1]
-    return z if extra == 0 else jnp.pad(z, ((0, 0), (0, extra)), constant_values=_NEVER)
-
-
-def _banned_mask(shape: tuple[int, ...], banned_ids: tuple[int, ...]) -> np.ndarray:
+def _banned(shape: tuple[int, ...], banned_ids: tuple[int, ...]) -> np.ndarray:
     mask = np.zeros(math.prod(shape), bool)
     mask[list(banned_ids)] = True
     return mask.reshape((1, *shape))
@@ -110,36 +127,34 @@ def _banned_mask(shape: tuple[int, ...], banned_ids: tuple[int, ...]) -> np.ndar
 
 def _greedy(z: Array, banned_ids: tuple[int, ...]) -> Array:
     if banned_ids:
-        z = jnp.where(_banned_mask(z.shape[1:], banned_ids), -jnp.inf, z)
+        z = jnp.where(_banned(z.shape[1:], banned_ids), _NEVER, z)
     return jnp.argmax(z.reshape(z.shape[0], -1), axis=-1).astype(jnp.int32)
 
 
 def _truncate(
     z: Array, weight: Array, block_sums: Array, sampling: Sampling
 ) -> tuple[Array, Array]:
-    """Weights ``[M, blocks, width]`` with 0 where a token may not be drawn, and their block sums."""
+    """Weights ``[M, blocks, width]``, 0 where a token may not be drawn, and their block sums."""
     if sampling.banned_ids:
         # The maximum again, of what is allowed: nearly all the mass may lie on banned tokens.
-        z = jnp.where(_banned_mask(z.shape[1:], sampling.banned_ids), _NEVER, z)
+        z = jnp.where(_banned(z.shape[1:], sampling.banned_ids), _NEVER, z)
         weight = jnp.exp(z - z.max((-2, -1), keepdims=True))
     if sampling.top_k:
-        weight = _keep_from(weight, lambda kept: (kept > 0).sum((-2, -1)) >= sampling.top_k)
+        weight = _keep_likeliest(weight, lambda kept: (kept > 0).sum((-2, -1)) >= sampling.top_k)
     if sampling.top_p < 1:
         wanted = sampling.top_p * weight.sum((-2, -1))
-        weight = _keep_from(weight, lambda kept: kept.sum((-2, -1)) >= wanted)
+        weight = _keep_likeliest(weight, lambda kept: kept.sum((-2, -1)) >= wanted)
     if sampling.min_p:
-        weight = jnp.where(
-            weight >= sampling.min_p * weight.max((-2, -1), keepdims=True), weight, 0.0
-        )
+        weight = jnp.where(weight >= sampling.min_p, weight, 0.0)  # the likeliest weighs 1
     changed = sampling.banned_ids or sampling.top_k or sampling.top_p < 1 or sampling.min_p
     return weight, weight.sum(-1) if changed else block_sums
 
 
-def _keep_from(weight: Array, enough: Callable[[Array], Array]) -> Array:
-    """Zeroes all weights below the largest threshold at which ``enough(kept weights) [M]`` still holds.
+def _keep_likeliest(weight: Array, enough: Callable[[Array], Array]) -> Array:
+    """Zeroes weights below the largest threshold for which ``enough(kept weights) [M]`` holds.
 
-    The order of non-negative floats is that of their bit patterns, so the threshold is found exactly by bisection of 30 bits:
-    no sort, and no vocabulary gathered where it is split over devices.
+    The order of non-negative floats is that of their bit patterns, so bisection of those finds the
+    threshold exactly: no sort, and no vocabulary gathered where it is split over devices.
     """
     bits = lax.bitcast_convert_type(weight, jnp.int32)
 
@@ -152,22 +167,28 @@ def _keep_from(weight: Array, enough: Callable[[Array], Array]) -> Array:
         good = enough(kept(middle))
         return jnp.where(good, middle, low), jnp.where(good, high, middle - 1)
 
+    largest = int(np.float32(1.0).view(np.int32))  # the likeliest token's weight
     rows = weight.shape[:1]
-    one = np.float32(1.0).view(np.int32)
-    bounds = (jnp.zeros(rows, jnp.int32), jnp.full(rows, one, jnp.int32))
-    low, _ = lax.fori_loop(0, 31, halve, bounds)
+    bounds = jnp.zeros(rows, jnp.int32), jnp.full(rows, largest, jnp.int32)
+    low, _ = lax.fori_loop(0, largest.bit_length() + 1, halve, bounds)
     return kept(low)
 
 
 def _draw(weight: Array, block_sums: Array, uniforms: Array) -> Array:
-    block = _search(block_sums, uniforms[:, 0])
+    block = _search(constrain(block_sums, "batch", None), uniforms[:, 0])
     inside = jnp.take_along_axis(weight, block[:, None, None], axis=1)[:, 0]
-    return (block * weight.shape[2] + _search(inside, uniforms[:, 1])).astype(jnp.int32)
+    token = _search(constrain(inside, "batch", None), uniforms[:, 1])
+    return (block * weight.shape[2] + token).astype(jnp.int32)
 
 
 def _search(weight: Array, uniform: Array) -> Array:
-    """First index whose cumulative weight passes ``uniform`` times the whole; never one of weight 0. ``[M, n]``, ``[M]`` -> ``[M]``."""
+    """First index whose cumulative weight passes ``uniform`` of the whole; its own is never 0.
+
+    Args:
+      weight: f32 ``[M, n]``, not negative.
+      uniform: f32 ``[M]`` in ``[0, 1)``.
+    """
     cumulative = jnp.cumsum(weight, axis=-1)
     passed = (cumulative > uniform[:, None] * cumulative[:, -1:]) & (weight > 0)
-    # A parallel prefix sum may round past its own end; then nothing passes, and the likeliest stands in.
+    # A parallel prefix sum may round past its own end. Then nothing passes: take the likeliest.
     return jnp.where(passed.any(-1), jnp.argmax(passed, axis=-1), jnp.argmax(weight, axis=-1))

@@ -57,7 +57,8 @@ def score_rows(
       chunk_size: tokens whose logits exist at once.
 
     Returns:
-      (logprobs, entropy), f32 ``[B, T]``, 0 past the completion. Entry t belongs to ``tokens[b, prompt_length[b] + t]``.
+      (logprobs, entropy), f32 ``[B, T]``, 0 past the completion. Entry t belongs to
+      ``tokens[b, prompt_length[b] + t]``.
     """
     hidden = model.hidden(params, tokens, lengths=length)
     position = prompt_length[:, None] + jnp.arange(max_new_tokens)[None, :]
@@ -156,7 +157,7 @@ def score(
 def given_rollouts(
     prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
 ) -> Rollouts:
-    """Token lists as :class:`Rollouts`, one prompt per row, padded to a shape of the closed set; log-probabilities are 0."""
+    """Token lists as rollouts, one prompt per row, padded to an allowed shape; scores are 0."""
     count = bucket(len(prompts))
     padding = [(0,)] * (count - len(prompts))
     prompt_ids, prompt_length = pad_lists(

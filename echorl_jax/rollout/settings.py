@@ -9,9 +9,10 @@ from collections.abc import Iterable, Sequence
 class Sampling:
     """How a token is chosen. Static under jit: another value is another compiled program.
 
-    Banned tokens are removed first; then ``top_k`` keeps the k likeliest, ``top_p`` the likeliest that together hold
-    ``top_p`` of what is left, and ``min_p`` those at least ``min_p`` times as likely as the likeliest. Tokens that tie with the
-    last one kept are kept too. None of this touches the reported log-probabilities and entropies.
+    Banned tokens are removed first; then ``top_k`` keeps the k likeliest, ``top_p`` the likeliest
+    that together hold ``top_p`` of what is left, and ``min_p`` those at least ``min_p`` times as
+    likely as the likeliest. Tokens that tie with the last one kept are kept too. None of this
+    touches the reported log-probabilities and entropies.
     """
 
     temperature: float = 1.0  # 0 takes the likeliest token
@@ -19,9 +20,7 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     eos_ids: tuple[int, ...] = ()
-    stop_sequences: tuple[
-        tuple[int, ...], ...
-    ] = ()  # a completion ends with the first of these that it writes
+    stop_sequences: tuple[tuple[int, ...], ...] = ()  # writing one of them ends a completion
     banned_ids: tuple[int, ...] = ()
 
     @property
@@ -30,7 +29,7 @@ class Sampling:
 
     @property
     def scale(self) -> float:
-        """What logits are divided by, in sampling and in every reported number; greedy reports temperature 1."""
+        """Divides the logits, in drawing and in all reported numbers; 1 when greedy."""
         return self.temperature or 1.0
 
     @property
@@ -68,26 +67,27 @@ def make_sampling(
         top_k=0 if top_k >= vocab_size else int(top_k),
         top_p=float(top_p),
         min_p=float(min_p),
-        eos_ids=tuple(sorted(set([eos_ids] if isinstance(eos_ids, int) else map(int, eos_ids)))),
+        eos_ids=_sorted_ids([eos_ids] if isinstance(eos_ids, int) else eos_ids),
         stop_sequences=tuple(tuple(map(int, sequence)) for sequence in stop_sequences),
-        banned_ids=tuple(sorted(set(map(int, banned_ids)))),
+        banned_ids=_sorted_ids(banned_ids),
     )
     if not all(sampling.stop_sequences):
-        raise ValueError("stop_sequences: a stop sequence is empty")
-    stops = [token for sequence in sampling.stop_sequences for token in sequence]
-    for name, ids in (
-        ("eos_ids", sampling.eos_ids),
-        ("stop_sequences", stops),
-        ("banned_ids", sampling.banned_ids),
-    ):
-        check_tokens(name, ids, vocab_size)
-    if len(sampling.banned_ids) >= vocab_size:
+        raise ValueError("stop_sequences: one of them is empty")
+    check_tokens("eos_ids", sampling.eos_ids, vocab_size)
+    check_tokens("banned_ids", sampling.banned_ids, vocab_size)
+    for sequence in sampling.stop_sequences:
+        check_tokens("stop_sequences", sequence, vocab_size)
+    if len(sampling.banned_ids) == vocab_size:
         raise ValueError("banned_ids: every token is banned")
     return sampling
 
 
-def check_tokens(name: str, ids: Iterable[int], vocab_size: int) -> None:
-    """Raises ValueError, with the name, at the first id outside ``[0, vocab_size)``."""
-    wrong = next((token for token in ids if not 0 <= token < vocab_size), None)
-    if wrong is not None:
+def _sorted_ids(ids: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted(set(map(int, ids))))
+
+
+def check_tokens(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Raises ValueError, with the name, if an id lies outside ``[0, vocab_size)``."""
+    if len(ids) and not (min(ids) >= 0 and max(ids) < vocab_size):
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
         raise ValueError(f"{name}: token {wrong} is outside the vocabulary of {vocab_size}")

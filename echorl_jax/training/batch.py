@@ -176,7 +176,7 @@ def _stats(
         all_failure=LossTerm.of(((hits == 0) & (size > 0)).sum(), num_groups),
         length=LossTerm.of(rollouts.completion_length.sum(), rows),
         truncated=LossTerm.of(rollouts.truncated.sum(), rows),
-        token_entropy=LossTerm.of((rollouts.token_entropy * mask).sum(), mask.sum()),
+        token_entropy=LossTerm.of(jnp.where(mask, rollouts.token_entropy, 0.0).sum(), mask.sum()),
         clips=valid,
         clip_tokens=LossTerm.of(jnp.where(clips.valid, clips.length, 0).sum(), valid),
         clip_entropy=LossTerm.of(jnp.where(clips.valid, clips.entropy, 0.0).sum(), valid),

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from echorl_jax.core import Objective, mixed_groups, overlong_punishment
-from echorl_jax.data import Prompt
+from echorl_jax.data import Prompt, add_hint
 from echorl_jax.evaluation import grade_rollouts
 from echorl_jax.rewards import Verdict
 from echorl_jax.rollout import generate
-from echorl_jax.training.experts import append_experts, with_hints
+from echorl_jax.training.experts import append_experts
 from echorl_jax.training.logs import timed
 from echorl_jax.training.run import Run
 from echorl_jax.training.session import Session
@@ -26,7 +26,6 @@ class Experience:
     """Graded rollouts on the host (NumPy), with their texts."""
 
     prompts: tuple[Prompt, ...]  # P, as the policy saw them
-    hint_tokens: HostArray  # i32 [P], last tokens of each prompt that are a hint
     rollouts: Rollouts
     graded: Graded
     in_policy: HostArray  # bool [N], rows of the policy loss
@@ -70,17 +69,19 @@ def split(found: Experience, parts: int) -> list[Experience]:
 def _sample_round(run: Run, params: PyTree, key: Array, *, step: int) -> Experience:
     session, objective, config = run.session, run.objective, run.session.config
     seconds: dict[str, float] = {}
-    prompts, hint_tokens = next(run.stream), np.zeros(config.rollout.prompts_per_step, np.int32)
+    prompts = next(run.stream)
     if objective.hints:
-        horizon = config.objective.hint_steps or max(1, round(0.6 * config.steps))
-        prompts, hint_tokens = with_hints(
-            prompts,
-            session.tokenizer,
-            jax.random.fold_in(key, 1),
-            step=step - 1,
-            horizon=horizon,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-        )
+        prompts = [
+            add_hint(
+                prompt,
+                session.tokenizer,
+                step=step - 1,
+                seed=config.seed,
+                hint_steps=config.objective.hint_steps or max(1, round(0.6 * config.steps)),
+                max_prompt_tokens=config.data.max_prompt_tokens,
+            )
+            for prompt in prompts
+        ]
     with timed(seconds, "rollout"):
         rollouts = generate(
             session.model,
@@ -111,7 +112,6 @@ def _sample_round(run: Run, params: PyTree, key: Array, *, step: int) -> Experie
         )
     return Experience(
         prompts=tuple(prompts),
-        hint_tokens=hint_tokens,
         rollouts=rollouts,
         graded=_graded(session, objective, rollouts, texts.verdicts, on_policy),
         in_policy=np.ones(len(on_policy), bool),
@@ -180,7 +180,6 @@ def _join(rounds: Sequence[Experience]) -> Experience:
     ]
     return Experience(
         prompts=tuple(prompt for part in rounds for prompt in part.prompts),
-        hint_tokens=np.concatenate([part.hint_tokens for part in rounds]),
         rollouts=_concatenate(rollouts),
         graded=_concatenate([part.graded for part in rounds]),
         in_policy=np.concatenate([part.in_policy for part in rounds]),
@@ -224,7 +223,6 @@ def _take(found: Experience, groups: np.ndarray) -> Experience:
     return dataclasses.replace(
         found,
         prompts=tuple(found.prompts[g] for g in groups),
-        hint_tokens=found.hint_tokens[groups],
         rollouts=rollouts,
         graded=jax.tree.map(lambda array: array[rows], found.graded),
         in_policy=found.in_policy[rows],

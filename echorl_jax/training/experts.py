@@ -1,4 +1,4 @@
-"""Expert trajectories in groups (LUFFY) and expert hints in prompts (UFT)."""
+"""Expert trajectories in groups (LUFFY) and the likelihood of expert hints (UFT)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from echorl_jax.config import ConfigError
-from echorl_jax.core import hint_lines
 from echorl_jax.data import Prompt, encode_target
-from echorl_jax.types import Array, HostArray, Rollouts, TrainBatch
+from echorl_jax.types import HostArray, Rollouts, TrainBatch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,67 +69,6 @@ def append_experts(
         truncated=add(rollouts.truncated, ~whole),
     )
     return joined, add(np.ones(rows, bool), np.zeros(groups, bool))
-
-
-def with_hints(
-    prompts: Sequence[Prompt],
-    tokenizer: "PreTrainedTokenizerBase",
-    key: Array,
-    *,
-    step: int,
-    horizon: int,
-    max_prompt_tokens: int,
-) -> tuple[list[Prompt], np.ndarray]:
-    """Appends the first lines of each expert solution to its prompt, by UFT's schedule.
-
-    Args:
-      step: training step, counted from 0.
-      horizon: steps with hints.
-      max_prompt_tokens: a hint that does not fit loses its last lines.
-
-    Returns:
-      The prompts, and the tokens of each one's hint, i32 ``[P]``.
-    """
-    solutions = [hint_segments(prompt) for prompt in prompts]
-    count: HostArray = np.array([len(lines) for lines in solutions], np.int32)
-    shown = np.asarray(hint_lines(key, count, step, horizon=horizon))
-    hinted, lengths = [], np.zeros(len(prompts), np.int32)
-    for place, (prompt, lines) in enumerate(zip(prompts, solutions, strict=True)):
-        room = max_prompt_tokens - len(prompt.ids)
-        ids: list[int] = []
-        for number in range(int(shown[place]), 0, -1):
-            text = "".join(lines[:number])
-            ids = tokenizer(text, add_special_tokens=False).input_ids
-            if len(ids) <= room:
-                break
-            ids = []
-        hinted.append(dataclasses.replace(prompt, ids=[*prompt.ids, *ids]))
-        lengths[place] = len(ids)
-    return hinted, lengths
-
-
-def hint_segments(prompt: Prompt) -> list[str]:
-    """The lines of the row's solution: its ``hint`` column, ``solution``, or expert ``target``.
-
-    Raises:
-      ConfigError: the row has none of them.
-    """
-    row = prompt.row
-    if isinstance(row.get("hint"), Sequence) and not isinstance(row["hint"], str):
-        return [str(line) for line in row["hint"]]
-    if isinstance(row.get("solution"), str):
-        return _lines(row["solution"])
-    target = row.get("target")
-    if isinstance(target, Sequence) and not isinstance(target, str) and target:
-        return _lines("".join(message["content"] for message in target))
-    raise ConfigError(
-        f"row {prompt.index} of data.train: no solution to take hints from "
-        "(columns hint, solution or target)"
-    )
-
-
-def _lines(text: str) -> list[str]:
-    return text.splitlines(keepends=True)
 
 
 def learn_hints(batch: TrainBatch, group: HostArray, hint_tokens: HostArray) -> TrainBatch:

@@ -1,6 +1,7 @@
 """The algorithm on one page: sample, grade, advantages, EchoClips, update, log, save, evaluate."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -18,17 +19,25 @@ from echorl_jax.training.samples import record_samples
 from echorl_jax.types import Array
 
 
-def train(config: Config, workdir: str | Path) -> TrainState:
+def train(
+    config: Config, workdir: str | Path, *, devices: Sequence[jax.Device] | None = None
+) -> TrainState:
     """Trains for ``config.steps`` steps, from the newest checkpoint in ``workdir`` if there is one.
+
+    Args:
+      config: validated options.
+      workdir: where the run lives.
+      devices: those to use; all unless given.
 
     Returns:
       The final state.
 
     Raises:
       UserError: config, data, model or workdir that cannot be used.
-      TrainingStopped: sampler and trainer disagree, or gradients stay non-finite.
+      RunStopped: sampler and trainer disagree, or gradients stay non-finite.
     """
-    with open_run(config, workdir, prompts_per_step=config.rollout.prompts_per_step) as opened:
+    prompts = config.rollout.prompts_per_step
+    with open_run(config, workdir, prompts_per_step=prompts, devices=devices) as opened:
         run, state = opened
         for step in run.steps():
             sample_key, clip_key = jax.random.split(run.key(step))
@@ -78,7 +87,8 @@ def make_batches(run: Run, found: Experience, key: Array) -> list[Assembled]:
         )
         assembled = jax.device_get(assembled)
         if objective.hints:
-            batch = learn_hints(assembled.batch, part.rollouts.group, part.hint_tokens)
+            hint_tokens = np.array([prompt.hint_tokens for prompt in part.prompts], np.int32)
+            batch = learn_hints(assembled.batch, part.rollouts.group, hint_tokens)
             assembled = dataclasses.replace(assembled, batch=batch)
         made.append(assembled)
     return made

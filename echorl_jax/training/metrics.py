@@ -3,7 +3,6 @@
 import resource
 import sys
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np

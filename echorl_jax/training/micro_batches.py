@@ -16,15 +16,14 @@ from echorl_jax.types import HostArray, TrainBatch
 
 
 def length_buckets(longest: int) -> tuple[int, ...]:
-    """Row lengths that are compiled for, each at most 1.5 times the one before (2 from 128 to 256).
+    """Row lengths that are compiled for, each at most twice the one before.
 
     >>> length_buckets(600)
-    (32, 48, 64, 96, 128, 256, 384, 512, 600)
+    (32, 40, 48, 64, 96, 128, 256, 384, 512, 600)
     """
-    sizes = [32, 48, 64, 96]
-    power = 128
+    sizes, power = [32, 40, 48, 64, 96, 128], 256
     while power < longest:
-        sizes += [power] if power == 128 else [power, power * 3 // 2]
+        sizes += [power, power * 3 // 2]
         power *= 2
     return (*(size for size in sizes if size < longest), longest)
 
@@ -47,7 +46,14 @@ def trainable_rows(batch: TrainBatch, *, every_row: bool) -> tuple[TrainBatch, n
     if batch.nll_weights is not None:
         prefix = np.maximum(prefix, _used_tokens(batch.nll_weights))
     length = np.where(whole, batch.length, batch.prompt_length + prefix)
-    return dataclasses.replace(batch, length=length.astype(np.int32)), whole | (prefix > 0)
+    cut = dataclasses.replace(
+        batch,
+        length=length.astype(np.int32),
+        # What is cut off has no log-probabilities, and no part in the policy loss.
+        loss_mask=np.where(whole[:, None], batch.loss_mask, np.float32(0)),
+        token_weights=np.where(whole[:, None], batch.token_weights, np.float32(0)),
+    )
+    return cut, whole | (prefix > 0)
 
 
 def micro_batches(
@@ -76,11 +82,21 @@ def micro_batches(
     buckets = np.array(length_buckets(longest))
     while order.size:
         width = int(buckets[np.searchsorted(buckets, lengths[order[0]])])
-        count = row_multiple
-        while count < order.size and 2 * count * width <= token_budget:
-            count *= 2
+        count = _row_count(order.size, row_multiple, most=max(1, token_budget // width))
         yield order[:count], _take(batch, order[:count], count=count, width=width)
         order = order[count:]
+
+
+def _row_count(rows: int, multiple: int, *, most: int) -> int:
+    """``multiple`` times a power of two, without much padding: a rest comes in a smaller one.
+
+    >>> [_row_count(rows, 1, most=256) for rows in (1, 7, 21, 60, 85, 185, 250)]
+    [1, 8, 32, 64, 64, 128, 256]
+    """
+    count = multiple
+    while count < rows and 2 * count <= most:
+        count *= 2
+    return count if count <= 32 * multiple or count - rows <= count // 8 else count // 2
 
 
 def _used_tokens(weights: HostArray) -> np.ndarray:

@@ -1,5 +1,7 @@
 """The optimizer and the state it moves."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -17,6 +19,7 @@ class TrainState:
     bad_updates: Array  # i32 [], updates in a row skipped for a non-finite gradient
 
 
+@functools.cache
 def learning_rate_schedule(
     *, peak: float, warmup_steps: int, total_steps: int, kind: str
 ) -> optax.Schedule:
@@ -35,6 +38,7 @@ def learning_rate_schedule(
     return optax.join_schedules([warmup, after], [warmup_steps])
 
 
+@functools.cache
 def make_optimizer(
     *,
     beta1: float,

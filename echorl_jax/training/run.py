@@ -74,7 +74,7 @@ class Run:
           gradient, bool ``[N]`` over all batches.
 
         Raises:
-          TrainingStopped: the run cannot be trusted any more.
+          RunStopped: the run cannot be trusted any more.
         """
         config = self.session.config
         window = {"start_step": config.echo.start_step, "end_step": config.echo.end_step}
@@ -151,16 +151,19 @@ class Run:
             self.checkpoints.save(step, state, self.stream.get_state())
 
     def finish(self, state: TrainState) -> None:
-        """Waits for the last checkpoint and writes the export."""
+        """Waits for the last checkpoint and writes `export/`."""
         self.checkpoints.close()
         if self.session.config.checkpoint.export:
-            path = export_model(self.directory, self.session, state.params)
-            self.log.say(f"model in Hugging Face format: {path}")
+            export_model(self.directory, self.session, state.params)
 
 
 @contextmanager
 def open_run(
-    config: Config, workdir: str | Path, *, prompts_per_step: int
+    config: Config,
+    workdir: str | Path,
+    *,
+    prompts_per_step: int,
+    devices: Sequence[jax.Device] | None = None,
 ) -> Iterator[tuple[Run, TrainState]]:
     """Opens a workdir, builds what a run needs and restores the newest checkpoint, if there is one.
 
@@ -171,7 +174,7 @@ def open_run(
     """
     directory = open_workdir(workdir, config)
     compiles = CompileCounter()
-    session, params = start_session(config)
+    session, params = start_session(config, devices=devices)
     stream = PromptStream(
         load_rows(config.data.train, on_bad_row=config.data.on_bad_row),
         session.tokenizer,

@@ -1,7 +1,7 @@
 """What a run needs before its first step, built from the config: mesh, model, text, optimizer."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -71,13 +71,16 @@ class Session:
         )
 
 
-def start_session(config: Config) -> tuple[Session, PyTree]:
-    """Builds the session and the sharded initial parameters.
+def start_session(
+    config: Config, *, devices: Sequence[jax.Device] | None = None
+) -> tuple[Session, PyTree]:
+    """Builds the session and the sharded initial parameters, on all devices unless some are given.
 
     Raises:
       UserError: a model directory, tokenizer or mesh that does not work, named in one line.
     """
-    mesh = make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp, tensor=config.mesh.tensor)
+    sizes = config.mesh
+    mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor, devices=devices)
     tokenizer = load_tokenizer(config.model.path)
     path = str(BUILTIN.get(config.model.path, config.model.path))
     options: dict[str, Any] = {

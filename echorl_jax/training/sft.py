@@ -28,7 +28,7 @@ def train_supervised(config: Config, workdir: str | Path) -> TrainState:
 
     Raises:
       UserError: config, data, model or workdir that cannot be used; an objective that samples.
-      TrainingStopped: gradients stay non-finite.
+      RunStopped: gradients stay non-finite.
     """
     with open_run(config, workdir, prompts_per_step=config.optim.sft_rows_per_step) as opened:
         run, state = opened

@@ -11,14 +11,11 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.core import LossTerms, Objective, batch_loss
+from echorl_jax.errors import RunStopped
 from echorl_jax.models import Decoder
 from echorl_jax.rollout import score_rows
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.types import Array, LossTerm, PyTree, TrainBatch, pytree
-
-
-class TrainingStopped(RuntimeError):
-    """The run cannot go on as it is; its last checkpoint stays."""
 
 
 @pytree
@@ -160,9 +157,11 @@ def _accumulate(
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _apply(update: Update, state: TrainState, total: Accumulated) -> tuple[TrainState, UpdateStats]:
-    grad_norm = optax.global_norm(total.gradient)
+    grad_norm = optax.tree.norm(total.gradient)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(total.loss)
-    changes, opt_state = update.optimizer.update(total.gradient, state.opt_state, state.params)
+    # optax mixes Python numbers and integers with float32.
+    with jax.numpy_dtype_promotion("standard"):
+        changes, opt_state = update.optimizer.update(total.gradient, state.opt_state, state.params)
     rate = update.schedule(state.step)
     params = jax.tree.map(lambda p, change: p + rate * change, state.params, changes)
 
@@ -205,15 +204,15 @@ def require_healthy(
       max_gap: largest accepted ``logprob_gap``; infinite to accept any.
 
     Raises:
-      TrainingStopped: sampler and trainer disagree, or gradients stay non-finite.
+      RunStopped: sampler and trainer disagree, or gradients stay non-finite.
     """
     if done.logprob_gap > max_gap:
-        raise TrainingStopped(
+        raise RunStopped(
             f"step {step}: sampler and trainer give the same token log-probabilities "
             f"{done.logprob_gap:.3g} nats apart, more than rollout.max_logprob_gap = {max_gap:g}"
         )
     if not done.finite and int(state.bad_updates) >= max_bad_updates:
-        raise TrainingStopped(
+        raise RunStopped(
             f"step {step}: the gradient was not finite for {max_bad_updates} updates in a row "
             "(optim.max_bad_updates); parameters are as before the first of them"
         )

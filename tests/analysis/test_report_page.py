@@ -9,7 +9,7 @@ import re
 import pytest
 from synthetic_run import dump_lines, write_run
 
-from echorl_jax.analysis.headline import duration, facts, headline
+from echorl_jax.analysis.headline import duration, facts, headline, progress
 from echorl_jax.analysis.report import config_differences, config_table, write_report
 from echorl_jax.analysis.runs import read_run, read_runs, write_jsonl
 from echorl_jax.config import ConfigError
@@ -58,7 +58,8 @@ def test_the_whole_page(tmp_path):
     path = write_report(run)
     assert path == run / "report.html" and not (run / "report.html.part").exists()
     page = Page(path.read_text(encoding="utf-8"))
-    assert re.search(r"Held-out success rose from [\d.]+% to [\d.]+% in 40 steps", page.text)
+    assert re.search(r"Held-out success rose from [\d.]+% to [\d.]+% in 39 steps", page.text)
+    assert "countdown · 40 steps" in page.text
     for part in (
         "Learning",
         "Signal",
@@ -129,10 +130,30 @@ def test_every_file_torn_in_the_middle(tmp_path):
     assert page.data["sections"] and page.data["ledger"]["totals"]["steps"] < 12
 
 
+def test_supervised_training_has_no_parts_about_groups(tmp_path):
+    rows = [{"step": 0, "eval/c/pass@1": 0.0}, {"step": 1, "loss/nll": 2.0, "kl/ref": 0.0}]
+    dump_lines(tmp_path / "metrics.jsonl", rows)
+    page = page_of(tmp_path)
+    assert "A run of 1 step" in page.text and "Supervised loss" in page.text
+    assert "Signal ledger" not in page.text and "canvas" not in page.tags
+    # A curve of nothing but zeros is folded away, not hidden.
+    folded = page.data["sections"][-1]["panels"]
+    assert [panel["title"] for panel in folded] == ["Held-out success", "KL to the reference"]
+
+
 def test_no_evaluation_speaks_of_the_reward(tmp_path):
     run = read_run(write_run(tmp_path / "run", steps=20, eval_every=0))
     assert re.fullmatch(r"Reward rose from 0\.\d+ to 0\.\d+ in 20 steps", headline(run))
     assert [fact.label for fact in facts(run)][0] == "Mean reward"
+
+
+def test_a_small_change_gets_no_verdict(tmp_path):
+    rows = [{"step": 0, "eval/c/pass@1": 0.40}, {"step": 80, "eval/c/pass@1": 0.38}, {"step": 88}]
+    dump_lines(tmp_path / "metrics.jsonl", [row | {"reward/mean": 0.4} for row in rows])
+    (tmp_path / "config.json").write_text('{"steps": 120}')
+    run = read_run(tmp_path)
+    assert headline(run) == "Held-out success went from 40.0% to 38.0% in 80 steps"
+    assert progress(run) == "3 of 120 steps"
 
 
 def test_one_step_has_a_plain_headline(tmp_path):
@@ -187,9 +208,9 @@ def test_studies_with_a_model_are_shown_where_they_were_made(tmp_path):
 
 def test_config_values_that_differ_from_the_defaults_are_marked():
     table = dict(config_table({"steps": 100, "echo": {"coef": 0.5, "delimiter_ids": [198, 271]}}))
-    assert table[""] == [("steps", "100", False)]
+    assert table["run"] == [("steps", "100", False)]
     assert table["echo"] == [("coef", "0.5", True), ("delimiter_ids", "198, 271", True)]
-    assert dict(config_table({"mine": {"key": None}}))["mine"] == [("key", "None", False)]
+    assert dict(config_table({"mine": {"key": None}}))["mine"] == [("key", "none", False)]
 
 
 def test_differences_name_only_what_differs(tmp_path):

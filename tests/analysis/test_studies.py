@@ -21,7 +21,8 @@ from echorl_jax.analysis.deletion import (
 )
 from echorl_jax.analysis.entropy_law import fit_entropy_law, law_rows, law_section
 from echorl_jax.analysis.intervals import bootstrap_mean, wilson
-from echorl_jax.analysis.runs import read_run, read_runs
+from echorl_jax.analysis.runs import read_jsonl, read_run, read_runs
+from echorl_jax.analysis.studies import write_studies
 from echorl_jax.analysis.trajectories import (
     entropy_profiles,
     profile_rows,
@@ -78,6 +79,20 @@ class TestEntropyLaw:
         # The drawn curve starts at zero entropy, at the ceiling.
         assert (section.panels[0].x[0], section.panels[0].series[1].y[0]) == (0.0, 0.7)
         assert list(section.panels[0].x) == sorted(section.panels[0].x)
+
+    def test_a_law_that_explains_little_names_no_ceiling(self, tmp_path):
+        entropy = [0.3 + 0.1 * (i % 7) for i in range(40)]
+        reward = [0.5 - 0.01 * h + 0.1 * (i % 2) for i, h in enumerate(entropy)]
+        section = law_section(
+            [logged(tmp_path / "run", entropy_token_mean=entropy, reward_mean=reward)]
+        )
+        assert section is not None and section.tables[0][1][0][4] == "unclear"
+
+    def test_a_run_that_gains_entropy_has_no_ceiling(self, tmp_path):
+        rising = [0.1 + 0.02 * i for i in range(20)]
+        run = logged(tmp_path / "run", entropy_token_mean=rising, reward_mean=rising)
+        section = law_section([run])
+        assert section is not None and section.tables[0][1][0][4] == "none, a is not positive"
 
     def test_a_run_without_entropy_has_no_law(self, tmp_path):
         assert law_section([logged(tmp_path / "run", reward_mean=[0.1] * 20)]) is None
@@ -156,6 +171,21 @@ class TestClips:
         assert sum(section.panels[1].series[0].y) == pytest.approx(1.0, abs=1e-3)
         assert clip_rows(clips[:1])[0]["place"] == 1 / 6
         assert clip_section([]) is None
+
+
+class TestFiles:
+    def test_every_clip_of_every_file_is_written(self, tmp_path):
+        run = write_run(tmp_path / "run", steps=30, samples_every=3)
+        other = write_run(tmp_path / "other", steps=30, echo=False, samples_every=0)
+        collapse, law, clips = write_studies(run, compare=(other,))
+        assert [row["run"] for row in read_jsonl(collapse)] == ["run", "other"]
+        assert {row["run"] for row in read_jsonl(law)} == {"run", "other"}
+        logged = [r for _, p in read_run(run).sample_files() for r in read_jsonl(p)]
+        expected = [(r["step"], r["clip_tokens"]) for r in logged if r["clip_tokens"]]
+        assert [(r["training_step"], r["tokens"]) for r in read_jsonl(clips)] == expected
+
+    def test_a_run_that_just_started_gets_empty_files(self, tmp_path):
+        assert [path.read_text() for path in write_studies(tmp_path)] == ["", "", ""]
 
 
 class TestTrajectories:

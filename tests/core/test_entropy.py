@@ -5,10 +5,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
+from jax.sharding import AxisType
 
 from echorl_jax import core
+from tests import oracles
 
 ROWS, LENGTH, WIDTH, VOCABULARY = 4, 10, 8, 24
 
@@ -96,7 +97,7 @@ def test_impossible_tokens_have_no_part_in_the_entropy():
 @pytest.mark.parametrize("data_shards", [1, 4])
 def test_batch_and_vocabulary_sharded(data_shards):
     hidden, head, tokens = inputs()
-    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"))
+    mesh = jax.make_mesh((4, 2), ("fsdp", "tensor"), axis_types=(AxisType.Auto,) * 2)
     place = functools.partial(jax.NamedSharding, mesh)
     run = jax.jit(jax.value_and_grad(weighted, (0, 1)), static_argnums=(3, 4, 5))
     spread = (

@@ -184,6 +184,48 @@ def test_sources_stand_end_to_end(write):
     assert rows[-1] == rows[4] and rows[1:3] == [rows[1], rows[2]]
 
 
+@pytest.mark.parametrize(
+    ("query", "kept"),
+    [
+        ("level=2-3", [2, 3, 2]),
+        ("level=3", [3]),
+        ("limit=2", [1, 2]),
+        ("level=2-5&limit=2", [2, 3]),
+        ("source=b", [3, 2]),
+        ("source=a|b&level=1", [1]),
+    ],
+)
+def test_filters(write, query, kept):
+    levels = zip([1, 2, 3, 2], "aabb", strict=True)
+    rows = [verl_row(level=f"Level {level}", data_source=name) for level, name in levels]
+    for name in ("rows.jsonl", "rows.parquet"):
+        found = load_rows(f"{write(rows, name)}?{query}")
+        assert [int(row["level"][-1]) for row in found] == kept
+
+
+@pytest.mark.parametrize(
+    ("query", "message"),
+    [
+        ("levels=3", "unknown option 'levels'; one of level, source, limit"),
+        ("limit=few", "limit='few': must be a whole number"),
+        ("level=3-", "level='3-': must be LOW-HIGH"),
+        ("level=3-4-5", "level='3-4-5': must be LOW-HIGH"),
+        ("level=1", "a row has no number there"),
+        ("source=other", "no row is left by its filters"),
+    ],
+)
+def test_a_wrong_filter_is_one_clear_line(write, query, message):
+    with pytest.raises(DataError, match=message):
+        load_rows(f"{write([verl_row()])}?{query}")
+
+
+def test_plain_countdown_rows(write):
+    row = {"question": "Reach 3 with 1, 2.", "numbers": [1, 2], "target": 3, "solution": "2+1=3"}
+    (read,) = load_rows(write([row]))
+    assert read["data_source"] == "countdown" and "target" not in read
+    assert read["reward_model"]["ground_truth"] == {"numbers": [1, 2], "target": 3}
+
+
 def test_weights_become_shares():
     assert load_rows("countdown:seed=1@3,countdown:seed=2@1").weights == (0.75, 0.25)
     assert load_rows("countdown:seed=1,countdown:seed=2").weights is None

@@ -85,16 +85,6 @@ def test_a_tokenizer_without_chat_template_says_so(qwen):
         encode_prompt(qwen, {"prompt": [{"role": "user", "content": "hi"}]})
 
 
-def test_an_unknown_template_names_the_known(tokenizer):
-    with pytest.raises(DataError, match="template 'chatty': .*chat, plain"):
-        encode_prompt(tokenizer, CountdownRows()[0], "chatty")
-
-
-def test_a_row_without_expert_messages_has_no_target(tokenizer):
-    with pytest.raises(DataError, match="column target"):
-        encode_target(tokenizer, {"prompt": []})
-
-
 def test_delimiters_of_the_tiny_tokenizer(tokenizer):
     marks = newline_delimiters(tokenizer, 512)
     assert marks.dtype == np.bool_ and marks.shape == (512,)

@@ -1,0 +1,116 @@
+"""What an expert wrote for a row: demonstrations for SFT and LUFFY, hints for UFT."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from echorl_jax.data.errors import DataError
+from echorl_jax.data.stream import Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# A solution is cut into at most this many segments.
+MAX_SEGMENTS = 5
+# GSM8K's solutions carry marks for a calculator, "<<48/2=24>>".
+CALCULATOR = re.compile(r"<<[^<>]*>>")
+
+
+def expert_text(row: Mapping[str, Any]) -> str | None:
+    """A row's demonstration, or None: its ``target`` messages, UFT's answer, its ``solution``."""
+    if row.get("target"):
+        return "".join(message["content"] for message in row["target"])
+    # Beside hints, the column answer is the whole solution with its final answer.
+    solution = row.get("answer" if row.get("hint") else "solution")
+    return CALCULATOR.sub("", solution) if isinstance(solution, str) and solution else None
+
+
+def encode_target(tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any]) -> list[int]:
+    """The token ids of a row's demonstration and the end token, as a policy samples them.
+
+    Raises:
+      DataError: the row has none.
+    """
+    text = expert_text(row)
+    if text is None:
+        raise DataError("column target: no expert messages in this row, and no solution")
+    end = tokenizer.convert_tokens_to_ids(str(tokenizer.eos_token))
+    assert isinstance(end, int)
+    return [*tokenizer.encode(text, add_special_tokens=False), end]
+
+
+def hint_segments(row: Mapping[str, Any], *, max_segments: int = MAX_SEGMENTS) -> list[str]:
+    """Cuts a row's expert solution into ``min(max_segments, lines)`` even runs of whole lines.
+
+    The lines are UFT's column ``hint`` or those of :func:`expert_text`; joined, the segments are
+    the text again. Source: UFT, arXiv 2505.16984.
+
+    >>> hint_segments({"hint": ["a\\n", "b\\n", "c"]}, max_segments=2)
+    ['a\\nb\\n', 'c']
+    """
+    lines = _lines(row)
+    count = min(max_segments, len(lines))
+    sizes = [len(lines) // count + (k < len(lines) % count) for k in range(count)] if count else []
+    ends = np.cumsum([0, *sizes])
+    return ["".join(lines[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
+
+
+def _lines(row: Mapping[str, Any]) -> list[str]:
+    given = row.get("hint")
+    pieces = list(given) if given else (expert_text(row) or "").splitlines(keepends=True)
+    lines: list[str] = []
+    for piece in pieces:
+        # Blank lines belong to the one before them.
+        if piece.strip() or not lines:
+            lines.append(piece)
+        else:
+            lines[-1] += piece
+    return lines
+
+
+def hint_probability(step: int, *, hint_steps: int, low: float = 0.05, high: float = 0.95) -> float:
+    """The chance p of each segment to be shown at a step t, of T = ``hint_steps``.
+
+    ``p(t) = low + (high - low) (1 + cos(pi t / T)) / 2``, and 0 from T on.
+
+    >>> [round(hint_probability(t, hint_steps=100), 3) for t in (0, 50, 99, 100)]
+    [0.95, 0.5, 0.05, 0.0]
+    """
+    if step >= hint_steps:
+        return 0.0
+    return low + (high - low) * (1 + math.cos(math.pi * step / hint_steps)) / 2
+
+
+def add_hint(
+    prompt: Prompt,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    step: int,
+    seed: int,
+    hint_steps: int,
+    max_prompt_tokens: int,
+    low: float = 0.05,
+    high: float = 0.95,
+) -> Prompt:
+    """Appends the beginning of the expert solution to a prompt, shorter as training goes on.
+
+    Of n segments, Binomial(n, p(step)) are shown. The draw depends on the seed, the step and the
+    row alone, so a resumed run repeats it. Segments that would make the prompt longer than
+    ``max_prompt_tokens`` are left out.
+
+    Returns:
+      The prompt whose last ``hint_tokens`` ids are the hint; the same prompt when nothing is shown.
+    """
+    segments = hint_segments(prompt.row)
+    draws = np.random.default_rng((seed, step, prompt.index)).random(len(segments))
+    probability = hint_probability(step, hint_steps=hint_steps, low=low, high=high)
+    for shown in range(int((draws < probability).sum()), 0, -1):
+        hint = tokenizer.encode("".join(segments[:shown]), add_special_tokens=False)
+        if len(prompt.ids) + len(hint) <= max_prompt_tokens:
+            ids = [*prompt.ids, *hint]
+            return dataclasses.replace(prompt, ids=ids, hint_tokens=len(hint))
+    return prompt

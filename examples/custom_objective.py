@@ -1,0 +1,36 @@
+"""An objective and a grader of one's own, named in a config by import path.
+
+With this file on the Python path:
+
+    echorl train --config=configs/countdown.py --workdir=runs/mine \
+        --config.objective.name=custom_objective:half_baseline \
+        --config.data.grader=custom_objective:ends_with_answer
+
+An objective is data: how a rollout is scored, what a token costs, how the costs add up. EchoRL is
+added to it like to any other.
+"""
+
+import jax.numpy as jnp
+
+from echorl_jax.core import Objective
+from echorl_jax.rewards import Verdict
+
+
+def above_half(rewards, group, *, num_groups, lengths, on_policy):
+    """[N] -> [N]: a fixed baseline in place of the group's mean, so equal groups keep a signal."""
+    return rewards - 0.5
+
+
+def soft_clip(logprobs, batch, objective):
+    """[B, T] -> [B, T]: the ratio saturates smoothly, -A tanh(rho - 1)."""
+    ratio = jnp.exp(objective.log_ratio(logprobs, batch))
+    return -batch.advantages[:, None] * jnp.tanh(ratio - 1.0)
+
+
+half_baseline = Objective(advantages=above_half, token_loss=soft_clip, aggregation="token-mean")
+
+
+def ends_with_answer(response, row):
+    """(str, row) -> Verdict: right if the response's last word is the row's answer."""
+    correct = response.split()[-1:] == [str(row["reward_model"]["ground_truth"])]
+    return Verdict(score=float(correct), correct=correct, reason="last word")

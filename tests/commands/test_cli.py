@@ -1,0 +1,69 @@
+"""The program as a user meets it: help, errors, exit codes."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from echorl_jax.cli import COMMANDS, config_overrides
+from echorl_jax.errors import UserError
+
+
+def echorl(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "echorl_jax", *arguments], capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in COMMANDS)])
+def test_help_is_quick_and_needs_no_jax(arguments: list[str]) -> None:
+    code = (
+        "import sys; from echorl_jax.cli import run\n"
+        "try: run(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "assert not {'jax', 'transformers', 'numpy'} & set(sys.modules), 'heavy import'"
+    )
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage:" in done.stdout
+    assert time.perf_counter() - begin < 3.0  # 0.1 s on an idle machine
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["trian"], "did you mean train?"),
+        (["train"], "--config, --workdir"),
+        (["train", "--config=c.py", "--workdir=w", "--colour=red"], "--colour"),
+        (["train", "--config=no/such.py", "--workdir=w"], "no/such.py does not exist"),
+        (["train", "--config=configs/countdown.py", "--workdir=w", "--config.stesp=1"], "steps"),
+        (["grade", "no_such.jsonl"], "no_such.jsonl"),
+        (["report", "--workdir=no_such_dir"], "no_such_dir"),
+        (["convert", "--model=no_such_dir", "--out=x"], "no_such_dir"),
+        (["evaluate", "--model=no_such/dir/at/all", "--data=x.jsonl", "--out=y"], "no_such/dir"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_2(arguments: list[str], expected: str) -> None:
+    done = echorl(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert expected in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+def test_overrides() -> None:
+    rest = ["--config.steps=3", "--config.echo.coef", "0.1", "--config.data.eval="]
+    found = config_overrides(rest, takes_config=True)
+    assert found == {"steps": "3", "echo.coef": "0.1", "data.eval": ""}
+    with pytest.raises(UserError, match="needs a value"):
+        config_overrides(["--config.steps"], takes_config=True)
+    with pytest.raises(UserError, match="unknown argument"):
+        config_overrides(["--config.steps=3"], takes_config=False)
+
+
+def test_options_lists_keys_by_word() -> None:
+    done = echorl("options", "echo.coef")
+    assert done.returncode == 0 and done.stdout.startswith("--config.echo.coef=1e-3\n")

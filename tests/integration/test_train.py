@@ -1,0 +1,155 @@
+"""The whole loop: what it writes, that it resumes, that the mesh does not matter."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from echorl_jax.analysis.report import write_report
+from echorl_jax.config import Config, ConfigError
+from echorl_jax.data import load_tokenizer
+from echorl_jax.models import load_model
+from echorl_jax.training import loop
+from echorl_jax.training.optimizer import TrainState
+from echorl_jax.training.workdir import whole_lines
+from tests.integration.conftest import small_config
+
+# Differ from run to run on the same machine.
+UNSTEADY = ("time/", "per_second", "memory/", "compile/")
+LISTED = """step reward/mean reward/correct group/all_success_fraction group/all_failure_fraction
+loss/policy loss/echo loss/total echo/clips echo/clip_tokens_mean echo/step_entropy_mean
+entropy/token_mean completion/length_mean completion/truncated_fraction kl/ref ratio/clip_fraction
+rollout/logprob_gap_max train/rows_skipped_fraction optim/grad_norm optim/learning_rate
+time/rollout_s time/grade_s time/update_s rollout/tokens_per_second train/tokens_per_second
+memory/peak_bytes compile/count eval/countdown/pass@1""".split()
+
+
+def train(config: Config, workdir: Path, *, devices: int = 1) -> TrainState:
+    return loop.train(config, workdir, devices=jax.devices()[:devices])
+
+
+def steady(workdir: Path) -> list[dict[str, Any]]:
+    lines = whole_lines(workdir / "metrics.jsonl")
+    return [
+        {k: v for k, v in line.items() if not any(part in k for part in UNSTEADY)} for line in lines
+    ]
+
+
+def same(a: Any, b: Any, *, tolerance: float = 0.0) -> bool:
+    return all(
+        jax.tree.leaves(
+            jax.tree.map(lambda x, y: np.allclose(x, y, atol=tolerance, rtol=tolerance), a, b)
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps without interruption, with everything on."""
+    workdir = tmp_path_factory.mktemp("whole")
+    config = small_config(
+        data={"eval": "countdown:split=eval&count=8"},
+        eval={"every": 2, "samples": 2},
+        checkpoint={"every": 1, "export": True},
+        log={"tensorboard": True},
+    )
+    train(config, workdir)
+    return workdir
+
+
+def test_workdir_has_what_is_promised(whole_run: Path) -> None:
+    for name in ("config.json", "metrics.jsonl", "checkpoints", "samples", "tensorboard", "export"):
+        assert (whole_run / name).exists(), name
+    lines = list(whole_lines(whole_run / "metrics.jsonl"))
+    assert [line["step"] for line in lines] == [0, 1, 2, 3]
+    assert ["eval/countdown/pass@1" in line for line in lines] == [True, False, True, True]
+    assert set(LISTED) <= set(lines[2])
+    assert all(line["rollout/logprob_gap_max"] < 1e-3 for line in lines[1:])
+    assert sum(line["echo/clips"] for line in lines[1:]) > 0
+
+
+def test_samples_tell_the_same_as_the_metrics(whole_run: Path) -> None:
+    tokenizer = load_tokenizer("builtin:countdown")
+    for step, line in enumerate(steady(whole_run)[1:], start=1):
+        samples = list(whole_lines(whole_run / "samples" / f"step_{step:06d}.jsonl"))
+        assert np.isclose(np.mean([s["reward"] for s in samples]), line["reward/mean"])
+        clips = [s for s in samples if s["clip_tokens"]]
+        assert len(clips) == line["echo/clips"]
+        for sample in clips:
+            # The clip ends with the step of the highest mean entropy among the group's successes.
+            rivals = [s for s in samples if s["group"] == sample["group"] and s["correct"]]
+            best = max(max(s["step_entropy"]) for s in rivals)
+            assert sample["correct"]
+            assert sample["step_entropy"][sample["clip_step"]] == best
+            last = len(sample["step_ids"]) - 1 - sample["step_ids"][::-1].index(sample["clip_step"])
+            assert sample["clip_tokens"] == last + 1
+        for sample in samples:
+            assert "".join(sample["tokens"]).startswith(sample["response"])
+            assert len(sample["tokens"]) == len(sample["entropy"]) == len(sample["step_ids"])
+    assert tokenizer.eos_token_id is not None
+
+
+def test_ledger_counts_groups(whole_run: Path) -> None:
+    for entry, line in zip(
+        whole_lines(whole_run / "samples" / "ledger.jsonl"), steady(whole_run)[1:], strict=True
+    ):
+        solved = [g["correct"] == g["size"] for g in entry["groups"]]
+        assert np.mean(solved) == line["group/all_success_fraction"]
+        assert sum(g["clip"] for g in entry["groups"]) == line["echo/clips"]
+
+
+def test_export_is_the_trained_model(whole_run: Path) -> None:
+    trained, weights = load_model(str(whole_run / "export"), dtype="float32")
+    base, before = load_model("echorl_jax/assets/countdown", dtype="float32")
+    assert trained.config == base.config
+    assert not same(weights, before)
+    assert load_tokenizer(str(whole_run / "export")).vocab_size == 495
+
+
+def test_report_is_written(whole_run: Path) -> None:
+    text = write_report(whole_run).read_text()
+    assert "EchoClip" in text and "http://" not in text.split("<script")[0]
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    config = small_config(steps=3)
+    whole = train(config, tmp_path / "whole")
+    train(small_config(steps=2), tmp_path / "parts")
+    # What a kill in the third step leaves behind.
+    with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": 3, "reward/mean": 9.0}) + "\n" + '{"step": 4, "rewa')
+    resumed = train(config, tmp_path / "parts")
+    assert same(whole.params, resumed.params) and same(whole.opt_state, resumed.opt_state)
+    assert steady(tmp_path / "whole") == steady(tmp_path / "parts")
+
+
+def test_the_mesh_does_not_matter(tmp_path: Path) -> None:
+    one = train(small_config(steps=2), tmp_path / "one")
+    eight = train(
+        small_config(steps=2, mesh={"data": 2, "fsdp": 2, "tensor": 2}),
+        tmp_path / "eight",
+        devices=8,
+    )
+    for a, b in zip(steady(tmp_path / "one"), steady(tmp_path / "eight"), strict=True):
+        for key in ("reward/mean", "echo/clips", "loss/echo", "optim/grad_norm"):
+            assert np.isclose(a[key], b[key], rtol=1e-3), (key, a[key], b[key])
+    assert same(jax.device_get(one.params), jax.device_get(eight.params), tolerance=1e-3)
+
+
+def test_without_echo_it_is_the_plain_objective(tmp_path: Path) -> None:
+    """Off, with coefficient 0, or outside its window: the same parameters."""
+    plain = train(small_config(steps=2, echo={"enabled": False}), tmp_path / "off")
+    zero = train(small_config(steps=2, echo={"coef": 0.0}), tmp_path / "zero")
+    late = train(small_config(steps=2, echo={"start_step": 5}), tmp_path / "late")
+    on = train(small_config(steps=2, echo={"coef": 0.1}), tmp_path / "on")
+    assert same(plain.params, zero.params) and same(plain.params, late.params)
+    assert not same(plain.params, on.params)
+
+
+def test_a_workdir_of_another_config_is_refused(tmp_path: Path) -> None:
+    train(small_config(steps=1), tmp_path)
+    with pytest.raises(ConfigError, match="config.rollout.group_size = 4, not 2"):
+        train(small_config(steps=1, rollout={"group_size": 2}), tmp_path)

@@ -1,0 +1,3 @@
+"""``make_golden.py`` needs torch and is no test."""
+
+collect_ignore = ["make_golden.py"]

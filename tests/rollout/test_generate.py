@@ -1,0 +1,264 @@
+"""The engine against full forward passes: what is written, what is reported, and when rows end."""
+
+import logging
+
+import jax
+import numpy as np
+import pytest
+from conftest import (
+    EOS,
+    PROMPTS,
+    VOCAB,
+    check_equal,
+    check_scores,
+    completions,
+    decoder,
+    full_forward,
+)
+from scipy import stats
+
+from echorl_jax.models import init_params
+from echorl_jax.rollout import generate, generate_with_progress, score_rollouts
+
+SETTINGS = {"group_size": 3, "max_new_tokens": 20, "eos_ids": EOS}
+KEY = jax.random.key(1)
+
+
+@pytest.fixture(scope="module")
+def base(model, params):
+    """All rows at once."""
+    return generate(model, params, PROMPTS, KEY, **SETTINGS)
+
+
+def test_numbers_are_those_of_a_full_forward_pass(model, params, base):
+    check_scores(model, params, PROMPTS, base)
+
+
+def test_rows_end_once(base):
+    """EOS is kept and counted, padding follows, and only rows without EOS are truncated."""
+    ends = {"eos": 0, "limit": 0}
+    for row, completion in enumerate(completions(base)):
+        stopped = completion[-1] in EOS
+        assert not set(completion[:-1]) & set(EOS)
+        assert len(completion) == 20 or stopped
+        assert bool(base.truncated[row]) == (not stopped)
+        assert not np.asarray(base.completion_ids[row, len(completion) :]).any()
+        ends["eos" if stopped else "limit"] += 1
+    assert min(ends.values()) > 0
+    assert base.group.tolist() == np.repeat(np.arange(4), 3).tolist()
+    for row, prompt in zip(base.prompt_ids, PROMPTS, strict=True):
+        assert np.asarray(row)[: len(prompt)].tolist() == prompt
+
+
+@pytest.mark.parametrize("slots", [5, 1])
+def test_samples_do_not_depend_on_slots(model, params, base, slots):
+    check_equal(generate(model, params, PROMPTS, KEY, **SETTINGS, slots=slots), base)
+
+
+def test_samples_do_not_depend_on_how_often_the_host_looks(model, params, base):
+    check_equal(generate(model, params, PROMPTS, KEY, **SETTINGS, turns_per_visit=3), base)
+
+
+def test_samples_do_not_depend_on_other_rows(model, params, base):
+    """The first prompt alone: rows 0 to 2 have the same keys."""
+    alone = generate(model, params, PROMPTS[:1], KEY, **SETTINGS)
+    assert completions(alone) == completions(base)[:3]
+
+
+def test_another_key_gives_other_samples(model, params, base):
+    other = generate(model, params, PROMPTS, jax.random.key(2), **SETTINGS)
+    assert completions(other) != completions(base)
+    raw = generate(model, params, PROMPTS, jax.random.PRNGKey(1), **SETTINGS)
+    check_equal(raw, base)
+
+
+def test_greedy_is_the_argmax_of_a_full_forward_pass(model, params):
+    rollouts = generate(
+        model, params, PROMPTS, KEY, group_size=1, max_new_tokens=12, temperature=0, eos_ids=EOS
+    )
+    for prompt, completion in zip(PROMPTS, completions(rollouts), strict=True):
+        table = full_forward(model, params, prompt, completion)
+        assert table.argmax(-1).tolist() == completion
+    check_scores(model, params, PROMPTS, rollouts)
+
+
+def test_first_two_tokens_follow_the_distribution(model, params):
+    """Chi-square of the first token, and of the second given the most frequent first."""
+    rollouts = generate(
+        model,
+        params,
+        PROMPTS[:1],
+        KEY,
+        group_size=4096,
+        max_new_tokens=2,
+        temperature=0.6,
+        eos_ids=(),
+    )
+    tokens = np.asarray(rollouts.completion_ids)
+    first = int(np.bincount(tokens[:, 0]).argmax())
+    table = full_forward(model, params, PROMPTS[0], [first, 0], temperature=0.6)
+    chosen = tokens[tokens[:, 0] == first, 1]
+    for drawn, logs in ((tokens[:, 0], table[0]), (chosen, table[1])):
+        assert len(drawn) > 200
+        expected = np.exp(logs) * len(drawn)
+        counts = np.bincount(drawn, minlength=VOCAB)
+        often = expected >= 5
+        observed = np.append(counts[often], counts[~often].sum())
+        wanted = np.append(expected[often], expected[~often].sum())
+        assert stats.chisquare(observed, wanted).pvalue > 1e-4
+    check_scores(
+        model,
+        params,
+        PROMPTS,
+        jax.tree.map(lambda x: x[:20] if x.shape[0] == 4096 else x, rollouts),
+        temperature=0.6,
+    )
+
+
+def test_stop_sequences_bans_and_limits(model, params, base):
+    """The most frequent pair of tokens ends a row; a banned token never comes; limits hold."""
+    pairs = [pair for ids in completions(base) for pair in zip(ids, ids[1:], strict=False)]
+    stop = max(set(pairs), key=pairs.count)
+    limits = [1 + row % 7 for row in range(12)]
+    settings = {**SETTINGS, "eos_ids": EOS[0], "stop_sequences": [stop, (9, 9, 9)]}
+    rollouts = generate(
+        model, params, PROMPTS, KEY, **settings, banned_ids=[EOS[1], 20], row_limits=limits, slots=5
+    )
+    for row, ids in enumerate(completions(rollouts)):
+        found = list(zip(ids, ids[1:], strict=False))
+        assert stop not in found[:-1]
+        ended = ids[-1] == EOS[0] or found[-1:] == [stop]
+        assert bool(rollouts.truncated[row]) == (not ended)
+        assert len(ids) == limits[row] or ended
+        assert not {EOS[1], 20} & set(ids)
+    check_scores(model, params, PROMPTS, rollouts)
+
+
+def test_prefixes_are_written_first_and_scored(model, params):
+    """Rows that begin alike go on as a row whose prompt ends with the prefix would be scored."""
+    prefixes = [[int(t) for t in range(40, 40 + row % 4)] for row in range(12)]
+    rollouts = generate(model, params, PROMPTS, KEY, **SETTINGS, prefixes=prefixes)
+    for prefix, ids in zip(prefixes, completions(rollouts), strict=True):
+        assert ids[: len(prefix)] == prefix
+    check_scores(model, params, PROMPTS, rollouts)
+
+
+def test_long_rows_wrap_the_ring_and_windows_cut(model):
+    """More turns than the ring has columns, several blocks, and a window in one of two layers."""
+    windowed = decoder(model_type="qwen3", qk_norm=True, qkv_bias=False, windows=(None, 50))
+    params = init_params(windowed, jax.random.key(3))
+    prompts = [list(range(5, 55)), [9, 8, 7] * 27]
+    limits = [150, 90, 30, 150, 64, 65]
+    rollouts, progress = generate_with_progress(
+        windowed,
+        params,
+        prompts,
+        KEY,
+        group_size=3,
+        max_new_tokens=150,
+        row_limits=limits,
+        eos_ids=(),
+        slots=2,
+    )
+    assert rollouts.completion_length.tolist() == limits
+    assert progress.tokens == sum(limits) and progress.rows_done == 6
+    check_scores(windowed, params, prompts, rollouts)
+
+
+def test_slots_stay_busy_with_long_tailed_lengths(model, params):
+    """Log-normal lengths with mean a quarter of the maximum; the smaller programs take the tail."""
+    rng = np.random.default_rng(0)
+    limits = np.clip(rng.lognormal(np.log(24) - 0.32, 0.8, 192), 1, 96).astype(int)
+    seen = []
+    rollouts, last = generate_with_progress(
+        model,
+        params,
+        PROMPTS[:3],
+        KEY,
+        group_size=64,
+        max_new_tokens=96,
+        row_limits=limits,
+        eos_ids=(),
+        slots=32,
+        turns_per_visit=16,
+        progress=seen.append,
+    )
+    np.testing.assert_array_equal(rollouts.completion_length, limits)
+    assert last.occupancy >= 0.85
+    assert {step.slots for step in seen} >= {32, 16, 8}
+    done = [step.rows_done for step in seen]
+    assert done == sorted(done) and done[-1] == 192 == last.rows
+    assert last.tokens == limits.sum() and last.tokens_per_second > 0
+    check_scores(
+        model, params, PROMPTS, jax.tree.map(lambda x: x[:9] if x.shape[0] == 192 else x, rollouts)
+    )
+
+
+def test_a_second_call_of_the_same_shapes_compiles_nothing(model, params, base, caplog):
+    other = [[6, 7], [8], [9] * 20, [1]]
+    with jax.log_compiles(), caplog.at_level(logging.WARNING, logger="jax"):
+        generate(model, params, other, jax.random.key(9), **SETTINGS)
+        assert "Compiling" not in caplog.text
+        generate(model, params, [[1], [2], [3], [4]], KEY, **SETTINGS, prompt_tokens=32)
+        assert "Compiling" not in caplog.text
+        generate(model, params, PROMPTS, KEY, **SETTINGS, prompt_tokens=33)
+        assert "Compiling jit(decode)" in caplog.text
+
+
+@pytest.mark.parametrize("kv_dtype, bound", [("bfloat16", 0.1), ("int8", 0.1)])
+def test_narrow_caches_stay_close(model, params, kv_dtype, bound):
+    """The sampler reports its own numbers; the trainer's differ by the rounding of the cache."""
+    rollouts = generate(model, params, PROMPTS, KEY, **SETTINGS, kv_dtype=kv_dtype, slots=5)
+    logprobs, entropy = score_rollouts(model, params, rollouts)
+    gap = np.abs(np.asarray(logprobs - rollouts.rollout_logprobs))
+    assert 0 < gap.max() < bound
+    assert np.abs(np.asarray(entropy - rollouts.token_entropy)).max() < bound
+
+
+def test_bf16_model_agrees_with_its_trainer(params):
+    model = decoder(dtype="bfloat16")
+    rollouts = generate(model, params, PROMPTS, KEY, **SETTINGS)
+    logprobs, _ = score_rollouts(model, params, rollouts)
+    gap = np.abs(np.asarray(logprobs - rollouts.rollout_logprobs))
+    assert gap.max() < 0.3 and gap.mean() < 0.03
+
+
+HOSTILE = {
+    "temperature": [-1.0, float("nan"), float("inf")],
+    "top_k": [-1],
+    "top_p": [0.0, 1.5, float("nan")],
+    "min_p": [-0.1, 2.0],
+    "eos_ids": [VOCAB, [-1]],
+    "stop_sequences": [[[]], [[VOCAB]]],
+    "banned_ids": [[VOCAB], range(VOCAB)],
+    "group_size": [0],
+    "max_new_tokens": [0],
+    "slots": [-1],
+    "turns_per_visit": [0],
+    "prompt_tokens": [-1],
+    "kv_dtype": ["float16"],
+    "row_limits": [[1], [0] * 12, [21] * 12],
+    "prefixes": [[[1]], [[VOCAB]] * 12, [[1] * 21] * 12],
+}
+
+
+@pytest.mark.parametrize(
+    "name, value", [(name, value) for name, values in HOSTILE.items() for value in values]
+)
+def test_hostile_settings_are_refused_by_name(model, params, name, value):
+    with pytest.raises(ValueError, match=name):
+        generate(model, params, PROMPTS, KEY, **{**SETTINGS, name: value})
+
+
+@pytest.mark.parametrize("prompts", [[], [[1], []], [[VOCAB]], [[-1]]])
+def test_hostile_prompts_are_refused(model, params, prompts):
+    with pytest.raises(ValueError, match="prompts"):
+        generate(model, params, prompts, KEY, **SETTINGS)
+
+
+def test_dynamic_rope_is_refused_past_its_context():
+    from echorl_jax.models import RopeConfig
+
+    model = decoder(rope=RopeConfig(kind="dynamic", factor=2.0), max_position_embeddings=30)
+    with pytest.raises(ValueError, match="dynamic rope"):
+        generate(model, init_params(model, KEY), PROMPTS, KEY, **SETTINGS)

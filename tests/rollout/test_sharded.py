@@ -1,0 +1,56 @@
+"""Eight virtual devices: the same samples, and nothing large travels."""
+
+import re
+import sys
+
+import jax
+import pytest
+from conftest import EOS, PROMPTS, check_equal
+
+from echorl_jax.models import init_params
+from echorl_jax.parallel import make_mesh
+from echorl_jax.rollout import generate
+
+SETTINGS = {"group_size": 6, "max_new_tokens": 20, "eos_ids": EOS}
+KEY = jax.random.key(1)
+COLLECTIVE = re.compile(
+    r"= \S*?\[([\d,]*)\]\S* (all-gather|all-reduce|all-to-all|collective-permute)\("
+)
+
+
+@pytest.fixture(scope="module")
+def base(model, params):
+    return generate(model, params, PROMPTS, KEY, **SETTINGS)
+
+
+def collectives(program: str) -> list[tuple[str, int]]:
+    """Each collective of a compiled program, with the elements of its result."""
+    found = []
+    for shape, kind in COLLECTIVE.findall(program):
+        size = 1
+        for length in filter(None, shape.split(",")):
+            size *= int(length)
+        found.append((kind, size))
+    return found
+
+
+@pytest.mark.parametrize("shape, slots", [((2, 2, 2), 8), ((4, 1, 2), 0), ((8, 1, 1), 16)])
+def test_same_samples_on_any_mesh(model, base, shape, slots, monkeypatch):
+    mesh = make_mesh(*shape)
+    engine = sys.modules["echorl_jax.rollout.generate"]
+    decode, programs = engine._decode, []
+
+    def watch(*arguments, **settings):
+        if not programs:
+            programs.append(decode.lower(*arguments, **settings).compile().as_text())
+        return decode(*arguments, **settings)
+
+    monkeypatch.setattr(engine, "_decode", watch)
+    params = init_params(model, jax.random.key(0), mesh)
+    check_equal(generate(model, params, PROMPTS, KEY, **SETTINGS, slots=slots, mesh=mesh), base)
+    in_loop = programs[0].split("\nENTRY")[0]
+    sizes = collectives(in_loop)
+    rows = (slots or 24) // (8 // shape[2])
+    # Activations of a device's rows, block sums and one number per slot travel; logits [rows, V]
+    # and caches do not.
+    assert max((size for _, size in sizes), default=0) <= max(rows * 32, 24)

@@ -1,0 +1,53 @@
+"""A working directory holds one config and one history."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from echorl_jax.config import Config, ConfigError, EchoConfig
+from echorl_jax.training.logs import RunLog
+from echorl_jax.training.workdir import open_workdir, rewind, whole_lines
+
+
+def test_another_config_is_refused_by_its_key(tmp_path: Path) -> None:
+    open_workdir(tmp_path / "run", Config())
+    other = dataclasses.replace(Config(), echo=EchoConfig(coef=0.1))
+    with pytest.raises(ConfigError, match="config.echo.coef = 0.001, not 0.1"):
+        open_workdir(tmp_path / "run", other)
+    open_workdir(tmp_path / "run", dataclasses.replace(Config(), steps=500))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 500
+
+
+def test_an_unusable_directory_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="workdir .*file"):
+        open_workdir(tmp_path / "file", Config())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{torn")
+    with pytest.raises(ConfigError, match="config.json"):
+        open_workdir(tmp_path / "run", Config())
+
+
+def test_rewind_drops_what_comes_again_and_what_is_torn(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"step": step}) + "\n" for step in range(5))
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 5, "rew')
+    (tmp_path / "samples" / "ledger.jsonl").write_text(lines)
+    for step in (1, 3):
+        (tmp_path / "samples" / f"step_{step:06d}.jsonl").write_text("{}\n")
+    rewind(tmp_path, 2)
+    for name in ("metrics.jsonl", "samples/ledger.jsonl"):
+        assert [line["step"] for line in whole_lines(tmp_path / name)] == [0, 1, 2]
+    assert [p.name for p in (tmp_path / "samples").glob("step_*")] == ["step_000001.jsonl"]
+
+
+def test_the_log_writes_json_that_everything_reads(tmp_path: Path) -> None:
+    with RunLog(tmp_path, first_step=0, total_steps=2, tensorboard=True) as log:
+        log.write({"step": 1, "reward/mean": 0.5, "loss/total": float("nan")})
+        log.write({"step": 2, "reward/mean": 1.0, "loss/total": float("inf")})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines[0] == {"step": 1, "reward/mean": 0.5, "loss/total": None}
+    assert lines[1]["loss/total"] is None
+    assert any((tmp_path / "tensorboard").iterdir())
