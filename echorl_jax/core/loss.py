@@ -59,6 +59,23 @@ def batch_loss(
 
     Raises:
       ValueError: if ``kl_coef`` is not 0 and the batch has no ``ref_logprobs``.
+
+    >>> logprobs, weights, zeros = jnp.array([[-1.0, -2.0]]), jnp.full((1, 2), 0.5), jnp.zeros(1)
+    >>> batch = TrainBatch(
+    ...     tokens=jnp.zeros((1, 3), jnp.int32),
+    ...     prompt_length=jnp.array([1]),
+    ...     length=jnp.array([3]),
+    ...     loss_mask=jnp.ones((1, 2)),
+    ...     advantages=zeros,  # an all-success group: nothing to learn from, but for the clip
+    ...     old_logprobs=logprobs,
+    ...     rollout_logprobs=logprobs,
+    ...     token_weights=weights,
+    ...     echo_weights=weights,
+    ...     on_policy=zeros == 0,
+    ... )
+    >>> total, terms = batch_loss(logprobs, -logprobs, batch, Objective(), echo_coef=2.0)
+    >>> total.item(), terms.echo.mean().item()
+    (3.0, 1.5)
     """
     batch, used = _quiet(batch)
     logprobs = jnp.where(used, logprobs, 0.0)

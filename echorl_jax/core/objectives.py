@@ -14,62 +14,38 @@ from echorl_jax.core.aggregation import Aggregation
 from echorl_jax.types import Array, TrainBatch
 
 
-def grpo_advantages(
-    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
-) -> Array:
-    """:func:`group_advantages` in the form that an objective calls."""
-    del lengths, on_policy
-    return adv.group_advantages(rewards, group, num_groups=num_groups)
+def from_rewards(estimator: Callable[..., Array], **settings: Any) -> Callable[..., Array]:
+    """An objective's advantages from an estimator of rewards and groups alone."""
+
+    def advantages(
+        rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
+    ) -> Array:
+        del lengths, on_policy
+        return estimator(rewards, group, num_groups=num_groups, **settings)
+
+    return advantages
 
 
-def centred_advantages(
-    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
-) -> Array:
-    """:func:`group_advantages` without the division by the deviation."""
-    del lengths, on_policy
-    return adv.group_advantages(rewards, group, num_groups=num_groups, divide_by_std=False)
+def from_lengths(estimator: Callable[..., Array], **settings: Any) -> Callable[..., Array]:
+    """An objective's advantages from an estimator that weighs rollouts by their length."""
+
+    def advantages(
+        rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
+    ) -> Array:
+        del on_policy
+        return estimator(rewards, group, lengths, num_groups=num_groups, **settings)
+
+    return advantages
 
 
-def leave_one_out_advantages(
-    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
-) -> Array:
-    """:func:`rloo_advantages` in the form that an objective calls."""
-    del lengths, on_policy
-    return adv.rloo_advantages(rewards, group, num_groups=num_groups)
-
-
-def reinforce_pp_advantages(
-    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
-) -> Array:
-    """:func:`whitened_advantages` without a group baseline."""
-    del on_policy
-    return adv.whitened_advantages(rewards, group, lengths, num_groups=num_groups)
-
-
-def reinforce_pp_baseline_advantages(
-    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
-) -> Array:
-    """:func:`whitened_advantages` with a group baseline."""
-    del on_policy
-    return adv.whitened_advantages(
-        rewards, group, lengths, num_groups=num_groups, group_baseline=True
-    )
-
-
-def length_weighted_advantages(
-    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
-) -> Array:
-    """:func:`opo_advantages` in the form that an objective calls."""
-    del on_policy
-    return adv.opo_advantages(rewards, group, lengths, num_groups=num_groups)
-
-
-def no_advantages(
-    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
-) -> Array:
+def alike(rewards: Array, group: Array, *, num_groups: int) -> Array:
     """Ones: every row counts alike, whatever its reward."""
-    del group, num_groups, lengths, on_policy
+    del group, num_groups
     return jnp.ones_like(rewards)
+
+
+normalised = from_rewards(adv.group_advantages)
+centred = from_rewards(adv.group_advantages, divide_by_std=False)
 
 
 def token_ratio(logprobs: Array, batch: TrainBatch) -> Array:
@@ -180,7 +156,7 @@ class Objective:
     """
 
     # (rewards [N], group [N], *, num_groups, lengths [N], on_policy [N]) -> [N]
-    advantages: Callable[..., Array] = grpo_advantages
+    advantages: Callable[..., Array] = normalised
     # (logprobs [B, T], batch, objective) -> [B, T]
     token_loss: Callable[[Array, TrainBatch, "Objective"], Array] = clipped_loss
     # How token losses become one number.
@@ -231,7 +207,7 @@ _COV = dataclasses.replace(_GRPO, aggregation="token-mean", kl_coef=0.0)
 OBJECTIVES: dict[str, Objective] = {
     "grpo": _GRPO,
     "dr_grpo": dataclasses.replace(
-        _GRPO, advantages=centred_advantages, aggregation="seq-mean-token-sum-norm", kl_coef=0.0
+        _GRPO, advantages=centred, aggregation="seq-mean-token-sum-norm", kl_coef=0.0
     ),
     "dapo": Objective(
         epsilon_low=0.2,
@@ -247,22 +223,24 @@ OBJECTIVES: dict[str, Objective] = {
         epsilon_high=4e-4,
     ),
     "cispo": Objective(token_loss=cispo, epsilon_low=1.0, epsilon_high=0.28),
-    "rloo": Objective(advantages=leave_one_out_advantages),
+    "rloo": Objective(advantages=from_rewards(adv.rloo_advantages)),
     "reinforce_pp": Objective(
-        advantages=reinforce_pp_advantages, epsilon_low=0.2, epsilon_high=0.2
+        advantages=from_lengths(adv.whitened_advantages), epsilon_low=0.2, epsilon_high=0.2
     ),
     "reinforce_pp_baseline": Objective(
-        advantages=reinforce_pp_baseline_advantages, epsilon_low=0.2, epsilon_high=0.2
+        advantages=from_lengths(adv.whitened_advantages, group_baseline=True),
+        epsilon_low=0.2,
+        epsilon_high=0.2,
     ),
-    "opo": Objective(advantages=length_weighted_advantages),
+    "opo": Objective(advantages=from_lengths(adv.opo_advantages)),
     "luffy": Objective(
-        advantages=centred_advantages,
+        advantages=centred,
         token_loss=luffy,
         aggregation="seq-mean-token-sum-norm",
         expert_rows=1,
     ),
     "uft": dataclasses.replace(_GRPO, nll_coef=0.001, hints=True),
-    "sft": Objective(advantages=no_advantages, token_loss=nll, supervised=True),
+    "sft": Objective(advantages=from_rewards(alike), token_loss=nll, supervised=True),
     "kl_cov": dataclasses.replace(
         _COV, token_loss=kl_cov, epsilon_low=None, epsilon_high=None, select_tokens=select_kl_cov
     ),

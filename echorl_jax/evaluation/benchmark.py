@@ -13,7 +13,7 @@ from rich.table import Table
 from echorl_jax.data import encode_prompt, load_rows, load_tokenizer
 from echorl_jax.data.tokens import BUILTIN
 from echorl_jax.errors import UserError
-from echorl_jax.evaluation.evaluate import Attempt, attempt_rows
+from echorl_jax.evaluation.evaluate import Attempt, attempt_rows, end_tokens
 from echorl_jax.evaluation.scores import Score, score_by_source
 from echorl_jax.models import load_model
 from echorl_jax.rewards import GraderPool
@@ -78,6 +78,7 @@ def run_benchmark(options: Benchmark, out: Path) -> dict[str, Score]:
             samples=options.samples,
             max_new_tokens=options.max_new_tokens,
             temperature=temperature,
+            eos_ids=end_tokens(tokenizer, model),
             top_p=options.top_p,
             rows_at_once=options.batch,
         ):

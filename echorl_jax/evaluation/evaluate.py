@@ -30,6 +30,12 @@ class Attempt:
     truncated: bool
 
 
+def end_tokens(tokenizer: "PreTrainedTokenizerBase", model: Decoder) -> tuple[int, ...]:
+    """Tokens that end a completion: the tokenizer's and the model's."""
+    own: Any = tokenizer.eos_token_id
+    return tuple(sorted({own, *model.config.eos_ids}))
+
+
 def attempt_rows(
     model: Decoder,
     params: PyTree,
@@ -42,6 +48,7 @@ def attempt_rows(
     samples: int,
     max_new_tokens: int,
     temperature: float,
+    eos_ids: Sequence[int],
     top_p: float = 1.0,
     top_k: int = 0,
     rows_at_once: int = 256,
@@ -54,6 +61,7 @@ def attempt_rows(
     Args:
       rows: in verl's columns.
       prompts: their token ids.
+      eos_ids: tokens that end a completion.
       rows_at_once: completions in one call of the sampler.
     """
     per_call = max(1, min(rows_at_once // samples, len(rows)))
@@ -70,7 +78,7 @@ def attempt_rows(
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
-            eos_ids=(tokenizer.eos_token_id,),
+            eos_ids=eos_ids,
             mesh=mesh,
         )
         rollouts = jax.device_get(rollouts)

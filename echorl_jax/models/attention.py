@@ -50,7 +50,7 @@ def attend(
     if kernel == "splash":
         return splash_attention(q, k, v, lengths, segment_ids, window=window)
     if kernel == "cudnn":
-        return _cudnn(q, k, v, lengths, segment_ids, window)
+        return _fused(q, k, v, lengths, segment_ids, window)
     block = _block_size(q.shape[1])
     if q.shape[1] <= block:
         return _direct(q, k, v, lengths, segment_ids, window)
@@ -84,19 +84,23 @@ def _cudnn_refusal(q: Array, segment_ids: Array | None) -> str | None:
     return None
 
 
-def _cudnn(
+def _fused(
     q: Array,
     k: Array,
     v: Array,
     lengths: Array | None,
     segment_ids: Array | None,
     window: int | None,
+    implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Array:
-    """cuDNN's flash attention through JAX's own binding, which knows how to shard it."""
+    """cuDNN's flash attention through JAX's own binding, which knows how to shard it.
+
+    The same binding has a plain implementation, with which tests check what is passed to it.
+    """
     refusal = _cudnn_refusal(q, segment_ids)
     if refusal:
         raise ModelError(f"attention kernel cudnn cannot take {refusal}")
-    # The kernel is undefined for a row without tokens.
+    # A row without tokens would have no key at all to attend to.
     real = None if lengths is None else jnp.maximum(lengths.astype(jnp.int32), 1)
     return jax.nn.dot_product_attention(
         q,
@@ -106,7 +110,7 @@ def _cudnn(
         query_seq_lengths=real,
         key_value_seq_lengths=real,
         local_window_size=None if window is None else (window - 1, 0),
-        implementation="cudnn",
+        implementation=implementation,
     )
 
 

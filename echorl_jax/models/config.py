@@ -3,8 +3,10 @@
 import dataclasses
 from typing import Literal
 
+from echorl_jax.errors import UserError
 
-class ModelError(ValueError):
+
+class ModelError(UserError):
     """A model directory that we cannot use: one line that names the field or the tensor."""
 
 

@@ -90,7 +90,7 @@ def load_model(
     params: dict[str, Any] = {}
     for name in names:
         sharding = (
-            SingleDeviceSharding(jax.devices()[0])
+            SingleDeviceSharding(jax.local_devices()[0])
             if shardings is None
             else _at(shardings, name.path)
         )

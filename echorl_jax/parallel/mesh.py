@@ -7,10 +7,12 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh
 
+from echorl_jax.errors import UserError
+
 AXES = ("data", "fsdp", "tensor")
 
 
-class ShardingError(ValueError):
+class ShardingError(UserError):
     """A mesh or a layout that the devices or the shapes do not allow: one line for the user."""
 
 

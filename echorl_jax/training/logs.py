@@ -92,7 +92,6 @@ def _open_events(directory: Path, first_step: int):
 def _summary(metrics: dict[str, float]) -> Iterator[str]:
     shown = {
         "reward/mean": "reward",
-        "loss/nll": "nll",
         "group/all_success_fraction": "all right",
         "group/all_failure_fraction": "all wrong",
         "echo/clips": "clips",
@@ -102,6 +101,8 @@ def _summary(metrics: dict[str, float]) -> Iterator[str]:
     for name, label in shown.items():
         if name in metrics:
             yield f"{label} {metrics[name]:.3g}"
+    if "reward/mean" not in metrics and "loss/total" in metrics:
+        yield f"loss {metrics['loss/total']:.3g}"
     for name, value in metrics.items():
         if name.startswith("eval/") and "/pass@" in name:
             yield f"{name} {value:.3f}"

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from echorl_jax.types import Array
 
 
 def train(
-    config: Config, workdir: str | Path, *, devices: Sequence[jax.Device] | None = None
+    config: Config, workdir: str | Path, *, devices: Sequence[Any] | None = None
 ) -> TrainState:
     """Trains for ``config.steps`` steps, from the newest checkpoint in ``workdir`` if there is one.
 

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -163,7 +164,7 @@ def open_run(
     workdir: str | Path,
     *,
     prompts_per_step: int,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Sequence[Any] | None = None,
 ) -> Iterator[tuple[Run, TrainState]]:
     """Opens a workdir, builds what a run needs and restores the newest checkpoint, if there is one.
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from echorl_jax.config import Config
 from echorl_jax.data import load_tokenizer, newline_delimiters
 from echorl_jax.data.tokens import BUILTIN
+from echorl_jax.evaluation import end_tokens
 from echorl_jax.models import Decoder, init_params, load_decoder, load_model
 from echorl_jax.parallel import make_mesh
 from echorl_jax.training.micro_batches import micro_batches
@@ -36,9 +37,8 @@ class Session:
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end a completion: the model's and the tokenizer's."""
-        own: Any = self.tokenizer.eos_token_id
-        return tuple(sorted({own, *self.model.config.eos_ids}))
+        """Tokens that end a completion."""
+        return end_tokens(self.tokenizer, self.model)
 
     @property
     def data_devices(self) -> int:
@@ -72,7 +72,7 @@ class Session:
 
 
 def start_session(
-    config: Config, *, devices: Sequence[jax.Device] | None = None
+    config: Config, *, devices: Sequence[Any] | None = None
 ) -> tuple[Session, PyTree]:
     """Builds the session and the sharded initial parameters, on all devices unless some are given.
 

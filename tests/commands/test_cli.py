@@ -25,9 +25,7 @@ def test_help_is_quick_and_needs_no_jax(arguments: list[str]) -> None:
         "assert not {'jax', 'transformers', 'numpy'} & set(sys.modules), 'heavy import'"
     )
     begin = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "usage:" in done.stdout
     assert time.perf_counter() - begin < 3.0  # 0.1 s on an idle machine

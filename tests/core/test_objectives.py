@@ -1,5 +1,7 @@
 """The table, and objectives that live outside the package."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -24,6 +26,12 @@ not_one = 3
 def test_the_table_is_complete():
     named = "grpo dr_grpo dapo gspo cispo rloo reinforce_pp reinforce_pp_baseline luffy uft sft"
     assert set(f"{named} kl_cov clip_cov".split()) <= set(core.OBJECTIVES)
+
+
+def test_every_public_function_shows_an_example():
+    functions = [f for f in map(vars(core).get, core.__all__) if inspect.isfunction(f)]
+    assert len(functions) > 30
+    assert [f.__name__ for f in functions if ">>>" not in (f.__doc__ or "")] == []
 
 
 def test_none_keeps_the_objectives_own_setting():

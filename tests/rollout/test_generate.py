@@ -205,13 +205,13 @@ def test_a_second_call_of_the_same_shapes_compiles_nothing(model, params, base, 
         assert "Compiling jit(decode)" in caplog.text
 
 
-@pytest.mark.parametrize("kv_dtype, bound", [("bfloat16", 0.1), ("int8", 0.1)])
+@pytest.mark.parametrize("kv_dtype, bound", [("bfloat16", 0.1), ("int8", 0.3)])
 def test_narrow_caches_stay_close(model, params, kv_dtype, bound):
     """The sampler reports its own numbers; the trainer's differ by the rounding of the cache."""
     rollouts = generate(model, params, PROMPTS, KEY, **SETTINGS, kv_dtype=kv_dtype, slots=5)
     logprobs, entropy = score_rollouts(model, params, rollouts)
     gap = np.abs(np.asarray(logprobs - rollouts.rollout_logprobs))
-    assert 0 < gap.max() < bound
+    assert 0 < gap.max() < bound and gap.mean() < bound / 5
     assert np.abs(np.asarray(entropy - rollouts.token_entropy)).max() < bound
 
 

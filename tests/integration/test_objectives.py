@@ -1,0 +1,61 @@
+"""Every objective trains, with and without EchoRL, and its own policy of the loop holds."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from echorl_jax.core import OBJECTIVES
+from echorl_jax.training import loop
+from echorl_jax.training.workdir import whole_lines
+from tests.integration.conftest import small_config
+
+TRAINED = sorted(set(OBJECTIVES) - {"sft"})
+# Two for the default suite; they need the most of the loop.
+QUICK = ("dapo", "luffy")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in TRAINED],
+)
+def test_two_steps(name: str, tmp_path: Path) -> None:
+    config = small_config(
+        steps=2,
+        objective={"name": name, "max_rounds": 2, "mini_batches": 2, "kl_coef": None},
+        rollout={"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 24},
+        data={"max_prompt_tokens": 64},
+    )
+    state = loop.train(config, tmp_path, devices=jax.devices()[:1])
+    lines = list(whole_lines(tmp_path / "metrics.jsonl"))
+    assert [line["step"] for line in lines] == [1, 2]
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
+    assert all(line["optim/skipped"] == 0 for line in lines)
+    assert sum(line["echo/clips"] for line in lines) > 0
+    ledger = list(whole_lines(tmp_path / "samples" / "ledger.jsonl"))
+    assert all(group["size"] == 4 for line in ledger for group in line["groups"])
+    if name in ("grpo", "uft"):
+        # At the first step policy and reference are the same; then they part.
+        assert abs(lines[0]["kl/ref"]) < 1e-3
+    if name == "uft":
+        assert lines[0]["loss/nll"] > 0
+    if name == "dapo":
+        assert all(len(line["groups"]) in (4, 8) for line in ledger)
+
+
+def test_several_updates_in_a_step(tmp_path: Path) -> None:
+    """Ratios leave 1 only after the first update; old log-probabilities stay frozen."""
+    many = small_config(
+        steps=1, objective={"mini_batches": 2, "epochs": 3}, optim={"learning_rate": 1e-3}
+    )
+    loop.train(many, tmp_path / "many", devices=jax.devices()[:1])
+    one = small_config(steps=1, optim={"learning_rate": 1e-3})
+    loop.train(one, tmp_path / "one", devices=jax.devices()[:1])
+    lines = [
+        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
+        for name in ("many", "one")
+    ]
+    assert lines[0]["ratio/clip_fraction"] > 0 == lines[1]["ratio/clip_fraction"]
+    assert lines[0]["reward/mean"] == lines[1]["reward/mean"]

@@ -1,0 +1,138 @@
+"""Groups for a step: refills, filters, mini-batches, experts, hints."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from echorl_jax.config import ConfigError
+from echorl_jax.data import Prompt, load_rows, load_tokenizer
+from echorl_jax.training import collect
+from echorl_jax.training.experts import append_experts, learn_hints
+from echorl_jax.types import Graded, Rollouts, TrainBatch
+
+T = 6
+
+
+def experience(correct: list[list[int]], *, width: int = 4) -> collect.Experience:
+    """One group for each inner list; every token of row i is i, so that rows can be told apart."""
+    outcomes = np.array(correct, bool)
+    groups, size = outcomes.shape
+    rows = groups * size
+    length = np.full(rows, T, np.int32)
+    rollouts: Any = {
+        "prompt_ids": np.arange(groups * width, dtype=np.int32).reshape(groups, width),
+        "prompt_length": np.full(groups, width, np.int32),
+        "group": np.repeat(np.arange(groups, dtype=np.int32), size),
+        "completion_ids": np.tile(np.arange(rows, dtype=np.int32)[:, None], (1, T)),
+        "completion_length": length,
+        "rollout_logprobs": np.zeros((rows, T), np.float32),
+        "token_entropy": np.zeros((rows, T), np.float32),
+        "truncated": np.zeros(rows, bool),
+    }
+    flat: Any = outcomes.reshape(-1)
+    every: Any = np.ones(rows, bool)
+    return collect.Experience(
+        prompts=tuple(Prompt([1], {"row": i}, i) for i in range(groups)),
+        rollouts=Rollouts(**rollouts),
+        graded=Graded(rewards=flat.astype(np.float32), correct=flat, on_policy=every),
+        in_policy=every,
+        in_echo=every,
+        responses=tuple(map(str, range(rows))),
+        reasons=("",) * rows,
+        seconds={"rollout": 1.0},
+    )
+
+
+def test_rounds_are_joined_with_their_own_groups() -> None:
+    joined = collect._join([experience([[1, 0], [1, 1]]), experience([[0, 0], [0, 1]], width=7)])
+    assert joined.rollouts.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert joined.rollouts.prompt_ids.shape == (4, 7)
+    assert joined.seconds == {"rollout": 2.0} and joined.rounds == 2
+    assert [p.index for p in joined.prompts] == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize("keep_solved", [True, False])
+def test_filtered_groups_keep_their_clips(keep_solved: bool) -> None:
+    # mixed, all right, all wrong, mixed, mixed; two are wanted.
+    found = experience([[1, 0], [1, 1], [0, 0], [0, 1], [1, 0]])
+    mixed = np.asarray(collect._mixed([found]))
+    assert mixed.tolist() == [True, False, False, True, True]
+    kept = collect._filter(found, mixed, wanted=2, keep_solved=keep_solved)
+    assert kept.in_policy[::2].tolist() == [True, False, False, True, False]
+    assert kept.in_echo[::2].tolist() == [True, keep_solved, False, True, False]
+
+
+def test_mini_batches_share_policy_groups() -> None:
+    found = experience([[1, 0], [1, 1], [0, 0], [0, 1]])
+    found = collect._filter(found, np.array([True, False, False, True]), wanted=2, keep_solved=True)
+    parts = collect.split(collect._deal(found, 2), 2)
+    assert [part.in_policy.sum() for part in parts] == [2, 2]
+    seen = sorted(text for part in parts for text in part.responses)
+    assert seen == sorted(found.responses)
+    for part in parts:
+        assert part.rollouts.group.tolist() == [0, 0, 1, 1]
+        # Rows still belong to their texts, and prompts to their rows.
+        assert [str(i) for i in part.rollouts.completion_ids[:, 0]] == list(part.responses)
+        assert part.rollouts.prompt_ids[:, 0].tolist() == [4 * p.index for p in part.prompts]
+
+
+def test_experts_stand_at_the_end_of_each_group() -> None:
+    tokenizer = load_tokenizer("builtin:countdown")
+    rows = load_rows("countdown:seed=5&count=2")
+    found = experience([[1, 0], [1, 1]])
+    prompts = [Prompt([1], rows[i], i) for i in range(2)]
+    wide = {
+        name: np.pad(vars(found.rollouts)[name], [(0, 0), (0, 34)])
+        for name in ("completion_ids", "rollout_logprobs", "token_entropy")
+    }
+    rollouts = dataclasses.replace(found.rollouts, **wide)
+    joined, on_policy = append_experts(rollouts, prompts, tokenizer, count=1)
+    assert on_policy.tolist() == [True, True, False, True, True, False]
+    assert joined.group.tolist() == [0, 0, 0, 1, 1, 1]
+    for row, prompt in ((2, prompts[0]), (5, prompts[1])):
+        length = joined.completion_length[row]
+        ids = joined.completion_ids[row, :length]
+        assert ids[-1] == tokenizer.eos_token_id
+        assert tokenizer.decode(ids[:-1]) == prompt.row["target"][0]["content"]
+        assert not joined.truncated[row]
+    short = append_experts(found.rollouts, prompts, tokenizer, count=1)[0]
+    assert short.truncated[2] and short.completion_length[2] == T
+    with pytest.raises(ConfigError, match="row 3 of data.train"):
+        bare = Prompt([1], {"prompt": []}, 3)
+        append_experts(found.rollouts, [bare, bare], tokenizer, count=1)
+
+
+def test_a_hint_moves_into_the_target_region() -> None:
+    # Two groups of two rows; hints of 2 and 0 tokens; 4-token prompts, 6-token completions.
+    rows, width = 4, 4 + T
+    plain: Any = {
+        "tokens": np.tile(np.arange(width, dtype=np.int32), (rows, 1)),
+        "prompt_length": np.full(rows, 4, np.int32),
+        "length": np.full(rows, width, np.int32),
+        "loss_mask": np.ones((rows, T), np.float32),
+        "advantages": np.ones(rows, np.float32),
+        "old_logprobs": np.tile(np.arange(T, dtype=np.float32), (rows, 1)),
+        "rollout_logprobs": np.zeros((rows, T), np.float32),
+        "token_weights": np.ones((rows, T), np.float32),
+        "echo_weights": np.zeros((rows, T), np.float32),
+        "on_policy": np.ones(rows, bool),
+    }
+    batch = learn_hints(TrainBatch(**plain), np.array([0, 0, 1, 1]), np.array([2, 0], np.int32))
+    assert batch.prompt_length.tolist() == [2, 2, 4, 4]
+    assert batch.loss_mask[0].tolist() == [0, 0, 1, 1, 1, 1, 1, 1, 0, 0]
+    assert batch.loss_mask[2].tolist() == [1, 1, 1, 1, 1, 1, 0, 0, 0, 0]
+    # Entry t of a row still belongs to tokens[prompt_length + t].
+    shifted = batch.old_logprobs[0, 2:8].tolist()
+    assert shifted == [0, 1, 2, 3, 4, 5]
+    # The first row of a group carries the hint; the mean is over two hint tokens.
+    weights = np.zeros((rows, width))
+    weights[0, :2] = 0.5
+    assert batch.nll_weights is not None and np.array_equal(batch.nll_weights, weights)
+
+
+def test_trees_of_numpy_stay_numpy() -> None:
+    found = experience([[1, 0]])
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found.rollouts))
