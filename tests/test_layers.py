@@ -1,4 +1,4 @@
-"""A package imports only packages on lower layers; packages on one layer never import each other."""
+"""A package imports only packages on lower layers, never one on its own layer."""
 
 import ast
 from pathlib import Path

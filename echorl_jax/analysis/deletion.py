@@ -11,8 +11,8 @@ import random
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-from echorl_jax.analysis.intervals import wilson
 from echorl_jax.analysis.panels import Panel, Section, Series, rounded, run_colour
+from echorl_jax.evaluation.intervals import wilson
 
 Order = Literal["high", "low", "random"]
 ORDERS: tuple[Order, ...] = ("high", "low", "random")

@@ -13,8 +13,8 @@ import numpy as np
 
 from echorl_jax.analysis.clips import histogram
 from echorl_jax.analysis.headline import number
-from echorl_jax.analysis.intervals import bootstrap_mean
 from echorl_jax.analysis.panels import Panel, Section, Series, rounded, run_colour
+from echorl_jax.evaluation.intervals import bootstrap_mean
 
 BINS = 40
 

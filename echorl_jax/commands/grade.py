@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE.jsonl", help="one object per line")
     parser.add_argument("--response_key", default="response", help="what was generated")
     parser.add_argument("--answer_key", default="answer", help="the right answer")
-    parser.add_argument("--grader", default="auto", help="auto, math, choice, countdown or module:function")
+    graders = "auto, math, choice, countdown or package.module:function"
+    parser.add_argument("--grader", default="auto", help=graders)
     parser.add_argument("--workers", type=int, default=2, help="grading processes")
     parser.add_argument("--timeout_s", type=float, default=10.0, help="limit for one verdict")
     parser.add_argument("--out", type=Path, metavar="OUT.jsonl", help="default: standard output")

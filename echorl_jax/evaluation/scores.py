@@ -4,7 +4,8 @@ import dataclasses
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from statistics import NormalDist
+
+from echorl_jax.evaluation.intervals import wilson
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,21 +36,6 @@ def pass_at_k(attempts: int, successes: int, k: int) -> float:
     return 1.0 - math.comb(attempts - successes, k) / math.comb(attempts, k)
 
 
-def wilson_interval(mean: float, count: int, *, level: float = 0.95) -> tuple[float, float]:
-    """Interval of a proportion that stays within [0, 1] (Wilson, 1927).
-
-    >>> low, high = wilson_interval(0.5, 100)
-    >>> round(low, 3), round(high, 3)
-    (0.404, 0.596)
-    """
-    if not count:
-        return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + level / 2)
-    centre = (mean + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(mean * (1 - mean) / count + z * z / (4 * count**2)) / (1 + z * z / count)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def score_by_source(outcomes: Iterable[tuple[str, int, bool]]) -> dict[str, Score]:
     """Scores per data source.
 
@@ -69,7 +55,7 @@ def score_by_source(outcomes: Iterable[tuple[str, int, bool]]) -> dict[str, Scor
 def _score(problems: list[list[bool]]) -> Score:
     samples = min(map(len, problems))
     mean = sum(sum(p) / len(p) for p in problems) / len(problems)
-    low, high = wilson_interval(mean, len(problems))
+    low, high = wilson(mean * len(problems), len(problems))
     ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
     pass_at = {k: sum(pass_at_k(len(p), sum(p), k) for p in problems) / len(problems) for k in ks}
     return Score(len(problems), samples, mean, low, high, pass_at)

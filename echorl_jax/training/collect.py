@@ -9,7 +9,7 @@ import numpy as np
 
 from echorl_jax.core import Objective, mixed_groups, overlong_punishment
 from echorl_jax.data import Prompt, add_hint
-from echorl_jax.evaluation import grade_rollouts
+from echorl_jax.evaluation.grading import grade_rollouts
 from echorl_jax.rewards import Verdict
 from echorl_jax.rollout import generate
 from echorl_jax.training.experts import append_experts

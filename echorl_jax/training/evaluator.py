@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from echorl_jax.data import encode_prompt, load_rows
-from echorl_jax.evaluation import attempt_rows, score_by_source
+from echorl_jax.evaluation.evaluate import attempt_rows
+from echorl_jax.evaluation.scores import score_by_source
 from echorl_jax.rewards import GraderPool
 from echorl_jax.training.session import Session
 from echorl_jax.types import PyTree

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from echorl_jax.config import Config
 from echorl_jax.data import load_tokenizer, newline_delimiters
 from echorl_jax.data.tokens import BUILTIN
-from echorl_jax.evaluation import end_tokens
+from echorl_jax.evaluation.evaluate import end_tokens
 from echorl_jax.models import Decoder, init_params, load_decoder, load_model
 from echorl_jax.parallel import make_mesh
 from echorl_jax.training.micro_batches import micro_batches

@@ -20,7 +20,6 @@ from echorl_jax.analysis.deletion import (
     plan_deletions,
 )
 from echorl_jax.analysis.entropy_law import fit_entropy_law, law_rows, law_section
-from echorl_jax.analysis.intervals import bootstrap_mean, wilson
 from echorl_jax.analysis.runs import read_jsonl, read_run, read_runs
 from echorl_jax.analysis.studies import write_studies
 from echorl_jax.analysis.trajectories import (
@@ -29,6 +28,7 @@ from echorl_jax.analysis.trajectories import (
     profile_section,
     step_means,
 )
+from echorl_jax.evaluation.intervals import bootstrap_mean, wilson
 
 
 def logged(directory, **columns):

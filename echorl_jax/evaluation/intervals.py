@@ -8,7 +8,7 @@ import numpy as np
 Z95 = 1.959963984540054
 
 
-def wilson(successes: int, trials: int) -> tuple[float, float]:
+def wilson(successes: float, trials: int) -> tuple[float, float]:
     """Wilson's 95% score interval for a share; ``(0, 1)`` without trials.
 
     Stays inside [0, 1] and does not collapse at shares of 0 and 1. Source: Wilson 1927, JASA 22.

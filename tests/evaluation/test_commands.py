@@ -1,0 +1,90 @@
+"""evaluate, grade, check and convert on real input."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from echorl_jax.cli import run
+from echorl_jax.data import load_rows
+from echorl_jax.errors import UserError
+
+ASSETS = Path("echorl_jax/assets/countdown")
+
+
+def test_evaluate_keeps_every_generation(tmp_path: Path) -> None:
+    arguments = ["--model=builtin:countdown", "--data=countdown:split=eval&count=6"]
+    arguments += ["--samples=4", "--temperature=1.0", "--max_new_tokens=24", "--dtype=float32"]
+    assert run(["evaluate", *arguments, "--workers=0", "--batch=8", f"--out={tmp_path}"]) == 0
+    lines = [json.loads(s) for s in (tmp_path / "generations.jsonl").read_text().splitlines()]
+    assert [(line["problem"], line["sample"]) for line in lines] == [
+        (problem, sample) for problem in range(6) for sample in range(4)
+    ]
+    score = json.loads((tmp_path / "scores.json").read_text())["scores"]["countdown"]
+    assert score["problems"] == 6 and score["samples"] == 4
+    assert np.isclose(score["mean"], np.mean([line["correct"] for line in lines]))
+    assert score["pass_at"]["1"] <= score["pass_at"]["2"] <= score["pass_at"]["4"]
+    rows = load_rows("countdown:split=eval&count=6")
+    assert lines[-1]["ground_truth"] == rows[5]["reward_model"]["ground_truth"]
+
+
+def test_grade_writes_each_line_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    truth = {"numbers": [5, 7, 9], "target": 45}
+    given = [
+        {"response": "9*5=45", "answer": truth, "id": 1},
+        {"response": "9*7=63", "answer": truth, "id": 2},
+        {"response": "\x00" + "(" * 100_000, "answer": truth, "id": 3},
+    ]
+    source.write_text("".join(json.dumps(line) + "\n" for line in given))
+    assert run(["grade", str(source), "--grader=countdown", f"--out={out}", "--workers=0"]) == 0
+    graded = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["correct"] for line in graded] == [True, False, False]
+    assert [line["id"] for line in graded] == [1, 2, 3]
+    assert "1 of 3 correct" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('{"response": "x"', "line 1: not JSON"),
+        ("[1]", "line 1: an object was expected"),
+        ('{"output": "x", "answer": 1}', "no text in 'response'"),
+        ('{"response": "x"}', "no 'answer'"),
+    ],
+)
+def test_grade_names_the_bad_line(tmp_path: Path, text: str, expected: str) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text(text + "\n")
+    with pytest.raises(UserError, match=expected):
+        run(["grade", str(source), "--workers=0"])
+
+
+def test_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    config = ["check", "--config=configs/countdown.py", "--rows=16"]
+    assert run(config) == 0
+    assert "16 of 16 gold answers right" in capsys.readouterr().out
+    assert run([*config, "--config.data.eval=countdown:split=train"]) == 1
+    assert "overlap: 16 of 16" in capsys.readouterr().out
+    assert run([*config, "--config.data.max_prompt_tokens=3"]) == 1
+    wrong = tmp_path / "wrong.jsonl"
+    rows = [dict(row) for row in load_rows("countdown:count=4")]
+    for row in rows:
+        row["reward_model"] = {"ground_truth": {"numbers": [1, 1, 1], "target": 400}}
+    wrong.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run([*config, f"--config.data.train={wrong}"]) == 1
+    assert "gold answer refused" in capsys.readouterr().out
+
+
+def test_convert_there_and_back_is_bit_identical(tmp_path: Path) -> None:
+    orbax, back = tmp_path / "orbax", tmp_path / "back"
+    assert run(["convert", "--model=builtin:countdown", f"--out={orbax}"]) == 0
+    assert run(["convert", f"--model={orbax}", f"--out={back}"]) == 0
+    before, after = load_file(ASSETS / "model.safetensors"), load_file(back / "model.safetensors")
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype and np.array_equal(tensor, after[name]), name
+    with pytest.raises(UserError, match="exists already"):
+        run(["convert", "--model=builtin:countdown", f"--out={back}"])
