@@ -90,7 +90,8 @@ def run_benchmark(options: Benchmark, out: Path) -> dict[str, Score]:
     kept = {name: dataclasses.asdict(score) for name, score in scores.items()}
     result = {"options": dataclasses.asdict(options), "left_out": len(rows) - len(fits)}
     (out / "scores.json").write_text(json.dumps({**result, "scores": kept}, indent=2) + "\n")
-    Console().print(_table(scores, attempts))
+    # A file or pipe has no width of its own: wide enough that nothing is cut.
+    Console(width=max(console.width, 110)).print(_table(scores, attempts))
     return scores
 
 

@@ -50,7 +50,10 @@ def attend(
     if kernel == "splash":
         return splash_attention(q, k, v, lengths, segment_ids, window=window)
     if kernel == "cudnn":
-        return _fused(q, k, v, lengths, segment_ids, window)
+        refusal = _cudnn_refusal(q, segment_ids)
+        if refusal:
+            raise ModelError(f"attention kernel cudnn cannot take {refusal}")
+        return _fused(q, k, v, lengths, window)
     block = _block_size(q.shape[1])
     if q.shape[1] <= block:
         return _direct(q, k, v, lengths, segment_ids, window)
@@ -89,7 +92,6 @@ def _fused(
     k: Array,
     v: Array,
     lengths: Array | None,
-    segment_ids: Array | None,
     window: int | None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Array:
@@ -97,9 +99,6 @@ def _fused(
 
     The same binding has a plain implementation, with which tests check what is passed to it.
     """
-    refusal = _cudnn_refusal(q, segment_ids)
-    if refusal:
-        raise ModelError(f"attention kernel cudnn cannot take {refusal}")
     # A row without tokens would have no key at all to attend to.
     real = None if lengths is None else jnp.maximum(lengths.astype(jnp.int32), 1)
     return jax.nn.dot_product_attention(

@@ -58,10 +58,11 @@ def empty_cache(
     vectors = (layers, blocks, rows, kv_heads, block)
     zeros = jnp.zeros((*vectors, head_dim), jnp.dtype(dtype))
     scale = jnp.zeros(vectors, jnp.float32) if dtype == "int8" else None
-    return _place(Cache(zeros, zeros, scale, scale), None if whole else "batch")
+    return place(Cache(zeros, zeros, scale, scale), None if whole else "batch")
 
 
-def _place(cache: Cache, rows: str | None) -> Cache:
+def place(cache: Cache, rows: str | None) -> Cache:
+    """Pins the cache to the mesh in force, its rows split ("batch") or whole (None)."""
     axes = (*_AXES[:2], rows, *_AXES[3:])
     return jax.tree.map(lambda x: constrain(x, *axes[: x.ndim]), cache)
 
@@ -144,7 +145,7 @@ def copy_row(cache: Cache, source: Cache, row: Array, source_row: Array) -> Cach
 
 def gather_rows(source: Cache, rows: Array) -> Cache:
     """Rows i32 ``[M]`` of a cache that is whole on every device, split over them."""
-    return _place(jax.tree.map(lambda x: x[:, :, rows], source), "batch")
+    return place(jax.tree.map(lambda x: x[:, :, rows], source), "batch")
 
 
 def pick_rows(cache: Cache, rows: Array) -> Cache:
@@ -163,4 +164,4 @@ def pick_rows(cache: Cache, rows: Array) -> Cache:
         picked = jax.vmap(lambda part, at: part[:, :, at], in_axes=(2, 0), out_axes=2)(parts, rows)
         return picked.reshape(*x.shape[:2], rows.size, *x.shape[3:])
 
-    return _place(jax.tree.map(pick, cache), "batch")
+    return place(jax.tree.map(pick, cache), "batch")

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.models import Decoder, param_shardings
 from echorl_jax.rollout.buckets import greatest_divisor, levels
-from echorl_jax.rollout.cache import KVDtype, empty_cache
+from echorl_jax.rollout.cache import KVDtype, empty_cache, place
 from echorl_jax.rollout.loop import Output, Program, decode, empty_output
 from echorl_jax.rollout.memory import cache_dtype, choose_slots
 from echorl_jax.rollout.prefill import prefill
@@ -285,7 +285,7 @@ def _begin(
         last_token=jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0],
         forced=forced,
         forced_length=forced_length,
-        store=store,
+        store=place(store, None),
     )
     block = min(BLOCK, shape.length)
     ring = cache(blocks=-(-shape.length // block), rows=shape.slots, block=block)

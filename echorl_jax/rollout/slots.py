@@ -13,6 +13,7 @@ import dataclasses
 import jax.numpy as jnp
 from jax import lax
 
+from echorl_jax.parallel import constrain
 from echorl_jax.rollout.cache import Cache, copy_row, gather_rows, pick_rows
 from echorl_jax.rollout.settings import Sampling
 from echorl_jax.types import Array, pytree
@@ -53,6 +54,18 @@ class Slots:
     next_row: Array  # i32 [], first row that no slot has taken
 
 
+def _whole(slots: Slots) -> Slots:
+    """Keeps the numbers that decisions are made from whole on every device."""
+    return dataclasses.replace(
+        slots,
+        row=constrain(slots.row, None),
+        position=constrain(slots.position, None),
+        token=constrain(slots.token, None),
+        recent=constrain(slots.recent, None, None),
+        cached=constrain(slots.cached, None),
+    )
+
+
 def first_slots(queue: Queue, *, slots: int, memory: int, ring: Cache) -> Slots:
     """Gives the first rows to the slots.
 
@@ -64,7 +77,7 @@ def first_slots(queue: Queue, *, slots: int, memory: int, ring: Cache) -> Slots:
     """
     row = jnp.arange(slots, dtype=jnp.int32)
     group = queue.group[jnp.minimum(row, queue.rows - 1)]
-    return Slots(
+    first = Slots(
         row=jnp.where(row < queue.count, row, queue.rows),
         position=jnp.zeros(slots, jnp.int32),
         token=queue.last_token[group],
@@ -75,6 +88,7 @@ def first_slots(queue: Queue, *, slots: int, memory: int, ring: Cache) -> Slots:
         turn=jnp.zeros((), jnp.int32),
         next_row=jnp.minimum(slots, queue.count).astype(jnp.int32),
     )
+    return _whole(first)
 
 
 def forced_tokens(queue: Queue, slots: Slots) -> Array | None:
@@ -116,12 +130,13 @@ def append(
 def retire(queue: Queue, slots: Slots, over: Array) -> Slots:
     """Makes slots idle. An idle slot attends to nothing but itself and its tokens are dropped."""
     over |= slots.row >= queue.rows
-    return dataclasses.replace(
+    idle = dataclasses.replace(
         slots,
         row=jnp.where(over, queue.rows, slots.row),
         position=jnp.where(over, 0, slots.position),
         cached=jnp.where(over, 0, slots.cached),
     )
+    return _whole(idle)
 
 
 def refill(queue: Queue, slots: Slots, over: Array) -> Slots:
@@ -137,7 +152,7 @@ def refill(queue: Queue, slots: Slots, over: Array) -> Slots:
         slot = takers[index]
         return copy_row(prompt, queue.store, slot, group[slot])
 
-    return dataclasses.replace(
+    filled = dataclasses.replace(
         slots,
         row=jnp.where(takes, candidate, slots.row),
         token=jnp.where(takes, queue.last_token[group], slots.token),
@@ -146,6 +161,7 @@ def refill(queue: Queue, slots: Slots, over: Array) -> Slots:
         prompt=lax.fori_loop(0, taken, copy, slots.prompt),
         next_row=slots.next_row + taken,
     )
+    return _whole(filled)
 
 
 def needed(busy: Array, *, shards: int) -> Array:
@@ -165,7 +181,7 @@ def compact(slots: Slots, *, size: int, idle: int, shards: int) -> Slots:
     parts = (slots.row >= idle).reshape(shards, -1)
     rows = jnp.argsort(parts, axis=1, stable=True)[:, : size // shards]
     order = (rows + jnp.arange(shards)[:, None] * parts.shape[1]).reshape(-1)
-    return dataclasses.replace(
+    fewer = dataclasses.replace(
         slots,
         row=slots.row[order],
         position=slots.position[order],
@@ -175,3 +191,4 @@ def compact(slots: Slots, *, size: int, idle: int, shards: int) -> Slots:
         prompt=pick_rows(slots.prompt, rows),
         ring=pick_rows(slots.ring, rows),
     )
+    return _whole(fewer)

@@ -62,7 +62,8 @@ def train(
                 seconds=found.seconds,
             )
             metrics = batch_metrics(made.stats) | update_metrics(done) | speed
-            run.end_step(step, state, metrics)
+            if not run.end_step(step, state, metrics):
+                break
         run.finish(state)
     return state
 

@@ -21,6 +21,7 @@ from echorl_jax.training.logs import RunLog
 from echorl_jax.training.metrics import CompileCounter, peak_memory_bytes
 from echorl_jax.training.micro_batches import trainable_rows
 from echorl_jax.training.optimizer import TrainState, init_state
+from echorl_jax.training.preemption import StopRequest, stop_on_signal
 from echorl_jax.training.session import Session, start_session
 from echorl_jax.training.step import (
     Update,
@@ -49,6 +50,7 @@ class Run:
     log: RunLog
     evaluator: Evaluator
     compiles: CompileCounter
+    stop: StopRequest
     reference: PyTree | None  # weights that a KL term holds on to
     first_step: int  # steps that were done when the run was opened
 
@@ -134,8 +136,12 @@ class Run:
             max_bad_updates=config.optim.max_bad_updates,
         )
 
-    def end_step(self, step: int, state: TrainState, metrics: dict[str, float]) -> None:
-        """Evaluates when due, writes the metrics, then saves: what is saved is always logged."""
+    def end_step(self, step: int, state: TrainState, metrics: dict[str, float]) -> bool:
+        """Evaluates when due, writes the metrics, then saves: what is saved is always logged.
+
+        Returns:
+          Whether to go on; False once a signal has asked to stop, with everything saved.
+        """
         config = self.session.config
         metrics = {
             "step": step,
@@ -147,14 +153,18 @@ class Run:
         if self.evaluator.due(step):
             metrics |= self.evaluator.scores(state.params)
         self.log.write(metrics)
-        every = config.checkpoint.every
-        if step == config.steps or (every and step % every == 0):
+        every, stop = config.checkpoint.every, self.stop.requested
+        if stop or step == config.steps or (every and step % every == 0):
             self.checkpoints.save(step, state, self.stream.get_state())
+        if stop:
+            self.log.say(f"stopped after step {step}; the same command goes on from there")
+        return not stop
 
     def finish(self, state: TrainState) -> None:
-        """Waits for the last checkpoint and writes `export/`."""
+        """Waits for the last checkpoint; after the last step writes ``export/``."""
         self.checkpoints.close()
-        if self.session.config.checkpoint.export:
+        config = self.session.config
+        if config.checkpoint.export and int(state.step) == config.steps:
             export_model(self.directory, self.session, state.params)
 
 
@@ -210,7 +220,7 @@ def open_run(
     log = RunLog(
         directory, first_step=first, total_steps=config.steps, tensorboard=config.log.tensorboard
     )
-    with grader, log:
+    with grader, log, stop_on_signal() as stop:
         evaluator = Evaluator.load(session, grader)
         log.say(session.summary(state.params, first_step=first))
         if first == 0 and evaluator.due(0):
@@ -226,6 +236,7 @@ def open_run(
                 log,
                 evaluator,
                 compiles,
+                stop,
                 reference,
                 first,
             ),

@@ -49,7 +49,8 @@ def train_supervised(config: Config, workdir: str | Path) -> TrainState:
                 seconds=seconds,
             )
             metrics = update_metrics(done) | speed
-            run.end_step(step, state, {**metrics, "loss/nll": metrics["loss/total"]})
+            if not run.end_step(step, state, {**metrics, "loss/nll": metrics["loss/total"]}):
+                break
         run.finish(state)
     return state
 

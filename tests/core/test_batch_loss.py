@@ -13,6 +13,7 @@ from echorl_jax import core
 from echorl_jax.types import TrainBatch
 
 ROWS, LENGTH, PROMPTS = 8, 6, 2
+ECHO = np.float32(0.5)
 NAMES = list(core.OBJECTIVES)
 
 
@@ -115,7 +116,7 @@ def test_any_split_order_and_padding_adds_up_to_the_whole(name):
     objective = full(name)
     logprobs, entropy, batch = example(objective)
     rng = np.random.default_rng(1)
-    for echo_coef in (np.float32(0.0), np.float32(0.5)):
+    for echo_coef in (np.float32(0.0), ECHO):
         (whole, terms), slopes = value_and_slopes((logprobs, entropy), batch, objective, echo_coef)
         order = rng.permutation(ROWS)
         cuts = np.sort(rng.integers(0, ROWS + 1, 3))
@@ -141,9 +142,9 @@ def test_a_missing_number_shows_and_an_unused_one_does_not(name):
     unused[batch.loss_mask == 0] = np.nan
     batch.old_logprobs[batch.loss_mask == 0] = np.nan
     batch.rollout_logprobs[batch.loss_mask == 0] = -np.inf
-    (value, _), slopes = value_and_slopes((real, entropy), batch, objective, 0.5)
+    (value, _), slopes = value_and_slopes((real, entropy), batch, objective, ECHO)
     assert np.isnan(value) and np.isnan(slopes[0][0]).any()
-    (value, _), slopes = value_and_slopes((unused, entropy), batch, objective, 0.5)
+    (value, _), slopes = value_and_slopes((unused, entropy), batch, objective, ECHO)
     assert np.isfinite(value) and all(np.isfinite(slope).all() for slope in slopes)
     assert not slopes[0][batch.loss_mask == 0].any()
 
@@ -154,7 +155,7 @@ def test_nothing_to_learn_is_exactly_zero(name):
     logprobs, entropy, batch = example(objective)
     empty = without_weights(batch, 0)
     logprobs[0, 0] = np.nan
-    (value, terms), slopes = value_and_slopes((logprobs, entropy), empty, objective, 0.5)
+    (value, terms), slopes = value_and_slopes((logprobs, entropy), empty, objective, ECHO)
     assert value == 0.0 and not any(slope.any() for slope in slopes)
     assert all(leaf == 0.0 for leaf in jax.tree.leaves(terms))
     assert terms.policy.mean() == 0.0
@@ -241,10 +242,10 @@ def test_rows_spread_over_a_mesh_and_run_without_jit(name):
     logprobs, entropy, batch = example(objective)
     mesh = jax.make_mesh((ROWS,), ("data",), axis_types=(AxisType.Auto,))
     spread = jax.device_put(((logprobs, entropy), batch), jax.NamedSharding(mesh, jax.P("data")))
-    sharded = value_and_slopes(*spread, objective, 0.5)
-    close(sharded, value_and_slopes((logprobs, entropy), batch, objective, 0.5))
+    sharded = value_and_slopes(*spread, objective, ECHO)
+    close(sharded, value_and_slopes((logprobs, entropy), batch, objective, ECHO))
     with jax.disable_jit():
-        close(sharded[0], total((logprobs, entropy), batch, objective, 0.5))
+        close(sharded[0], total((logprobs, entropy), batch, objective, ECHO))
 
 
 def test_importance_weights_only_touch_what_the_policy_sampled():

@@ -1,6 +1,8 @@
 """The whole loop: what it writes, that it resumes, that the mesh does not matter."""
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,24 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
         file.write(json.dumps({"step": 3, "reward/mean": 9.0}) + "\n" + '{"step": 4, "rewa')
     resumed = train(config, tmp_path / "parts")
     assert same(whole.params, resumed.params) and same(whole.opt_state, resumed.opt_state)
+    assert steady(tmp_path / "whole") == steady(tmp_path / "parts")
+
+
+def test_a_signal_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(steps=3, checkpoint={"every": 0})
+    record = loop.record_samples
+
+    def preempted(directory: Path, step: int, *arguments: Any, **options: Any) -> None:
+        record(directory, step, *arguments, **options)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    whole = train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "record_samples", preempted)
+        train(config, tmp_path / "parts")
+    assert [line["step"] for line in steady(tmp_path / "parts")] == [1, 2]
+    assert same(whole.params, train(config, tmp_path / "parts").params)
     assert steady(tmp_path / "whole") == steady(tmp_path / "parts")
 
 

@@ -1,0 +1,41 @@
+"""Stopping on request: SIGTERM (preemption) and Ctrl-C end a run after the step in progress."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+
+class StopRequest:
+    """Whether somebody has asked the run to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt  # asked twice: at once
+        self.requested = True
+
+
+@contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Catches SIGTERM and SIGINT while inside; a second Ctrl-C interrupts at once.
+
+    In a thread other than the main one, where Python cannot catch signals, nothing is caught.
+    """
+    stop = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, stop._handle) for number in _SIGNALS}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
