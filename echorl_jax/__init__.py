@@ -9,7 +9,7 @@ All public names of ``core``, ``types``, ``models``, ``rollout``, ``parallel`` a
 here too. A module is loaded when one of its names is first used: importing the package is free.
 """
 
-import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ _MODULES = ("core", "types", "models", "rollout", "parallel", "rewards")
 
 
 def __getattr__(name: str) -> Any:
+    if importlib.util.find_spec(f"{__name__}.{name}"):
+        return importlib.import_module(f"{__name__}.{name}")
     if not name.startswith("_"):
         for module in _MODULES:
             found = importlib.import_module(f"{__name__}.{module}")

@@ -11,7 +11,7 @@ from echorl_jax.core.advantages import (
 from echorl_jax.core.aggregation import aggregation_weights
 from echorl_jax.core.clips import active_coef, clip_weights, echo_loss, mine_echo_clips
 from echorl_jax.core.entropy import logprobs_and_entropy, token_entropy, token_logprobs
-from echorl_jax.core.hints import hint_lines, hint_probability
+from echorl_jax.core.hints import hint_probability
 from echorl_jax.core.loss import LossTerms, batch_loss
 from echorl_jax.core.losses import (
     cispo_loss,
@@ -41,7 +41,6 @@ __all__ = [
     "clipped_tokens",
     "echo_loss",
     "group_advantages",
-    "hint_lines",
     "hint_probability",
     "joined_steps",
     "kl_cov_loss",

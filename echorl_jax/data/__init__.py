@@ -6,7 +6,6 @@ from echorl_jax.data.experts import (
     add_hint,
     encode_target,
     expert_text,
-    hint_probability,
     hint_segments,
 )
 from echorl_jax.data.rows import Row
@@ -27,7 +26,6 @@ __all__ = [
     "encode_prompt",
     "encode_target",
     "expert_text",
-    "hint_probability",
     "hint_segments",
     "load_rows",
     "load_tokenizer",

@@ -1,13 +1,13 @@
 """What an expert wrote for a row: demonstrations for SFT and LUFFY, hints for UFT."""
 
 import dataclasses
-import math
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from echorl_jax.core import hint_probability
 from echorl_jax.data.errors import DataError
 from echorl_jax.data.stream import Prompt
 
@@ -72,19 +72,6 @@ def _lines(row: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def hint_probability(step: int, *, hint_steps: int, low: float = 0.05, high: float = 0.95) -> float:
-    """The chance p of each segment to be shown at a step t, of T = ``hint_steps``.
-
-    ``p(t) = low + (high - low) (1 + cos(pi t / T)) / 2``, and 0 from T on.
-
-    >>> [round(hint_probability(t, hint_steps=100), 3) for t in (0, 50, 99, 100)]
-    [0.95, 0.5, 0.05, 0.0]
-    """
-    if step >= hint_steps:
-        return 0.0
-    return low + (high - low) * (1 + math.cos(math.pi * step / hint_steps)) / 2
-
-
 def add_hint(
     prompt: Prompt,
     tokenizer: "PreTrainedTokenizerBase",
@@ -107,7 +94,7 @@ def add_hint(
     """
     segments = hint_segments(prompt.row)
     draws = np.random.default_rng((seed, step, prompt.index)).random(len(segments))
-    probability = hint_probability(step, hint_steps=hint_steps, low=low, high=high)
+    probability = float(hint_probability(step, horizon=hint_steps, low=low, high=high))
     for shown in range(int((draws < probability).sum()), 0, -1):
         hint = tokenizer.encode("".join(segments[:shown]), add_special_tokens=False)
         if len(prompt.ids) + len(hint) <= max_prompt_tokens:

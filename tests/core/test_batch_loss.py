@@ -175,7 +175,8 @@ def test_gradient_against_central_differences(name):
         logprobs, entropy, batch = jax.tree.map(
             lambda x: np.asarray(x, np.float64) if x.dtype == np.float32 else x, example(objective)
         )
-        slopes = jax.grad(lambda x: total(x, batch, objective, 0.5)[0])((logprobs, entropy))
+        gradient = jax.jit(jax.grad(lambda x: total(x, batch, objective, 0.5)[0]))
+        slopes = gradient((logprobs, entropy))
         step = 1e-5
         directions = step * np.eye(ROWS * LENGTH).reshape(-1, ROWS, LENGTH)
 

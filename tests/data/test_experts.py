@@ -13,7 +13,6 @@ from echorl_jax.data import (
     encode_prompt,
     encode_target,
     expert_text,
-    hint_probability,
     hint_segments,
     load_rows,
     load_tokenizer,
@@ -56,14 +55,6 @@ def test_segments_are_even_runs_of_lines(lines, sizes):
 
 def test_blank_lines_join_the_line_before():
     assert hint_segments({"solution": "a\n\n\nb\n"}) == ["a\n\n\n", "b\n"]
-
-
-def test_the_schedule_falls_as_a_cosine_and_ends():
-    # p(T/4) = 0.05 + 0.9 (1 + cos(pi/4)) / 2 = 0.05 + 0.45 * 1.70711
-    assert math.isclose(hint_probability(25, hint_steps=100), 0.81820, abs_tol=1e-5)
-    assert hint_probability(0, hint_steps=100) == pytest.approx(0.95)
-    assert hint_probability(100, hint_steps=100) == 0.0
-    assert hint_probability(0, hint_steps=0) == 0.0
 
 
 def prompts(tokenizer, count):

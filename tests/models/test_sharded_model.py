@@ -47,8 +47,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(sizes, single):
     mesh = make_mesh(*sizes)
     params, loss, gradients = single
     with jax.set_mesh(mesh):
-        sharded = init_params(MODEL, jax.random.key(0), mesh)
-        jax.tree.map(np.testing.assert_array_equal, sharded, params)
+        sharded = jax.device_put(params, param_shardings(MODEL, mesh))
         step = jax.jit(jax.value_and_grad(_loss))
         loss_8, gradients_8 = step(sharded, TOKENS, LENGTHS)
     np.testing.assert_allclose(loss_8, loss, rtol=1e-5)
@@ -57,18 +56,18 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(sizes, single):
     )
 
 
-def test_weights_are_really_split():
-    mesh = make_mesh(2, 2, 2)
-    params = init_params(MODEL, jax.random.key(0), mesh)
+def test_fresh_weights_do_not_depend_on_the_mesh_and_are_really_split(single):
+    params = init_params(MODEL, jax.random.key(0), make_mesh(2, 2, 2))
+    jax.tree.map(np.testing.assert_array_equal, params, single[0])
     gate = params["layers"]["mlp"]["gate"]["kernel"]  # [2, 32, 48] over fsdp and tensor
     assert gate.addressable_shards[0].data.shape == (2, 16, 24)
     assert params["embed"]["table"].addressable_shards[0].data.shape == (24, 16)
 
 
-def test_rollout_layout_is_whole_along_embed():
+def test_rollout_layout_is_whole_along_embed(single):
     mesh = make_mesh(1, 4, 2)
     shardings = param_shardings(MODEL, mesh, layout="rollout")
-    params = init_params(MODEL, jax.random.key(0), mesh)
+    params = jax.device_put(single[0], param_shardings(MODEL, mesh))
     bf16 = dataclasses.replace(MODEL, dtype="bfloat16")
     cast = jax.jit(bf16.cast, out_shardings=shardings)(params)
     gate = cast["layers"]["mlp"]["gate"]["kernel"]
