@@ -56,11 +56,11 @@ def merge_block(partial: Partial, q: Array, block: Cache, valid: Array) -> Parti
     Args:
       partial: what has been seen.
       q: ``[M, KV, R, K]``.
-      block: arrays ``[M, KV, block, K]``, scales ``[M, KV, block]``.
+      block: keys ``[M, KV, K, block]``, values ``[M, KV, block, K]``, scales ``[M, KV, block]``.
       valid: bool, broadcasts to ``[M, KV, R, block]``.
     """
     k, v = block.k.astype(q.dtype), block.v.astype(q.dtype)
-    scores = jnp.einsum("mhrk,mhbk->mhrb", q, k, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("mhrk,mhkb->mhrb", q, k, preferred_element_type=jnp.float32)
     if block.k_scale is not None:
         scores = scores * block.k_scale[:, :, None, :]
     scores = jnp.where(valid, scores * q.shape[-1] ** -0.5, _NEVER)
@@ -74,6 +74,17 @@ def merge_block(partial: Partial, q: Array, block: Cache, valid: Array) -> Parti
         "mhrb,mhbk->mhrk", weight.astype(v.dtype), v, preferred_element_type=jnp.float32
     )
     return Partial(mixed=partial.mixed * shrink[..., None] + mixed, mass=mass, top=top)
+
+
+def combine(one: Partial, other: Partial) -> Partial:
+    """Attention over the keys of both; at least one of them has seen a key."""
+    top = jnp.maximum(one.top, other.top)
+    first, second = jnp.exp(one.top - top), jnp.exp(other.top - top)
+    return Partial(
+        mixed=one.mixed * first[..., None] + other.mixed * second[..., None],
+        mass=one.mass * first + other.mass * second,
+        top=top,
+    )
 
 
 def finish(partial: Partial) -> Array:

@@ -1,8 +1,9 @@
 """Keys and values of past positions, in blocks.
 
-Layout ``[L, blocks, rows, KV, block, K]``: a block of one layer is one contiguous piece, and in it
-each (row, head) is a matrix. Rotary positions are in the keys already, so where a key lies does not
-matter; that makes the ring possible (see ``slots.py``).
+A block of one layer is one contiguous piece. In it each (row, head) is a matrix: values
+``[block, K]``, keys transposed ``[K, block]``, so that both products of attention run over rows as
+they lie in memory. Rotary positions are in the keys already, so where a key lies does not matter;
+that makes the ring possible (see ``slots.py``).
 """
 
 from typing import Literal
@@ -16,26 +17,25 @@ from echorl_jax.types import Array, pytree
 
 KVDtype = Literal["float32", "bfloat16", "int8"]
 KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
-_AXES = ("layers", None, "batch", "kv_heads", None, "head_dim")
 
 
 @pytree
 class Cache:
     """Keys and values; with int8 also the scale of each (position, head)."""
 
-    k: Array  # [L, blocks, rows, KV, block, K]
-    v: Array  # likewise
+    k: Array  # [L, blocks, rows, KV, K, block]
+    v: Array  # [L, blocks, rows, KV, block, K]
     k_scale: Array | None = None  # f32 [L, blocks, rows, KV, block]
     v_scale: Array | None = None
 
     @property
     def blocks(self) -> int:
-        return self.k.shape[1]
+        return self.v.shape[1]
 
     @property
     def block(self) -> int:
         """Positions in a block."""
-        return self.k.shape[4]
+        return self.v.shape[4]
 
     @property
     def length(self) -> int:
@@ -55,20 +55,25 @@ def empty_cache(
     whole: bool = False,
 ) -> Cache:
     """A cache of zeros, placed on the mesh in force: rows split over it, unless ``whole``."""
-    vectors = (layers, blocks, rows, kv_heads, block)
-    zeros = jnp.zeros((*vectors, head_dim), jnp.dtype(dtype))
-    scale = jnp.zeros(vectors, jnp.float32) if dtype == "int8" else None
-    return place(Cache(zeros, zeros, scale, scale), None if whole else "batch")
+    matrices = (layers, blocks, rows, kv_heads)
+    scale = jnp.zeros((*matrices, block), jnp.float32) if dtype == "int8" else None
+    cache = Cache(
+        k=jnp.zeros((*matrices, head_dim, block), jnp.dtype(dtype)),
+        v=jnp.zeros((*matrices, block, head_dim), jnp.dtype(dtype)),
+        k_scale=scale,
+        v_scale=scale,
+    )
+    return place(cache, None if whole else "batch")
 
 
 def place(cache: Cache, rows: str | None) -> Cache:
     """Pins the cache to the mesh in force, its rows split ("batch") or whole (None)."""
-    axes = (*_AXES[:2], rows, *_AXES[3:])
-    return jax.tree.map(lambda x: constrain(x, *axes[: x.ndim]), cache)
+    axes = ("layers", None, rows, "kv_heads")
+    return jax.tree.map(lambda x: constrain(x, *axes, *(None,) * (x.ndim - 4)), cache)
 
 
 def encode(k: Array, v: Array, like: Cache) -> Cache:
-    """Keys and values ``[..., K]`` as ``like`` stores them.
+    """Keys and values ``[..., K]`` in the type of ``like``; int8 has a scale for each vector.
 
     int8: each vector is divided by ``max|x| / 127``, its scale, and rounded.
     """
@@ -83,6 +88,27 @@ def _quantise(x: Array) -> tuple[Array, Array]:
     scale = jnp.max(jnp.abs(x), axis=-1) / 127.0
     safe = jnp.where(scale > 0, scale, 1.0)
     return jnp.round(x / safe[..., None]).astype(jnp.int8), scale
+
+
+def as_blocks(new: Cache, *, axis: int, block: int) -> Cache:
+    """Turns vectors into blocks: positions split in two, block numbers and places in a block.
+
+    Args:
+      new: from :func:`encode`, ``[..., rows, positions, KV, K]`` (scales without K).
+      axis: that of positions, counted from the front.
+      block: positions in a block.
+
+    Returns:
+      ``[..., blocks, rows, KV, K, block]`` for keys, ``[..., blocks, rows, KV, block, K]`` else.
+    """
+
+    def split(x: Array) -> Array:
+        x = x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
+        # rows, blocks, block, KV -> blocks, rows, KV, block
+        return jnp.moveaxis(x, (axis - 1, axis + 1), (axis, axis + 2))
+
+    blocks = jax.tree.map(split, new)
+    return Cache(jnp.swapaxes(blocks.k, -1, -2), blocks.v, blocks.k_scale, blocks.v_scale)
 
 
 def read_block(cache: Cache, layer: Array, index: Array) -> Cache:
@@ -103,13 +129,9 @@ def write_column(cache: Cache, new: Cache, column: Array) -> Cache:
       new: ``[L, rows, KV, K]`` (scales ``[L, rows, KV]``), from :func:`encode`.
       column: i32 scalar in ``[0, length)``.
     """
-    at = (0, column // cache.block, 0, 0, column % cache.block, 0)
-
-    def write(whole: Array, part: Array) -> Array:
-        part = jnp.expand_dims(part, (1, 4))  # [L, 1, rows, KV, 1, ...]
-        return lax.dynamic_update_slice(whole, part, at[: whole.ndim])
-
-    return jax.tree.map(write, cache, new)
+    one = jax.tree.map(lambda x: jnp.expand_dims(x, 2), new)  # [L, rows, 1, KV, ...]
+    index, place_in = column // cache.block, column % cache.block
+    return _write(cache, as_blocks(one, axis=2, block=1), index, jnp.int32(0), place_in)
 
 
 def write_piece(cache: Cache, new: Cache, row: Array, position: Array) -> Cache:
@@ -121,16 +143,25 @@ def write_piece(cache: Cache, new: Cache, row: Array, position: Array) -> Cache:
       row: i32 scalar, the first row.
       position: i32 scalar, the first position; a multiple of the block, as is their number.
     """
-    at = (0, position // cache.block, row, 0, 0, 0)
+    pieces = place(as_blocks(new, axis=2, block=cache.block), None)
+    return _write(cache, pieces, position // cache.block, row, jnp.int32(0))
 
-    def write(whole: Array, part: Array) -> Array:
-        layers, rows, positions, *rest = part.shape
-        part = constrain(part, "layers", None, None, "kv_heads", *(None,) * len(rest[1:]))
-        part = part.reshape(layers, rows, positions // cache.block, cache.block, *rest)
-        part = jnp.moveaxis(part, (1, 2, 3, 4), (2, 1, 4, 3))  # [L, blocks, rows, KV, block, ...]
-        return lax.dynamic_update_slice(whole, part, at[: whole.ndim])
 
-    return jax.tree.map(write, cache, new)
+def _write(cache: Cache, part: Cache, block: Array, row: Array, place_in: Array) -> Cache:
+    zero = jnp.zeros_like(block)
+
+    def write(whole: Array, part: Array, *last: Array) -> Array:
+        return lax.dynamic_update_slice(whole, part, (zero, block, row, zero, *last))
+
+    def write_scale(whole: Array, part: Array) -> Array:
+        return write(whole, part, place_in)
+
+    return Cache(
+        k=write(cache.k, part.k, zero, place_in),
+        v=write(cache.v, part.v, place_in, zero),
+        k_scale=jax.tree.map(write_scale, cache.k_scale, part.k_scale),
+        v_scale=jax.tree.map(write_scale, cache.v_scale, part.v_scale),
+    )
 
 
 def copy_row(cache: Cache, source: Cache, row: Array, source_row: Array) -> Cache:

@@ -294,7 +294,7 @@ def _begin(
 
 
 _decode = jax.jit(decode, static_argnames=("model", "program"), donate_argnames=("slots", "output"))
-_compact = jax.jit(compact, static_argnames=("size", "idle", "shards"))
+_compact = jax.jit(compact, static_argnames=("size", "shards"))
 
 
 def _run(
@@ -335,7 +335,7 @@ def _run(
         if status.next_row >= rows and status.needed <= shrink_at:
             level = max(i for i, size in enumerate(sizes) if size >= status.needed)
             program = dataclasses.replace(program, refill=False)
-            slots = _compact(slots, size=sizes[level], idle=queue.rows, shards=program.shards)
+            slots = _compact(queue, slots, size=sizes[level], shards=program.shards)
 
 
 @functools.partial(jax.jit, static_argnames=("prompts", "rows"))

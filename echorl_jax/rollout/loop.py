@@ -139,7 +139,7 @@ def _turn(
     model: Decoder, params: PyTree, queue: Queue, slots: Slots, program: Program
 ) -> tuple[Slots, _Turn]:
     """One token for every slot, and new rows for the slots whose rows are over."""
-    logits, new = forward(model, params, slots, dynamic=program.dynamic)
+    logits, new = forward(model, params, queue, slots, dynamic=program.dynamic)
     uniforms = token_uniforms(queue.key, slots.row, slots.position)
     drawn = sample(logits, uniforms, program.sampling, forced=forced_tokens(queue, slots))
     drawn = jax.tree.map(lambda x: constrain(x, None), drawn)  # whole on every device from here on

@@ -8,7 +8,7 @@ from jax import lax
 from echorl_jax.models import Decoder
 from echorl_jax.parallel import constrain
 from echorl_jax.rollout import attention
-from echorl_jax.rollout.cache import Cache, encode, read_block, write_piece
+from echorl_jax.rollout.cache import Cache, as_blocks, encode, read_block, write_piece
 from echorl_jax.types import Array, PyTree
 
 # Stands for "no sliding window": longer than any sequence.
@@ -93,7 +93,7 @@ def _attend_piece(
     at = position + jnp.repeat(jnp.arange(chunk), group)  # position of each query
 
     def merge(partial: attention.Partial, block: Cache, first: Array) -> attention.Partial:
-        distance = at[:, None] - (first + jnp.arange(block.k.shape[2]))[None, :]
+        distance = at[:, None] - (first + jnp.arange(block.v.shape[2]))[None, :]
         valid = (distance >= 0) & (distance < window)
         return attention.merge_block(partial, grouped, block, valid[None, None])
 
@@ -102,7 +102,7 @@ def _attend_piece(
         block = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, row, rows), block)
         return merge(partial, block, index * store.block)
 
-    own = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), new)  # [rows, KV, chunk, ...]
+    own = jax.tree.map(lambda x: x[0], as_blocks(new, axis=1, block=chunk))
     partial = merge(attention.nothing(grouped), own, position)
     partial = lax.fori_loop(0, position // store.block, earlier, partial)
     out = attention.finish(partial).reshape(split.shape).transpose(0, 2, 1, 3, 4)

@@ -48,7 +48,7 @@ class Slots:
     token: Array  # i32 [M], latest token: the next input
     recent: Array  # i32 [M, R], latest tokens, for stop sequences; -1 where none
     cached: Array  # i32 [M], positions of `prompt` that are filled
-    prompt: Cache  # M rows
+    prompt: Cache | None  # M rows; None while slot i holds row i: then the queue's store serves
     ring: Cache  # M rows
     turn: Array  # i32 [], turns so far; modulo the ring's length the column to be written
     next_row: Array  # i32 [], first row that no slot has taken
@@ -67,7 +67,7 @@ def _whole(slots: Slots) -> Slots:
 
 
 def first_slots(queue: Queue, *, slots: int, memory: int, ring: Cache) -> Slots:
-    """Gives the first rows to the slots.
+    """Gives the first rows to the slots; with a slot for each row prompts are not copied.
 
     Args:
       queue: the work.
@@ -83,7 +83,7 @@ def first_slots(queue: Queue, *, slots: int, memory: int, ring: Cache) -> Slots:
         token=queue.last_token[group],
         recent=jnp.full((slots, memory), -1, jnp.int32),
         cached=queue.cached[group],
-        prompt=gather_rows(queue.store, group),
+        prompt=None if slots == queue.rows else gather_rows(queue.store, group),
         ring=ring,
         turn=jnp.zeros((), jnp.int32),
         next_row=jnp.minimum(slots, queue.count).astype(jnp.int32),
@@ -169,26 +169,31 @@ def needed(busy: Array, *, shards: int) -> Array:
     return busy.reshape(shards, -1).sum(-1, dtype=jnp.int32).max() * shards
 
 
-def compact(slots: Slots, *, size: int, idle: int, shards: int) -> Slots:
+def compact(queue: Queue, slots: Slots, *, size: int, shards: int) -> Slots:
     """The same work in ``size`` slots: the busy ones, and idle ones to fill up.
 
     Args:
+      queue: the work.
       slots: ``needed`` is at most ``size``.
       size: the new M, a multiple of ``shards``.
-      idle: row number of idle slots.
       shards: parts that the slots are split into; no cache moves from one to another.
     """
-    parts = (slots.row >= idle).reshape(shards, -1)
+    parts = (slots.row >= queue.rows).reshape(shards, -1)
     rows = jnp.argsort(parts, axis=1, stable=True)[:, : size // shards]
     order = (rows + jnp.arange(shards)[:, None] * parts.shape[1]).reshape(-1)
+    row = slots.row[order]
+    if slots.prompt is None:
+        prompt = gather_rows(queue.store, queue.group[jnp.minimum(row, queue.rows - 1)])
+    else:
+        prompt = pick_rows(slots.prompt, rows)
     fewer = dataclasses.replace(
         slots,
-        row=slots.row[order],
+        row=row,
         position=slots.position[order],
         token=slots.token[order],
         recent=slots.recent[order],
         cached=slots.cached[order],
-        prompt=pick_rows(slots.prompt, rows),
+        prompt=prompt,
         ring=pick_rows(slots.ring, rows),
     )
     return _whole(fewer)

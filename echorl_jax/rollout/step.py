@@ -9,7 +9,7 @@ from echorl_jax.rollout import attention
 from echorl_jax.rollout.attention import Partial
 from echorl_jax.rollout.cache import Cache, encode, read_block
 from echorl_jax.rollout.prefill import windows
-from echorl_jax.rollout.slots import Slots
+from echorl_jax.rollout.slots import Queue, Slots
 from echorl_jax.types import Array, PyTree
 
 
@@ -22,13 +22,16 @@ def forward(model: Decoder, params: PyTree, slots: Slots, *, dynamic: bool) -> t
     Args:
       model: the decoder.
       params: its weights.
+      queue: the work.
       slots: M of them.
       dynamic: read only blocks that hold something; else all, in loops of known length.
 
     Returns:
       Logits f32 ``[M, V]``; keys and values ``[L, M, KV, K]``.
     """
-    ring_blocks, prompt_blocks = _filled(slots, dynamic)
+    prompt = Prompt.of(queue, slots)
+    ring_blocks = _filled_ring(slots) if dynamic else slots.ring.blocks
+    prompt_blocks = -(-prompt.filled.max() // prompt.cache.block) if dynamic else prompt.cache.blocks
     positions = (slots.cached + slots.position)[:, None]
     tables = model.rotary(positions)
     window = jnp.asarray(windows(model)) if any(model.config.windows) else None
@@ -41,7 +44,7 @@ def forward(model: Decoder, params: PyTree, slots: Slots, *, dynamic: bool) -> t
         reach = None if window is None else window[index]
         partial = attention.own_position(q, k, v)
         partial = _attend_ring(partial, q, slots, index, reach, ring_blocks)
-        partial = _attend_prompt(partial, q, slots, index, reach, prompt_blocks)
+        partial = _attend_prompt(partial, q, prompt, slots, index, reach, prompt_blocks)
         out = attention.finish(partial).reshape(rows, 1, heads, width).astype(x.dtype)
         return model.finish_layer(weights, x, out), encode(k, v, like=slots.ring)
 
