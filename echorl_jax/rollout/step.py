@@ -1,5 +1,9 @@
 """One forward pass of the decoder for the latest token of every slot."""
 
+import functools
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -9,7 +13,7 @@ from echorl_jax.rollout import attention
 from echorl_jax.rollout.attention import Partial
 from echorl_jax.rollout.cache import Cache, encode, read_block
 from echorl_jax.rollout.prefill import windows
-from echorl_jax.rollout.slots import Queue, Slots
+from echorl_jax.rollout.slots import Slots
 from echorl_jax.types import Array, PyTree
 
 
@@ -29,9 +33,13 @@ def forward(model: Decoder, params: PyTree, slots: Slots, *, dynamic: bool) -> t
     Returns:
       Logits f32 ``[M, V]``; keys and values ``[L, M, KV, K]``.
     """
-    prompt = Prompt.of(queue, slots)
-    ring_blocks = _filled_ring(slots) if dynamic else slots.ring.blocks
-    prompt_blocks = -(-prompt.filled.max() // prompt.cache.block) if dynamic else prompt.cache.blocks
+    # With a slot for each row, slots of a group lie side by side and share the store's prompt.
+    prompt, filled = slots.prompt, slots.cached
+    if prompt is None:
+        prompt, filled = queue.store, queue.cached
+    ring_blocks, prompt_blocks = slots.ring.blocks, prompt.blocks
+    if dynamic:
+        ring_blocks, prompt_blocks = _filled_blocks(slots), -(-filled.max() // prompt.block)
     positions = (slots.cached + slots.position)[:, None]
     tables = model.rotary(positions)
     window = jnp.asarray(windows(model)) if any(model.config.windows) else None
@@ -44,7 +52,8 @@ def forward(model: Decoder, params: PyTree, slots: Slots, *, dynamic: bool) -> t
         reach = None if window is None else window[index]
         partial = attention.own_position(q, k, v)
         partial = _attend_ring(partial, q, slots, index, reach, ring_blocks)
-        partial = _attend_prompt(partial, q, prompt, slots, index, reach, prompt_blocks)
+        read = functools.partial(read_block, prompt, index)
+        partial = _attend_prompt(partial, q, read, filled, positions[:, 0], reach, prompt_blocks)
         out = attention.finish(partial).reshape(rows, 1, heads, width).astype(x.dtype)
         return model.finish_layer(weights, x, out), encode(k, v, like=slots.ring)
 
@@ -55,14 +64,11 @@ def forward(model: Decoder, params: PyTree, slots: Slots, *, dynamic: bool) -> t
     return constrain(logits, "batch", "vocab"), new
 
 
-def _filled(slots: Slots, dynamic: bool) -> tuple[Array | int, Array | int]:
-    """How many blocks to read: of the ring, counted back from the current one, and of prompts."""
-    ring, prompt = slots.ring, slots.prompt
-    if not dynamic:
-        return ring.blocks, prompt.blocks
+def _filled_blocks(slots: Slots) -> Array:
+    """Blocks of the ring that hold something, counted back from the current one."""
+    ring = slots.ring
     before = jnp.maximum(slots.position.max() - slots.turn % ring.block, 0)  # in earlier blocks
-    latest = 1 - (-before // ring.block)
-    return jnp.minimum(latest, ring.blocks), -(-slots.cached.max() // prompt.block)
+    return jnp.minimum(1 - (-before // ring.block), ring.blocks)
 
 
 def _attend_ring(
@@ -91,21 +97,41 @@ def _attend_ring(
 def _attend_prompt(
     partial: Partial,
     q: Array,
-    slots: Slots,
-    layer: Array,
+    read: Callable[[Array], Cache],
+    filled: Array,
+    positions: Array,
     window: Array | None,
     blocks: Array | int,
 ) -> Partial:
-    """Adds the prompt, all but its last token, which is in the ring."""
-    prompt = slots.prompt
-    current = slots.cached + slots.position
+    """Adds the prompts, all but their last tokens, which are in the ring.
+
+    Args:
+      partial: attention to the completion.
+      q: ``[M, KV, R, K]``.
+      read: block of a number, with C rows; row c serves M / C slots that lie side by side.
+      filled: i32 ``[C]``, positions that are filled.
+      positions: i32 ``[M]``, of the queries.
+      window: see :func:`prefill.windows`.
+      blocks: how many to read.
+    """
+    rows, heads, group, width = q.shape
+    count = filled.shape[0]
+    split = count, rows // count, heads, group
+    shared = q.reshape(*split, width).swapaxes(1, 2).reshape(count, heads, -1, width)
+    at = jnp.repeat(positions, group).reshape(count, -1)
 
     def merge(index: Array, partial: Partial) -> Partial:
-        column = (index * prompt.block + jnp.arange(prompt.block))[None, :]
-        valid = column < slots.cached[:, None]
+        block = read(index)
+        column = index * block.v.shape[2] + jnp.arange(block.v.shape[2])
+        valid = (column[None, :] < filled[:, None])[:, None, None]
         if window is not None:
-            valid &= current[:, None] - column < window
-        block = read_block(prompt, layer, index)
-        return attention.merge_block(partial, q, block, valid[:, None, None])
+            valid &= (at[:, :, None] - column < window)[:, None]
+        return attention.merge_block(partial, shared, block, valid)
 
-    return lax.fori_loop(0, blocks, merge, partial)
+    seen = lax.fori_loop(0, blocks, merge, attention.nothing(shared))
+
+    def apart(x: Array) -> Array:
+        x = x.reshape(count, heads, rows // count, group, *x.shape[3:]).swapaxes(1, 2)
+        return x.reshape(rows, heads, group, *x.shape[4:])
+
+    return attention.combine(partial, jax.tree.map(apart, seen))
