@@ -7,7 +7,7 @@ from echorl_jax.config_file import default_config
 
 def get_config() -> ConfigDict:
     config = default_config()
-    config.steps = 300
+    config.steps = 250
     config.model.path = "builtin:countdown"
     config.model.dtype = "float32"
     config.model.remat = "none"

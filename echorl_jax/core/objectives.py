@@ -180,6 +180,9 @@ class Objective:
     log_ratio: Callable[[Array, TrainBatch], Array] = token_ratio
     # Picks batch.selected from the whole batch; None where the loss does not use it.
     select_tokens: Callable[..., Array] | None = None
+    # The token loss is 0 where the advantage is: such rows need no computing. False for a loss of
+    # one's own that is not.
+    zero_without_advantage: bool = True
     # Share of tokens to pick, bounds of their covariance, weight of KL-Cov's penalty.
     selected_fraction: float = 0.0002
     covariance_low: float = 1.0

@@ -82,7 +82,7 @@ class Decoder:
             )
             return self.finish_layer(layer, x, out)
 
-        x = self._scan_layers(step, self.embed(params, tokens), self.layers(params))
+        x = self._scan_layers(step, self._look_up(params, tokens), self.layers(params))
         return self.final_norm(params, x)
 
     def _scan_layers(self, step, x: Array, layers: PyTree) -> Array:
@@ -120,6 +120,17 @@ class Decoder:
         """i32 ``[..., T]`` to ``[..., T, D]``."""
         x = self._part("embed", params["embed"])(tokens, jnp.dtype(self.dtype))
         return constrain(x, "batch", "length", "feature") if x.ndim == 3 else x
+
+    def _look_up(self, params: PyTree, tokens: Array) -> Array:
+        """:meth:`embed` for a table split along its features.
+
+        Each device looks up its share of the features for all rows of its ``fsdp`` neighbours, and
+        they exchange; left to itself, the compiler copies every row to every device.
+        """
+        tokens = constrain(tokens, "table_batch", "length")
+        x = self._part("embed", params["embed"])(tokens, jnp.dtype(self.dtype))
+        x = constrain(x, "table_batch", "length", "embed")
+        return constrain(x, "batch", "length", "feature")
 
     def layers(self, params: PyTree) -> PyTree:
         """The layers' weights, stacked ``[L, ...]``, to scan over."""
@@ -193,7 +204,7 @@ def _row_positions(shape: tuple[int, ...], lengths: Array | None) -> Array:
 
 @functools.cache
 def _trunk(config: DecoderConfig) -> Trunk:
-    return nnx.eval_shape(lambda: Trunk(config, nnx.Rngs(0)))
+    return nnx.eval_shape(lambda: Trunk(config))
 
 
 @functools.cache

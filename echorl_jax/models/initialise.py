@@ -1,16 +1,20 @@
 """Fresh weights, drawn straight into their shards."""
 
 import functools
+import itertools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 
 from echorl_jax.models.decoder import Decoder
-from echorl_jax.models.modules import Layer, Trunk
 from echorl_jax.parallel import Layout, tree_shardings
 from echorl_jax.types import Array, PyTree
+
+_MATRICES = ("kernel", "table")
+_CONSTANTS = {"bias": 0.0, "scale": 1.0}
 
 
 def param_shardings(model: Decoder, mesh: Mesh, *, layout: Layout = "train") -> PyTree:
@@ -36,12 +40,36 @@ def init_params(model: Decoder, key: Array, mesh: Mesh | None = None) -> PyTree:
 
 
 def _draw(model: Decoder, key: Array) -> PyTree:
-    config = model.config
-    trunk_key, layers_key = jax.random.split(key)
+    shapes = model.param_shapes()
+    layers = shapes.pop("layers")
+    one_layer = jax.tree.map(lambda leaf: leaf.shape[1:], layers)
+    outer_key, layers_key = jax.random.split(key)
+    scale = model.config.initializer_range
+    params = {
+        name: _fill(jax.tree.map(lambda leaf: leaf.shape, shapes[name]), part_key, scale)
+        for name, part_key in zip(shapes, jax.random.split(outer_key, len(shapes)), strict=True)
+    }
+    layer_keys = jax.random.split(layers_key, model.config.num_layers)
+    params["layers"] = jax.lax.map(lambda layer_key: _fill(one_layer, layer_key, scale), layer_keys)
+    return jax.tree.map(lambda leaf: leaf.astype(model.param_dtype), params)
 
-    def layer(layer_key: Array) -> PyTree:
-        return nnx.to_pure_dict(nnx.state(Layer(config, nnx.Rngs(params=layer_key))))
 
-    params = nnx.to_pure_dict(nnx.state(Trunk(config, nnx.Rngs(params=trunk_key))))
-    params["layers"] = jax.vmap(layer)(jax.random.split(layers_key, config.num_layers))
-    return jax.tree.map(lambda leaf: jnp.asarray(leaf, model.param_dtype), params)
+def _fill(shapes: PyTree, key: Array, scale: float) -> PyTree:
+    """Arrays for a tree of shapes; its matrices share a single draw, which compiles once."""
+    leaves, tree = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=_is_shape)
+    kinds = [path[-1].key for path, _ in leaves]
+    sizes = [
+        math.prod(shape) if kind in _MATRICES else 0
+        for kind, (_, shape) in zip(kinds, leaves, strict=True)
+    ]
+    draws = scale * jax.random.normal(key, (sum(sizes),))
+    ends = itertools.accumulate(sizes)
+    values = [
+        draws[end - size : end].reshape(shape) if size else jnp.full(shape, _CONSTANTS[kind])
+        for kind, (_, shape), size, end in zip(kinds, leaves, sizes, ends, strict=True)
+    ]
+    return jax.tree.unflatten(tree, values)
+
+
+def _is_shape(node: Any) -> bool:
+    return isinstance(node, tuple)

@@ -1,8 +1,8 @@
 """The parts of the decoder as Flax NNX modules: what they hold, where, and how they compute.
 
-Parameters are declared once, with their initialisation and logical axes; weights arrive from
-outside, so a module is built abstractly and merged with arrays where it is used. Matrix products
-run in the dtype of their input; norms, rotary embedding and softmax in f32.
+Parameters are declared once, with shape and logical axes. Weights arrive from outside, so a module
+is built abstractly (the zeros below are never allocated) and merged with arrays where it is used.
+Matrix products run in the dtype of their input; norms and rotary embedding in f32.
 """
 
 import jax
@@ -18,10 +18,9 @@ from echorl_jax.types import Array
 class Embedding(nnx.Module):
     """Token ids to vectors."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig):
         shape = (config.vocab_size, config.hidden_size)
-        table = config.initializer_range * jax.random.normal(rngs.params(), shape)
-        self.table = nnx.Param(table, axes=("vocab", "embed"))
+        self.table = nnx.Param(jnp.zeros(shape), axes=("vocab", "embed"))
 
     def __call__(self, tokens: Array, dtype: jnp.dtype) -> Array:
         return jnp.take(self.table[...], tokens, axis=0, mode="clip").astype(dtype)
@@ -32,7 +31,7 @@ class RMSNorm(nnx.Module):
 
     def __init__(self, size: int, eps: float):
         self.eps = eps
-        self.scale = nnx.Param(jnp.ones(size), axes=("norm",))
+        self.scale = nnx.Param(jnp.zeros(size), axes=("norm",))
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
@@ -52,13 +51,10 @@ class Linear(nnx.Module):
         axes: tuple[str, ...],
         *,
         bias: bool,
-        scale: float,
-        rngs: nnx.Rngs,
         inputs: int = 1,
     ):
         self.inputs = inputs
-        kernel = scale * jax.random.normal(rngs.params(), shape)
-        self.kernel = nnx.Param(kernel, axes=axes)
+        self.kernel = nnx.Param(jnp.zeros(shape), axes=axes)
         self.bias = nnx.Param(jnp.zeros(shape[inputs:]), axes=axes[inputs:]) if bias else None
 
     def __call__(self, x: Array) -> Array:
@@ -76,13 +72,13 @@ class Attention(nnx.Module):
     keys.
     """
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        c, scale = config, config.initializer_range
+    def __init__(self, config: DecoderConfig):
+        c = config
         width, heads, kv_heads = c.head_dim, c.num_heads, c.num_kv_heads
 
         def into(count: int, axis: str) -> Linear:
             shape, axes = (c.hidden_size, count, width), ("embed", axis, "head_dim")
-            return Linear(shape, axes, bias=c.qkv_bias, scale=scale, rngs=rngs)
+            return Linear(shape, axes, bias=c.qkv_bias)
 
         self.q = into(heads, "heads")
         self.k = into(kv_heads, "kv_heads")
@@ -91,8 +87,6 @@ class Attention(nnx.Module):
             (heads, width, c.hidden_size),
             ("heads", "head_dim", "embed"),
             bias=c.output_bias,
-            scale=scale,
-            rngs=rngs,
             inputs=2,
         )
         self.q_norm = RMSNorm(width, c.norm_eps) if c.qk_norm else None
@@ -110,14 +104,13 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """``down(silu(gate x) * up x)``."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig):
         c = config
         inward = (c.hidden_size, c.intermediate_size), ("embed", "mlp")
         outward = (c.intermediate_size, c.hidden_size), ("mlp", "embed")
-        options = {"bias": c.mlp_bias, "scale": c.initializer_range, "rngs": rngs}
-        self.gate = Linear(*inward, **options)
-        self.up = Linear(*inward, **options)
-        self.down = Linear(*outward, **options)
+        self.gate = Linear(*inward, bias=c.mlp_bias)
+        self.up = Linear(*inward, bias=c.mlp_bias)
+        self.down = Linear(*outward, bias=c.mlp_bias)
 
     def __call__(self, x: Array) -> Array:
         inner = jax.nn.silu(self.gate(x)) * self.up(x)
@@ -127,11 +120,11 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """One decoder layer in two halves, with the attention kernel between them."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
+    def __init__(self, config: DecoderConfig):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, rngs)
+        self.attention = Attention(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = MLP(config, rngs)
+        self.mlp = MLP(config)
 
     def qkv(self, x: Array, tables: Rotary) -> tuple[Array, Array, Array]:
         return self.attention.qkv(self.attention_norm(x), tables)
@@ -147,10 +140,10 @@ class Trunk(nnx.Module):
     ``[L, ...]``.
     """
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        self.embed = Embedding(config, rngs)
-        self.layers = Layer(config, rngs)
+    def __init__(self, config: DecoderConfig):
+        self.embed = Embedding(config)
+        self.layers = Layer(config)
         self.final_norm = RMSNorm(config.hidden_size, config.norm_eps)
         if not config.tied_embeddings:
             shape, axes = (config.hidden_size, config.vocab_size), ("embed", "vocab")
-            self.head = Linear(shape, axes, bias=False, scale=config.initializer_range, rngs=rngs)
+            self.head = Linear(shape, axes, bias=False)

@@ -32,6 +32,8 @@ _TRAIN: Mapping[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
     "length": (),
     "feature": (),
+    # rows at the embedding table, whose features are split over fsdp
+    "table_batch": ("data",),
 }
 TABLE: Mapping[Layout, Mapping[str, tuple[str, ...]]] = {
     "train": _TRAIN,
@@ -40,7 +42,7 @@ TABLE: Mapping[Layout, Mapping[str, tuple[str, ...]]] = {
 # Axes that are kept whole on every device when they do not divide: few KV heads cost little, a
 # ragged last batch is small, and an odd vocabulary is that of a tiny model. Any other axis that
 # does not divide is an error.
-_WHOLE_IF_INDIVISIBLE = frozenset({"kv_heads", "batch", "vocab"})
+_WHOLE_IF_INDIVISIBLE = frozenset({"kv_heads", "batch", "table_batch", "vocab"})
 
 
 def partition_spec(

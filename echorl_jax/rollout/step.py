@@ -13,11 +13,13 @@ from echorl_jax.rollout import attention
 from echorl_jax.rollout.attention import Partial
 from echorl_jax.rollout.cache import Cache, encode, read_block
 from echorl_jax.rollout.prefill import windows
-from echorl_jax.rollout.slots import Slots
+from echorl_jax.rollout.slots import Queue, Slots
 from echorl_jax.types import Array, PyTree
 
 
-def forward(model: Decoder, params: PyTree, slots: Slots, *, dynamic: bool) -> tuple[Array, Cache]:
+def forward(
+    model: Decoder, params: PyTree, queue: Queue, slots: Slots, *, dynamic: bool
+) -> tuple[Array, Cache]:
     """Logits after each slot's latest token, and what it adds to the ring.
 
     The caches are only read here: a token attends to itself directly, and its keys and values are
@@ -26,6 +28,7 @@ def forward(model: Decoder, params: PyTree, slots: Slots, *, dynamic: bool) -> t
     Args:
       model: the decoder.
       params: its weights.
+      queue: the work.
       queue: the work.
       slots: M of them.
       dynamic: read only blocks that hold something; else all, in loops of known length.

@@ -11,7 +11,7 @@ from echorl_jax.core import Objective, mixed_groups, overlong_punishment
 from echorl_jax.data import Prompt, add_hint
 from echorl_jax.evaluation.grading import grade_rollouts
 from echorl_jax.rewards import Verdict
-from echorl_jax.rollout import generate
+from echorl_jax.rollout import generate_with_progress
 from echorl_jax.training.experts import append_experts
 from echorl_jax.training.logs import timed
 from echorl_jax.training.run import Run
@@ -33,6 +33,7 @@ class Experience:
     responses: tuple[str, ...]  # N
     reasons: tuple[str, ...]  # N
     seconds: dict[str, float]
+    slot_occupancy: float = 1.0  # share of decoded tokens that somebody wanted
     rounds: int = 1
 
 
@@ -83,7 +84,7 @@ def _sample_round(run: Run, params: PyTree, key: Array, *, step: int) -> Experie
             for prompt in prompts
         ]
     with timed(seconds, "rollout"):
-        rollouts = generate(
+        rollouts, progress = generate_with_progress(
             session.model,
             params,
             [prompt.ids for prompt in prompts],
@@ -119,6 +120,7 @@ def _sample_round(run: Run, params: PyTree, key: Array, *, step: int) -> Experie
         responses=texts.responses,
         reasons=tuple(verdict.reason for verdict in texts.verdicts),
         seconds=seconds,
+        slot_occupancy=progress.occupancy,
     )
 
 
@@ -187,6 +189,7 @@ def _join(rounds: Sequence[Experience]) -> Experience:
         responses=tuple(text for part in rounds for text in part.responses),
         reasons=tuple(text for part in rounds for text in part.reasons),
         seconds={name: sum(part.seconds[name] for part in rounds) for name in rounds[0].seconds},
+        slot_occupancy=sum(part.slot_occupancy for part in rounds) / len(rounds),
         rounds=len(rounds),
     )
 

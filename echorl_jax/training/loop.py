@@ -61,7 +61,12 @@ def train(
                 sampled_tokens=int(found.rollouts.completion_length.sum()),
                 seconds=found.seconds,
             )
-            metrics = batch_metrics(made.stats) | update_metrics(done) | speed
+            sampling = {
+                "rollout/slot_occupancy": found.slot_occupancy,
+                "rollout/rounds": found.rounds,
+                "group/in_policy_fraction": float(found.in_policy.mean()),
+            }
+            metrics = batch_metrics(made.stats) | update_metrics(done) | speed | sampling
             if not run.end_step(step, state, metrics):
                 break
         run.finish(state)

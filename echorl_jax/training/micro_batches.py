@@ -14,6 +14,9 @@ import numpy as np
 
 from echorl_jax.types import HostArray, TrainBatch
 
+# Rows of a micro-batch, for each data-parallel device, that are worth a program of their own.
+SMALLEST_ROWS = 32
+
 
 def length_buckets(longest: int) -> tuple[int, ...]:
     """Row lengths that are compiled for, each at most twice the one before.
@@ -90,13 +93,18 @@ def micro_batches(
 def _row_count(rows: int, multiple: int, *, most: int) -> int:
     """``multiple`` times a power of two, without much padding: a rest comes in a smaller one.
 
-    >>> [_row_count(rows, 1, most=256) for rows in (1, 7, 21, 60, 85, 185, 250)]
-    [1, 8, 32, 64, 64, 128, 256]
+    Below 32 rows, padding costs less than another compiled program.
+
+    >>> [_row_count(rows, 1, most=256) for rows in (1, 60, 85, 185, 250)]
+    [32, 64, 64, 128, 256]
+    >>> _row_count(1, 1, most=5)
+    4
     """
     count = multiple
-    while count < rows and 2 * count <= most:
+    while 2 * count <= most and (count < rows or count < SMALLEST_ROWS * multiple):
         count *= 2
-    return count if count <= 32 * multiple or count - rows <= count // 8 else count // 2
+    small = count <= SMALLEST_ROWS * multiple
+    return count if small or count - rows <= count // 8 else count // 2
 
 
 def _used_tokens(weights: HostArray) -> np.ndarray:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from echorl_jax.config import Config
+from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import Objective, active_coef, load_objective
 from echorl_jax.data import PromptStream, load_rows
 from echorl_jax.rewards import GraderPool
@@ -101,7 +101,11 @@ class Run:
         objective = self.objective
         if not echo_active:
             batch = dataclasses.replace(batch, echo_weights=np.zeros_like(batch.echo_weights))
-        every_row = objective.kl_coef != 0 or objective.entropy_coef != 0
+        every_row = (
+            objective.kl_coef != 0
+            or objective.entropy_coef != 0
+            or not objective.zero_without_advantage
+        )
         batch, rows = trainable_rows(batch, every_row=every_row)
 
         def score(weights: PyTree) -> np.ndarray:
@@ -251,4 +255,7 @@ def configured_objective(config: Config) -> Objective:
         for name, value in vars(config.objective).items()
         if name in {field.name for field in dataclasses.fields(Objective)}
     }
-    return load_objective(config.objective.name, **settings)
+    try:
+        return load_objective(config.objective.name, **settings)
+    except ValueError as error:
+        raise ConfigError(f"config.objective.name: {error}") from error

@@ -70,11 +70,9 @@ class Update:
         total = None
         coef = jnp.float32(echo_coef)
         for micro in micro_batches:
+            total = _nothing(state.params) if total is None else total
             placed = place_rows(micro, self.mesh)
-            if total is None:
-                total = _first(self, state.params, placed, coef)
-            else:
-                total = _accumulate(self, total, state.params, placed, coef)
+            total = _accumulate(self, total, state.params, placed, coef)
         return (state, _no_stats()) if total is None else _apply(self, state, total)
 
 
@@ -138,21 +136,24 @@ def _loss(params: PyTree, update: Update, micro: TrainBatch, echo_coef: Array):
     return total, (terms, jax.lax.stop_gradient(gap))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _first(update: Update, params: PyTree, micro: TrainBatch, echo_coef: Array) -> Accumulated:
-    grads = jax.value_and_grad(_loss, has_aux=True)
-    (loss, (terms, gap)), gradient = grads(params, update, micro, echo_coef)
-    return Accumulated(gradient, loss, terms, gap)
+@jax.jit
+def _nothing(params: PyTree) -> Accumulated:
+    zero = jnp.zeros(())
+    return Accumulated(jax.tree.map(jnp.zeros_like, params), zero, _no_terms(), zero)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _accumulate(
     update: Update, total: Accumulated, params: PyTree, micro: TrainBatch, echo_coef: Array
 ) -> Accumulated:
-    new = _first(update, params, micro, echo_coef)
-    gap = jnp.maximum(total.logprob_gap, new.logprob_gap)
-    summed = jax.tree.map(jnp.add, total, new)
-    return dataclasses.replace(summed, logprob_gap=gap)
+    grads = jax.value_and_grad(_loss, has_aux=True)
+    (loss, (terms, gap)), gradient = grads(params, update, micro, echo_coef)
+    return Accumulated(
+        gradient=jax.tree.map(jnp.add, total.gradient, gradient),
+        loss=total.loss + loss,
+        terms=total.terms + terms,
+        logprob_gap=jnp.maximum(total.logprob_gap, gap),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -177,11 +178,15 @@ def _apply(update: Update, state: TrainState, total: Accumulated) -> tuple[Train
     return state, UpdateStats(total.loss, total.terms, total.logprob_gap, grad_norm, finite)
 
 
+def _no_terms() -> LossTerms:
+    zero = jnp.zeros(())
+    return LossTerms(*[LossTerm(zero, zero)] * len(dataclasses.fields(LossTerms)))
+
+
 def _no_stats() -> UpdateStats:
     """Of an update without any row to learn from."""
     zero = jnp.zeros(())
-    terms = LossTerms(*[LossTerm(zero, zero)] * len(dataclasses.fields(LossTerms)))
-    return UpdateStats(zero, terms, zero, zero, jnp.array(True))
+    return UpdateStats(zero, _no_terms(), zero, zero, jnp.array(True))
 
 
 def add_stats(parts: Sequence[UpdateStats]) -> UpdateStats:

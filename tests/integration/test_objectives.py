@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from echorl_jax.config import ConfigError
 from echorl_jax.core import OBJECTIVES
 from echorl_jax.training import loop
 from echorl_jax.training.workdir import whole_lines
@@ -43,6 +44,23 @@ def test_two_steps(name: str, tmp_path: Path) -> None:
         assert lines[0]["loss/nll"] > 0
     if name == "dapo":
         assert all(len(line["groups"]) in (4, 8) for line in ledger)
+
+
+def test_an_objective_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_objectives.py").write_text(
+        "import echorl_jax as echo\n\n\n"
+        "def push(logprobs, batch, objective):\n"
+        "    return -(batch.advantages[:, None] + 1.0) * logprobs\n\n\n"
+        "mine = echo.Objective(token_loss=push, zero_without_advantage=False)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = small_config(steps=1, objective={"name": "my_objectives:mine", "kl_coef": None})
+    loop.train(config, tmp_path / "run", devices=jax.devices()[:1])
+    (line,) = whole_lines(tmp_path / "run" / "metrics.jsonl")
+    assert line["train/rows_skipped_fraction"] == 0 and line["loss/policy"] > 0
+    missing = small_config(steps=1, objective={"name": "my_objectives:yours"})
+    with pytest.raises(ConfigError, match="config.objective.name.*yours"):
+        loop.train(missing, tmp_path / "missing", devices=jax.devices()[:1])
 
 
 def test_several_updates_in_a_step(tmp_path: Path) -> None:

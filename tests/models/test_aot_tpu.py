@@ -1,0 +1,63 @@
+"""The training step's model, compiled for TPU by libtpu on this machine: it fits, with splash."""
+
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+GIB = 2**30
+
+
+@pytest.fixture(scope="session")
+def libtpu(tmp_path_factory) -> str:
+    """A directory with the libtpu that this JAX asks for, apart from this environment.
+
+    Installed, it would make every JAX process look for a TPU. ``ECHORL_LIBTPU`` names a ready one.
+    """
+    given = os.environ.get("ECHORL_LIBTPU")
+    if given:
+        return given
+    wanted = next(r for r in importlib.metadata.requires("jax") or [] if r.startswith("libtpu"))
+    target = str(tmp_path_factory.mktemp("libtpu"))
+    requirement = wanted.split(";")[0].strip()
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target]
+    subprocess.run([*pip, requirement], check=True)
+    return target
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shape,accelerator,topology,fsdp,tensor,rows,hbm",
+    [
+        ("qwen2.5-1.5b", "v5litepod-8", "v5e:2x4", 8, 1, 8, 16 * GIB),
+        ("qwen2.5-7b", "v5litepod-16", "v5e:4x4", 8, 2, 8, 16 * GIB),
+        ("qwen2.5-1.5b", "v5p-16", "v5p:2x2x2", 4, 1, 16, 95 * GIB),
+        ("qwen2.5-7b", "v5p-16", "v5p:2x2x2", 4, 2, 8, 95 * GIB),
+    ],
+)
+def test_training_step_compiles_for_tpu(
+    shape, accelerator, topology, fsdp, tensor, rows, hbm, libtpu, capsys
+):
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), libtpu]),
+        "JAX_PLATFORMS": "cpu",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_ACCELERATOR_TYPE": accelerator,
+    }
+    script = str(Path(__file__).parent / "aot_tpu.py")
+    arguments = [shape, topology, str(fsdp), str(tensor), str(rows), "4096"]
+    done = subprocess.run(
+        [sys.executable, script, *arguments], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    result = json.loads(done.stdout.splitlines()[-1])
+    with capsys.disabled():
+        print("\n" + json.dumps(result))
+    assert result["kernels"] >= 3  # forward, and two of the backward pass
+    assert result["arguments_bytes"] + result["temporary_bytes"] < hbm
