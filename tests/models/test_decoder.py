@@ -68,7 +68,8 @@ def test_packed_rows_equal_separate_rows(params):
     cuts = [0, 20, 65]
     segments = jnp.asarray(np.repeat([0, 1, 2], [20, 45, 5]))[None, :]
     positions = jnp.asarray(np.concatenate([np.arange(20), np.arange(45), np.arange(5)]))[None, :]
-    packed = MODEL.hidden(
+    hidden = jax.jit(MODEL.hidden)
+    packed = hidden(
         params,
         tokens,
         lengths=jnp.array([65]),
@@ -76,14 +77,14 @@ def test_packed_rows_equal_separate_rows(params):
         positions=positions.astype(jnp.int32),
     )
     for start, end in zip(cuts, cuts[1:], strict=False):
-        alone = MODEL.hidden(params, tokens[:, start:end])
+        alone = hidden(params, tokens[:, start:end])
         np.testing.assert_allclose(packed[:, start:end], alone, atol=2e-5)
 
 
 def test_the_blocks_step_by_step_equal_the_whole(params):
     """A sampler's way: one token at a time, keys and values kept, the same weights and maths."""
     tokens = _tokens(2, 9)
-    whole = MODEL.hidden(params, tokens)
+    whole = jax.jit(MODEL.hidden)(params, tokens)
     windows = jnp.array([window or 99 for window in CONFIG.windows])
     cache = jnp.zeros((2, 3, 2, 9, 2, 8))  # k or v, layer, row, position, head, width
 
@@ -148,7 +149,7 @@ def test_remat_saves_memory():
 
 
 def test_compile_time_does_not_grow_with_depth():
-    """Processor seconds, the smaller of two tries: 48 layers against 4."""
+    """Processor seconds, which neighbours on the machine hardly disturb: 48 layers against 4."""
 
     def seconds(layers: int) -> float:
         config = dataclasses.replace(CONFIG, num_layers=layers, windows=(None,) * layers)
@@ -159,7 +160,7 @@ def test_compile_time_does_not_grow_with_depth():
         return time.process_time() - start
 
     seconds(3)
-    assert min(seconds(48), seconds(47)) < 1.3 * min(seconds(4), seconds(5))
+    assert seconds(48) < 1.3 * max(seconds(4), seconds(5))
 
 
 def test_dynamic_rope_looks_at_each_row_alone():
@@ -169,8 +170,9 @@ def test_dynamic_rope_looks_at_each_row_alone():
     model = Decoder(config, "float32", attention="xla")
     params = init_params(model, jax.random.key(0))
     tokens = _tokens(2, 14)
-    both = model.logits(params, tokens, lengths=jnp.array([14, 10]))
-    np.testing.assert_allclose(both[1:, :10], model.logits(params, tokens[1:, :10]), atol=2e-5)
+    logits = jax.jit(model.logits)
+    both = logits(params, tokens, lengths=jnp.array([14, 10]))
+    np.testing.assert_allclose(both[1:, :10], logits(params, tokens[1:, :10]), atol=2e-5)
 
 
 def test_cast_keeps_norms_and_is_what_compute_uses(params):
