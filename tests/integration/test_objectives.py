@@ -77,3 +77,17 @@ def test_several_updates_in_a_step(tmp_path: Path) -> None:
     ]
     assert lines[0]["ratio/clip_fraction"] > 0 == lines[1]["ratio/clip_fraction"]
     assert lines[0]["reward/mean"] == lines[1]["reward/mean"]
+
+
+def test_old_logprobs_by_sampler_or_trainer_agree(tmp_path: Path) -> None:
+    """In float32 both compute the same policy, so the update is the same within rounding."""
+    states = [
+        loop.train(
+            small_config(steps=1, objective={"old_logprobs": source}),
+            tmp_path / source,
+            devices=jax.devices()[:1],
+        )
+        for source in ("rollout", "trainer")
+    ]
+    pairs = zip(*(jax.tree.leaves(jax.device_get(s.params)) for s in states), strict=True)
+    assert all(np.allclose(a, b, atol=1e-4) for a, b in pairs)
