@@ -29,7 +29,6 @@ def forward(
       model: the decoder.
       params: its weights.
       queue: the work.
-      queue: the work.
       slots: M of them.
       dynamic: read only blocks that hold something; else all, in loops of known length.
 
@@ -128,7 +127,7 @@ def _attend_prompt(
         column = index * block.v.shape[2] + jnp.arange(block.v.shape[2])
         valid = (column[None, :] < filled[:, None])[:, None, None]
         if window is not None:
-            valid &= (at[:, :, None] - column < window)[:, None]
+            valid &= (at[:, :, None] - column[None, None, :] < window)[:, None]
         return attention.merge_block(partial, shared, block, valid)
 
     seen = lax.fori_loop(0, blocks, merge, attention.nothing(shared))

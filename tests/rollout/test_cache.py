@@ -1,5 +1,7 @@
 """Blocks, rings and pieces against plain attention over a plain array."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,14 +34,22 @@ def test_merged_blocks_are_one_softmax(order):
     valid = np.random.default_rng(3).random((4, 24)) < 0.6
     valid[1, :8] = False  # a block that one row sees nothing of
     own_k, own_v = random(4, 2, 6, seed=4), random(4, 2, 6, seed=5)
-    partial = attention.own_position(q, own_k, own_v)
+    partial, apart = attention.own_position(q, own_k, own_v), attention.nothing(q)
     for at in order:
         part = slice(at * 8, at * 8 + 8)
-        block = cache.Cache(k[:, :, part], v[:, :, part])
-        partial = attention.merge_block(partial, q, block, jnp.asarray(valid[:, None, None, part]))
+        block = cache.Cache(jnp.swapaxes(k[:, :, part], 2, 3), v[:, :, part])
+        seen = jnp.asarray(valid[:, None, None, part])
+        partial = attention.merge_block(partial, q, block, seen)
+        if at != 0:
+            apart = attention.merge_block(apart, q, block, seen)
     everything = [jnp.concatenate([x, y[:, :, None]], 2) for x, y in ((k, own_k), (v, own_v))]
     expected = plain(q, *everything, np.append(valid, np.ones((4, 1), bool), axis=1))
     np.testing.assert_allclose(attention.finish(partial), expected, atol=1e-5)
+    # What was merged apart counts twice, as if those keys stood there twice.
+    both = attention.combine(partial, apart)
+    twice = [np.concatenate([x, y[:, :, 8:]], 2) for x, y in zip(everything, (k, v), strict=True)]
+    seen = np.append(np.append(valid, np.ones((4, 1), bool), axis=1), valid[:, 8:], axis=1)
+    np.testing.assert_allclose(attention.finish(both), plain(q, *twice, seen), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 0), ("bfloat16", 0.02), ("int8", 0.02)])
@@ -53,20 +63,24 @@ def test_what_is_written_is_read(dtype, tolerance):
         new = cache.encode(k[:, :, column], v[:, :, column], like=store)
         store = cache.write_column(store, new, jnp.int32(column))
 
-    def values(layer, index):
+    def read(layer, index):
         block = cache.read_block(store, jnp.int32(layer), jnp.int32(index))
-        scale = 1.0 if block.k_scale is None else np.asarray(block.k_scale)[..., None]
-        return np.asarray(block.k, np.float32) * scale
+        keys, values = np.asarray(block.k, np.float32), np.asarray(block.v, np.float32)
+        if block.k_scale is not None:
+            keys = keys * np.asarray(block.k_scale)[:, :, None]
+            values = values * np.asarray(block.v_scale)[..., None]
+        return np.swapaxes(keys, 2, 3), values
 
-    for layer in range(2):
+    for layer, kind in itertools.product(range(2), range(2)):
+        given = np.asarray((k, v)[kind][layer])
         for column in (0, 7, 5):
-            np.testing.assert_allclose(
-                values(layer, 0)[:, :, column], k[layer, :, column], atol=2 * tolerance
-            )
+            found = read(layer, 0)[kind][:, :, column]
+            np.testing.assert_allclose(found, given[:, column], atol=2 * tolerance)
         for index in (1, 2):
-            expected = np.moveaxis(np.asarray(k[layer, :2, index * 8 - 8 : index * 8]), 1, 2)
-            np.testing.assert_allclose(values(layer, index)[2:], expected, atol=2 * tolerance)
-            assert not values(layer, index)[:2].any()
+            expected = np.moveaxis(given[:2, index * 8 - 8 : index * 8], 1, 2)
+            found = read(layer, index)[kind]
+            np.testing.assert_allclose(found[2:], expected, atol=2 * tolerance)
+            assert not found[:2].any()
 
 
 def test_int8_scales_keep_zero_and_extremes():
@@ -78,7 +92,7 @@ def test_int8_scales_keep_zero_and_extremes():
 
 
 def test_rows_are_copied_and_picked():
-    source = cache.Cache(random(2, 3, 4, 2, 8, 6), random(2, 3, 4, 2, 8, 6, seed=1))
+    source = cache.Cache(random(2, 3, 4, 2, 6, 8), random(2, 3, 4, 2, 8, 6, seed=1))
     copied = cache.copy_row(source, source, jnp.int32(3), jnp.int32(1))
     np.testing.assert_array_equal(copied.k[:, :, 3], source.k[:, :, 1])
     np.testing.assert_array_equal(copied.k[:, :, :3], source.k[:, :, :3])

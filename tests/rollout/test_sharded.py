@@ -34,7 +34,7 @@ def collectives(program: str) -> list[tuple[str, int]]:
     return found
 
 
-@pytest.mark.parametrize("shape, slots", [((2, 2, 2), 8), ((4, 1, 2), 0), ((8, 1, 1), 16)])
+@pytest.mark.parametrize("shape, slots", [((2, 2, 2), 8), ((4, 1, 2), 0)])
 def test_same_samples_on_any_mesh(model, base, shape, slots, monkeypatch):
     mesh = make_mesh(*shape)
     engine = sys.modules["echorl_jax.rollout.generate"]
