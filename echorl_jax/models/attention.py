@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from echorl_jax.models.blockwise import HIDDEN, blockwise_attention
 from echorl_jax.models.config import ModelError
+from echorl_jax.models.precision import precision_of
 from echorl_jax.models.splash import splash_attention
 from echorl_jax.types import Array
 
@@ -125,10 +126,13 @@ def _direct(
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, width)
-    scores = jnp.einsum("bqngk,bsnk->bngqs", grouped, k, preferred_element_type=jnp.float32)
+    precision = precision_of(q.dtype)
+    scores = jnp.einsum(
+        "bqngk,bsnk->bngqs", grouped, k, precision=precision, preferred_element_type=jnp.float32
+    )
     visible = _visible(length, lengths, segment_ids, window)[:, None, None]
     weights = jax.nn.softmax(jnp.where(visible, scores * width**-0.5, HIDDEN), axis=-1)
-    out = jnp.einsum("bngqs,bsnk->bqngk", weights.astype(v.dtype), v)
+    out = jnp.einsum("bngqs,bsnk->bqngk", weights.astype(v.dtype), v, precision=precision)
     return out.reshape(q.shape)
 
 

@@ -2,15 +2,16 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from echorl_jax.models.attention import Kernel, attend
-from echorl_jax.models.config import DecoderConfig
+from echorl_jax.models.config import DecoderConfig, ModelError
 from echorl_jax.models.modules import Trunk
+from echorl_jax.models.precision import precision_of
 from echorl_jax.models.rope import Rotary, rotary
 from echorl_jax.parallel import constrain
 from echorl_jax.types import Array, PyTree
@@ -42,6 +43,14 @@ class Decoder:
     remat: Remat = "layer"
     attention: Kernel = "auto"
 
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("remat", self.remat, get_args(Remat)),
+            ("attention", self.attention, get_args(Kernel)),
+        ):
+            if value not in allowed:
+                raise ModelError(f"{name}={value!r} is not one of {', '.join(allowed)}")
+
     def hidden(
         self,
         params: PyTree,
@@ -69,43 +78,36 @@ class Decoder:
             positions = _row_positions(tokens.shape, lengths)
         tables = self.rotary(positions)
 
-        def step(x: Array, layer: PyTree, window: int | None) -> Array:
-            q, k, v = self.qkv(layer, x, positions, tables)
-            out = attend(
-                q,
-                k,
-                v,
-                lengths=lengths,
-                segment_ids=segment_ids,
-                window=window,
-                kernel=self.attention,
-            )
-            return self.finish_layer(layer, x, out)
+        masks = {"lengths": lengths, "segment_ids": segment_ids, "kernel": self.attention}
+        windows = tuple(dict.fromkeys(self.config.windows))
+        kernels = [functools.partial(attend, window=window, **masks) for window in windows]
 
-        x = self._scan_layers(step, self._look_up(params, tokens), self.layers(params))
-        return self.final_norm(params, x)
-
-    def _scan_layers(self, step, x: Array, layers: PyTree) -> Array:
-        windows = self.config.windows
-        kinds = tuple(dict.fromkeys(windows))
-
-        def body(x: Array, scanned):
+        def body(x: Array, scanned: tuple[PyTree, Array]) -> tuple[Array, None]:
             layer, kind = scanned
-            branches = [functools.partial(step, window=window) for window in kinds]
-            if len(kinds) == 1:
-                return branches[0](x, layer), None
-            return jax.lax.switch(kind, branches, x, layer), None
+            q, k, v = self.qkv(layer, x, positions, tables)
+            if len(kernels) == 1:
+                attended = kernels[0](q, k, v)
+            else:
+                attended = jax.lax.switch(kind, kernels, q, k, v)
+            return self.finish_layer(layer, x, attended), None
 
         if self.remat != "none":
             body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
-        kind = jnp.array([kinds.index(window) for window in windows], jnp.int32)
-        return jax.lax.scan(body, x, (layers, kind))[0]
+        kinds = jnp.array([windows.index(window) for window in self.config.windows], jnp.int32)
+        x = self._look_up(params, tokens)
+        x, _ = jax.lax.scan(body, x, (self.layers(params), kinds))
+        return self.final_norm(params, x)
 
     def logits(self, params: PyTree, tokens: Array, *, lengths: Array | None = None) -> Array:
         """f32 ``[B, T, V]``; large, so for tests and small work only."""
         hidden = self.hidden(params, tokens, lengths=lengths)
         head = self.head(params).astype(hidden.dtype)
-        return jnp.matmul(hidden, head, preferred_element_type=jnp.float32)
+        return jnp.matmul(
+            hidden,
+            head,
+            precision=precision_of(hidden.dtype),
+            preferred_element_type=jnp.float32,
+        )
 
     def head(self, params: PyTree) -> Array:
         """``[D, V]``, the output projection, or the transposed embedding where the two are tied.

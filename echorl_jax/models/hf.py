@@ -215,7 +215,7 @@ def _load(name: TensorName, stored: dict[str, StoredTensor], sharding: Any, dtyp
         return _device_array(name, stored[name.stored[0]], sharding).astype(dtype)
     one = _layer_sharding(sharding)
     shape = (len(name.stored), *name.shape)
-    stack = jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+    stack = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, dtype)
     write = jax.jit(_write_layer, donate_argnums=0, out_shardings=sharding)
     for layer, tensor in enumerate(name.stored):
         stack = write(stack, _device_array(name, stored[tensor], one), layer)

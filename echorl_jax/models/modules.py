@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from echorl_jax.models.config import DecoderConfig
+from echorl_jax.models.precision import precision_of
 from echorl_jax.models.rope import Rotary, rotate
 from echorl_jax.parallel import constrain
 from echorl_jax.types import Array
@@ -60,7 +61,9 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...].astype(x.dtype)
         contracted = tuple(range(x.ndim - self.inputs, x.ndim)), tuple(range(self.inputs))
-        out = jax.lax.dot_general(x, kernel, (contracted, ((), ())))
+        out = jax.lax.dot_general(
+            x, kernel, (contracted, ((), ())), precision=precision_of(x.dtype)
+        )
         if self.bias is None:
             return out
         bias = self.bias[...].astype(x.dtype)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-from echorl_jax.parallel import partition_spec
+from echorl_jax.parallel import mesh_in_force, partition_spec
 from echorl_jax.types import Array
 
 _LANES = 128
@@ -39,8 +39,8 @@ def splash_attention(
     )
     q, k, v = (_heads_first(x, padded) for x in (q * q.dtype.type(width**-0.5), k, v))
     segments = _segments(batch, length, padded, lengths, segment_ids)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.empty:
+    mesh = mesh_in_force()
+    if mesh is not None:
         q_spec = partition_spec(("batch", "heads", "length", "head_dim"), q.shape, mesh)
         kv_spec = partition_spec(("batch", "kv_heads", "length", "head_dim"), k.shape, mesh)
         row_spec = partition_spec(("batch", "length"), segments.shape, mesh)

@@ -121,19 +121,21 @@ def write_tensors(
     tensor) with their index.
     """
     shards = _cut(tensors, dtype, shard_bytes)
+    files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    files = files if len(shards) > 1 else [_SINGLE]
+    for file, names in zip(files, shards, strict=True):
+        _write_file(directory / f"{file}.part", tensors, names, dtype)
+    # Only now that all is written: a run that stops earlier leaves the old weights whole.
     for old in [*directory.glob("model*.safetensors"), *directory.glob(_INDEX)]:
         old.unlink()
-    if len(shards) == 1:
-        _write_file(directory / _SINGLE, tensors, shards[0], dtype)
-        return
-    weight_map = {}
-    for number, names in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        _write_file(directory / file, tensors, names, dtype)
-        weight_map |= dict.fromkeys(names, file)
-    total = sum(_bytes(source, dtype) for source in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    for file in files:
+        (directory / f"{file}.part").rename(directory / file)
+    if len(files) > 1:
+        weights = zip(files, shards, strict=True)
+        weight_map = {name: file for file, names in weights for name in names}
+        total = sum(_bytes(source, dtype) for source in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def _bytes(source: TensorSource, dtype: np.dtype) -> int:

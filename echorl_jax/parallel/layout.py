@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from echorl_jax.parallel.mesh import ShardingError
+from echorl_jax.parallel.mesh import AXES, ShardingError
 from echorl_jax.types import Array, PyTree
 
 Layout = Literal["train", "rollout"]
@@ -118,11 +118,19 @@ def tree_shardings(axes: PyTree, shapes: PyTree, mesh: Mesh, layout: Layout = "t
     )
 
 
-def constrain(x: Array, *axes: str | None) -> Array:
-    """Pins an activation to its place in the table, if a mesh is in force (``jax.set_mesh``);
-    else returns it.
+def mesh_in_force() -> AbstractMesh | None:
+    """The mesh of ``jax.set_mesh``, if it is one of :func:`make_mesh` and not taken by hand.
+
+    A program with a mesh of its own, or a ``shard_map`` around this code, keeps its own layout.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    ours = mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}
+    return mesh if ours else None
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Pins an activation to its place in the table under :func:`mesh_in_force`; else returns it."""
+    mesh = mesh_in_force()
+    if mesh is None:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(axes, x.shape, mesh))

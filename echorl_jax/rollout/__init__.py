@@ -1,5 +1,6 @@
 """The sampler: prompts in, completions with their log-probabilities and entropies out."""
 
+from echorl_jax.rollout.cost import TurnCost, turn_cost
 from echorl_jax.rollout.generate import Progress, generate, generate_with_progress, rollout_params
 from echorl_jax.rollout.memory import RolloutMemory, choose_slots, rollout_memory
 from echorl_jax.rollout.scoring import join_rows, score, score_rollouts, score_rows
@@ -7,6 +8,7 @@ from echorl_jax.rollout.scoring import join_rows, score, score_rollouts, score_r
 __all__ = [
     "Progress",
     "RolloutMemory",
+    "TurnCost",
     "choose_slots",
     "generate",
     "generate_with_progress",
@@ -16,4 +18,5 @@ __all__ = [
     "score",
     "score_rollouts",
     "score_rows",
+    "turn_cost",
 ]

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.models import Decoder, param_shardings
+from echorl_jax.parallel import constrain
 from echorl_jax.rollout.buckets import greatest_divisor, levels
 from echorl_jax.rollout.cache import KVDtype, empty_cache, place
 from echorl_jax.rollout.loop import Output, Program, decode, empty_output
@@ -207,7 +208,8 @@ def _check(
 
 def rollout_params(model: Decoder, params: PyTree, mesh: Mesh | None) -> PyTree:
     """The weights as sampling wants them: in the compute dtype, and on a mesh in its layout."""
-    if mesh is None and model.dtype == model.param_dtype:
+    alone = mesh is None or mesh.size == 1
+    if alone and model.dtype == model.param_dtype:
         return params
     return _placer(model, mesh)(params)
 
@@ -342,8 +344,8 @@ def _run(
 def _finish(
     tokens: Array, length: Array, group: Array, output: Output, *, prompts: int, rows: int
 ) -> Rollouts:
-    """The written rows, without the padding of the shape bucket."""
-    return Rollouts(
+    """The written rows, without the padding of the shape bucket, whole on every device."""
+    rollouts = Rollouts(
         prompt_ids=tokens[:prompts],
         prompt_length=length[:prompts],
         group=group[:rows],
@@ -353,3 +355,4 @@ def _finish(
         token_entropy=output.entropy[:rows],
         truncated=~output.stopped[:rows],
     )
+    return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), rollouts)

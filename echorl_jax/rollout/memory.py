@@ -64,7 +64,7 @@ def rollout_memory(
     rows = axes.get("data", 1) * axes.get("fsdp", 1)
     tensor = axes.get("tensor", 1)
     config = model.config
-    per_position = _position_bytes(model, kv_dtype, tensor)
+    per_position = position_bytes(model, kv_dtype, tensor)
     vocab = config.vocab_size // tensor if config.vocab_size % tensor == 0 else config.vocab_size
     local_slots = -(-slots // rows)
     return RolloutMemory(
@@ -103,9 +103,7 @@ def choose_slots(
     axes = dict(mesh.shape) if mesh is not None else {}
     shards = axes.get("data", 1) * axes.get("fsdp", 1)
     budget = int(SLOT_SHARE * device_bytes()) if slot_bytes is None else slot_bytes
-    each = _position_bytes(model, kv_dtype, axes.get("tensor", 1)) * (
-        prompt_tokens + max_new_tokens
-    )
+    each = position_bytes(model, kv_dtype, axes.get("tensor", 1)) * (prompt_tokens + max_new_tokens)
     fit = budget // each * shards
     if fit < shards:
         raise ValueError(
@@ -133,7 +131,7 @@ def cache_dtype(model: Decoder, kv_dtype: KVDtype | None) -> KVDtype:
     return kv_dtype
 
 
-def _position_bytes(model: Decoder, kv_dtype: KVDtype | None, tensor: int) -> int:
+def position_bytes(model: Decoder, kv_dtype: KVDtype | None, tensor: int = 1) -> int:
     """Keys and values of one position in all layers, on one device."""
     dtype = cache_dtype(model, kv_dtype)
     config = model.config

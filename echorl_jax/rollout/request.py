@@ -52,7 +52,7 @@ def make_request(
     Raises:
       ValueError: an empty list, a length or a token out of range, naming which.
     """
-    if not prompts:
+    if len(prompts) == 0:
         raise ValueError("prompts: there is none")
     for name, size in (("group_size", group_size), ("max_new_tokens", max_new_tokens)):
         if size < 1:

@@ -30,18 +30,38 @@ def forward(
       params: its weights.
       queue: the work.
       slots: M of them.
-      dynamic: read only blocks that hold something; else all, in loops of known length.
+      dynamic: count blocks to read while running. Else choose, once a turn, among loops of known
+        lengths 1, 2, 4, ...: a GPU's host looks at the condition of every other loop, each time.
 
     Returns:
       Logits f32 ``[M, V]``; keys and values ``[L, M, KV, K]``.
     """
+    filled = _filled_blocks(slots)
+    if dynamic:
+        return _forward(model, params, queue, slots, ring_blocks=filled, dynamic=True)
+    lengths = [2**power for power in range((slots.ring.blocks - 1).bit_length())]
+    lengths.append(slots.ring.blocks)
+    branches = [
+        functools.partial(_forward, model, ring_blocks=length, dynamic=False) for length in lengths
+    ]
+    which = jnp.searchsorted(jnp.array(lengths), filled)
+    return lax.switch(which, branches, params, queue, slots)
+
+
+def _forward(
+    model: Decoder,
+    params: PyTree,
+    queue: Queue,
+    slots: Slots,
+    *,
+    ring_blocks: Array | int,
+    dynamic: bool,
+) -> tuple[Array, Cache]:
     # With a slot for each row, slots of a group lie side by side and share the store's prompt.
     prompt, filled = slots.prompt, slots.cached
     if prompt is None:
         prompt, filled = queue.store, queue.cached
-    ring_blocks, prompt_blocks = slots.ring.blocks, prompt.blocks
-    if dynamic:
-        ring_blocks, prompt_blocks = _filled_blocks(slots), -(-filled.max() // prompt.block)
+    prompt_blocks = -(-filled.max() // prompt.block) if dynamic else prompt.blocks
     positions = (slots.cached + slots.position)[:, None]
     tables = model.rotary(positions)
     window = jnp.asarray(windows(model)) if any(model.config.windows) else None

@@ -103,10 +103,17 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--random", type=int, default=0, help="number of drawn cases instead")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--load", type=Path, help="a model directory to run tokens.npy through")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    if args.load:
+        model = AutoModelForCausalLM.from_pretrained(args.load, dtype=torch.float32)
+        tokens = torch.from_numpy(np.load(args.load / "tokens.npy")).long()
+        with torch.no_grad():
+            np.save(args.out / "logits.npy", model(tokens).logits.numpy())
+        return
     if args.random:
         for i, (name, case) in enumerate(reference.random_cases(args.seed, args.random).items()):
             dynamic = case["config"]["rope_parameters"]["rope_type"] == "dynamic"

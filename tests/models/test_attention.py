@@ -12,7 +12,7 @@ from echorl_jax.models.attention import _fused
 from echorl_jax.models.blockwise import blockwise_attention
 from echorl_jax.models.splash import splash_attention
 
-BATCH, WIDTH = 3, 8
+BATCH, WIDTH = 4, 8
 
 
 def _inputs(length: int, heads: int, kv_heads: int, dtype=jnp.float32):
@@ -21,7 +21,7 @@ def _inputs(length: int, heads: int, kv_heads: int, dtype=jnp.float32):
         rng.standard_normal((BATCH, length, n, WIDTH), np.float32)
         for n in (heads, kv_heads, kv_heads, heads)
     )
-    lengths = np.array([length, length // 2, 1])
+    lengths = np.array([length, length // 2, 1, 0])
     real = (np.arange(length)[None, :] < lengths[:, None])[:, :, None, None]
     # Padding holds values that would swamp everything, were they attended to.
     q, k, v = (jnp.asarray(np.where(real, x, 50), dtype) for x in (q, k, v))

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
 from echorl_jax.models import (
     Decoder,
@@ -116,6 +116,19 @@ def test_tokenizer_is_saved_beside_the_weights(saved, tmp_path):
     model, params = load_model(saved)
     save_model(tmp_path, model, params, Tokenizer())
     assert (tmp_path / "tokenizer.json").exists()
+
+
+QWEN_TOKENIZER = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "qwen2_5"
+
+
+@pytest.mark.skipif(not QWEN_TOKENIZER.exists(), reason="the Qwen2.5 tokenizer is not here")
+def test_a_published_tokenizer_comes_back(saved, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(QWEN_TOKENIZER)
+    model, params = load_model(saved)
+    save_model(tmp_path, model, params, tokenizer)
+    again = AutoTokenizer.from_pretrained(tmp_path)
+    text = "First, 3 * 7 = 21.\n\nThen 21 + 12 = 33."
+    assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 def test_end_of_sequence_ids_of_generation_config_are_added(saved, tmp_path):

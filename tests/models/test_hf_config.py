@@ -74,6 +74,48 @@ def test_both_spellings_of_rope_are_the_same():
     assert old.rope == RopeConfig(1e6, "yarn", 4.0, original_max_position_embeddings=32768)
 
 
+LLAMA_3_2_1B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2048,
+    "initializer_range": 0.02,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": LLAMA3_SCALING | {"factor": 32.0},
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.45.0.dev0",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+
+
+def test_a_published_llama_config():
+    config = from_hf(LLAMA_3_2_1B)
+    assert config.eos_ids == (128001, 128008, 128009)
+    assert (config.head_dim, config.group, config.qkv_bias) == (64, 4, False)
+    assert config.rope.factor == 32.0 and config.rope.theta == 500000.0
+
+
+def test_a_first_llama_has_as_many_kv_heads_as_heads():
+    raw = {k: v for k, v in LLAMA_3_2_1B.items() if k not in ("num_key_value_heads", "head_dim")}
+    config = from_hf(raw)
+    assert (config.num_kv_heads, config.head_dim) == (32, 64)
+
+
 def test_llama3_scaling_is_kept():
     rope = from_hf(QWEN | {"rope_scaling": LLAMA3_SCALING}).rope
     assert (rope.kind, rope.factor, rope.high_freq_factor) == ("llama3", 8.0, 4.0)

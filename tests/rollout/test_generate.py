@@ -1,6 +1,7 @@
 """The engine against full forward passes: what is written, what is reported, and when rows end."""
 
 import logging
+import sys
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from scipy import stats
 from echorl_jax.models import init_params
 from echorl_jax.rollout import generate, generate_with_progress, score_rollouts
 
+engine = sys.modules["echorl_jax.rollout.generate"]
 SETTINGS = {"group_size": 3, "max_new_tokens": 20, "eos_ids": EOS}
 KEY = jax.random.key(1)
 
@@ -192,6 +194,15 @@ def test_slots_stay_busy_with_long_tailed_lengths(model, params):
     check_scores(
         model, params, PROMPTS, jax.tree.map(lambda x: x[:9] if x.shape[0] == 192 else x, rollouts)
     )
+
+
+def test_loops_of_known_length_give_the_same(model, params, monkeypatch):
+    """What a GPU runs: the number of blocks is chosen once a turn."""
+    settings = {"group_size": 2, "max_new_tokens": 40, "eos_ids": EOS, "slots": 5}
+    monkeypatch.setattr(engine, "BLOCK", 16)
+    counted = generate(model, params, PROMPTS, KEY, **settings)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    check_equal(generate(model, params, PROMPTS, KEY, **settings), counted)
 
 
 def test_a_second_call_of_the_same_shapes_compiles_nothing(model, params, base, caplog):

@@ -47,7 +47,9 @@ def test_same_samples_on_any_mesh(model, base, shape, slots, monkeypatch):
 
     monkeypatch.setattr(engine, "_decode", watch)
     params = init_params(model, jax.random.key(0), mesh)
-    check_equal(generate(model, params, PROMPTS, KEY, **SETTINGS, slots=slots, mesh=mesh), base)
+    rollouts = generate(model, params, PROMPTS, KEY, **SETTINGS, slots=slots, mesh=mesh)
+    check_equal(rollouts, base)
+    assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(rollouts))
     in_loop = programs[0].split("\nENTRY")[0]
     sizes = collectives(in_loop)
     rows = (slots or 24) // (8 // shape[2])
