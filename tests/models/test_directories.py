@@ -1,5 +1,6 @@
 """Model directories: round trips, and one clear line for whatever is wrong with one."""
 
+import dataclasses
 import json
 import struct
 from pathlib import Path
@@ -10,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
 from echorl_jax.models import (
     Decoder,
@@ -104,7 +105,8 @@ def test_a_second_save_leaves_no_old_shards(saved, tmp_path):
     model, params = load_model(saved)
     save_model(tmp_path, model, params, shard_bytes=3000)
     save_model(tmp_path, model, params)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+    files = ["config.json", "generation_config.json", "model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == files
     load_model(tmp_path)
 
 
@@ -134,6 +136,14 @@ def test_a_published_tokenizer_comes_back(saved, tmp_path):
 def test_end_of_sequence_ids_of_generation_config_are_added(saved, tmp_path):
     (tmp_path / "config.json").write_text((saved / "config.json").read_text())
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert load_decoder(tmp_path).config.eos_ids == (2, 7, 9)
+
+
+def test_generation_stops_at_the_same_tokens_after_a_save(saved, tmp_path):
+    model, params = load_model(saved)
+    config = dataclasses.replace(model.config, eos_ids=(2, 7, 9))
+    save_model(tmp_path, dataclasses.replace(model, config=config), params)
+    assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == [2, 7, 9]
     assert load_decoder(tmp_path).config.eos_ids == (2, 7, 9)
 
 
