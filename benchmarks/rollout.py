@@ -18,7 +18,6 @@ matrix products alone, at the same number of rows.
 
 import argparse
 import json
-import os
 import resource
 import subprocess
 import sys
@@ -27,7 +26,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from processes import measure
+
 PROMPT, NEW, GROUP, MEAN = 64, 128, 8, 32
 PROMPTS = {"tiny": 16, "small": 8}
 # case -> (times the prompts, new tokens, slots as a share of rows)
@@ -167,16 +167,6 @@ def commands(args: argparse.Namespace, size: str, case: str) -> dict[str, list[s
                 program = str(Path(args.peers) / f"rollout_{name}.py")
                 found[name] = [python, program, directory, *work]
     return found
-
-
-def measure(command: list[str]) -> dict[str, Any] | None:
-    """The last line that the process prints, or None, with its complaint shown."""
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    if done.returncode:
-        print(f"failed: {' '.join(command)}\n{done.stderr[-600:]}", file=sys.stderr)
-        return None
-    return json.loads(done.stdout.strip().splitlines()[-1])
 
 
 def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:

@@ -1,6 +1,11 @@
 """Eight virtual CPU devices and JAX's strictest settings, chosen before anything imports JAX."""
 
+import importlib.util
 import os
+import subprocess
+import sys
+
+import pytest
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -9,3 +14,17 @@ if "host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def torch_python() -> str:
+    """An interpreter with torch and transformers: ``ECHORL_TORCH_PYTHON``, or this one,
+    completed.
+    """
+    given = os.environ.get("ECHORL_TORCH_PYTHON")
+    if given:
+        return given
+    if importlib.util.find_spec("torch") is None:
+        install = [sys.executable, "-m", "pip", "install", "--quiet", "torch==2.13.0"]
+        subprocess.run(install, check=True)
+    return sys.executable

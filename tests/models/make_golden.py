@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=0, help="number of drawn cases instead")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--load", type=Path, help="a model directory to run tokens.npy through")
+    parser.add_argument("--new", type=int, default=0, help="greedy tokens after its prompt.npy")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -113,6 +114,12 @@ def main() -> None:
         tokens = torch.from_numpy(np.load(args.load / "tokens.npy")).long()
         with torch.no_grad():
             np.save(args.out / "logits.npy", model(tokens).logits.numpy())
+        if args.new:
+            prompt = torch.from_numpy(np.load(args.load / "prompt.npy")).long()
+            written = model.generate(
+                prompt, do_sample=False, max_new_tokens=args.new, pad_token_id=0
+            )
+            np.save(args.out / "greedy.npy", written[:, prompt.shape[1] :].numpy())
         return
     if args.random:
         for i, (name, case) in enumerate(reference.random_cases(args.seed, args.random).items()):

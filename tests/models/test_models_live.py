@@ -1,11 +1,8 @@
 """The same comparison over configurations drawn at random, with torch run on the spot."""
 
 import dataclasses
-import importlib.util
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -19,20 +16,6 @@ from echorl_jax.models import Decoder, from_hf, init_params, save_model
 from echorl_jax.parallel import make_mesh
 
 SEED, COUNT = 0, 18
-
-
-@pytest.fixture(scope="session")
-def torch_python() -> str:
-    """An interpreter with torch and transformers: ``ECHORL_TORCH_PYTHON``, or this one,
-    completed.
-    """
-    given = os.environ.get("ECHORL_TORCH_PYTHON")
-    if given:
-        return given
-    if importlib.util.find_spec("torch") is None:
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "torch==2.13.0"]
-        subprocess.run(install, check=True)
-    return sys.executable
 
 
 @pytest.fixture(scope="session")

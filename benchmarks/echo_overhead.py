@@ -1,0 +1,117 @@
+"""What the echo loss costs: the time of an update with and without it, in turns, in one process.
+
+One batch of real rollouts of the shipped Countdown model is assembled twice, with EchoClips and
+without, and both are trained on in turns: mining, micro-batches, forward, backward and AdamW are
+all in. Prints one JSON object: medians, and the median of the ratios of neighbouring runs with its
+quartiles. Without any other change the ratio of two equal runs is printed too: the noise.
+
+    python benchmarks/echo_overhead.py --prompts=32 --group=8 --repeats=30
+
+Rows without an advantage take part in the update only for their clips, so the echo's cost depends
+on how many groups are degenerate; both counts of rows are printed. With --every_row (an entropy
+bonus, as in the authors' recipe) every row is computed in either case.
+"""
+
+import argparse
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import jax
+
+from echorl_jax.config import Config
+from echorl_jax.config_file import load_config
+from echorl_jax.training.batch import Assembled
+from echorl_jax.training.collect import Experience, collect
+from echorl_jax.training.loop import make_batches
+from echorl_jax.training.optimizer import TrainState
+from echorl_jax.training.run import Run, open_run
+
+ROOT = Path(__file__).parent.parent
+
+
+def configured(arguments: argparse.Namespace, *, echo: bool) -> Config:
+    """configs/countdown.py at the given size; without evaluation and files."""
+    overrides = {
+        "echo.enabled": str(echo).lower(),
+        "eval.every": "0",
+        "steps": "1",
+        "log.tensorboard": "false",
+        "rollout.prompts_per_step": str(arguments.prompts),
+        "rollout.group_size": str(arguments.group),
+    }
+    if arguments.every_row:
+        overrides["objective.entropy_coef"] = "0.001"
+    return load_config(str(ROOT / "configs" / "countdown.py"), overrides)
+
+
+def update_seconds(run: Run, state: TrainState, found: Experience) -> tuple[TrainState, float, int]:
+    """Clips, weights and one update; the new state, seconds, rows with a gradient."""
+    start = time.perf_counter()
+    parts: list[Assembled] = make_batches(run, found, jax.random.key(1))
+    state, _, used = run.improve(state, [part.batch for part in parts], 1)
+    jax.block_until_ready(state)
+    return state, time.perf_counter() - start, int(used.sum())
+
+
+def ratios(pairs: list[tuple[float, float]]) -> dict[str, float]:
+    """Median and quartiles of second over first."""
+    low, middle, high = statistics.quantiles([b / a for a, b in pairs], n=4)
+    return {"median": round(middle, 4), "quartile_1": round(low, 4), "quartile_3": round(high, 4)}
+
+
+def measure(arguments: argparse.Namespace) -> dict:
+    """Runs the turns: without, with, without; the outer two give the noise."""
+    with tempfile.TemporaryDirectory() as folder:
+        config = configured(arguments, echo=True)
+        with open_run(config, Path(folder) / "run", prompts_per_step=arguments.prompts) as opened:
+            run, state = opened
+            found = collect(run, state.params, jax.random.key(0), step=1)
+            plain_session = dataclasses.replace(
+                run.session, config=configured(arguments, echo=False)
+            )
+            plain = dataclasses.replace(run, session=plain_session)
+            turns: list[tuple[float, float, float]] = []
+            rows = {}
+            for _ in range(arguments.repeats + 2):
+                seconds = []
+                for name, one in (("without", plain), ("with", run), ("again", plain)):
+                    state, taken, rows[name] = update_seconds(one, state, found)
+                    seconds.append(taken)
+                turns.append((seconds[0], seconds[1], seconds[2]))
+    turns = turns[2:]  # the first two compile
+    return {
+        "device": jax.devices()[0].device_kind,
+        "prompts": arguments.prompts,
+        "group_size": arguments.group,
+        "every_row": arguments.every_row,
+        "repeats": arguments.repeats,
+        "rows_without": rows["without"],
+        "rows_with": rows["with"],
+        "seconds_without": round(statistics.median(a for a, _, _ in turns), 4),
+        "seconds_with": round(statistics.median(b for _, b, _ in turns), 4),
+        "echo/overhead": ratios([(a, b) for a, b, _ in turns]),
+        "noise": ratios([(a, c) for a, _, c in turns]),
+    }
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prompts", type=int, default=32, help="per step (default 32)")
+    parser.add_argument("--group", type=int, default=8, help="rollouts of each (default 8)")
+    parser.add_argument("--repeats", type=int, default=30, help="turns that count (default 30)")
+    parser.add_argument("--every_row", action="store_true", help="with an entropy bonus of 0.001")
+    arguments = parser.parse_args()
+    if arguments.repeats < 2:
+        parser.error("--repeats must be at least 2")
+    print(json.dumps(measure(arguments), indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,235 @@
+"""One GRPO update against Tunix's and a torch one on the same weights and the same rollouts.
+
+Every measurement is a process of its own, and they take turns. The peers run from ``--peers``, a
+directory with ``train_tunix.py``, ``train_trl_like_torch.py``, ``peerlib.py`` (whose synthetic
+rollouts all use) and ``make_model.py``, each with its own interpreter; one without is left out.
+
+    python benchmarks/train.py --peers=DIR --models=DIR --tunix-python=PY --torch-python=PY
+
+Prints one JSON object: median seconds of a step, peak resident memory, our compiler's temporary
+memory, loss and gradient norm of the first step (equal work gives equal numbers), and ratios of
+medians within this run. Cases of ours, all 32 rows of 64 + 128 tokens unless said:
+
+    full        every row whole, one micro-batch: what the peers do
+    echo        the same with an EchoClip in each group
+    long_tail   completion lengths log-normal with mean 32, in micro-batches of 1,536 tokens; peers pad
+                them all to 128
+    groups      40 rows in micro-batches of 8
+    degenerate  the same, 60% of the groups all right: no advantage, an EchoClip each
+"""
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from processes import in_turns, median_of
+from rollout import lognormal_lengths
+
+PROMPT, NEW, GROUP, MEAN = 64, 128, 8, 32
+
+
+def batch_of(data: dict[str, Any], case: str) -> Any:
+    """A :class:`TrainBatch` (NumPy) of the synthetic rollouts, final weights and all."""
+    import numpy as np
+
+    from echorl_jax.types import TrainBatch
+
+    rows = len(data["adv"])
+    lengths = np.full(rows, NEW)
+    if case == "long_tail":
+        lengths = np.array(lognormal_lengths(rows, NEW, MEAN))
+    advantages = np.asarray(data["adv"], np.float32)
+    if case == "degenerate":
+        advantages = np.where(np.arange(rows) < rows * 6 // 10, np.float32(0), advantages)
+    mask = (np.arange(NEW)[None, :] < lengths[:, None]).astype(np.float32)
+    old = np.asarray(data["old"], np.float32)
+    echo = np.zeros_like(mask)
+    if case in ("echo", "degenerate"):
+        echo[::GROUP, : NEW // 2] = 1 / (NEW // 2) / (rows // GROUP)
+    return TrainBatch(
+        tokens=np.concatenate([data["prompt"], data["completion"]], axis=1).astype(np.int32),
+        prompt_length=np.full(rows, PROMPT, np.int32),
+        length=(PROMPT + lengths).astype(np.int32),
+        loss_mask=mask,
+        advantages=advantages,
+        old_logprobs=old,
+        rollout_logprobs=old,
+        token_weights=mask / lengths[:, None].astype(np.float32) / rows,
+        echo_weights=echo,
+        on_policy=np.ones(rows, bool),
+    )
+
+
+def engine(directory: str, peers: str, cases: list[str], repeats: int) -> dict[str, Any]:
+    """Steps of the cases in turns, in this process."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    from echorl_jax.core import load_objective
+    from echorl_jax.models import load_model
+    from echorl_jax.parallel import make_mesh
+    from echorl_jax.training.micro_batches import micro_batches, trainable_rows
+    from echorl_jax.training.optimizer import init_state, make_optimizer
+    from echorl_jax.training.step import Update
+
+    sys.path.insert(0, peers)
+    import peerlib  # pyright: ignore[reportMissingImports]
+
+    mesh = make_mesh(1, 1, 1)
+    model, params = load_model(directory, dtype="float32", mesh=mesh)
+    # Peers do not clip the gradient.
+    optimizer = make_optimizer(beta1=0.9, beta2=0.99, weight_decay=0.1, max_grad_norm=1e9)
+    objective = load_objective("grpo", aggregation="seq-mean-token-mean", kl_coef=0.0)
+    update = Update(model, objective, optimizer, optax.constant_schedule(1e-6), mesh)
+    state = init_state(params, optimizer, mesh)
+    ready = {}
+    for case in cases:
+        rows = 40 if case in ("groups", "degenerate") else 32
+        whole = case in ("full", "echo")
+        budget = (rows if whole else 8) * (PROMPT + NEW)
+        data = peerlib.train_batch(rows, PROMPT, NEW, GROUP, model.config.vocab_size)
+        batch, used = trainable_rows(batch_of(data, case), every_row=False)
+        ready[case] = (batch, used, budget)
+
+    def once(case: str) -> tuple[float, list[float]]:
+        nonlocal state
+        batch, used, budget = ready[case]
+        start = time.perf_counter()
+        pieces = micro_batches(
+            batch, used, longest=PROMPT + NEW, token_budget=budget, row_multiple=1
+        )
+        coef = 1e-3 if batch.echo_weights.any() else 0.0
+        state, stats = update(state, (piece for _, piece in pieces), echo_coef=jnp.float32(coef))
+        loss = [float(stats.loss), float(stats.grad_norm)]
+        jax.block_until_ready(state)
+        return time.perf_counter() - start, loss
+
+    first = {case: once(case) for case in cases}
+    seconds: dict[str, list[float]] = {case: [] for case in cases}
+    for _ in range(repeats):
+        for case in cases:
+            seconds[case].append(once(case)[0])
+    case = cases[0]
+    return {
+        "seconds": seconds[case],
+        "cases": seconds,
+        "loss_gradnorm": [first[case][1]],
+        "first_call_seconds": round(first[case][0], 2),
+    }
+
+
+def temporary_bytes(directory: str, peers: str) -> int:
+    """What the compiler sets aside for the gradient of the case ``full``."""
+    import jax
+    import optax
+
+    from echorl_jax.core import load_objective
+    from echorl_jax.models import load_decoder
+    from echorl_jax.parallel import make_mesh
+    from echorl_jax.training import step
+    from echorl_jax.training.optimizer import make_optimizer
+
+    sys.path.insert(0, peers)
+    import peerlib  # pyright: ignore[reportMissingImports]
+
+    model = load_decoder(directory, dtype="float32")
+    data = peerlib.train_batch(32, PROMPT, NEW, GROUP, model.config.vocab_size)
+    optimizer = make_optimizer(beta1=0.9, beta2=0.99, weight_decay=0.1, max_grad_norm=1e9)
+    objective = load_objective("grpo", kl_coef=0.0)
+    schedule = optax.constant_schedule(1e-6)
+    update = step.Update(model, objective, optimizer, schedule, make_mesh(1, 1, 1))
+    total = jax.eval_shape(step._nothing(model, update.mesh), model.param_shapes())
+    coef = jax.ShapeDtypeStruct((), "float32")
+    lowered = step._accumulate.lower(
+        update, total, model.param_shapes(), batch_of(data, "full"), coef
+    )
+    compiled = lowered.compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+def work(args: argparse.Namespace) -> None:
+    """One measurement as a line of JSON."""
+    if args.worker == "temporary":
+        print(json.dumps({"bytes": temporary_bytes(args.models, args.peers)}))
+        return
+    result = engine(args.models, args.peers, args.worker.split("+"), args.repeats)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({**result, "peak_rss_mb": round(peak, 1)}))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--peers", required=True)
+    parser.add_argument("--models", required=True, help="directory with tiny/ and small/")
+    parser.add_argument("--size", default="small", choices=("tiny", "small"))
+    parser.add_argument("--tunix-python", default="")
+    parser.add_argument("--torch-python", default="")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2, help="timed steps in a process")
+    parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        return work(args)
+    directory = Path(args.models) / args.size
+    if not (directory / "model.safetensors").exists():
+        make = [args.torch_python, str(Path(args.peers) / "make_model.py"), args.size]
+        subprocess.run([*make, str(directory)], check=True)
+    ours = [sys.executable, __file__, f"--peers={args.peers}", f"--models={directory}"]
+    ours.append(f"--repeats={args.repeats}")
+    programs = {"engine": [*ours, "--worker=full"]}
+    for name, python, script in (
+        ("tunix", args.tunix_python, "train_tunix.py"),
+        ("torch", args.torch_python, "train_trl_like_torch.py"),
+    ):
+        if python:
+            program = str(Path(args.peers) / script)
+            programs[name] = [python, program, str(directory), f"--reps={args.repeats}"]
+    programs["pair"] = [*ours, "--worker=full+echo+long_tail"]
+    programs["groups"] = [*ours, "--worker=groups+degenerate"]
+    found = in_turns(programs, args.rounds)
+    print(json.dumps(summary(found, in_turns({"t": [*ours, "--worker=temporary"]}, 1)), indent=1))
+
+
+def summary(found: dict[str, list[dict[str, Any]]], temporary: dict[str, Any]) -> dict[str, Any]:
+    """Medians and ratios."""
+    table: dict[str, Any] = {}
+    for name in ("engine", "tunix", "torch"):
+        if runs := found.get(name):
+            table[name] = {
+                "seconds": round(median_of(runs, "seconds"), 3),
+                "peak_rss_mb": max(run["peak_rss_mb"] for run in runs),
+                "first_loss_and_gradient_norm": runs[0]["loss_gradnorm"][0],
+            }
+    if temporary["t"]:
+        table["engine"]["temporary_mb"] = round(temporary["t"][0]["bytes"] / 2**20)
+    ratio = {}
+    for name in ("tunix", "torch"):
+        if name in table:
+            ratio[f"engine/{name}"] = table["engine"]["seconds"] / table[name]["seconds"]
+
+    def paired(runs: list[dict[str, Any]], case: str, base: str) -> float:
+        """Steps that ran one after the other are compared."""
+        return median(
+            one / other
+            for run in runs
+            for one, other in zip(run["cases"][case], run["cases"][base], strict=True)
+        )
+
+    ratio["echo/full"] = paired(found["pair"], "echo", "full")
+    ratio["long_tail/full"] = paired(found["pair"], "long_tail", "full")
+    ratio["degenerate/groups"] = paired(found["groups"], "degenerate", "groups")
+    table["ratio"] = {name: round(value, 3) for name, value in ratio.items()}
+    return table
+
+
+if __name__ == "__main__":
+    main()
