@@ -2,8 +2,8 @@
 
 One batch of real rollouts of the shipped Countdown model is assembled twice, with EchoClips and
 without, and both are trained on in turns: mining, micro-batches, forward, backward and AdamW are
-all in. Prints one JSON object: medians, and the median of the ratios of neighbouring runs with its
-quartiles. Without any other change the ratio of two equal runs is printed too: the noise.
+all in. Prints one JSON object: medians, and the median of the ratios of neighbouring turns with its
+quartiles; beside it the same ratio of two turns that are both without echo, which is the noise.
 
     python benchmarks/echo_overhead.py --prompts=32 --group=8 --repeats=30
 
@@ -39,6 +39,8 @@ def configured(arguments: argparse.Namespace, *, echo: bool) -> Config:
         "echo.enabled": str(echo).lower(),
         "eval.every": "0",
         "steps": "1",
+        # The policy stays what it was when it sampled the batch, however often it learns from it.
+        "optim.learning_rate": "1e-12",
         "log.tensorboard": "false",
         "rollout.prompts_per_step": str(arguments.prompts),
         "rollout.group_size": str(arguments.group),

@@ -12,8 +12,9 @@ memory, and ratios of medians within this run. Absolute numbers of a shared mach
 
 Cases: ``fixed`` has 128 new tokens in every row. ``geometric`` takes V / 32 ids as EOS, which with
 random weights gives a mean length near 32. ``lognormal`` has given lengths of mean 32 and maximum
-128, more rows than slots. ``long`` has 1,024 new tokens. The limit is the time of the decoder's
-matrix products alone, at the same number of rows.
+128, more rows than slots; the peers' rates there are computed from ``fixed``. ``long`` has 1,024
+new tokens. The limit is the time of the decoder's matrix products alone, at the same number of
+rows.
 """
 
 import argparse
@@ -200,6 +201,21 @@ def summary(found: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     return table
 
 
+def waiting_rates(fixed: dict[str, Any], size: str) -> dict[str, float]:
+    """Tokens/s of the peers on ``lognormal``: they have no argument for given lengths, but decode
+    as many rows as in ``fixed`` at the same cost per turn until the longest is done.
+    """
+    rows = PROMPTS[size] * GROUP
+    lengths = lognormal_lengths(rows * CASES["lognormal"][0], NEW, MEAN)
+    batches = [lengths[i : i + rows] for i in range(0, len(lengths), rows)]
+    share = sum(lengths) / sum(rows * max(batch) for batch in batches)
+    return {
+        name: round(fixed[name]["tokens_per_second"] * share, 1)
+        for name in ("tunix", "hf")
+        if name in fixed
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", required=True, help="directory with tiny/ and small/")
@@ -236,6 +252,12 @@ def main() -> None:
                             file.write(json.dumps(line) + "\n")
             results.setdefault(size, {})[case] = summary(found)
             print(size, case, json.dumps(results[size][case]), file=sys.stderr, flush=True)
+    for size, cases in results.items():
+        if {"fixed", "lognormal"} <= cases.keys():
+            rates = waiting_rates(cases["fixed"], size)
+            ours = cases["lognormal"]["engine"]["tokens_per_second"]
+            cases["lognormal"]["computed_for_peers"] = rates
+            cases["lognormal"]["ratio"] |= {k: round(ours / v, 3) for k, v in rates.items()}
     small = results.get("small", {})
     long, short = (small.get(case, {}).get("engine") for case in ("long", "fixed"))
     if long and short:

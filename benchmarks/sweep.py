@@ -17,6 +17,7 @@ pass@1 at temperature 1 on held-out problems, with pass@k from the same attempts
 import argparse
 import dataclasses
 import itertools
+import json
 import os
 import queue
 import re
@@ -30,6 +31,7 @@ from pathlib import Path
 from echorl_jax.analysis.report import write_page
 from echorl_jax.analysis.runs import read_run, write_jsonl
 from echorl_jax.analysis.sweep import Outcome, read_outcome, sweep_section, sweep_table
+from echorl_jax.config_file import load_config, to_dict
 
 WINDOWS = ("always", "early", "late")
 COEFS = ("0", "1e-4", "1e-3", "1e-2", "1e-1")
@@ -85,6 +87,7 @@ class Job:
     setting: Setting
     seed: int
     directory: Path
+    steps: int
 
 
 PLAIN, ECHO = Setting(echo=False), Setting()
@@ -115,13 +118,13 @@ def settings_of(arguments: argparse.Namespace) -> list[Setting]:
     return list(dict.fromkeys(s if s.echo and float(s.coef) else s.plain for s in made))
 
 
-def command(job: Job, arguments: argparse.Namespace) -> list[str]:
+def options_of(job: Job, arguments: argparse.Namespace) -> dict[str, str]:
     """A cheap run: no report, no export, few checkpoints and samples, evaluation at both ends."""
-    options = {
-        "steps": str(arguments.steps),
+    return {
+        "steps": str(job.steps),
         "seed": str(job.seed),
         "data.eval": f"countdown:split=eval&count={arguments.problems}",
-        "eval.every": str(arguments.steps),
+        "eval.every": str(job.steps),
         "eval.samples": str(arguments.samples),
         "eval.temperature": "1.0",
         "checkpoint.every": "50",
@@ -130,10 +133,32 @@ def command(job: Job, arguments: argparse.Namespace) -> list[str]:
         "log.report": "false",
         "log.tensorboard": "false",
         "log.samples_every": "50",
-        **job.setting.options(arguments.steps),
+        **job.setting.options(job.steps),
         **dict(word.removeprefix("--config.").split("=", 1) for word in arguments.rest),
     }
-    flags = [f"--config.{key}={value}" for key, value in options.items()]
+
+
+def require_same(job: Job, arguments: argparse.Namespace) -> None:
+    """Stops where a directory holds a run with other options; more steps may follow fewer."""
+    file = job.directory / "config.json"
+    if not file.is_file():
+        return
+    before = json.loads(file.read_text())
+    now = to_dict(load_config(arguments.config, options_of(job, arguments)))
+    longer = before["steps"] < now["steps"]
+    for section, values in now.items():
+        same = values == before.get(section)
+        free = section in ("log", "checkpoint") or (longer and section in ("steps", "eval"))
+        if not same and not free:
+            raise SystemExit(
+                f"sweep: {job.directory} holds a run with other options ({section}): "
+                "take another --out, or the options it was made with"
+            )
+
+
+def command(job: Job, arguments: argparse.Namespace) -> list[str]:
+    """What starts a run, or goes on with it."""
+    flags = [f"--config.{key}={value}" for key, value in options_of(job, arguments).items()]
     train = [sys.executable, "-m", "echorl_jax", "train", f"--config={arguments.config}"]
     return [*train, f"--workdir={job.directory}", *flags]
 
@@ -186,8 +211,14 @@ def run_all(jobs: Sequence[Job], arguments: argparse.Namespace) -> int:
     return failed
 
 
+def folder_of(setting: Setting) -> str:
+    """Such as ``grpo-echo-select=min``."""
+    return re.sub(r"[^\w.=-]+", "-", setting.name)
+
+
 def outcome_of(job: Job) -> Outcome | None:
-    return read_outcome(job.directory, setting=job.setting.name, seed=job.seed)
+    """How a run ended; None while it has not."""
+    return read_outcome(job.directory, setting=job.setting.name, seed=job.seed, steps=job.steps)
 
 
 def summarise(jobs: Sequence[Job], out: Path) -> None:
@@ -255,10 +286,12 @@ def main() -> int:
     out, text = arguments.out, arguments.seeds
     seeds = [int(seed) for seed in text.split(",")] if "," in text else list(range(int(text)))
     jobs = [
-        Job(setting, seed, out / re.sub(r"[^\w.=-]+", "-", setting.name) / f"seed-{seed}")
+        Job(setting, seed, out / folder_of(setting) / f"seed-{seed}", arguments.steps)
         for seed in seeds
         for setting in settings_of(arguments)
     ]
+    for job in jobs:
+        require_same(job, arguments)
     todo = [job for job in jobs if outcome_of(job) is None]
     failed = 0
     if not arguments.table:

@@ -12,8 +12,8 @@ medians within this run. Cases of ours, all 32 rows of 64 + 128 tokens unless sa
 
     full        every row whole, one micro-batch: what the peers do
     echo        the same with an EchoClip in each group
-    long_tail   completion lengths log-normal with mean 32, in micro-batches of 1,536 tokens; peers pad
-                them all to 128
+    long_tail   completion lengths log-normal with mean 32, in micro-batches of 1,536 tokens; the
+                peers pad them all to 128
     groups      40 rows in micro-batches of 8
     degenerate  the same, 60% of the groups all right: no advantage, an EchoClip each
 """
@@ -127,7 +127,6 @@ def engine(directory: str, peers: str, cases: list[str], repeats: int) -> dict[s
 
 def temporary_bytes(directory: str, peers: str) -> int:
     """What the compiler sets aside for the gradient of the case ``full``."""
-    import jax
     import optax
 
     from echorl_jax.core import load_objective
@@ -145,11 +144,7 @@ def temporary_bytes(directory: str, peers: str) -> int:
     objective = load_objective("grpo", kl_coef=0.0)
     schedule = optax.constant_schedule(1e-6)
     update = step.Update(model, objective, optimizer, schedule, make_mesh(1, 1, 1))
-    total = jax.eval_shape(step._nothing(model, update.mesh), model.param_shapes())
-    coef = jax.ShapeDtypeStruct((), "float32")
-    lowered = step._accumulate.lower(
-        update, total, model.param_shapes(), batch_of(data, "full"), coef
-    )
+    lowered = step.lower_accumulate(update, model.param_shapes(), batch_of(data, "full"))
     compiled = lowered.compile()
     return compiled.memory_analysis().temp_size_in_bytes
 

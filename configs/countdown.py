@@ -22,6 +22,8 @@ def get_config() -> ConfigDict:
     config.optim.learning_rate = 4e-5
     config.optim.warmup_steps = 5
     config.optim.beta2 = 0.98
+    # Programs of this size compile in a second or two, when they are first needed.
+    config.optim.compile_ahead = False
     config.checkpoint.every = 50
     config.eval.every = 50
     config.eval.temperature = 1.0

@@ -23,6 +23,7 @@ def get_config() -> ConfigDict:
     config.optim.schedule = "cosine"
     config.optim.warmup_steps = 20
     config.optim.beta2 = 0.98
+    config.optim.compile_ahead = False
     config.optim.sft_rows_per_step = 256
     config.checkpoint.every = 100
     config.eval.every = 100

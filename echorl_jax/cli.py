@@ -6,11 +6,14 @@ Exit codes: 0 done, 2 bad usage, config or input (one line says which), 1 anythi
 import argparse
 import difflib
 import importlib
+import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
 from echorl_jax import __version__
+from echorl_jax.cluster.worker import assignment, tell
 from echorl_jax.errors import RunStopped, UserError
 
 COMMANDS = {
@@ -19,7 +22,10 @@ COMMANDS = {
     "evaluate": "pass@1, avg@k and pass@k of a model over benchmark files",
     "grade": "verdicts for finished generations, without a model",
     "check": "data, gold answers and prompt lengths of a config, before any accelerator time",
-    "convert": "Hugging Face directory to Orbax checkpoint and back",
+    "plan": "memory per chip and least step time of a config, compiled ahead; no TPU needed",
+    "convert": "Hugging Face directory to Orbax checkpoint and back; exports a run's checkpoint",
+    "analyze": "the paper's studies: entropy, step deletion, collapse, entropy law, clips",
+    "replay": "computes a dumped update again, such as one whose gradient was not finite",
     "report": "one self-contained HTML file for a training run",
     "options": "every config key with its default and meaning",
 }
@@ -35,14 +41,29 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
     except UserError as error:
-        print(f"echorl: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _fail(2, " ".join(str(error).split()))
     except RunStopped as error:
-        print(f"echorl: {error}", file=sys.stderr)
-        sys.exit(1)
+        _fail(1, str(error))
     except KeyboardInterrupt:
-        print("echorl: interrupted; the last checkpoint stays", file=sys.stderr)
-        sys.exit(130)
+        _fail(130, "interrupted; the last checkpoint stays")
+    except Exception as error:
+        if assignment() is None:
+            raise
+        traceback.print_exc()
+        reason = " ".join(str(error).split())[:300]
+        # What the runtime reports is most often the end of another process.
+        _fail(1, f"{type(error).__name__}: {reason}", certain="Runtime" not in type(error).__name__)
+
+
+def _fail(code: int, line: str, *, certain: bool = True) -> NoReturn:
+    """Says why, and exits; one process of several leaves the word to its supervisor."""
+    if tell(line, certain=certain):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # At an orderly exit JAX would wait for the other processes.
+        os._exit(code)
+    print(f"echorl: {line}", file=sys.stderr)
+    sys.exit(code)
 
 
 def run(argv: list[str]) -> int:
@@ -73,6 +94,7 @@ def run(argv: list[str]) -> int:
     overrides = config_overrides(rest, takes_config="config" in vars(known))
     if overrides:
         known.overrides = overrides
+    known.command_line = argv
     return command.run(known) or 0
 
 

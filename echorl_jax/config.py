@@ -70,7 +70,8 @@ class RolloutConfig:
     top_k: int = 0
     # Keep the likeliest tokens that hold this much probability.
     top_p: float = 1.0
-    # Rows decoded at once; 0 takes all rows.
+    # Rows decoded at once; 0 takes all rows of a step if they fit beside weights, optimizer and
+    # prompts, else as many as do. Samples do not depend on it.
     slots: int = 0
     # Steps between checks that sampler and trainer agree on log-probabilities, the first step
     # included; 0 never stops a run for it.
@@ -164,12 +165,20 @@ class OptimConfig:
     # Momentum decay rates.
     beta1: float = 0.9
     beta2: float = 0.999
+    # Type of the first moment; bfloat16 saves 2 bytes a parameter. The second stays float32.
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
     # Global gradient norm is cut to this.
     max_grad_norm: float = 1.0
     # Tokens in a micro-batch, padding included, on each data-parallel device.
     micro_batch_tokens: int = 32768
+    # Compile every shape that a run can meet before its first step: no step waits later, and what
+    # does not fit shows at once. False compiles each when it is first needed.
+    compile_ahead: bool = True
     # Rows per step of supervised training (`echorl sft`).
     sft_rows_per_step: int = 256
+    # Several demonstrations in a row of `echorl sft`, which leaves little padding: the same loss
+    # and gradient. auto packs but on GPU, whose fast attention kernel (cuDNN) takes one a row.
+    sft_packing: Literal["auto", "on", "off"] = "auto"
     # Updates skipped for a non-finite gradient before the run stops, in a row.
     max_bad_updates: int = 3
 
@@ -180,6 +189,10 @@ class MeshConfig:
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+    # Limit for all processes of a run to come and agree (seconds).
+    start_timeout_s: float = 300.0
+    # A process without a sign of life for so long is lost, and the run ends (seconds).
+    lost_after_s: float = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +201,14 @@ class CheckpointConfig:
     every: int = 5
     # Newest checkpoints kept.
     keep: int = 2
+    # Best checkpoints kept besides, by the mean pass@1 of the evaluation at their step, or by
+    # reward/mean where nothing is evaluated.
+    keep_best: int = 1
+    # Checkpoints of steps that this divides are kept for good; 0 keeps none for good.
+    keep_every: int = 0
+    # Where a workdir goes on: auto takes the newest checkpoint that can be read, a number takes
+    # that step's and sets later ones aside, none is an error if a run has been there.
+    resume: str = "auto"
     # Write the Hugging Face directory `export/` at the end.
     export: bool = True
 
@@ -211,8 +232,26 @@ class LogConfig:
     samples_groups: int = 4
     # Write TensorBoard events.
     tensorboard: bool = True
+    # Also send the metrics to this Weights & Biases project (extra [wandb]; WANDB_MODE=offline
+    # keeps them in the workdir); "" sends nothing.
+    wandb_project: str = ""
+    # Steps that the JAX profiler traces, each into profile/ of the workdir, for TensorBoard or
+    # Perfetto.
+    profile_steps: tuple[int, ...] = ()
     # Write report.html at the end.
     report: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class DebugConfig:
+    # Faults to inject, separated by commas: kill@rollout:3 (or grading, update, save), term@4,
+    # nan@5, eval_fail@6, disk_full@checkpoint:2, reward_hang@0.01 (or reward_crash, reward_leak).
+    inject: str = ""
+    # Write the first update of this step to dumps/ for `echorl replay`; 0 writes none.
+    dump_step: int = 0
+    # Updates with a non-finite gradient that are written to dumps/, each with the parameters, in
+    # a workdir's life.
+    max_dumps: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,6 +270,7 @@ class Config:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     log: LogConfig = dataclasses.field(default_factory=LogConfig)
+    debug: DebugConfig = dataclasses.field(default_factory=DebugConfig)
 
 
 def validate(config: Config) -> Config:
@@ -255,9 +295,11 @@ def _rules(c: Config) -> list[tuple[str, bool, str]]:
     at_least_zero += ["rollout.max_logprob_gap", "optim.warmup_steps", "optim.weight_decay"]
     at_least_zero += ["checkpoint.every", "eval.rows", "eval.temperature", "log.samples_every"]
     at_least_zero += ["data.grader_workers", "echo.coef", "echo.start_step"]
+    at_least_zero += ["checkpoint.keep_best", "checkpoint.keep_every"]
+    at_least_zero += ["debug.dump_step", "debug.max_dumps"]
     above_zero = ["optim.learning_rate", "optim.max_grad_norm", "rollout.temperature"]
-    above_zero += ["data.grader_timeout_s"]
-    mesh = (c.mesh.data, c.mesh.fsdp, c.mesh.tensor)
+    above_zero += ["data.grader_timeout_s", "mesh.start_timeout_s"]
+    axes = {"data": c.mesh.data, "fsdp": c.mesh.fsdp, "tensor": c.mesh.tensor}
     return [
         *((key, _value(c, key) >= 1, "at least 1") for key in positive),
         *((key, _value(c, key) >= 0, "at least 0") for key in at_least_zero),
@@ -275,8 +317,9 @@ def _rules(c: Config) -> list[tuple[str, bool, str]]:
         ),
         ("optim.beta1", 0 <= c.optim.beta1 < 1, "in [0, 1)"),
         ("optim.beta2", 0 <= c.optim.beta2 < 1, "in [0, 1)"),
-        ("mesh.fsdp", mesh.count(-1) <= 1, "a number when another axis is -1"),
-        *((f"mesh.{k}", n == -1 or n >= 1, "-1 or at least 1") for k, n in vars(c.mesh).items()),
+        ("mesh.fsdp", list(axes.values()).count(-1) <= 1, "a number when another axis is -1"),
+        *((f"mesh.{k}", n == -1 or n >= 1, "-1 or at least 1") for k, n in axes.items()),
+        ("mesh.lost_after_s", c.mesh.lost_after_s >= 1, "at least 1"),
         (
             "echo.delimiter_ids",
             (c.echo.delimiter == "ids") == bool(c.echo.delimiter_ids),
@@ -291,6 +334,16 @@ def _rules(c: Config) -> list[tuple[str, bool, str]]:
             "eval.every",
             c.eval.every == 0 or bool(c.data.eval),
             "0 without data.eval",
+        ),
+        (
+            "checkpoint.resume",
+            c.checkpoint.resume in ("auto", "none") or c.checkpoint.resume.isdecimal(),
+            "auto, none, or the step of a checkpoint",
+        ),
+        (
+            "debug.inject",
+            c.data.grader_workers > 0 or "reward_" not in c.debug.inject,
+            "without reward_* when data.grader_workers = 0: a hang would stop the run",
         ),
     ]
 

@@ -115,3 +115,4 @@ class TrainBatch:
     )
     ref_logprobs: Array | None = None  # f32 [B, T], only with a KL term
     selected: Array | None = None  # bool [B, T], tokens picked out by KL-Cov or Clip-Cov
+    segment_ids: Array | None = None  # i32 [B, L], several sequences packed into a row (SFT)

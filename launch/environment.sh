@@ -1,8 +1,9 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: makes .venv once, installs the pinned requirements and this package.
 # ECHORL_VENV names another place, ECHORL_PYTHON another interpreter (3.11 or later).
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-cd "$root"
+cd "$root" || exit
 venv="${ECHORL_VENV:-$root/.venv}"
 
 prepare_environment() {

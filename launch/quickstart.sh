@@ -3,6 +3,7 @@
 #   bash launch/quickstart.sh                         into runs/quickstart
 #   bash launch/quickstart.sh runs/plain --config.echo.enabled=false    another directory, other options
 set -euo pipefail
+# shellcheck source=launch/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment user
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"

@@ -3,6 +3,7 @@
 #   bash launch/test.sh               everything but the slow tests
 #   bash launch/test.sh -m slow       the slow ones (any pytest arguments; linters run only without)
 set -euo pipefail
+# shellcheck source=launch/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 prepare_environment dev
 export JAX_PLATFORMS=cpu

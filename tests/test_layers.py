@@ -13,6 +13,7 @@ LAYERS = {
     "config_file": 0,
     "core": 1,
     "parallel": 1,
+    "cluster": 1,
     "models": 2,
     "data": 2,
     "rewards": 2,
@@ -25,7 +26,7 @@ LAYERS = {
     "__main__": 7,
 }
 # These know nothing of the config, files of rows, or text.
-PURE = ("core", "parallel", "models", "rollout")
+PURE = ("core", "parallel", "cluster", "models", "rollout")
 
 
 def imported_packages(path: Path) -> set[str]:

@@ -149,7 +149,10 @@ function optionsOf(panel, width, made, readout) {
   const only = panel.x.length === 1 ? [panel.x[0] - 1, panel.x[0] + 1] : null;
   const margin = bars ? (panel.x[1] - panel.x[0]) / 2 : 0;
   const xRange = only ?? (bars ? [panel.x[0] - margin, panel.x[panel.x.length - 1] + margin] : undefined);
-  const yRange = areas ? [0, 1] : bars ? (_, low, high) => [0, (high || 1) * 1.05] : undefined;
+  // Nothing but zeros would be drawn on an axis up to 100.
+  const flat = panel.series.every((one) => one.y.every((v) => !v));
+  const yRange =
+    areas || flat ? [0, 1] : bars ? (_, low, high) => [0, (high || 1) * 1.05] : undefined;
   const axis = {
     stroke: colour("soft"),
     font: "12px system-ui, sans-serif",
@@ -176,7 +179,7 @@ function optionsOf(panel, width, made, readout) {
         ...axis,
         size: 28,
         space: 60,
-        ...(overSteps
+        ...(overSteps || panel.x.every(Number.isInteger)
           ? whole
           : { values: (_, ticks) => ticks.map((v) => significant(Number(v.toPrecision(6)))) }),
       },

@@ -130,6 +130,7 @@ def deletion_section(rows: Sequence[dict[str, Any]]) -> Section | None:
     panel = Panel("Success after deletion", grid, series, form="share", x_name="steps deleted")
     notes = (
         "Share of right answers after deleting steps from a solution by their entropy. "
-        "Bands are 95% intervals over answers.",
+        "The policy goes on from what is left. Bands are 95% intervals over solutions.",
+        *([str(rows[0]["about"])] if rows[0].get("about") else []),
     )
     return Section("deletion", "Step deletion", [panel], notes)

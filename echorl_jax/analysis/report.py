@@ -49,59 +49,95 @@ def write_report(workdir: Path, *, compare: tuple[Path, ...] = (), out: Path | N
     """
     runs = read_runs([Path(workdir), *compare])
     out = Path(out) if out is not None else Path(workdir) / "report.html"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(out.name + ".part")
-    unfinished.write_text(render(runs), encoding="utf-8")
-    os.replace(unfinished, out)
-    return out
+    return _replace(out, render(runs))
+
+
+def write_page(out: Path, title: str, sections: Sequence[Section], *, headline: str) -> Path:
+    """Writes a page of sections alone, about no single run, and returns the file's path."""
+    return _replace(out, _render(title, headline, sections))
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page as text; the first run is the one it is about."""
+    """The page as text; the first run is the one it is about.
+
+    A directory that holds studies but no run gives a page of these alone.
+    """
     run = runs[0]
     visits = read_ledger(run.ledger_file)
     ledger = build_ledger(visits)
     viewer = build_viewer(run)
     name_prompts(viewer.groups, visits)
     sections = page_sections(runs, viewer)
-    scripts = [_asset(name) for name in _SCRIPTS]
-    styles = [_asset(name) for name in _STYLES]
-    # Everything that is not in the data block passes through here: names of runs, config values,
-    # notes.
-    text: dict[str, Any] = _visible_text(
-        {
-            "title": run.name,
-            "headline": headline.headline(run),
-            "progress": headline.progress(run),
-            "facts": [dataclasses.asdict(fact) for fact in headline.facts(run)],
-            "runs": [other.name for other in runs],
-            "comparison": headline.comparison(runs) if len(runs) > 1 else None,
-            "differences": config_differences(runs),
-            "notes": [
-                f"{r.name}: {note}" if len(runs) > 1 else note for r in runs for note in r.notes
-            ],
-            "config": config_table(run.config),
-            "changed": [
-                [f"{section}.{key}" if section else key, value]
-                for section, rows in config_table(run.config, top="")
-                for key, value, differs in rows
-                if differs
-            ],
-            "environment": config_table(run.environment, defaults={}, top="environment"),
-            "sections": [_heading(number, section) for number, section in enumerate(sections)],
-        }
-    )
-    page = _environment().get_template("report.html.jinja")
-    return page.render(
-        **text,
+    if sections and not (run.metrics or run.config or ledger or viewer.groups):
+        return _render(run.name, ", ".join(section.title for section in sections), sections)
+    changed = [
+        [f"{section}.{key}" if section else key, value]
+        for section, rows in config_table(run.config, top="")
+        for key, value, differs in rows
+        if differs
+    ]
+    return _render(
+        run.name,
+        headline.headline(run),
+        sections,
+        ledger=ledger,
+        viewer=viewer,
+        span=curves.thinned_steps(runs),
         # Supervised training samples nothing: its page has no parts about groups and clips.
         samples_rollouts=bool(
             ledger or viewer.groups or "reward/mean" in run.keys() or not run.metrics
         ),
+        about_run=True,
+        progress=headline.progress(run),
+        facts=[dataclasses.asdict(fact) for fact in headline.facts(run)],
+        runs=[other.name for other in runs],
+        comparison=headline.comparison(runs) if len(runs) > 1 else None,
+        differences=config_differences(runs),
+        notes=[f"{r.name}: {note}" if len(runs) > 1 else note for r in runs for note in r.notes],
+        config=config_table(run.config),
+        changed=changed,
+        environment=config_table(run.environment, defaults={}, top="environment"),
+    )
+
+
+# What the template gets where a page is about no run.
+_NOTHING: dict[str, Any] = {
+    "about_run": False,
+    "samples_rollouts": False,
+    "progress": "",
+    "comparison": None,
+    **dict.fromkeys(
+        ("facts", "runs", "differences", "notes", "config", "changed", "environment"), ()
+    ),
+}
+
+
+def _render(
+    title: str,
+    words: str,
+    sections: Sequence[Section],
+    *,
+    ledger: dict[str, Any] | None = None,
+    viewer: Viewer | None = None,
+    span: int = 1,
+    **parts: Any,
+) -> str:
+    viewer = viewer or Viewer([], 0, 0, 0, 1.0)
+    headings = [_heading(number, section) for number, section in enumerate(sections)]
+    # Everything that is not in the data block passes through here: names of runs, config values,
+    # notes.
+    text: dict[str, Any] = _visible_text(
+        _NOTHING | parts | {"title": title, "headline": words, "sections": headings}
+    )
+    scripts = [_asset(name) for name in _SCRIPTS]
+    styles = [_asset(name) for name in _STYLES]
+    page = _environment().get_template("report.html.jinja")
+    return page.render(
+        **text,
         # The method's own pictures come right after what was learned.
         first=[s for s in text["sections"] if s["id"] in _FIRST],
         rest=[s for s in text["sections"] if s["id"] not in _FIRST],
-        span=curves.thinned_steps(runs),
+        span=span,
         ledger=ledger,
         viewer=viewer,
         scripts=scripts,
@@ -115,6 +151,15 @@ def render(runs: Sequence[Run]) -> str:
             }
         ),
     )
+
+
+def _replace(out: Path, page: str) -> Path:
+    """Writes a file so that nobody ever reads half of it."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = out.with_name(out.name + ".part")
+    unfinished.write_text(page, encoding="utf-8")
+    os.replace(unfinished, out)
+    return out
 
 
 def name_prompts(groups: Sequence[dict[str, Any]], visits: Sequence[Visit]) -> None:

@@ -112,10 +112,11 @@ def profile_section(rows: Sequence[dict[str, Any]]) -> Section | None:
         for row in rows
     ]
     notes = (
-        "Entropy of the policy, in nats, at the tokens of its own trajectories and of others'. "
+        "Entropy of the policy, in nats, at each token of a trajectory, whoever wrote it. "
         "Brackets: 95% interval over trajectories.",
+        *([str(rows[0]["about"])] if rows[0].get("about") else []),
     )
-    return Section("trajectories", "Whose trajectories", panels, notes, [(columns, table)])
+    return Section("trajectories", "Entropy of trajectories", panels, notes, [(columns, table)])
 
 
 def _profile(

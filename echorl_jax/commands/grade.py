@@ -1,10 +1,13 @@
 """Verdicts for finished generations, without a model.
 
-Every input line is written again with `correct`, `score` and `reason`; a summary follows on stderr.
+Every input line is written again with `correct`, `score` and `reason`; a summary follows. With
+--verdict_key the lines' own verdicts are kept as `expected` and compared: how many right answers
+are accepted and wrong ones rejected, what accepting everything would get, where the two differ.
 
 examples:
   echorl grade generations.jsonl --grader=countdown --out=graded.jsonl
   echorl grade outputs.jsonl --response_key=output --answer_key=gold --grader=my_rewards:judge
+  echorl grade judged.jsonl --answer_key=gold --verdict_key=correct --out=compared.jsonl
 """
 
 import argparse
@@ -18,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--answer_key", default="answer", help="the right answer")
     graders = "auto, math, choice, countdown or package.module:function"
     parser.add_argument("--grader", default="auto", help=graders)
+    parser.add_argument("--verdict_key", help="true or false from another judge, to compare with")
     parser.add_argument("--workers", type=int, default=2, help="grading processes")
     parser.add_argument("--timeout_s", type=float, default=10.0, help="limit for one verdict")
     parser.add_argument("--out", type=Path, metavar="OUT.jsonl", help="default: standard output")
@@ -32,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         out=arguments.out,
         response_key=arguments.response_key,
         answer_key=arguments.answer_key,
+        verdict_key=arguments.verdict_key,
         grader=arguments.grader,
         workers=arguments.workers,
         timeout_s=arguments.timeout_s,

@@ -12,6 +12,7 @@ example:
 import argparse
 from pathlib import Path
 
+from echorl_jax.commands.processes import join
 from echorl_jax.commands.train import add_arguments as add_arguments
 from echorl_jax.commands.train import finish
 
@@ -21,6 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
     from echorl_jax.config_file import load_config
 
     config = load_config(arguments.config, arguments.overrides)
+    if (code := join(config, arguments)) is not None:
+        return code
     from echorl_jax.training.sft import train_supervised
 
     train_supervised(config, arguments.workdir)

@@ -8,11 +8,14 @@ examples:
   echorl train --config=configs/countdown.py --workdir=runs/plain --config.echo.enabled=false
   echorl train --config=configs/countdown.py --workdir=runs/own --config.data.train=rows.parquet
 
+The same command on several hosts or in several processes is one run: see docs/launch.md.
 `echorl options` lists every key.
 """
 
 import argparse
 from pathlib import Path
+
+from echorl_jax.commands.processes import join
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,6 +30,8 @@ def run(arguments: argparse.Namespace) -> int:
     from echorl_jax.config_file import load_config
 
     config = load_config(arguments.config, arguments.overrides)
+    if (code := join(config, arguments)) is not None:
+        return code
     from echorl_jax.training.loop import train
 
     train(config, arguments.workdir)
@@ -35,11 +40,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def finish(workdir: Path, *, report: bool) -> None:
-    """Says what the run achieved and where its files are; writes the report."""
+    """Says what the run achieved and where its files are; writes the report. Once per run."""
     from echorl_jax.analysis.headline import headline
     from echorl_jax.analysis.report import write_report
     from echorl_jax.analysis.runs import read_run
+    from echorl_jax.parallel import is_first
 
+    if not is_first():
+        return
     print(headline(read_run(workdir)))
     if report:
         print(f"report:  {write_report(workdir)}")

@@ -52,15 +52,15 @@ def read_tfds(name: str, options: Mapping[str, str], *, skip_bad: bool) -> Check
     # TFDS raises a dozen kinds of error here, most of them for a missing or unprepared data set.
     except Exception as error:
         raise DataError(f"{label}: cannot be read: {_first_line(error)}") from error
-    raw = _Converted(source, from_tfds)
+    raw = _Converted(source, plain_row)
     return check_rows(raw, label=label, name=name.partition("/")[0], skip_bad=skip_bad)
 
 
-def from_tfds(example: Mapping[str, Any]) -> dict[str, Any]:
-    """Plain Python values for TFDS's bytes and arrays, and ``options`` for ARC's choices.
+def plain_row(example: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain Python values for bytes and arrays, and ``options`` and ``answer`` for ARC's choices.
 
     >>> choices = {"text": [b"ice", b"steam"], "label": [0, 1]}
-    >>> from_tfds({"question": b"Hot?", "choices": choices, "answerKey": 1})["answer"]
+    >>> plain_row({"question": b"Hot?", "choices": choices, "answerKey": 1})["answer"]
     'B'
     """
     row = {name: _plain(value) for name, value in example.items()}
@@ -87,7 +87,7 @@ def read_hf(name: str, options: Mapping[str, str], *, skip_bad: bool) -> Checked
     except (OSError, ValueError) as error:
         raise DataError(f"{label}: cannot be read: {_first_line(error)}") from error
     stem = name.rstrip("/").rpartition("/")[2]
-    return check_rows(_Converted(source, dict), label=label, name=stem, skip_bad=skip_bad)
+    return check_rows(_Converted(source, plain_row), label=label, name=stem, skip_bad=skip_bad)
 
 
 def load_optional(module: str, package: str) -> ModuleType:

@@ -12,6 +12,8 @@ from typing import Any
 
 Row = dict[str, Any]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+# Before the number that a solution of GSM8K comes to.
+GSM8K_MARK = "####"
 # Where the answer stands in rows without ``reward_model``, first match wins.
 ANSWERS = ("ground_truth", "answer", "solution")
 
@@ -44,6 +46,10 @@ def normalise_row(raw: Mapping[str, Any], *, source: str) -> Row:
     if isinstance(raw.get("prompt"), str):
         # TRL's reward functions get text where the prompt was text, messages where it was messages.
         row["extra_info"]["prompt_format"] = "text"
+    _check_letter(raw, row["reward_model"]["ground_truth"])
+    if GSM8K_MARK in str(raw.get("answer")) and not (raw.get("hint") or raw.get("solution")):
+        # GSM8K's own files: the answer is a whole solution.
+        row["solution"] = raw["answer"]
     _settle_target(row)
     if not isinstance(row["data_source"], str):
         raise BadRow("data_source", f"expected text, found {_kind(row['data_source'])}")
@@ -111,6 +117,16 @@ def _settle_target(row: Row) -> None:
     target = row.pop("target", None)
     if isinstance(target, Sequence) and not isinstance(target, str | bytes):
         row["target"] = _messages(target, "target")
+
+
+def _check_letter(raw: Mapping[str, Any], truth: Any) -> None:
+    """The letter of an answer must be that of an option."""
+    options = raw.get("options")
+    if options is None or not isinstance(truth, str) or truth in map(str, options):
+        return
+    place = LETTERS.find(truth.strip().upper()) if len(truth.strip()) == 1 else -1
+    if place >= len(options):
+        raise BadRow("answer", f"{truth!r}, but there are only {len(options)} options")
 
 
 def _check_countdown(truth: Any) -> None:

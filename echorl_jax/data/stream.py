@@ -1,15 +1,17 @@
 """The endless stream of prompts that training reads."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grain
+import numpy as np
 
 from echorl_jax.data.errors import DataError
 from echorl_jax.data.rows import Row
 from echorl_jax.data.sources import Rows
 from echorl_jax.data.tokens import encode_prompt
+from echorl_jax.parallel import from_shares, own_share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,35 +22,50 @@ class Prompt:
     """A prompt as the rollout takes it, and the row that the grader needs."""
 
     ids: list[int]
-    row: Row
+    row: Mapping[str, Any]
     # Place among the rows of the stream.
     index: int
     # The last ids that are an expert's hint (UFT).
     hint_tokens: int = 0
 
 
+class _UnreadRow(Mapping[str, Any]):
+    """A row that another process has read; this one reads it when somebody asks."""
+
+    def __init__(self, rows: Sequence[Row], index: int) -> None:
+        self._rows = rows
+        self._index = index
+
+    def __getitem__(self, name: str) -> Any:
+        return self._rows[self._index][name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows[self._index])
+
+    def __len__(self) -> int:
+        return len(self._rows[self._index])
+
+
 class PromptStream(Iterator[list[Prompt]]):
-    """Yields, step by step, this process's share of ``prompts_per_step`` prompts.
+    """Yields, step by step, ``prompts_per_step`` prompts, the same on every process.
 
     Rows come in an order drawn from ``seed``, another one each epoch; with weights on the sources,
     each part is drawn by its share and repeated on its own. Prompts longer than
-    ``max_prompt_tokens`` are left out and counted. Every process walks the same global order and
-    keeps its own slice of each step, so a step has the same prompts for any number of processes,
-    and a state saved by one run fits another with more or fewer.
+    ``max_prompt_tokens`` are left out and counted. Every process walks the same global order of
+    places, reads and encodes only its share of the rows, and gets the ids of the others: a step has
+    the same prompts for any number of processes, and a state saved by one run fits another with
+    more or fewer.
 
     Args:
       rows: what :func:`load_rows` gives, or any sequence of rows.
       tokenizer: makes the ids.
-      prompts_per_step: P over all processes; a multiple of ``process_count``.
+      prompts_per_step: P.
       seed: of the order.
       max_prompt_tokens: longest prompt that is kept.
       template: name of the prompt template.
-      process_index: this process, in ``[0, process_count)``.
-      process_count: processes that share each step.
 
     Raises:
-      DataError: no rows, a share that does not come out whole, or (on reading) no prompt that is
-      short enough.
+      DataError: no rows, no prompts in a step, or (on reading) no prompt that is short enough.
     """
 
     def __init__(
@@ -60,23 +77,16 @@ class PromptStream(Iterator[list[Prompt]]):
         seed: int,
         max_prompt_tokens: int,
         template: str = "chat",
-        process_index: int = 0,
-        process_count: int = 1,
     ) -> None:
         if not rows:
             raise DataError("no rows to train on")
-        if prompts_per_step < 1 or prompts_per_step % process_count:
-            raise DataError(
-                f"prompts_per_step={prompts_per_step}: must be a multiple of the "
-                f"{process_count} processes"
-            )
+        if prompts_per_step < 1:
+            raise DataError(f"prompts_per_step={prompts_per_step}: must be at least 1")
         self._rows = rows
         self._tokenizer = tokenizer
         self._template = template
         self._max_prompt_tokens = max_prompt_tokens
         self._prompts_per_step = prompts_per_step
-        share = prompts_per_step // process_count
-        self._share = slice(process_index * share, (process_index + 1) * share)
         # Encoding a step takes milliseconds: no reader threads, so nothing is left running at exit.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=1)
         self._order = iter(_row_order(rows, seed).to_iter_dataset(options))
@@ -93,19 +103,43 @@ class PromptStream(Iterator[list[Prompt]]):
     def __next__(self) -> list[Prompt]:
         step: list[Prompt] = []
         misses = 0
-        while len(step) < self._prompts_per_step:
-            index = int(next(self._order))
-            row = self._rows[index]
-            ids = encode_prompt(self._tokenizer, row, self._template)
-            if len(ids) <= self._max_prompt_tokens:
-                step.append(Prompt(ids, row, index))
-                misses = 0
-                continue
-            self._too_long += 1
-            misses += 1
-            if misses > self._patience:
-                raise DataError(f"no prompt is within max_prompt_tokens={self._max_prompt_tokens}")
-        return step[self._share]
+        while (missing := self._prompts_per_step - len(step)) > 0:
+            for prompt in self._read([int(next(self._order)) for _ in range(missing)]):
+                if prompt is not None:
+                    step.append(prompt)
+                    misses = 0
+                    continue
+                self._too_long += 1
+                misses += 1
+                if misses > self._patience:
+                    raise DataError(
+                        f"no prompt is within max_prompt_tokens={self._max_prompt_tokens}"
+                    )
+        return step
+
+    def _read(self, places: Sequence[int]) -> list[Prompt | None]:
+        """The rows at these places as prompts; None for one that is too long."""
+        longest = self._max_prompt_tokens
+        share = own_share(self._prompts_per_step)
+        # The first column is the length. One shape for all calls: one compiled exchange.
+        encoded = np.zeros((share.stop - share.start, 1 + longest), np.int32)
+        own: dict[int, Row] = {}
+        for line, place in zip(encoded, places[share], strict=False):
+            own[place] = self._rows[place]
+            ids = encode_prompt(self._tokenizer, own[place], self._template)
+            line[0] = len(ids)
+            line[1 : 1 + len(ids)] = ids[:longest]
+        found = from_shares(encoded, self._prompts_per_step)[: len(places)]
+        return [
+            Prompt(
+                line[1 : 1 + line[0]].tolist(),
+                own[place] if place in own else _UnreadRow(self._rows, place),
+                place,
+            )
+            if line[0] <= longest
+            else None
+            for place, line in zip(places, found, strict=True)
+        ]
 
     def get_state(self) -> dict[str, Any]:
         """The place in the stream, as JSON can hold it."""

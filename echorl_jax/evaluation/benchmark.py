@@ -3,20 +3,32 @@
 import dataclasses
 import itertools
 import json
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from echorl_jax.data import encode_prompt, load_rows, load_tokenizer
 from echorl_jax.data.tokens import BUILTIN
 from echorl_jax.errors import UserError
-from echorl_jax.evaluation.evaluate import Attempt, attempt_rows, end_tokens
-from echorl_jax.evaluation.scores import Score, score_by_source
+from echorl_jax.evaluation.evaluate import MOST_SAMPLES, Attempt, attempt_rows, end_tokens
+from echorl_jax.evaluation.generations import (
+    claim,
+    digest_rows,
+    fingerprint,
+    heal,
+    read_outcomes,
+)
+from echorl_jax.evaluation.presets import Pass, passes, preset
+from echorl_jax.evaluation.progress import EvaluationProgress
+from echorl_jax.evaluation.table import SourceResult, print_results, summarise
 from echorl_jax.models import load_model
+from echorl_jax.parallel import make_mesh
 from echorl_jax.rewards import GraderPool
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,79 +38,187 @@ class Benchmark:
     model: str
     data: str
     grader: str = "auto"
-    samples: int = 1
+    samples: str = "1"
     temperature: float | None = None  # None: greedy for one sample, else 0.6
+    greedy: bool = False
     top_p: float = 1.0
     max_new_tokens: int = 1024
     max_prompt_tokens: int = 2048
     limit: int = 0
     template: str = "chat"
     dtype: str = "bfloat16"
-    batch: int = 256
-    workers: int = 2
     seed: int = 0
+    batch: int = 256
+    slots: int = 0
+    workers: int = 2
+    devices: int = 0
+    tensor: int = 1
+
+    @classmethod
+    def of(cls, *, preset_name: str, given: Mapping[str, Any]) -> "Benchmark":
+        """Defaults, then the preset's settings, then what is given; None is not given."""
+        chosen = {name: value for name, value in given.items() if value is not None}
+        return cls(**{**preset(preset_name), **chosen}).validated()
+
+    def validated(self) -> "Benchmark":
+        """Itself.
+
+        Raises:
+          UserError: the first option out of its range.
+        """
+        rules = [(name, 1) for name in ("max_new_tokens", "max_prompt_tokens", "batch", "tensor")]
+        rules += [(name, 0) for name in ("limit", "slots", "workers", "devices")]
+        for name, least in rules:
+            if (value := vars(self)[name]) < least:
+                raise UserError(f"--{name}={value}: must be at least {least}")
+        if self.temperature is not None and not 0 <= self.temperature < float("inf"):
+            raise UserError(f"--temperature={self.temperature}: must be 0 (greedy) or above")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p={self.top_p}: must be in (0, 1]")
+        return self
 
 
-def run_benchmark(options: Benchmark, out: Path) -> dict[str, Score]:
-    """Writes ``generations.jsonl`` and ``scores.json`` and prints a table.
+# These change how fast the numbers come, not what they are.
+FREE = ("batch", "slots", "workers", "devices", "tensor", "model", "data", "limit")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Work:
+    """The rows that are tried, and in which passes."""
+
+    tokenizer: "PreTrainedTokenizerBase"
+    rows: Sequence[Mapping[str, Any]]
+    places: Sequence[int]  # of the rows in the data
+    prompts: Sequence[Sequence[int]]
+    passes: Sequence[Pass]
+    left_out: int  # rows whose prompts are too long
+    bad: int  # rows that could not be read
+
+    @property
+    def attempts(self) -> int:
+        return sum(each.attempts for each in self.passes)
+
+    def order(self) -> Iterator[tuple[int, int, bool]]:
+        """(problem, sample, greedy) of every attempt, as they are written."""
+        for each in self.passes:
+            for i, sample in itertools.product(each.places, range(each.samples)):
+                yield self.places[i], sample, each.temperature == 0
+
+
+def run_benchmark(options: Benchmark, out: Path) -> dict[str, SourceResult]:
+    """Writes ``options.json``, ``generations.jsonl`` and ``scores.json`` and prints a table.
+
+    Attempts that ``generations.jsonl`` holds already are not made again.
 
     Raises:
-      UserError: model, rows or options that cannot be used.
+      UserError: model, rows or options that cannot be used; ``out`` holds another evaluation.
     """
-    if options.samples < 1 or options.batch < 1 or options.max_new_tokens < 1:
-        raise UserError("--samples, --batch and --max_new_tokens must be at least 1")
-    temperature = options.temperature
-    if temperature is None:
-        temperature = 0.0 if options.samples == 1 else 0.6
+    work = _prepare(options)
+    path = str(BUILTIN.get(options.model, options.model))
+    settled = {name: value for name, value in vars(options).items() if name not in FREE}
+    rows = digest_rows(work.prompts, work.rows)
+    claim(
+        out,
+        {"model": options.model, "weights": fingerprint(Path(path)), **settled, "rows": rows},
+    )
+    file = out / "generations.jsonl"
+    done = heal(file)
+    order = list(work.order())
+    if done > len(order):
+        raise UserError(f"{file}: {done} attempts, expected at most {len(order)}")
+    outcomes = list(read_outcomes(file, order)) if done else []
+    if done < len(order):
+        _generate(options, work, path, file, done=done)
+        outcomes = list(read_outcomes(file, order))
+    results = summarise(outcomes)
+    document = {
+        "options": vars(options),
+        "left_out": work.left_out,
+        "bad_rows": work.bad,
+        "scores": {name: result.as_json() for name, result in results.items()},
+    }
+    (out / "scores.json").write_text(json.dumps(document, indent=2) + "\n")
+    print_results(results, left_out=work.left_out, bad=work.bad)
+    return results
+
+
+def _prepare(options: Benchmark) -> _Work:
     tokenizer = load_tokenizer(options.model)
-    rows = list(itertools.islice(load_rows(options.data), options.limit or None))
+    loaded = load_rows(options.data)
+    rows = list(itertools.islice(loaded, options.limit or None))
     prompts = [encode_prompt(tokenizer, row, options.template) for row in rows]
     fits = [i for i, ids in enumerate(prompts) if len(ids) <= options.max_prompt_tokens]
     if not fits:
         raise UserError(f"no prompt is within --max_prompt_tokens={options.max_prompt_tokens}")
-    model, params = load_model(
-        str(BUILTIN.get(options.model, options.model)), dtype=options.dtype, remat="none"
+    kept = [rows[i] for i in fits]
+    plan = passes(
+        [row["data_source"] for row in kept],
+        samples=options.samples,
+        temperature=options.temperature,
+        greedy=options.greedy,
     )
-    out.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True)
-    attempts: list[Attempt] = []
+    if max(each.samples for each in plan) > MOST_SAMPLES:
+        raise UserError(f"--samples={options.samples}: at most {MOST_SAMPLES}")
+    left_out = len(rows) - len(fits)
+    own = [prompts[i] for i in fits]
+    return _Work(tokenizer, kept, fits, own, plan, left_out, len(loaded.bad))
+
+
+def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: int) -> None:
+    """Appends the attempts that are missing, each as soon as it is graded."""
+    devices = jax.devices()[: options.devices or None]
+    mesh = make_mesh(tensor=options.tensor, devices=devices) if len(devices) > 1 else None
+    model, params = load_model(
+        path,
+        dtype=options.dtype,
+        param_dtype=options.dtype,
+        remat="none",
+        mesh=mesh,
+        layout="rollout",
+    )
     with (
         GraderPool(options.grader, workers=options.workers) as grader,
-        (out / "generations.jsonl").open("w") as file,
-        console.status("generating") as status,
+        file.open("a", encoding="utf-8") as lines,
+        EvaluationProgress(work.attempts, done=done) as shown,
     ):
-        for attempt in attempt_rows(
-            model,
-            params,
-            [rows[i] for i in fits],
-            [prompts[i] for i in fits],
-            jax.random.key(options.seed),
-            tokenizer=tokenizer,
-            grader=grader,
-            samples=options.samples,
-            max_new_tokens=options.max_new_tokens,
-            temperature=temperature,
-            eos_ids=end_tokens(tokenizer, model),
-            top_p=options.top_p,
-            rows_at_once=options.batch,
-        ):
-            attempts.append(attempt)
-            row = rows[fits[attempt.problem]]
-            file.write(json.dumps(_line(attempt, fits[attempt.problem], row)) + "\n")
-            status.update(f"{len(attempts)} of {len(fits) * options.samples} attempts")
-    scores = score_by_source((a.data_source, a.problem, a.verdict.correct) for a in attempts)
-    kept = {name: dataclasses.asdict(score) for name, score in scores.items()}
-    result = {"options": dataclasses.asdict(options), "left_out": len(rows) - len(fits)}
-    (out / "scores.json").write_text(json.dumps({**result, "scores": kept}, indent=2) + "\n")
-    # A file or pipe has no width of its own: wide enough that nothing is cut.
-    Console(width=max(console.width, 110)).print(_table(scores, attempts))
-    return scores
+        for each in work.passes:
+            skipped, done = min(done, each.attempts), max(0, done - each.attempts)
+            if skipped == each.attempts:
+                continue
+            rows = [work.rows[i] for i in each.places]
+            numbers = [work.places[i] for i in each.places]
+            for attempt in attempt_rows(
+                model,
+                params,
+                rows,
+                [work.prompts[i] for i in each.places],
+                jax.random.key(options.seed),
+                tokenizer=work.tokenizer,
+                grader=grader,
+                samples=each.samples,
+                max_new_tokens=options.max_new_tokens,
+                temperature=each.temperature,
+                eos_ids=end_tokens(work.tokenizer, model),
+                top_p=options.top_p if each.temperature else 1.0,
+                rows_at_once=options.batch,
+                slots=options.slots,
+                numbers=numbers,
+                done=skipped,
+                mesh=mesh,
+                progress=shown.look,
+            ):
+                row = rows[attempt.problem]
+                line = _line(attempt, numbers[attempt.problem], row, greedy=not each.temperature)
+                lines.write(json.dumps(line) + "\n")
+                lines.flush()
+                shown.attempt(attempt.data_source)
 
 
-def _line(attempt: Attempt, place: int, row) -> dict:
+def _line(attempt: Attempt, place: int, row: Mapping[str, Any], *, greedy: bool) -> dict[str, Any]:
     return {
         "problem": place,
         "sample": attempt.sample,
+        "greedy": greedy,
         "data_source": attempt.data_source,
         "prompt": row["prompt"],
         "ground_truth": row["reward_model"]["ground_truth"],
@@ -107,24 +227,3 @@ def _line(attempt: Attempt, place: int, row) -> dict:
         "tokens": attempt.tokens,
         "truncated": attempt.truncated,
     }
-
-
-def _table(scores: dict[str, Score], attempts: list[Attempt]) -> Table:
-    table = Table(box=box.SIMPLE)
-    columns = ("data source", "problems", "samples", "mean", "95%", "pass@k", "tokens", "cut off")
-    for name in columns:
-        table.add_column(name, justify="left" if name == "data source" else "right", no_wrap=True)
-    for source, score in scores.items():
-        own = [a for a in attempts if a.data_source == source]
-        best = max(score.pass_at)
-        table.add_row(
-            source,
-            str(score.problems),
-            str(score.samples),
-            f"{score.mean:.3f}",
-            f"{score.low:.3f}-{score.high:.3f}",
-            f"@{best} {score.pass_at[best]:.3f}" if best > 1 else "",
-            f"{sum(a.tokens for a in own) / len(own):.0f}",
-            f"{sum(a.truncated for a in own) / len(own):.1%}",
-        )
-    return table

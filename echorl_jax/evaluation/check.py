@@ -1,13 +1,36 @@
 """``echorl check``: what would go wrong with a config's data, before any accelerator time."""
 
 import itertools
-import json
+import statistics
+import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from echorl_jax.config import Config
-from echorl_jax.data import encode_prompt, load_rows, load_tokenizer
-from echorl_jax.rewards import GraderPool
+from echorl_jax.data import (
+    Rows,
+    encode_prompt,
+    encode_target,
+    expert_text,
+    load_rows,
+    load_tokenizer,
+)
+from echorl_jax.evaluation.contamination import find_overlap
+from echorl_jax.rewards import GraderPool, grading_failed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Rows of each set that are compared with the other's.
+COMPARED = 200_000
+# Rows that are named of each kind of finding.
+NAMED = 10
+# A verdict that takes longer would make an accelerator wait (seconds).
+SLOW_S = 1.0
+# A problem that is nearly in both sets counts as wrong from this share of its n-grams on.
+WRONG_SHARE = 0.8
+# Objectives that learn from the expert's text, and cannot without it.
+NEEDS_EXPERT = ("sft", "luffy")
 
 
 def check(config: Config, *, rows: int, show: int) -> bool:
@@ -17,7 +40,7 @@ def check(config: Config, *, rows: int, show: int) -> bool:
       UserError: data, tokenizer or grader that cannot be used.
     """
     tokenizer = load_tokenizer(config.model.path)
-    fine, sets = True, {}
+    fine, sets = True, dict[str, Rows]()
     with GraderPool(
         config.data.grader,
         workers=config.data.grader_workers,
@@ -27,13 +50,18 @@ def check(config: Config, *, rows: int, show: int) -> bool:
             if not spec:
                 continue
             loaded = load_rows(spec, on_bad_row=config.data.on_bad_row)
-            sets[name] = list(itertools.islice(loaded, rows))
-            print(f"{name}: {len(loaded)} rows, {len(sets[name])} looked at ({spec})")
-            for line in loaded.bad[:5]:
+            sets[name] = loaded
+            seen = list(itertools.islice(loaded, rows))
+            print(f"{name}: {len(loaded)} rows, {len(seen)} looked at ({spec})")
+            if loaded.bad:
+                print(f"  left out: {len(loaded.bad)} bad rows")
+            for line in loaded.bad[:NAMED]:
                 print(f"  left out: {line}")
-            prompts = [encode_prompt(tokenizer, row, config.data.template) for row in sets[name]]
+            prompts = [encode_prompt(tokenizer, row, config.data.template) for row in seen]
             fine &= _check_lengths(prompts, config.data.max_prompt_tokens)
-            fine &= _check_grader(grader, sets[name])
+            if name == "train" and config.objective.name in (*NEEDS_EXPERT, "uft"):
+                fine &= _check_experts(config, tokenizer, seen)
+            fine &= _check_grader(grader, seen)
             for ids in prompts[:show]:
                 print(f"  prompt of {len(ids)} tokens: {tokenizer.decode(ids)!r}")
                 print(f"    {tokenizer.convert_ids_to_tokens(ids)}")
@@ -62,36 +90,71 @@ def _check_grader(grader: GraderPool, rows: Sequence[Mapping[str, Any]]) -> bool
         print("  grader: no gold answers in these rows, nothing to check it with")
         return True
     texts, judged = [text for text, _ in known], [row for _, row in known]
+    start = time.perf_counter()
     right = grader.grade(texts, judged)
     shifted = grader.grade(texts[1:] + texts[:1], judged)
+    mean_s = (time.perf_counter() - start) / (2 * len(known))
     accepted = sum(verdict.correct for verdict in right)
     confused = sum(verdict.correct for verdict in shifted)
     print(
         f"  grader: {accepted} of {len(known)} gold answers right, "
         f"{confused} of {len(known)} answers to another row right"
     )
-    for verdict, text in zip(right, texts, strict=True):
-        if not verdict.correct:
-            print(f"  gold answer refused: {verdict.reason}: {text[:80]!r}")
-            break
-    return accepted == len(known) and (confused < len(known) / 2 or len(known) == 1)
+    refused = [(v, text) for v, text in zip(right, texts, strict=True) if not v.correct]
+    for verdict, text in refused[:NAMED]:
+        print(f"  gold answer refused: {verdict.reason}: {text[:80]!r}")
+    failed = [verdict for verdict in (*right, *shifted) if grading_failed(verdict.reason)]
+    if failed:
+        print(f"  grader: {len(failed)} verdicts failed, the first: {failed[0].reason}")
+    if mean_s > SLOW_S:
+        print(f"  grader: slow, {mean_s:.1f} s for a verdict; see config.data.grader_workers")
+    return not failed and accepted == len(known) and (confused < len(known) / 2 or len(known) == 1)
 
 
 def _gold(row: Mapping[str, Any]) -> str | None:
     """What a right response would be: the expert's, or a text that ends in the answer."""
-    target = row.get("target")
-    if isinstance(target, Sequence) and not isinstance(target, str) and target:
-        return str(target[-1]["content"])
-    if isinstance(row.get("answer"), str):
-        return row["answer"]
+    if (text := expert_text(row)) is not None:
+        return text
     truth = row["reward_model"]["ground_truth"]
     return f"\\boxed{{{truth}}}" if isinstance(truth, str) else None
 
 
-def _check_overlap(
-    train: Sequence[Mapping[str, Any]], held_out: Sequence[Mapping[str, Any]]
+def _check_experts(
+    config: Config, tokenizer: "PreTrainedTokenizerBase", rows: Sequence[Mapping[str, Any]]
 ) -> bool:
-    seen = {json.dumps(row["prompt"], sort_keys=True) for row in train}
-    both = sum(json.dumps(row["prompt"], sort_keys=True) in seen for row in held_out)
-    print(f"overlap: {both} of {len(held_out)} evaluation prompts are among the training prompts")
-    return both == 0
+    """Rows must have the expert text that the objective learns from; its length in tokens."""
+    lengths = [len(encode_target(tokenizer, row)) for row in rows if expert_text(row)]
+    missing, longest = len(rows) - len(lengths), config.rollout.max_new_tokens
+    print(f"  expert texts: {len(lengths)} of {len(rows)} rows have one", end="")
+    if lengths:
+        cut = sum(length > longest for length in lengths)
+        middle = statistics.median_low(lengths)
+        print(f", median {middle}, longest {max(lengths)} tokens; ", end="")
+        print(f"{cut} over rollout.max_new_tokens = {longest} will be cut", end="")
+    print()
+    return not missing or config.objective.name not in NEEDS_EXPERT
+
+
+def _check_overlap(train: Rows, held_out: Rows) -> bool:
+    """Problems of the held-out set that are in the training set too, word for word or nearly."""
+    compared = [
+        [_problem(row) for row in itertools.islice(rows, COMPARED)] for rows in (train, held_out)
+    ]
+    found = find_overlap(*compared)
+    same = [overlap for overlap in found if overlap.same]
+    print(
+        f"overlap: {len(same)} of {len(compared[1])} evaluation problems are among the "
+        f"{len(compared[0])} training problems, {len(found) - len(same)} nearly"
+    )
+    others = sorted((overlap for overlap in found if not overlap.same), key=lambda o: -o.share)
+    for each in [*same[:NAMED], *others[:NAMED]]:
+        how = "is" if each.same else f"has {each.share:.0%} of its n-grams in"
+        print(f"  evaluation row {each.held_out} {how} training row {each.train}")
+    return not any(overlap.share >= WRONG_SHARE for overlap in found)
+
+
+def _problem(row: Mapping[str, Any]) -> str:
+    """The problem's own text, without a prompt's frame where the row has it apart."""
+    own = next((row[name] for name in ("problem", "question") if row.get(name)), None)
+    users = [message["content"] for message in row["prompt"] if message["role"] == "user"]
+    return own if isinstance(own, str) else "\n".join(users)

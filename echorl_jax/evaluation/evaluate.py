@@ -1,20 +1,23 @@
-"""Completions for every row of a benchmark, graded."""
+"""Completions for every row of a benchmark, graded while the next ones are generated."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
 from jax.sharding import Mesh
 
-from echorl_jax.evaluation.grading import grade_rollouts
+from echorl_jax.evaluation.grading import Grading, start_grading
 from echorl_jax.models import Decoder
 from echorl_jax.rewards import GraderPool, Verdict
-from echorl_jax.rollout import generate
-from echorl_jax.types import Array, PyTree
+from echorl_jax.rollout import Progress, generate
+from echorl_jax.types import Array, PyTree, Rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Attempts at one row that have keys of their own: sample s of row r draws as row r * 4096 + s.
+MOST_SAMPLES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +31,15 @@ class Attempt:
     verdict: Verdict
     tokens: int
     truncated: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What one call of the sampler wrote, with its verdicts on their way."""
+
+    places: Sequence[int]  # rows of the call, without the repeats that fill it up
+    rollouts: Rollouts  # NumPy
+    grading: Grading
 
 
 def end_tokens(tokenizer: "PreTrainedTokenizerBase", model: Decoder) -> tuple[int, ...]:
@@ -52,47 +64,84 @@ def attempt_rows(
     top_p: float = 1.0,
     top_k: int = 0,
     rows_at_once: int = 256,
+    slots: int = 0,
+    numbers: Sequence[int] | None = None,
+    done: int = 0,
     mesh: Mesh | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[Attempt]:
-    """Yields ``samples`` attempts for each row, in order, as chunks of rows are done.
+    """Yields ``samples`` attempts for each row, in order, as calls of the sampler are done.
 
-    The last chunk is filled up with repeats that are not yielded, so one compiled shape serves all.
+    What is drawn for a sample depends on the row's number and the sample's alone. Calls begin at
+    fixed rows and have one shape (the last is filled up with repeats that are not yielded), so that
+    work which goes on after ``done`` attempts repeats the very computation. Grading processes judge
+    a call while the next one is generated.
 
     Args:
       rows: in verl's columns.
       prompts: their token ids.
       eos_ids: tokens that end a completion.
       rows_at_once: completions in one call of the sampler.
+      slots: completions decoded at once; 0 lets the sampler choose.
+      numbers: each row's number in the keys; its position unless given.
+      done: attempts at the beginning that are not wanted again.
+      progress: called by the sampler at each look.
     """
     per_call = max(1, min(rows_at_once // samples, len(rows)))
-    for start in range(0, len(rows), per_call):
-        chunk = list(range(start, min(start + per_call, len(rows))))
-        padded = chunk + chunk[-1:] * (per_call - len(chunk))
+    longest = max(map(len, prompts), default=0)
+    before: _Call | None = None
+    for start in range(done // samples // per_call * per_call, len(rows), per_call):
+        places = list(range(start, min(start + per_call, len(rows))))
+        padded = places + places[-1:] * (per_call - len(places))
+        own = [i if numbers is None else numbers[i] for i in padded]
         rollouts = generate(
             model,
             params,
             [list(prompts[i]) for i in padded],
-            jax.random.fold_in(key, start),
+            key,
             group_size=samples,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
             eos_ids=eos_ids,
+            row_ids=[number * MOST_SAMPLES + s for number in own for s in range(samples)],
+            slots=slots,
+            prompt_tokens=longest,
             mesh=mesh,
+            progress=progress,
         )
-        rollouts = jax.device_get(rollouts)
-        texts = grade_rollouts(
-            rollouts, [rows[i] for i in padded], tokenizer=tokenizer, grader=grader
-        )
-        for at in range(len(chunk) * samples):
-            problem = chunk[at // samples]
+        rollouts = _head(jax.device_get(rollouts), len(places) * samples)
+        judged = [rows[i] for i in places]
+        grading = start_grading(rollouts, judged, tokenizer=tokenizer, grader=grader)
+        call = _Call(places, rollouts, grading)
+        if before is not None:
+            yield from _attempts(before, rows, samples, done)
+        before = call
+    if before is not None:
+        yield from _attempts(before, rows, samples, done)
+
+
+def _head(rollouts: Rollouts, count: int) -> Rollouts:
+    """The first rows, without those that fill up the call."""
+    whole = vars(rollouts)
+    cut = {name: value if "prompt" in name else value[:count] for name, value in whole.items()}
+    return Rollouts(**cut)
+
+
+def _attempts(
+    call: _Call, rows: Sequence[Mapping[str, Any]], samples: int, done: int
+) -> Iterator[Attempt]:
+    texts = call.grading.result()
+    for at, verdict in enumerate(texts.verdicts):
+        problem = call.places[at // samples]
+        if problem * samples + at % samples >= done:
             yield Attempt(
                 problem=problem,
                 sample=at % samples,
                 data_source=rows[problem]["data_source"],
                 response=texts.responses[at],
-                verdict=texts.verdicts[at],
-                tokens=int(rollouts.completion_length[at]),
-                truncated=bool(rollouts.truncated[at]),
+                verdict=verdict,
+                tokens=int(call.rollouts.completion_length[at]),
+                truncated=bool(call.rollouts.truncated[at]),
             )

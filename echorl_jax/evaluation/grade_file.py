@@ -1,6 +1,7 @@
 """``echorl grade``: verdicts for the lines of a JSONL file."""
 
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
@@ -8,10 +9,58 @@ from pathlib import Path
 from typing import Any
 
 from echorl_jax.errors import UserError
-from echorl_jax.rewards import GraderPool
+from echorl_jax.rewards import GraderPool, Verdict
 
 # Lines graded together: progress is shown, and written, this often.
 CHUNK = 512
+# Differences from another judge's verdicts that are printed.
+SHOWN = 20
+
+
+@dataclasses.dataclass
+class _Tally:
+    """Counts over the lines so far; with another judge's verdicts, how the two agree."""
+
+    count: int = 0
+    right: int = 0
+    accepted: int = 0  # of those the other judge calls right
+    expected: int = 0  # what it calls right
+    differing: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, number: int, verdict: Verdict, expected: bool | None) -> None:
+        self.count += 1
+        self.right += verdict.correct
+        if expected is None:
+            return
+        self.expected += expected
+        self.accepted += verdict.correct and expected
+        if verdict.correct != expected:
+            said = "right" if expected else "wrong"
+            self.differing.append(f"line {number}: judged {said} before, now: {verdict.reason}")
+
+    def summary(self, *, compared: bool) -> str:
+        share = f" ({self.right / self.count:.1%})" if self.count else ""
+        text = f"{self.right} of {self.count} correct{share}"
+        if not compared or not self.count:
+            return text
+        wrong = self.count - self.expected
+        rejected = wrong - (self.right - self.accepted)
+        more = len(self.differing) - SHOWN
+        return "\n".join(
+            [
+                text,
+                f"right ones accepted: {_share(self.accepted, self.expected)}; "
+                f"wrong ones rejected: {_share(rejected, wrong)}",
+                f"agreement: {_share(self.accepted + rejected, self.count)}; accepting everything "
+                f"would get {_share(self.expected, self.count)}",
+                *self.differing[:SHOWN],
+                *([f"and {more} more"] if more > 0 else []),
+            ]
+        )
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} of {whole} ({part / whole:.1%})" if whole else "0 of 0"
 
 
 def grade_file(
@@ -23,6 +72,7 @@ def grade_file(
     grader: str,
     workers: int,
     timeout_s: float,
+    verdict_key: str | None = None,
 ) -> str:
     """Writes each object again with ``correct``, ``score`` and ``reason``; returns the summary.
 
@@ -31,36 +81,46 @@ def grade_file(
       out: where to; None is standard output.
       response_key, answer_key: fields with the generation and the right answer. A line that has a
         ``reward_model`` already keeps it.
+      verdict_key: field with another judge's verdict, true or false; it is written as ``expected``
+        and compared.
 
     Raises:
       UserError: the file, or the first line that is not such an object.
     """
-    count = right = 0
+    tally = _Tally()
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(GraderPool(grader, workers=workers, timeout_s=timeout_s))
         target = sys.stdout if out is None else stack.enter_context(out.open("w"))
-        for lines in _chunks(path, response_key, answer_key):
+        for numbered in _chunks(path, response_key, answer_key, verdict_key):
+            lines = [line for _, line in numbered]
             rows = [_row(line, answer_key) for line in lines]
             verdicts = pool.grade([line[response_key] for line in lines], rows)
-            for line, verdict in zip(lines, verdicts, strict=True):
-                target.write(json.dumps({**line, **vars(verdict)}) + "\n")
-            count += len(lines)
-            right += sum(verdict.correct for verdict in verdicts)
+            for (number, line), verdict in zip(numbered, verdicts, strict=True):
+                expected = line[verdict_key] if verdict_key else None
+                tally.add(number, verdict, expected)
+                kept = {"expected": expected} if verdict_key else {}
+                target.write(json.dumps({**line, **kept, **vars(verdict)}) + "\n")
             if out is not None:
-                print(f"\r{count} graded", end="", file=sys.stderr)
-    share = f" ({right / count:.1%})" if count else ""
+                print(f"\r{tally.count} graded", end="", file=sys.stderr)
     if out is not None:
         print(file=sys.stderr)
-    return f"{right} of {count} correct{share}"
+    return tally.summary(compared=verdict_key is not None)
 
 
-def _chunks(path: Path, response_key: str, answer_key: str) -> Iterator[list[dict[str, Any]]]:
-    chunk: list[dict[str, Any]] = []
+def _chunks(
+    path: Path, response_key: str, answer_key: str, verdict_key: str | None
+) -> Iterator[list[tuple[int, dict[str, Any]]]]:
+    """Runs of lines, each with its number from 1 on."""
+    chunk: list[tuple[int, dict[str, Any]]] = []
     try:
         with path.open(encoding="utf-8") as file:
             for number, text in enumerate(file, start=1):
                 if text.strip():
-                    chunk.append(_parse(text, f"{path}, line {number}", response_key, answer_key))
+                    place = f"{path}, line {number}"
+                    line = _parse(text, place, response_key, answer_key)
+                    if verdict_key and not isinstance(line.get(verdict_key), bool):
+                        raise UserError(f"{place}: {verdict_key!r} is neither true nor false")
+                    chunk.append((number, line))
                 if len(chunk) == CHUNK:
                     yield chunk
                     chunk = []

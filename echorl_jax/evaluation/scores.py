@@ -1,11 +1,13 @@
-"""Success rates with their uncertainty."""
+"""Success rates with their uncertainty, and how long the attempts were."""
 
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from echorl_jax.evaluation.intervals import wilson
+import numpy as np
+
+from echorl_jax.evaluation.intervals import bootstrap_mean, wilson
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +19,19 @@ class Score:
     mean: float  # avg@k: the mean success of all attempts, pass@1 of a random one
     low: float  # 95% interval of the mean
     high: float
-    pass_at: dict[int, float]  # k -> unbiased pass@k, for k = 1, 2, 4, ... up to samples
+    pass_at: dict[int, float]  # k -> unbiased pass@k, for k = 1, 2, 4, ... and samples
+    pass_range: tuple[float, float]  # 95% interval of the pass@k with the largest k
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Completion lengths (tokens) and the share that was cut off before an end token."""
+
+    mean: float
+    median: float
+    p95: float
+    longest: int
+    truncated: float
 
 
 def pass_at_k(attempts: int, successes: int, k: int) -> float:
@@ -52,10 +66,45 @@ def score_by_source(outcomes: Iterable[tuple[str, int, bool]]) -> dict[str, Scor
     return {source: _score(list(groups.values())) for source, groups in by_source.items()}
 
 
+def length_stats(tokens: Sequence[int], truncated: Sequence[bool]) -> Lengths:
+    """Of at least one completion.
+
+    >>> length_stats([1, 2, 9], [False, False, True]).median
+    2.0
+    """
+    return Lengths(
+        mean=float(np.mean(tokens)),
+        median=float(np.median(tokens)),
+        p95=float(np.quantile(tokens, 0.95)),
+        longest=max(tokens),
+        truncated=float(np.mean(truncated)),
+    )
+
+
 def _score(problems: list[list[bool]]) -> Score:
     samples = min(map(len, problems))
-    mean = sum(sum(p) / len(p) for p in problems) / len(problems)
-    low, high = wilson(mean * len(problems), len(problems))
-    ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
-    pass_at = {k: sum(pass_at_k(len(p), sum(p), k) for p in problems) / len(problems) for k in ks}
-    return Score(len(problems), samples, mean, low, high, pass_at)
+    means = [sum(p) / len(p) for p in problems]
+    ks = sorted({2**i for i in range(samples.bit_length())} & set(range(1, samples + 1))) or [1]
+    ks = ks if ks[-1] == samples else [*ks, samples]
+    passes = {k: [pass_at_k(len(p), sum(p), k) for p in problems] for k in ks}
+    mean = sum(means) / len(means)
+    low, high = _interval(means)
+    return Score(
+        problems=len(problems),
+        samples=samples,
+        mean=mean,
+        low=low,
+        high=high,
+        pass_at={k: sum(values) / len(values) for k, values in passes.items()},
+        pass_range=_interval(passes[ks[-1]]),
+    )
+
+
+def _interval(values: list[float]) -> tuple[float, float]:
+    """Wilson's for shares of problems; a bootstrap over problems where each has a share of its own.
+
+    Resampling equal values says nothing: Wilson's is taken there too.
+    """
+    if set(values) <= {0.0, 1.0} or len(set(values)) == 1:
+        return wilson(sum(values), len(values))
+    return bootstrap_mean(values)

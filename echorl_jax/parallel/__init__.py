@@ -10,16 +10,38 @@ from echorl_jax.parallel.layout import (
     tree_shardings,
 )
 from echorl_jax.parallel.mesh import AXES, ShardingError, make_mesh
+from echorl_jax.parallel.processes import (
+    any_process,
+    from_shares,
+    is_first,
+    join_processes,
+    own_share,
+    place_rows,
+    place_whole,
+    smallest,
+    texts_from_shares,
+    wait_for_all,
+)
 
 __all__ = [
     "AXES",
     "TABLE",
     "Layout",
     "ShardingError",
+    "any_process",
     "constrain",
+    "from_shares",
+    "is_first",
+    "join_processes",
     "make_mesh",
     "mesh_in_force",
+    "own_share",
     "partition_spec",
+    "place_rows",
+    "place_whole",
     "sharding_of",
+    "smallest",
+    "texts_from_shares",
     "tree_shardings",
+    "wait_for_all",
 ]

@@ -2,6 +2,15 @@
 
 from echorl_jax.rewards.loading import GRADERS, Grader, judge, load_grader
 from echorl_jax.rewards.pool import GraderPool, PoolError
-from echorl_jax.rewards.verdict import Verdict
+from echorl_jax.rewards.verdict import Verdict, grading_failed
 
-__all__ = ["GRADERS", "Grader", "GraderPool", "PoolError", "Verdict", "judge", "load_grader"]
+__all__ = [
+    "GRADERS",
+    "Grader",
+    "GraderPool",
+    "PoolError",
+    "Verdict",
+    "grading_failed",
+    "judge",
+    "load_grader",
+]

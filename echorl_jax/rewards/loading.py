@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from echorl_jax.config import ConfigError
-from echorl_jax.rewards.verdict import Verdict, as_verdict
+from echorl_jax.rewards.verdict import RAISED, Verdict, as_verdict
 
 Grader = Callable[[str, Mapping[str, Any]], Verdict]
 
@@ -116,4 +116,4 @@ def judge(grader: Grader, response: str, row: Mapping[str, Any]) -> Verdict:
     try:
         return as_verdict(grader(response, row))
     except (Exception, SystemExit) as error:
-        return Verdict.wrong(f"the grader raised {type(error).__name__}: {error}")
+        return Verdict.wrong(f"{RAISED} {type(error).__name__}: {error}")

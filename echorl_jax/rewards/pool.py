@@ -23,7 +23,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from echorl_jax.rewards.loading import judge, load_grader
-from echorl_jax.rewards.verdict import Verdict
+from echorl_jax.rewards.verdict import DIED, HUNG, Verdict
 
 # A process is replaced after this many verdicts: whatever leaks in a grader stays small.
 MAX_ITEMS = 2000
@@ -53,6 +53,7 @@ class GraderPool:
       workers: processes; 0 grades in this process, guarded against exceptions only.
       timeout_s: limit for one verdict (seconds).
       memory_mb: memory that a verdict may add to a process (MiB); not enforced outside Linux.
+      faults: "hang", "crash" or "leak" -> share of the items that do so, on purpose.
 
     Raises:
       ConfigError: there is no such grader.
@@ -64,13 +65,20 @@ class GraderPool:
     """
 
     def __init__(
-        self, name: str, *, workers: int = 2, timeout_s: float = 10.0, memory_mb: int = 2048
+        self,
+        name: str,
+        *,
+        workers: int = 2,
+        timeout_s: float = 10.0,
+        memory_mb: int = 2048,
+        faults: Mapping[str, float] | None = None,
     ) -> None:
         self._grader = load_grader(name)
         self._name = name
         self._count = workers
         self._timeout_s = timeout_s
         self._memory_mb = memory_mb
+        self._faults = dict(faults or {})
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grading")
         self._workers: list[_Worker] = []
@@ -115,11 +123,18 @@ class GraderPool:
     def submit(
         self, responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
     ) -> Future[list[Verdict]]:
-        """Starts :meth:`grade` in the background, to overlap with work on the accelerator."""
-        return self._thread.submit(self.grade, responses, rows)
+        """Starts :meth:`grade` in the background, to overlap with work on the accelerator.
+
+        Without processes it grades at once: graders may need the main thread for their time limits.
+        """
+        if self._count:
+            return self._thread.submit(self.grade, responses, rows)
+        done: Future[list[Verdict]] = Future()
+        done.set_result(self.grade(responses, rows))
+        return done
 
     def _start(self) -> "_Worker":
-        return _Worker.start(self._name, self._memory_mb)
+        return _Worker.start(self._name, self._memory_mb, self._faults)
 
     def _fill(self) -> None:
         while len(self._workers) < self._count:
@@ -142,7 +157,7 @@ class _Worker:
         self.done = 0
 
     @classmethod
-    def start(cls, name: str, memory_mb: int) -> "_Worker":
+    def start(cls, name: str, memory_mb: int, faults: Mapping[str, float]) -> "_Worker":
         ours, theirs = socket.socketpair()
         fd = theirs.fileno()
         # An accelerator belongs to the training process alone, and parallelism comes from the
@@ -159,7 +174,7 @@ class _Worker:
                 start_new_session=True,
             )
         connection = Connection(ours.detach())
-        connection.send((sys.path, name, memory_mb))
+        connection.send((sys.path, name, memory_mb, faults))
         return cls(process, connection)
 
     def stop(self) -> int:
@@ -208,7 +223,7 @@ class _Round:
                 else:
                     keep = not worker.busy() or time.monotonic() < worker.deadline
                     if not keep:
-                        self._lose(worker, f"no verdict within {self._timeout_s:g} s")
+                        self._lose(worker, f"{HUNG} {self._timeout_s:g} s")
                 if not keep:
                     workers[place] = self._replace(worker)
         return [self._verdicts[place] for place in range(len(self._items))]
@@ -230,7 +245,7 @@ class _Round:
         try:
             message = json.loads(worker.connection.recv_bytes())
         except (EOFError, OSError):
-            self._lose(worker, "the grading process died")
+            self._lose(worker, DIED)
             return False
         if isinstance(message, dict):
             if "failed" in message:

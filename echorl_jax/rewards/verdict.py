@@ -7,6 +7,8 @@ from typing import Any
 
 # Reasons are for people and travel between processes: one line, cut to this many characters.
 MAX_REASON = 200
+# How the reason of a verdict begins that no grader gave: its process hung, died, or it raised.
+HUNG, DIED, RAISED = "no verdict within", "the grading process died", "the grader raised"
 # A plain score from here on counts as correct.
 CORRECT_SCORE = 1.0
 
@@ -28,6 +30,11 @@ class Verdict:
     def wrong(cls, reason: str) -> "Verdict":
         """A response that is wrong or cannot be judged: score 0."""
         return cls(0.0, False, one_line(reason))
+
+
+def grading_failed(reason: str) -> bool:
+    """Whether no grader gave this verdict: it hung, died, or raised something."""
+    return reason.startswith((HUNG, DIED, RAISED))
 
 
 def one_line(text: str) -> str:

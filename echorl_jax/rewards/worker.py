@@ -9,16 +9,19 @@ import os
 import sys
 from multiprocessing.connection import Connection
 
+from echorl_jax.rewards.faults import misbehave
 from echorl_jax.rewards.loading import judge, load_grader
 from echorl_jax.rewards.verdict import one_line
 
 
 def serve(connection: Connection) -> None:
     """Reads the set-up, says that it is ready, then answers each (response, row) with a verdict."""
-    search_path, name, memory_mb = connection.recv()
+    search_path, name, memory_mb, faults = connection.recv()
     sys.path[:] = search_path
     try:
         grader = load_grader(name)
+        if faults:
+            grader = misbehave(grader, faults)
         _limit_memory(memory_mb)
     except Exception as error:
         connection.send_bytes(json.dumps({"failed": one_line(str(error))}).encode())

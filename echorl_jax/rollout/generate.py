@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from echorl_jax.models import Decoder, param_shardings
-from echorl_jax.parallel import constrain
+from echorl_jax.parallel import constrain, place_whole
 from echorl_jax.rollout.buckets import greatest_divisor, levels
 from echorl_jax.rollout.cache import KVDtype, empty_cache, place
 from echorl_jax.rollout.loop import Output, Program, decode, empty_output
@@ -77,6 +77,7 @@ def generate(
     stop_sequences: Iterable[Sequence[int]] = (),
     banned_ids: Iterable[int] = (),
     row_limits: Sequence[int] | None = None,
+    row_ids: Sequence[int] | None = None,
     prefixes: Sequence[Sequence[int]] | None = None,
     slots: int = 0,
     kv_dtype: KVDtype | None = None,
@@ -89,8 +90,9 @@ def generate(
     """Samples ``group_size`` completions for each prompt.
 
     Token t of row i depends on its logits and on the key ``fold_in(fold_in(key, i), t)`` alone: not
-    on slots, order or mesh. Log-probabilities and entropies are those of the whole distribution at
-    ``temperature`` (of temperature 1 when greedy), from the logits that the token was drawn from.
+    on slots, order or mesh; ``row_ids`` give other numbers for i. Log-probabilities and entropies
+    are those of the whole distribution at ``temperature`` (of temperature 1 when greedy), from the
+    logits that the token was drawn from.
 
     Args:
       model: the decoder.
@@ -108,6 +110,7 @@ def generate(
       stop_sequences: token sequences that end a completion and belong to it.
       banned_ids: tokens that are never drawn.
       row_limits: N limits up to T, one for each row.
+      row_ids: N numbers that stand for i in the keys, so that work may be cut into any calls.
       prefixes: N token lists that the completions have to begin with. They count as completion,
         with log-probabilities and entropies.
       slots: rows decoded at once; 0 takes all rows, or as many as memory allows.
@@ -143,6 +146,7 @@ def generate(
         group_size=group_size,
         max_new_tokens=max_new_tokens,
         row_limits=row_limits,
+        row_ids=row_ids,
         prefixes=prefixes,
         prompt_tokens=prompt_tokens,
         vocab_size=vocab_size,
@@ -228,6 +232,7 @@ def _on_device(request: Request, key: Array, mesh: Mesh | None) -> tuple[Array, 
         request.tokens,
         request.length,
         request.group,
+        request.number,
         request.limit,
         request.forced,
         request.forced_length,
@@ -235,10 +240,9 @@ def _on_device(request: Request, key: Array, mesh: Mesh | None) -> tuple[Array, 
     )
     if mesh is None:
         return (*map(jnp.asarray, host), key)
-    whole = NamedSharding(mesh, PartitionSpec())
-    data = jax.device_put(np.asarray(jax.random.key_data(key)), whole)
+    data = place_whole(np.asarray(jax.random.key_data(key)), mesh)
     key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
-    return (*jax.device_put(host, (whole,) * len(host)), key)
+    return (*place_whole(host, mesh), key)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "shape"))
@@ -248,6 +252,7 @@ def _begin(
     tokens: Array,
     length: Array,
     group: Array,
+    number: Array,
     limit: Array,
     forced: Array,
     forced_length: Array,
@@ -281,6 +286,7 @@ def _begin(
     queue = Queue(
         key=key,
         count=count,
+        number=number,
         group=group,
         limit=limit,
         cached=length - 1,
@@ -335,9 +341,11 @@ def _run(
         if not status.active:
             return output
         if status.next_row >= rows and status.needed <= shrink_at:
-            level = max(i for i, size in enumerate(sizes) if size >= status.needed)
             program = dataclasses.replace(program, refill=False)
-            slots = _compact(queue, slots, size=sizes[level], shards=program.shards)
+            # One level at a time, so that the moves are as few programs as the levels.
+            while level + 1 < len(sizes) and sizes[level + 1] >= status.needed:
+                level += 1
+                slots = _compact(queue, slots, size=sizes[level], shards=program.shards)
 
 
 @functools.partial(jax.jit, static_argnames=("prompts", "rows"))

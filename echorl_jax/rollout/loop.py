@@ -140,7 +140,8 @@ def _turn(
 ) -> tuple[Slots, _Turn]:
     """One token for every slot, and new rows for the slots whose rows are over."""
     logits, new = forward(model, params, queue, slots, dynamic=program.dynamic)
-    uniforms = token_uniforms(queue.key, slots.row, slots.position)
+    number = queue.number[jnp.minimum(slots.row, queue.rows - 1)]
+    uniforms = token_uniforms(queue.key, number, slots.position)
     drawn = sample(logits, uniforms, program.sampling, forced=forced_tokens(queue, slots))
     drawn = jax.tree.map(lambda x: constrain(x, None), drawn)  # whole on every device from here on
     ring = write_column(slots.ring, new, slots.turn % slots.ring.length)

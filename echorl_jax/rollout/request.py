@@ -18,6 +18,7 @@ class Request:
 
     tokens: np.ndarray  # i32 [P, S]
     length: np.ndarray  # i32 [P]
+    number: np.ndarray  # i32 [N]
     group: np.ndarray  # i32 [N]
     limit: np.ndarray  # i32 [N]
     forced: np.ndarray  # i32 [N, F]
@@ -32,6 +33,7 @@ def make_request(
     group_size: int,
     max_new_tokens: int,
     row_limits: Sequence[int] | None,
+    row_ids: Sequence[int] | None,
     prefixes: Sequence[Sequence[int]] | None,
     prompt_tokens: int,
     vocab_size: int,
@@ -44,6 +46,7 @@ def make_request(
       group_size: rows per prompt; row i answers prompt ``i // group_size``.
       max_new_tokens: T.
       row_limits: shorter limits for single rows, N numbers.
+      row_ids: numbers that stand for the rows in the keys; 0 to N - 1 unless given.
       prefixes: tokens with which rows have to begin, N lists.
       prompt_tokens: S is at least this.
       vocab_size: V.
@@ -61,6 +64,7 @@ def make_request(
     if prompt_tokens < 0:
         raise ValueError(f"prompt_tokens={prompt_tokens}: must not be negative")
     limit = _limits(row_limits, count, max_new_tokens)
+    number = _numbers(row_ids, count)
     prefixes = [()] * count if prefixes is None else prefixes
     if len(prefixes) != count:
         raise ValueError(f"prefixes: {len(prefixes)} for {count} rows")
@@ -84,6 +88,7 @@ def make_request(
     return Request(
         tokens=tokens,
         length=np.maximum(length, 1),
+        number=np.concatenate([number, np.zeros(padded * group_size - count, np.int32)]),
         group=np.repeat(np.arange(padded, dtype=np.int32), group_size),
         limit=np.concatenate([limit, np.ones(padded * group_size - count, np.int32)]),
         forced=forced,
@@ -102,6 +107,16 @@ def _limits(row_limits: Sequence[int] | None, count: int, longest: int) -> np.nd
     if limit.min() < 1 or limit.max() > longest:
         raise ValueError(f"row_limits: must lie in [1, max_new_tokens={longest}]")
     return limit
+
+
+def _numbers(row_ids: Sequence[int] | None, count: int) -> np.ndarray:
+    if row_ids is None:
+        return np.arange(count, dtype=np.int32)
+    if len(row_ids) != count:
+        raise ValueError(f"row_ids: {len(row_ids)} for {count} rows")
+    if min(row_ids) < 0 or max(row_ids) >= 2**31:
+        raise ValueError("row_ids: must lie in [0, 2**31)")
+    return np.asarray(row_ids, np.int32)
 
 
 def pad_lists(lists: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -9,6 +9,7 @@ from jax import lax
 
 from echorl_jax.core import logprobs_and_entropy
 from echorl_jax.models import Decoder
+from echorl_jax.parallel import mesh_in_force
 from echorl_jax.rollout.buckets import bucket, greatest_divisor
 from echorl_jax.rollout.request import PROMPT_MULTIPLE, pad_lists
 from echorl_jax.rollout.settings import check_tokens
@@ -44,6 +45,7 @@ def score_rows(
     max_new_tokens: int,
     temperature: float = 1.0,
     chunk_size: int = 1024,
+    segment_ids: Array | None = None,
 ) -> tuple[Array, Array]:
     """Scores the tokens after each row's prompt; pure, differentiable.
 
@@ -55,22 +57,50 @@ def score_rows(
       max_new_tokens: T.
       temperature: divides the logits; above 0.
       chunk_size: tokens whose logits exist at once.
+      segment_ids: i32 ``[B, L]``, for several sequences in a row, which do not see each other. The
+        first token of each is then scored as well, after the sequence before it: of no use.
 
     Returns:
       (logprobs, entropy), f32 ``[B, T]``, 0 past the completion. Entry t belongs to
       ``tokens[b, prompt_length[b] + t]``.
     """
-    hidden = model.hidden(params, tokens, lengths=length)
+    positions = None if segment_ids is None else segment_positions(segment_ids)
+    hidden = model.hidden(
+        params, tokens, lengths=length, segment_ids=segment_ids, positions=positions
+    )
     position = prompt_length[:, None] + jnp.arange(max_new_tokens)[None, :]
     inside = position < length[:, None]
     position = jnp.minimum(position, tokens.shape[1] - 1)
     predicting = jnp.take_along_axis(hidden, position[:, :, None] - 1, axis=1)
     targets = jnp.take_along_axis(tokens, position, axis=1)
     scores = logprobs_and_entropy(
-        predicting, model.head(params), targets, temperature=temperature, chunk_size=chunk_size
+        predicting,
+        model.head(params),
+        targets,
+        temperature=temperature,
+        chunk_size=chunk_size,
+        data_shards=_data_shards(tokens.shape[0]),
     )
     logprobs, entropy = (jnp.where(inside, score, 0.0) for score in scores)
     return logprobs, entropy
+
+
+def _data_shards(rows: int) -> int:
+    """Parts that the mesh in force splits the rows into, if it can split them evenly."""
+    mesh = mesh_in_force()
+    shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    return 1 if rows % shards else shards
+
+
+def segment_positions(segment_ids: Array) -> Array:
+    """Places within each run of equal ids, i32 ``[B, L]``.
+
+    >>> segment_positions(jnp.array([[0, 0, 1, 1, 1]])).tolist()
+    [[0, 1, 0, 1, 2]]
+    """
+    place = jnp.broadcast_to(jnp.arange(segment_ids.shape[1], dtype=jnp.int32), segment_ids.shape)
+    begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+    return place - lax.cummax(jnp.where(begins, place, 0), axis=1)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "temperature", "rows", "chunk_size"))

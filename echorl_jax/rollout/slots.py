@@ -25,6 +25,7 @@ class Queue:
 
     key: Array  # PRNG key of the call
     count: Array  # i32 [], rows to be written; rows from there on are padding
+    number: Array  # i32 [N], stands for the row in the keys
     group: Array  # i32 [N], prompt of the row
     limit: Array  # i32 [N], longest completion of the row
     cached: Array  # i32 [P], positions of the prompt in `store`: all but the last token

@@ -1,58 +1,319 @@
-"""Checkpoints through Orbax: the training state, the data position, and whose config it was."""
+"""Checkpoints through Orbax: what is saved, which are kept, and which one a run goes on from.
+
+A checkpoint holds the training state and notes: the data position, the position in metrics.jsonl,
+the config keys that change the mathematics with their hash, and a checksum of every array. Reading
+one back verifies all of them. Orbax commits a directory by renaming it, so a write that was
+interrupted leaves nothing that looks like a checkpoint.
+"""
 
 import dataclasses
+import errno
 import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
 
+from echorl_jax.config import Config, ConfigError
+from echorl_jax.errors import RunStopped, UserError
+from echorl_jax.parallel import any_process, is_first, wait_for_all
+from echorl_jax.training.checksums import checksums, digest
+from echorl_jax.training.faults import Faults
 from echorl_jax.training.optimizer import TrainState
+from echorl_jax.training.workdir import copy_aside, deciding_keys, first_difference, set_aside
+from echorl_jax.types import PyTree
 
 # Orbax tells of every save and directory; a run's own lines say what a user needs.
-logging.getLogger("absl").setLevel(logging.WARNING)
+logging.getLogger("absl").setLevel(logging.CRITICAL)
+
+DIRECTORY = "checkpoints"
+# Reasons of the system for a write that fails.
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+
+
+class DamagedError(ValueError):
+    """A checkpoint whose content is not what was saved."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a run goes on with."""
+
+    state: TrainState
+    data_position: dict[str, Any]
+    metrics_lines: int  # of metrics.jsonl when it was saved
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints of one run under ``workdir/checkpoints``; saving is asynchronous."""
+    """The checkpoints of one run under ``workdir/checkpoints``; saving is asynchronous.
 
+    Every process of a multi-process run makes the same calls.
+    """
+
+    workdir: Path
+    config: Config
     manager: ocp.CheckpointManager
 
     @classmethod
-    def open(cls, workdir: Path, *, keep: int) -> "Checkpoints":
-        """Opens or creates the directory; the ``keep`` newest checkpoints stay."""
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        return cls(ocp.CheckpointManager((workdir / "checkpoints").resolve(), options=options))
+    def open(cls, workdir: Path, config: Config, faults: Faults) -> "Checkpoints":
+        """Opens or creates the directory; a write that was interrupted is cleared away.
 
-    def latest(self) -> int | None:
-        """The step of the newest complete checkpoint, or None."""
-        return self.manager.latest_step()
+        The newest, the best and every k-th checkpoint stay, as ``config.checkpoint`` says.
 
-    def save(self, step: int, state: TrainState, data_position: dict[str, Any]) -> None:
-        """Copies the state to the host and writes it in the background; a saved step is kept."""
+        Raises:
+          RunStopped: the directory cannot be written.
+        """
+        options = ocp.CheckpointManagerOptions(
+            best_fn=_score,
+            preservation_policy=_kept(config),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+            temporary_path_class=faults.checkpoint_path(),
+        )
+        directory = (workdir / DIRECTORY).resolve()
+        try:
+            if is_first():
+                directory.mkdir(exist_ok=True)
+            return cls(workdir, config, ocp.CheckpointManager(directory, options=options))
+        except OSError as error:
+            raise RunStopped(f"{directory} cannot be used: {_first_line(error)}") from error
+
+    def save(
+        self,
+        step: int,
+        state: TrainState,
+        *,
+        data_position: dict[str, Any],
+        metrics_lines: int,
+        score: float | None,
+    ) -> None:
+        """Copies the state to the host and writes it in the background; a saved step is kept.
+
+        Args:
+          score: what the best checkpoint has most of; None is not compared.
+
+        Raises:
+          RunStopped: this checkpoint or the one before could not be written.
+        """
         if step in self.manager.all_steps():
             return
-        self.manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data_position)
-            ),
+        decide = deciding_keys(self.config)
+        notes = {
+            "data": data_position,
+            "metrics_lines": metrics_lines,
+            "config": decide,
+            "config_hash": digest(decide),
+            "checksums": checksums(state),
+        }
+        with self._write_errors():
+            self.manager.save(
+                step,
+                metrics=None if score is None else {"score": score},
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    notes=ocp.args.JsonSave({**notes, "digest": digest(notes)}),
+                ),
+            )
+
+    def raise_errors(self) -> None:
+        """Raises what went wrong in the background, as soon as it is known.
+
+        Raises:
+          RunStopped: a checkpoint could not be written.
+        """
+        with self._write_errors():
+            self.manager.check_for_errors()
+
+    def restore(self, like: TrainState, warn: Callable[[str], None]) -> Restored | None:
+        """The checkpoint that ``config.checkpoint.resume`` asks for; None in a new workdir.
+
+        With ``auto`` a damaged one is passed over for the one before. Only then, when another is
+        found good, it is set aside, so that a failure to read costs nothing.
+
+        Args:
+          like: the state's shapes and shardings, on this mesh whatever the saved one was; given
+            away if there is a checkpoint.
+          warn: takes a line for each checkpoint that is passed over.
+
+        Raises:
+          UserError: there is no such step, none can be read, or one is of another config.
+        """
+        resume, steps = self.config.checkpoint.resume, sorted(self.manager.all_steps())
+        wanted = [int(resume)] if resume.isdecimal() else steps[::-1]
+        if wanted and wanted[0] not in steps:
+            raise ConfigError(
+                f"config.checkpoint.resume = {resume}: {self.manager.directory} has no such step, "
+                f"but {', '.join(map(str, steps)) or 'none'}"
+            )
+        if not wanted:
+            checksums(like)  # compiles them, so that the first save does not
+            return None
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        for leaf in jax.tree.leaves(like):
+            leaf.delete()  # two states at once may not fit
+        reasons: dict[int, str] = {}
+        for step in wanted:
+            try:
+                restored, reason = self._read(step, abstract), ""
+            except UserError:
+                raise
+            except Exception as error:  # whatever a reader makes of damaged bytes
+                restored, reason = None, _first_line(error)
+            if not any_process(restored is None) and restored is not None:
+                self._set_aside([later for later in steps if later > step], reasons, warn)
+                return restored
+            reasons[step] = reason or "another process could not read it"
+        newest = max(reasons)
+        raise UserError(
+            f"no checkpoint in {self.manager.directory} can be read; step {newest}: "
+            f"{reasons[newest]} (take another --workdir to start again)"
         )
 
-    def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any]]:
-        """Reads a checkpoint into the shapes and shardings of ``like``, on this mesh or another."""
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        restored = self.manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore()
-            ),
-        )
-        return restored["state"], restored["data"]
+    def _read(self, step: int, like: TrainState) -> Restored:
+        notes = read_notes(self.manager, step)
+        decide = deciding_keys(self.config)
+        other = notes["config_hash"] != digest(decide)
+        if other and (found := first_difference(notes["config"], decide)):
+            key, old, new = found
+            raise ConfigError(
+                f"checkpoint {step} in {self.workdir} is of a run with config.{key} = {old!r}, not "
+                f"{new!r}; take another --workdir or the same config"
+            )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        state = self.manager.restore(step, args=args)["state"]
+        _require_same(notes["checksums"], checksums(state))
+        return Restored(state, notes["data"], notes["metrics_lines"])
+
+    def _set_aside(
+        self, steps: list[int], damaged: Mapping[int, str], warn: Callable[[str], None]
+    ) -> None:
+        for step in steps:
+            if is_first():
+                moved = set_aside(self.workdir, Path(self.manager.directory) / str(step))
+                why = f"damaged ({damaged[step]})" if step in damaged else "later than resume"
+                warn(f"warning: checkpoint {step} is {why}; moved to {moved}")
+        if is_first() and set(steps) - set(damaged):
+            copy_aside(self.workdir, self.workdir / "metrics.jsonl")
+        if steps:
+            wait_for_all("set aside")
+            self.manager.reload()
+
+    @contextmanager
+    def _write_errors(self) -> Iterator[None]:
+        """Says in one line what a write failed of, with the checkpoint that is still there."""
+        try:
+            yield
+        except Exception as error:  # a full disk looks different in each library underneath
+            good = max(self.manager.all_steps(read=True), default=None)
+            stays = "there is none before" if good is None else f"step {good} stays"
+            raise RunStopped(
+                f"{self.manager.directory}: a checkpoint cannot be written: "
+                f"{_first_line(error)}; {stays}"
+            ) from error
 
     def close(self) -> None:
-        """Waits for the write in progress."""
-        self.manager.wait_until_finished()
+        """Waits for the write in progress.
+
+        Raises:
+          RunStopped: it failed.
+        """
+        with self._write_errors():
+            self.manager.wait_until_finished()
+            self.manager.check_for_errors()
         self.manager.close()
+
+
+def read_notes(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """What is saved beside the state, verified.
+
+    Raises:
+      DamagedError: it is not what was written.
+    """
+    args = ocp.args.Composite(notes=ocp.args.JsonRestore())
+    notes = dict(manager.restore(step, args=args)["notes"])
+    if notes.pop("digest", None) != digest(notes):
+        raise DamagedError("its notes are not what was saved")
+    return notes
+
+
+def read_params(workdir: Path, step: str, like: PyTree) -> tuple[int, PyTree]:
+    """The parameters of a checkpoint, while a run may be writing others.
+
+    Args:
+      step: "latest", "best" or a number.
+      like: shapes and shardings.
+
+    Returns:
+      The step and the parameters.
+
+    Raises:
+      UserError: there is no such checkpoint, or it cannot be read.
+    """
+    options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_score)
+    with ocp.CheckpointManager((workdir / DIRECTORY).resolve(), options=options) as manager:
+        steps = manager.all_steps()
+        latest, best = manager.latest_step(), manager.best_step()
+        found = {"latest": latest, "best": latest if best is None else best}.get(step)
+        found = int(step) if step.isdecimal() else found
+        if found is None or found not in steps:
+            have = ", ".join(map(str, sorted(steps))) or "none"
+            raise UserError(f"{manager.directory} has no checkpoint {step!r}; there: {have}")
+        try:
+            notes = read_notes(manager, found)
+            args = ocp.args.PyTreeRestore(
+                item={"params": like},
+                restore_args=ocp.checkpoint_utils.construct_restore_args({"params": like}),
+                partial_restore=True,
+            )
+            params = manager.restore(found, args=ocp.args.Composite(state=args))["state"]["params"]
+            saved = {k: v for k, v in notes["checksums"].items() if k.startswith(".params")}
+            _require_same(saved, {f".params{k}": v for k, v in checksums(params).items()})
+        except Exception as error:  # whatever a reader makes of damaged bytes
+            reason = _first_line(error)
+            raise UserError(f"checkpoint {found} in {workdir} is damaged: {reason}") from error
+    return found, params
+
+
+def _score(metrics: Mapping[str, float]) -> float:
+    return metrics["score"]
+
+
+def _kept(config: Config) -> policies.PreservationPolicy:
+    keep = config.checkpoint
+    kept: list[policies.PreservationPolicy] = [policies.LatestN(keep.keep)]
+    kept.append(
+        policies.BestN(
+            get_metric_fn=_score, n=keep.keep_best, keep_checkpoints_without_metrics=False
+        )
+    )
+    if keep.keep_every:
+        kept.append(policies.EveryNSteps(keep.keep_every))
+    return policies.AnyPreservationPolicy(kept)
+
+
+def _require_same(saved: Mapping[str, int], found: Mapping[str, int]) -> None:
+    wrong = [name for name in {**saved, **found} if saved.get(name) != found.get(name)]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise DamagedError(f"state{wrong[0]}{more} is not what was saved")
+
+
+def _first_line(error: BaseException) -> str:
+    """The reason in one line: of a system error if there is one among the causes."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return f"{cause.strerror} ({cause.filename})" if cause.filename else cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    text = str(error).strip()
+    for reason in map(os.strerror, FULL):
+        if reason in text:  # TensorStore tells in a long text
+            return reason
+    lines = text.splitlines()
+    return (lines[0] if lines else type(error).__name__)[:300]

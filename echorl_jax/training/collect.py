@@ -11,7 +11,7 @@ from echorl_jax.core import Objective, mixed_groups, overlong_punishment
 from echorl_jax.data import Prompt, add_hint
 from echorl_jax.evaluation.grading import grade_rollouts
 from echorl_jax.rewards import Verdict
-from echorl_jax.rollout import generate_with_progress
+from echorl_jax.rollout import Progress, generate_with_progress
 from echorl_jax.training.experts import append_experts
 from echorl_jax.training.logs import timed
 from echorl_jax.training.run import Run
@@ -23,14 +23,13 @@ _T = TypeVar("_T")
 
 @dataclasses.dataclass(frozen=True)
 class Experience:
-    """Graded rollouts on the host (NumPy), with their texts."""
+    """Graded rollouts on the host (NumPy), the same on every process."""
 
     prompts: tuple[Prompt, ...]  # P, as the policy saw them
     rollouts: Rollouts
     graded: Graded
     in_policy: HostArray  # bool [N], rows of the policy loss
     in_echo: HostArray  # bool [N], rows that may give clips
-    responses: tuple[str, ...]  # N
     reasons: tuple[str, ...]  # N
     seconds: dict[str, float]
     slot_occupancy: float = 1.0  # share of decoded tokens that somebody wanted
@@ -50,7 +49,7 @@ def collect(run: Run, params: PyTree, key: Array, *, step: int) -> Experience:
         rounds.append(_sample_round(run, params, jax.random.fold_in(key, number), step=step))
         if _mixed(rounds).sum() >= config.rollout.prompts_per_step:
             break
-    found = _join(rounds)
+    found = join_rounds(rounds)
     if run.objective.dynamic_sampling:
         found = _filter(
             found,
@@ -84,26 +83,8 @@ def _sample_round(run: Run, params: PyTree, key: Array, *, step: int) -> Experie
             for prompt in prompts
         ]
     with timed(seconds, "rollout"):
-        rollouts, progress = generate_with_progress(
-            session.model,
-            params,
-            [prompt.ids for prompt in prompts],
-            key,
-            group_size=config.rollout.group_size - objective.expert_rows,
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=config.rollout.temperature,
-            top_k=config.rollout.top_k,
-            top_p=config.rollout.top_p,
-            slots=config.rollout.slots,
-            eos_ids=session.eos_ids,
-            mesh=session.mesh,
-        )
-        rollouts = jax.device_get(rollouts)
-        on_policy = np.ones(len(rollouts.group), bool)
-        if objective.expert_rows:
-            rollouts, on_policy = append_experts(
-                rollouts, prompts, session.tokenizer, count=objective.expert_rows
-            )
+        rollouts, on_policy, progress = sample(run, params, prompts, key)
+        run.faults.reach("rollout", step)
     with timed(seconds, "grade"):
         texts = grade_rollouts(
             rollouts,
@@ -111,17 +92,57 @@ def _sample_round(run: Run, params: PyTree, key: Array, *, step: int) -> Experie
             tokenizer=session.tokenizer,
             grader=run.grader,
         )
+        run.faults.reach("grading", step)
     return Experience(
         prompts=tuple(prompts),
         rollouts=rollouts,
         graded=_graded(session, objective, rollouts, texts.verdicts, on_policy),
         in_policy=np.ones(len(on_policy), bool),
         in_echo=np.ones(len(on_policy), bool),
-        responses=texts.responses,
         reasons=tuple(verdict.reason for verdict in texts.verdicts),
         seconds=seconds,
         slot_occupancy=progress.occupancy,
     )
+
+
+def sample(
+    run: Run,
+    params: PyTree,
+    prompts: Sequence[Prompt],
+    key: Array,
+    *,
+    row_limits: Sequence[int] | None = None,
+) -> tuple[Rollouts, HostArray, Progress]:
+    """The groups of the prompts (NumPy), experts included, and which rows the policy wrote.
+
+    Args:
+      row_limits: shorter limits for single sampled rows.
+    """
+    session, objective, config = run.session, run.objective, run.session.config
+    rollouts, progress = generate_with_progress(
+        session.model,
+        params,
+        [prompt.ids for prompt in prompts],
+        key,
+        group_size=config.rollout.group_size - objective.expert_rows,
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        top_k=config.rollout.top_k,
+        top_p=config.rollout.top_p,
+        slots=run.slots,
+        eos_ids=session.eos_ids,
+        row_limits=row_limits,
+        # One shape for all steps, if all are to be compiled ahead.
+        prompt_tokens=config.data.max_prompt_tokens * config.optim.compile_ahead,
+        mesh=session.mesh,
+    )
+    rollouts = jax.device_get(rollouts)
+    if not objective.expert_rows:
+        return rollouts, np.ones(len(rollouts.group), bool), progress
+    joined, on_policy = append_experts(
+        rollouts, prompts, session.tokenizer, count=objective.expert_rows
+    )
+    return joined, on_policy, progress
 
 
 def _graded(
@@ -162,7 +183,7 @@ def _filter(found: Experience, mixed: np.ndarray, *, wanted: int, keep_solved: b
     return dataclasses.replace(found, in_policy=chosen[group], in_echo=gives_clips[group])
 
 
-def _join(rounds: Sequence[Experience]) -> Experience:
+def join_rounds(rounds: Sequence[Experience]) -> Experience:
     """Rounds end to end; a row's group counts over all of them."""
     if len(rounds) == 1:
         return rounds[0]
@@ -186,7 +207,6 @@ def _join(rounds: Sequence[Experience]) -> Experience:
         graded=_concatenate([part.graded for part in rounds]),
         in_policy=np.concatenate([part.in_policy for part in rounds]),
         in_echo=np.concatenate([part.in_echo for part in rounds]),
-        responses=tuple(text for part in rounds for text in part.responses),
         reasons=tuple(text for part in rounds for text in part.reasons),
         seconds={name: sum(part.seconds[name] for part in rounds) for name in rounds[0].seconds},
         slot_occupancy=sum(part.slot_occupancy for part in rounds) / len(rounds),
@@ -202,14 +222,14 @@ def _deal(found: Experience, parts: int) -> Experience:
     """Reorders groups so that equal runs of them share the policy groups evenly."""
     if parts == 1:
         return found
-    size = len(found.responses) // len(found.prompts)
+    size = len(found.reasons) // len(found.prompts)
     order = np.argsort(~found.in_policy[::size], kind="stable")
     return _take(found, np.concatenate([order[i::parts] for i in range(parts)]))
 
 
 def _take(found: Experience, groups: np.ndarray) -> Experience:
     """The given groups, in that order, with all their rows (groups are equally large)."""
-    size = len(found.responses) // len(found.prompts)
+    size = len(found.reasons) // len(found.prompts)
     rows = (groups[:, None] * size + np.arange(size)[None, :]).reshape(-1)
     whole = found.rollouts
     group: HostArray = np.repeat(np.arange(len(groups), dtype=np.int32), size)
@@ -230,6 +250,5 @@ def _take(found: Experience, groups: np.ndarray) -> Experience:
         graded=jax.tree.map(lambda array: array[rows], found.graded),
         in_policy=found.in_policy[rows],
         in_echo=found.in_echo[rows],
-        responses=tuple(found.responses[r] for r in rows),
         reasons=tuple(found.reasons[r] for r in rows),
     )

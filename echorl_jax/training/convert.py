@@ -1,22 +1,31 @@
 """Between Hugging Face directories and Orbax checkpoints of the bare weights."""
 
+import json
 import shutil
 from pathlib import Path
 
 import jax
 import orbax.checkpoint as ocp
+from jax.sharding import SingleDeviceSharding
 
+from echorl_jax.config_file import from_dict
 from echorl_jax.data import load_tokenizer
 from echorl_jax.data.tokens import BUILTIN
 from echorl_jax.errors import UserError
 from echorl_jax.models import load_decoder, load_model, save_model
+from echorl_jax.training.checkpoints import DIRECTORY, read_params
 
 # Inside a converted directory: the weights, and all that is not weights as it came.
 WEIGHTS, ORIGINAL = "params", "huggingface"
 
 
-def convert(model: str, out: Path) -> str:
+def convert(model: str, out: Path, *, step: str = "latest") -> str:
     """Converts in the direction that ``model`` asks for; returns a line on what was written.
+
+    Args:
+      model: a Hugging Face directory, one that was converted, or the workdir of a run.
+      out: where to.
+      step: of a workdir: "latest", "best" or a number.
 
     Raises:
       UserError: no such model, or ``out`` exists.
@@ -26,6 +35,8 @@ def convert(model: str, out: Path) -> str:
     source = Path(BUILTIN.get(model, model))
     if (source / WEIGHTS).is_dir():
         return _to_hugging_face(source, out)
+    if (source / DIRECTORY).is_dir():
+        return _from_workdir(source, out, step)
     return _to_orbax(source, model, out)
 
 
@@ -47,6 +58,22 @@ def _to_hugging_face(source: Path, out: Path) -> str:
         params = checkpointer.restore((source / WEIGHTS).resolve(), decoder.param_shapes())
     save_model(out, decoder, params, load_tokenizer(str(source / ORIGINAL)))
     return f"{out}: Hugging Face directory of {_count(params)} parameters"
+
+
+def _from_workdir(workdir: Path, out: Path, step: str) -> str:
+    try:
+        config = from_dict(json.loads((workdir / "config.json").read_text()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{workdir / 'config.json'}: {error}") from error
+    decoder = load_decoder(str(BUILTIN.get(config.model.path, config.model.path)))
+    here = SingleDeviceSharding(jax.local_devices()[0])
+    like = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
+        decoder.param_shapes(),
+    )
+    found, params = read_params(workdir, step, like)
+    save_model(out, decoder, params, load_tokenizer(config.model.path))
+    return f"{out}: Hugging Face directory of {_count(params)} parameters after step {found}"
 
 
 def _count(params) -> str:

@@ -4,15 +4,22 @@ import shutil
 from pathlib import Path
 
 from echorl_jax.models import save_model
+from echorl_jax.parallel import is_first
 from echorl_jax.training.session import Session
 from echorl_jax.types import PyTree
 
 
 def export_model(workdir: Path, session: Session, params: PyTree) -> Path:
-    """Writes ``workdir/export``, a directory that ``transformers`` loads; replaced as a whole."""
+    """Writes ``workdir/export``, a directory that ``transformers`` loads; replaced as a whole.
+
+    Every process of a multi-process run calls this; the first one writes.
+    """
     fresh, final = workdir / "export.partial", workdir / "export"
-    shutil.rmtree(fresh, ignore_errors=True)
+    if is_first():
+        shutil.rmtree(fresh, ignore_errors=True)
     save_model(fresh, session.model, params, session.tokenizer)
+    if not is_first():
+        return final
     shutil.rmtree(final, ignore_errors=True)
     fresh.rename(final)
     return final

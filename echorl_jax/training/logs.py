@@ -2,23 +2,43 @@
 
 import json
 import math
+import os
 import sys
 import time
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from echorl_jax.config import ConfigError
+from echorl_jax.parallel import is_first
 
 LINE_EVERY_SECONDS = 30.0
 
 
 class RunLog:
-    """Appends one JSON object per step and shows how the run goes."""
+    """Appends one JSON object per step and shows how the run goes; silent but on one process."""
 
-    def __init__(self, workdir: Path, *, first_step: int, total_steps: int, tensorboard: bool):
-        self._file = (workdir / "metrics.jsonl").open("a")
+    def __init__(
+        self,
+        workdir: Path,
+        *,
+        first_step: int,
+        total_steps: int,
+        tensorboard: bool,
+        wandb_project: str = "",
+    ):
+        self._speaks = is_first()
+        online = bool(wandb_project) and self._speaks
+        self._wandb = _open_wandb(wandb_project, workdir) if online else None
+        tensorboard &= self._speaks
+        path = workdir / "metrics.jsonl"
+        self._lines = path.read_text().count("\n") if self._speaks and path.exists() else 0
+        self._file = path.open("a") if self._speaks else None
         self._events = _open_events(workdir / "tensorboard", first_step) if tensorboard else None
         self._total = total_steps
         self._console = Console(file=sys.stderr)
@@ -27,7 +47,7 @@ class RunLog:
         self._last_line = -math.inf
 
     def __enter__(self) -> "RunLog":
-        if self._console.is_terminal:
+        if self._speaks and self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -45,23 +65,48 @@ class RunLog:
             self._progress.stop()
         if self._events:
             self._events.close()
-        self._file.close()
+        if self._wandb:
+            self._wandb.finish()
+        if self._file:
+            self._file.close()
 
     def write(self, metrics: dict[str, float]) -> None:
         """Records one step; ``metrics["step"]`` says which. A value that is no number is null."""
+        if self._file is None:
+            return
         step = int(metrics["step"])
         values = {k: v if math.isfinite(v) else None for k, v in metrics.items()}
         self._file.write(json.dumps({**values, "step": step}) + "\n")
         self._file.flush()
+        self._lines += 1
         if self._events:
             for name, value in metrics.items():
                 if name != "step":
                     self._events.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
         self._show(step, metrics)
+
+    def secure(self) -> int:
+        """Waits until all lines are on the disk; returns how many there are, 0 if silent."""
+        if self._file is not None:
+            os.fsync(self._file.fileno())
+        return self._lines
 
     def say(self, text: str) -> None:
         """Prints one line, above the progress bar where there is one."""
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if self._speaks:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def present(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """What a run is about to do: a table on a terminal, lines in a log."""
+        if self._speaks and self._console.is_terminal:
+            table = Table(title=title, show_header=False, title_justify="left")
+            for row in rows:
+                table.add_row(*row)
+            self._console.print(table)
+        else:
+            self.say("\n".join([title, *(f"  {name:<9} {text}" for name, text in rows)]))
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
         summary = "  ".join(_summary(metrics))
@@ -81,6 +126,25 @@ def timed(times: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     times[name] = times.get(name, 0.0) + time.perf_counter() - start
+
+
+def _open_wandb(project: str, workdir: Path):
+    """A run of Weights & Biases that a resumed workdir goes on with.
+
+    Raises:
+      ConfigError: the package is not installed.
+    """
+    try:
+        import wandb  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ConfigError(
+            f"config.log.wandb_project = {project!r}: wandb is not installed; "
+            "pip install 'echorl-jax[wandb]', or leave the key empty"
+        ) from error
+    name = workdir / "wandb_run"
+    if not name.exists():
+        name.write_text(uuid.uuid4().hex)
+    return wandb.init(project=project, dir=str(workdir), id=name.read_text(), resume="allow")
 
 
 def _open_events(directory: Path, first_step: int):

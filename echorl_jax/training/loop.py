@@ -9,12 +9,19 @@ import jax
 import numpy as np
 
 from echorl_jax.config import Config
+from echorl_jax.rewards import grading_failed
 from echorl_jax.training.batch import Assembled, assemble, join_assembled, score
 from echorl_jax.training.collect import Experience, collect, split
 from echorl_jax.training.experts import learn_hints
 from echorl_jax.training.logs import timed
-from echorl_jax.training.metrics import batch_metrics, learning_metrics, update_metrics
+from echorl_jax.training.metrics import (
+    batch_metrics,
+    covariance_metric,
+    learning_metrics,
+    update_metrics,
+)
 from echorl_jax.training.optimizer import TrainState
+from echorl_jax.training.rehearsal import rehearse
 from echorl_jax.training.run import Run, open_run
 from echorl_jax.training.samples import record_samples
 from echorl_jax.types import Array
@@ -40,6 +47,8 @@ def train(
     prompts = config.rollout.prompts_per_step
     with open_run(config, workdir, prompts_per_step=prompts, devices=devices) as opened:
         run, state = opened
+        if config.optim.compile_ahead:
+            rehearse(run, state.params, make_batches)
         for step in run.steps():
             sample_key, clip_key = jax.random.split(run.key(step))
             found = collect(run, state.params, sample_key, step=step)
@@ -65,8 +74,13 @@ def train(
                 "rollout/slot_occupancy": found.slot_occupancy,
                 "rollout/rounds": found.rounds,
                 "group/in_policy_fraction": float(found.in_policy.mean()),
+                "reward/ungraded_fraction": float(np.mean([*map(grading_failed, found.reasons)])),
             }
-            metrics = batch_metrics(made.stats) | update_metrics(done) | speed | sampling
+            if run.objective.hints:
+                hints = [prompt.hint_tokens for prompt in found.prompts]
+                sampling["prompt/hint_tokens_mean"] = float(np.mean(hints))
+            outcome = batch_metrics(made.stats) | covariance_metric(made.batch)
+            metrics = outcome | update_metrics(done) | speed | sampling
             if not run.end_step(step, state, metrics):
                 break
         run.finish(state)

@@ -2,14 +2,15 @@
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import jax
 import numpy as np
 
 from echorl_jax.training.batch import BatchStats
 from echorl_jax.training.step import UpdateStats
-from echorl_jax.types import LossTerm
+from echorl_jax.types import LossTerm, TrainBatch
 
 
 class CompileCounter:
@@ -17,10 +18,28 @@ class CompileCounter:
 
     def __init__(self) -> None:
         self.count = 0
+        self._expected: int | None = None  # up to which count nobody is surprised
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    def surprised(self) -> bool:
+        """Once, that something was compiled since the first call: the end of the warm-up."""
+        if self._expected is None:
+            self._expected = self.count
+        found = self.count > self._expected
+        if found:
+            self._expected = sys.maxsize
+        return found
+
+    @contextmanager
+    def expected(self) -> Iterator[None]:
+        """What is compiled inside surprises nobody, such as at the first evaluation."""
+        before = self.count
+        yield
+        if self._expected is not None:
+            self._expected += self.count - before
 
 
 def batch_metrics(stats: BatchStats) -> dict[str, float]:
@@ -40,6 +59,22 @@ def batch_metrics(stats: BatchStats) -> dict[str, float]:
     }
 
 
+def covariance_metric(batch: TrainBatch) -> dict[str, float]:
+    """Covariance of log-probability and advantage over the step's own tokens (NumPy leaves).
+
+    mean((log pi - mean log pi) (A - mean A)) over the tokens of the policy loss that the policy
+    sampled itself, log pi the sampler's. To first order the update lowers the entropy in proportion
+    to it. Source: arXiv 2505.22617, section 3.2.
+    """
+    kept = (batch.loss_mask > 0) & batch.on_policy[:, None]
+    logprobs = np.asarray(batch.rollout_logprobs, np.float64)[kept]
+    if not logprobs.size:
+        return {"entropy/covariance": 0.0}
+    advantages = np.broadcast_to(batch.advantages[:, None], kept.shape)[kept].astype(np.float64)
+    shares = (logprobs - logprobs.mean()) * (advantages - advantages.mean())
+    return {"entropy/covariance": float(shares.mean())}
+
+
 def update_metrics(stats: UpdateStats) -> dict[str, float]:
     """What the update did (NumPy leaves)."""
     terms = stats.terms
@@ -51,6 +86,7 @@ def update_metrics(stats: UpdateStats) -> dict[str, float]:
         "kl/ref": _mean(terms.kl),
         "ratio/clip_fraction": _mean(terms.clip_fraction),
         "rollout/logprob_gap_max": float(stats.logprob_gap),
+        "rollout/logprob_gap_mean": _mean(stats.mean_gap),
         "optim/grad_norm": float(stats.grad_norm),
         "optim/skipped": float(not stats.finite),
     }

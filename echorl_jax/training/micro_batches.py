@@ -6,7 +6,7 @@ are already global, so the gradient stays exactly the same.
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,14 +21,35 @@ SMALLEST_ROWS = 32
 def length_buckets(longest: int) -> tuple[int, ...]:
     """Row lengths that are compiled for, each at most twice the one before.
 
+    Short rows of a long run share a length: they cost little there, a program costs minutes.
+
     >>> length_buckets(600)
-    (32, 40, 48, 64, 96, 128, 256, 384, 512, 600)
+    (32, 40, 48, 64, 96, 128, 256, 384, 600)
+    >>> length_buckets(9216)
+    (384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 9216)
     """
     sizes, power = [32, 40, 48, 64, 96, 128], 256
     while power < longest:
         sizes += [power, power * 3 // 2]
         power *= 2
-    return (*(size for size in sizes if size < longest), longest)
+    return (*(size for size in sizes if longest <= 32 * size and size < 0.85 * longest), longest)
+
+
+def micro_batch_shapes(
+    *, rows: int, longest: int, token_budget: int, row_multiple: int
+) -> list[tuple[int, int]]:
+    """Every (rows, length) that :func:`micro_batches` makes of a batch, the largest first.
+
+    Args:
+      rows: N of the batch; any part of it may have a gradient.
+      longest, token_budget, row_multiple: as in :func:`micro_batches`.
+    """
+    shapes = {
+        (_row_count(left, row_multiple, most=max(1, token_budget // width)), width)
+        for width in length_buckets(longest)
+        for left in range(1, rows + 1)
+    }
+    return sorted(shapes, key=lambda shape: (-shape[0] * shape[1], shape))
 
 
 def trainable_rows(batch: TrainBatch, *, every_row: bool) -> tuple[TrainBatch, np.ndarray]:
@@ -82,12 +103,35 @@ def micro_batches(
     lengths = np.asarray(batch.length)
     order = np.flatnonzero(rows)
     order = order[np.argsort(-lengths[order], kind="stable")]
-    buckets = np.array(length_buckets(longest))
-    while order.size:
-        width = int(buckets[np.searchsorted(buckets, lengths[order[0]])])
-        count = _row_count(order.size, row_multiple, most=max(1, token_budget // width))
-        yield order[:count], _take(batch, order[:count], count=count, width=width)
+    bounds = {"longest": longest, "token_budget": token_budget, "row_multiple": row_multiple}
+    for count, width in _cut(lengths[order], **bounds):
+        yield order[:count], take_rows(batch, order[:count], count=count, width=width)
         order = order[count:]
+
+
+def computed_tokens(
+    lengths: Sequence[int], *, longest: int, token_budget: int, row_multiple: int
+) -> int:
+    """Tokens that :func:`micro_batches` computes for rows of these lengths, padding included.
+
+    >>> computed_tokens([30] * 60, longest=40, token_budget=4096, row_multiple=1)
+    2048
+    """
+    ordered = np.sort(np.asarray(lengths))[::-1]
+    bounds = {"longest": longest, "token_budget": token_budget, "row_multiple": row_multiple}
+    return sum(count * width for count, width in _cut(ordered, **bounds))
+
+
+def _cut(
+    lengths: np.ndarray, *, longest: int, token_budget: int, row_multiple: int
+) -> Iterator[tuple[int, int]]:
+    """Rows and length of each micro-batch; ``lengths`` is sorted, the longest first."""
+    buckets = np.array(length_buckets(longest))
+    while lengths.size:
+        width = int(buckets[np.searchsorted(buckets, lengths[0])])
+        count = _row_count(lengths.size, row_multiple, most=max(1, token_budget // width))
+        yield count, width
+        lengths = lengths[count:]
 
 
 def _row_count(rows: int, multiple: int, *, most: int) -> int:
@@ -112,7 +156,7 @@ def _used_tokens(weights: HostArray) -> np.ndarray:
     return np.where(used.any(axis=1), used.shape[1] - np.argmax(used[:, ::-1], axis=1), 0)
 
 
-def _take(batch: TrainBatch, index: np.ndarray, *, count: int, width: int) -> TrainBatch:
+def take_rows(batch: TrainBatch, index: np.ndarray, *, count: int, width: int) -> TrainBatch:
     """Rows ``index``, cut or padded to ``width`` tokens and ``count`` rows."""
     target_width = min(width, batch.loss_mask.shape[1])
 
@@ -120,7 +164,7 @@ def _take(batch: TrainBatch, index: np.ndarray, *, count: int, width: int) -> Tr
         array = np.asarray(value)[index]
         missing = [(0, count - len(index))]
         if array.ndim == 2:
-            columns = width if path[0].name == "tokens" else target_width
+            columns = width if path[0].name in ("tokens", "segment_ids") else target_width
             array = array[:, :columns]
             missing.append((0, columns - array.shape[1]))
         return np.pad(array, missing)

@@ -3,9 +3,11 @@
 import functools
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from echorl_jax.parallel import place_whole
 from echorl_jax.types import Array, PyTree, pytree
 
 
@@ -45,8 +47,12 @@ def make_optimizer(
     beta2: float,
     weight_decay: float,
     max_grad_norm: float,
+    moment_dtype: str = "float32",
 ) -> optax.GradientTransformation:
     """AdamW after global-norm clipping; decay touches matrices only, not biases and norm scales.
+
+    ``moment_dtype`` is the type that the first moment is kept in; the second stays float32, since
+    its small values would be lost.
 
     Its learning rate is 1: the update multiplies by the schedule's value at the training step, so
     that several updates in a step share one rate.
@@ -55,14 +61,50 @@ def make_optimizer(
     """
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(1.0, b1=beta1, b2=beta2, weight_decay=weight_decay, mask=_is_matrix),
+        optax.adamw(
+            1.0,
+            b1=beta1,
+            b2=beta2,
+            mu_dtype=moment_dtype,
+            weight_decay=weight_decay,
+            mask=_is_matrix,
+        ),
     )
 
 
-def init_state(params: PyTree, optimizer: optax.GradientTransformation) -> TrainState:
+def init_state(params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A state at step 0; the optimizer's moments take the shardings of the parameters."""
-    opt_state = jax.jit(optimizer.init)(params)
-    return TrainState(params, opt_state, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+    init = jax.jit(optimizer.init, out_shardings=_moment_shardings(params, optimizer, mesh))
+    zero = np.zeros((), np.int32)
+    return TrainState(params, init(params), place_whole(zero, mesh), place_whole(zero, mesh))
+
+
+def abstract_state(
+    params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """:func:`init_state` of ``jax.ShapeDtypeStruct`` with shardings: no array is made."""
+
+    def placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    shardings = _moment_shardings(params, optimizer, mesh)
+    opt_state = jax.tree.map(placed, jax.eval_shape(optimizer.init, params), shardings)
+    count = placed(jax.ShapeDtypeStruct((), np.int32), NamedSharding(mesh, PartitionSpec()))
+    return TrainState(params, opt_state, count, count)  # pyright: ignore[reportArgumentType]
+
+
+def _moment_shardings(
+    params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> PyTree:
+    """Moments lie as the parameters do; counters are whole everywhere."""
+    whole = NamedSharding(mesh, PartitionSpec())
+    return optax.tree.map_params(
+        optimizer,
+        lambda _, param: param.sharding,
+        jax.eval_shape(optimizer.init, params),
+        params,
+        transform_non_params=lambda _: whole,
+    )
 
 
 def _is_matrix(params: PyTree) -> PyTree:

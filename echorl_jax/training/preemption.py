@@ -1,4 +1,4 @@
-"""Stopping on request: SIGTERM (preemption) and Ctrl-C end a run after the step in progress."""
+"""Stopping on request: SIGTERM or SIGUSR1 (preemption) and Ctrl-C end a run after its step."""
 
 import signal
 import threading
@@ -22,7 +22,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopRequest]:
-    """Catches SIGTERM and SIGINT while inside; a second Ctrl-C interrupts at once.
+    """Catches SIGTERM, SIGUSR1 and SIGINT while inside; a second Ctrl-C interrupts at once.
 
     In a thread other than the main one, where Python cannot catch signals, nothing is caught.
     """
@@ -38,4 +38,4 @@ def stop_on_signal() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

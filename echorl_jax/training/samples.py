@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from echorl_jax.parallel import is_first
 from echorl_jax.training.batch import Assembled
 from echorl_jax.training.collect import Experience
 from echorl_jax.types import EchoClips, HostArray
@@ -26,12 +27,16 @@ def record_samples(
 ) -> None:
     """Adds a step to ``samples/ledger.jsonl`` and writes ``groups`` to ``samples/step_*.jsonl``.
 
+    Of several processes the first one writes.
+
     Args:
       found: the step's experience.
       made: its batch and clips (NumPy arrays).
       groups: prompts whose rollouts are written in full; none writes no file.
       tokenizer: for the text of each token.
     """
+    if not is_first():
+        return
     directory = workdir / "samples"
     directory.mkdir(exist_ok=True)
     with (directory / "ledger.jsonl").open("a") as file:
@@ -87,7 +92,7 @@ def _sample(
         "row": int(row),
         "data_source": prompt.row["data_source"],
         "prompt": tokenizer.decode(prompt.ids),
-        "response": found.responses[row],
+        "response": tokenizer.decode(ids, skip_special_tokens=True),
         "reward": float(found.graded.rewards[row]),
         "correct": bool(found.graded.correct[row]),
         "reason": found.reasons[row],

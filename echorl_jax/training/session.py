@@ -57,19 +57,6 @@ class Session:
             row_multiple=self.data_devices,
         )
 
-    def summary(self, params: PyTree, *, first_step: int) -> str:
-        """One paragraph on what runs where."""
-        config, sizes = self.config, dict(self.mesh.shape)
-        count = sum(leaf.size for leaf in jax.tree.leaves(params))
-        axes = " x ".join(f"{name} {size}" for name, size in sizes.items())
-        start = f"resumed after step {first_step}" if first_step else "from the start"
-        return (
-            f"{config.model.path}: {count / 1e6:.2f}M parameters, {config.model.dtype} compute; "
-            f"{jax.device_count()} {jax.default_backend()} device(s), mesh {axes}\n"
-            f"{config.objective.name}{' + EchoRL' if config.echo.enabled else ''}, "
-            f"{config.steps} steps, {start}"
-        )
-
 
 def start_session(
     config: Config, *, devices: Sequence[Any] | None = None
@@ -83,16 +70,28 @@ def start_session(
     mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor, devices=devices)
     tokenizer = load_tokenizer(config.model.path)
     path = str(BUILTIN.get(config.model.path, config.model.path))
-    options: dict[str, Any] = {
-        "dtype": config.model.dtype,
-        "remat": config.model.remat,
-        "attention": config.model.attention,
-    }
+    options = model_options(config)
     if config.model.init == "pretrained":
         model, params = load_model(path, mesh=mesh, **options)
     else:
         model = load_decoder(path, **options)
         params = init_params(model, jax.random.key(config.seed), mesh=mesh)
+    schedule, optimizer = configured_optimizer(config)
+    is_delimiter = step_delimiters(config, tokenizer, model.config.vocab_size)
+    return Session(config, mesh, model, tokenizer, is_delimiter, schedule, optimizer), params
+
+
+def model_options(config: Config) -> dict[str, Any]:
+    """How the model computes, as :func:`load_decoder` takes it."""
+    return {
+        "dtype": config.model.dtype,
+        "remat": config.model.remat,
+        "attention": config.model.attention,
+    }
+
+
+def configured_optimizer(config: Config) -> tuple[optax.Schedule, optax.GradientTransformation]:
+    """The learning rate by step, and the optimizer at rate 1."""
     schedule = learning_rate_schedule(
         peak=config.optim.learning_rate,
         warmup_steps=config.optim.warmup_steps,
@@ -104,9 +103,9 @@ def start_session(
         beta2=config.optim.beta2,
         weight_decay=config.optim.weight_decay,
         max_grad_norm=config.optim.max_grad_norm,
+        moment_dtype=config.optim.moment_dtype,
     )
-    is_delimiter = step_delimiters(config, tokenizer, model.config.vocab_size)
-    return Session(config, mesh, model, tokenizer, is_delimiter, schedule, optimizer), params
+    return schedule, optimizer
 
 
 def step_delimiters(

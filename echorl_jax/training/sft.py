@@ -4,21 +4,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import aggregation_weights
 from echorl_jax.data import Prompt
+from echorl_jax.models import Decoder
 from echorl_jax.training.experts import target_ids
 from echorl_jax.training.logs import timed
 from echorl_jax.training.metrics import learning_metrics, update_metrics
 from echorl_jax.training.optimizer import TrainState
+from echorl_jax.training.packing import pack_rows, packed_width
 from echorl_jax.training.run import Run, open_run
 from echorl_jax.types import TrainBatch
 
 
-def train_supervised(config: Config, workdir: str | Path) -> TrainState:
+def train_supervised(
+    config: Config, workdir: str | Path, *, devices: Sequence[Any] | None = None
+) -> TrainState:
     """Lowers the mean negative log-likelihood of the rows' ``target`` tokens, EOS included.
 
     Targets longer than ``rollout.max_new_tokens`` are cut there.
@@ -30,7 +35,8 @@ def train_supervised(config: Config, workdir: str | Path) -> TrainState:
       UserError: config, data, model or workdir that cannot be used; an objective that samples.
       RunStopped: gradients stay non-finite.
     """
-    with open_run(config, workdir, prompts_per_step=config.optim.sft_rows_per_step) as opened:
+    rows = config.optim.sft_rows_per_step
+    with open_run(config, workdir, prompts_per_step=rows, devices=devices) as opened:
         run, state = opened
         if not run.objective.supervised:
             raise ConfigError(
@@ -40,11 +46,13 @@ def train_supervised(config: Config, workdir: str | Path) -> TrainState:
             seconds: dict[str, float] = {}
             with timed(seconds, "data"):
                 batch = demonstrations(run, next(run.stream))
+                real_tokens = int(batch.length.sum())
+                batch = _packed(run, batch)
             with timed(seconds, "update"):
                 state, done, used = run.improve(state, [batch], step)
             speed = learning_metrics(
                 used=used,
-                trained_tokens=int(batch.length.sum()),
+                trained_tokens=real_tokens,
                 sampled_tokens=0,
                 seconds=seconds,
             )
@@ -53,6 +61,36 @@ def train_supervised(config: Config, workdir: str | Path) -> TrainState:
                 break
         run.finish(state)
     return state
+
+
+def packs(config: Config, model: Decoder) -> bool:
+    """Whether demonstrations share rows.
+
+    Raises:
+      ConfigError: asked for with rotary angles that depend on a whole row's length.
+    """
+    choice, dynamic = config.optim.sft_packing, model.config.rope.kind == "dynamic"
+    if choice == "on" and dynamic:
+        raise ConfigError(
+            "config.optim.sft_packing = 'on': must be off or auto with dynamic rope scaling"
+        )
+    return choice == "on" or (choice == "auto" and not dynamic and jax.default_backend() != "gpu")
+
+
+def _packed(run: Run, batch: TrainBatch) -> TrainBatch:
+    """The batch in packed rows, or as it is."""
+    session = run.session
+    if not packs(session.config, session.model):
+        return batch
+    return pack_rows(
+        batch,
+        width=packed_width(
+            batch.length.tolist(),
+            longest=session.config.data.max_prompt_tokens + session.config.rollout.max_new_tokens,
+            token_budget=session.config.optim.micro_batch_tokens * session.data_devices,
+            row_multiple=session.data_devices,
+        ),
+    )
 
 
 def demonstrations(run: Run, prompts: Sequence[Prompt]) -> TrainBatch:

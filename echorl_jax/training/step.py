@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.core import LossTerms, Objective, batch_loss
 from echorl_jax.errors import RunStopped
-from echorl_jax.models import Decoder
+from echorl_jax.models import Decoder, param_shardings
+from echorl_jax.parallel import place_rows
 from echorl_jax.rollout import score_rows
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.types import Array, LossTerm, PyTree, TrainBatch, pytree
@@ -25,6 +27,7 @@ class UpdateStats:
     loss: Array  # f32 [], the total
     terms: LossTerms
     logprob_gap: Array  # f32 [], largest |trainer - sampler| before the update, nats
+    mean_gap: LossTerm  # nats, over sampled tokens
     grad_norm: Array  # f32 [], before clipping
     finite: Array  # bool []
 
@@ -37,6 +40,7 @@ class Accumulated:
     loss: Array
     terms: LossTerms
     logprob_gap: Array
+    mean_gap: LossTerm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +63,15 @@ class Update:
     mesh: Mesh
     temperature: float = 1.0
 
+    def gradient(
+        self, params: PyTree, micro: TrainBatch, *, echo_coef: Array | float
+    ) -> "Accumulated":
+        """Of one micro-batch, by the program that adds them up in a run."""
+        with jax.set_mesh(self.mesh):
+            nothing = _nothing(self.model, self.mesh)(params)
+            placed = place_rows(micro, self.mesh)
+            return _accumulate(self, nothing, params, placed, np.float32(echo_coef))
+
     def __call__(
         self, state: TrainState, micro_batches: Iterable[TrainBatch], *, echo_coef: Array | float
     ) -> tuple[TrainState, UpdateStats]:
@@ -68,12 +81,13 @@ class Update:
         ``bad_updates``. Without any micro-batch everything stays as it is.
         """
         total = None
-        coef = jnp.float32(echo_coef)
-        for micro in micro_batches:
-            total = _nothing(state.params) if total is None else total
-            placed = place_rows(micro, self.mesh)
-            total = _accumulate(self, total, state.params, placed, coef)
-        return (state, _no_stats()) if total is None else _apply(self, state, total)
+        coef = np.float32(echo_coef)
+        with jax.set_mesh(self.mesh):
+            for micro in micro_batches:
+                total = _nothing(self.model, self.mesh)(state.params) if total is None else total
+                placed = place_rows(micro, self.mesh)
+                total = _accumulate(self, total, state.params, placed, coef)
+            return (state, _no_stats()) if total is None else _apply(self, state, total)
 
 
 def score_batch(
@@ -96,15 +110,19 @@ def score_batch(
     """
     scores = np.zeros(shape, np.float32)
     for places, micro in micro_batches:
-        found = _score(model, params, place_rows(micro, mesh), temperature=temperature)
+        placed = place_rows(micro, mesh)
+        with jax.set_mesh(mesh):
+            found = _score(model, params, placed, temperature=temperature, mesh=mesh)
         found = np.asarray(found)[: len(places)]
         scores[places, : found.shape[1]] = found
     return scores
 
 
-@functools.partial(jax.jit, static_argnames=("model", "temperature"))
-def _score(model: Decoder, params: PyTree, micro: TrainBatch, *, temperature: float) -> Array:
-    return score_rows(
+@functools.partial(jax.jit, static_argnames=("model", "temperature", "mesh"))
+def _score(
+    model: Decoder, params: PyTree, micro: TrainBatch, *, temperature: float, mesh: Mesh
+) -> Array:
+    logprobs, _ = score_rows(
         model,
         params,
         micro.tokens,
@@ -112,12 +130,10 @@ def _score(model: Decoder, params: PyTree, micro: TrainBatch, *, temperature: fl
         micro.length,
         max_new_tokens=micro.loss_mask.shape[1],
         temperature=temperature,
-    )[0]
-
-
-def place_rows(batch: TrainBatch, mesh: Mesh) -> TrainBatch:
-    """Puts rows on the devices, spread over the axes that hold data."""
-    return jax.device_put(batch, NamedSharding(mesh, PartitionSpec(("data", "fsdp"))))
+        segment_ids=micro.segment_ids,
+    )
+    # Whole everywhere: each process reads it.
+    return jax.lax.with_sharding_constraint(logprobs, NamedSharding(mesh, PartitionSpec()))
 
 
 def _loss(params: PyTree, update: Update, micro: TrainBatch, echo_coef: Array):
@@ -129,17 +145,28 @@ def _loss(params: PyTree, update: Update, micro: TrainBatch, echo_coef: Array):
         micro.length,
         max_new_tokens=micro.loss_mask.shape[1],
         temperature=update.temperature,
+        segment_ids=micro.segment_ids,
     )
     total, terms = batch_loss(logprobs, entropy, micro, update.objective, echo_coef=echo_coef)
     sampled = micro.loss_mask * micro.on_policy[:, None].astype(jnp.float32)
-    gap = jnp.max(jnp.abs(logprobs - micro.rollout_logprobs) * sampled)
-    return total, (terms, jax.lax.stop_gradient(gap))
+    gaps = jnp.abs(logprobs - micro.rollout_logprobs) * sampled
+    mean_gap = LossTerm(gaps.sum(), sampled.sum())
+    return total, (terms, *jax.lax.stop_gradient((gaps.max(), mean_gap)))
 
 
-@jax.jit
-def _nothing(params: PyTree) -> Accumulated:
-    zero = jnp.zeros(())
-    return Accumulated(jax.tree.map(jnp.zeros_like, params), zero, _no_terms(), zero)
+@functools.cache
+def _nothing(model: Decoder, mesh: Mesh) -> Callable[[PyTree], Accumulated]:
+    """Makes the sum of no gradients, which lives where the parameters do."""
+
+    def zeros(params: PyTree) -> Accumulated:
+        zero = jnp.zeros(())
+        return Accumulated(
+            jax.tree.map(jnp.zeros_like, params), zero, _no_terms(), zero, LossTerm(zero, zero)
+        )
+
+    whole: Any = NamedSharding(mesh, PartitionSpec())
+    shardings = Accumulated(param_shardings(model, mesh), whole, whole, whole, whole)
+    return jax.jit(zeros, out_shardings=shardings)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -147,12 +174,13 @@ def _accumulate(
     update: Update, total: Accumulated, params: PyTree, micro: TrainBatch, echo_coef: Array
 ) -> Accumulated:
     grads = jax.value_and_grad(_loss, has_aux=True)
-    (loss, (terms, gap)), gradient = grads(params, update, micro, echo_coef)
+    (loss, (terms, gap, mean_gap)), gradient = grads(params, update, micro, echo_coef)
     return Accumulated(
         gradient=jax.tree.map(jnp.add, total.gradient, gradient),
         loss=total.loss + loss,
         terms=total.terms + terms,
         logprob_gap=jnp.maximum(total.logprob_gap, gap),
+        mean_gap=total.mean_gap + mean_gap,
     )
 
 
@@ -175,7 +203,47 @@ def _apply(update: Update, state: TrainState, total: Accumulated) -> tuple[Train
         step=state.step,
         bad_updates=jnp.where(finite, 0, state.bad_updates + 1),
     )
-    return state, UpdateStats(total.loss, total.terms, total.logprob_gap, grad_norm, finite)
+    return state, UpdateStats(
+        loss=total.loss,
+        terms=total.terms,
+        logprob_gap=total.logprob_gap,
+        mean_gap=total.mean_gap,
+        grad_norm=grad_norm,
+        finite=finite,
+    )
+
+
+def lower_accumulate(update: Update, params: PyTree, micro: TrainBatch) -> jax.stages.Lowered:
+    """The program of one micro-batch, from shapes with shardings: nothing is computed."""
+    with jax.set_mesh(update.mesh):
+        return _accumulate.lower(
+            update, _abstract_total(update, params), params, micro, np.float32(0)
+        )
+
+
+def lower_apply(update: Update, state: TrainState) -> jax.stages.Lowered:
+    """The program that ends an update, from shapes with shardings."""
+    with jax.set_mesh(update.mesh):
+        return _apply.lower(update, state, _abstract_total(update, state.params))
+
+
+def lower_score(update: Update, params: PyTree, micro: TrainBatch) -> jax.stages.Lowered:
+    """The program that scores one micro-batch, from shapes with shardings."""
+    with jax.set_mesh(update.mesh):
+        return _score.lower(
+            update.model, params, micro, temperature=update.temperature, mesh=update.mesh
+        )
+
+
+def _abstract_total(update: Update, params: PyTree) -> Accumulated:
+    whole = NamedSharding(update.mesh, PartitionSpec())
+
+    def scalar(leaf: Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+
+    shapes = jax.eval_shape(_nothing(update.model, update.mesh), params)
+    rest = dataclasses.replace(shapes, gradient=None)
+    return dataclasses.replace(jax.tree.map(scalar, rest), gradient=params)
 
 
 def _no_terms() -> LossTerms:
@@ -186,7 +254,7 @@ def _no_terms() -> LossTerms:
 def _no_stats() -> UpdateStats:
     """Of an update without any row to learn from."""
     zero = jnp.zeros(())
-    return UpdateStats(zero, _no_terms(), zero, zero, jnp.array(True))
+    return UpdateStats(zero, _no_terms(), zero, LossTerm(zero, zero), zero, jnp.array(True))
 
 
 def add_stats(parts: Sequence[UpdateStats]) -> UpdateStats:
@@ -195,6 +263,7 @@ def add_stats(parts: Sequence[UpdateStats]) -> UpdateStats:
     return dataclasses.replace(
         total,
         logprob_gap=parts[0].logprob_gap,
+        mean_gap=parts[0].mean_gap,
         grad_norm=max(part.grad_norm for part in parts),
         finite=all(part.finite for part in parts),
     )

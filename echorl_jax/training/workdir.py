@@ -1,8 +1,12 @@
 """The working directory of a run: one config, one history."""
 
+import itertools
 import json
+import os
 import platform
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -11,45 +15,124 @@ import jax
 
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.config_file import to_dict
+from echorl_jax.parallel import is_first, wait_for_all
 
-# A run may be continued with other values of these: they do not change what it computes so far.
-MAY_CHANGE = ("steps", "checkpoint", "eval", "log")
+# A run may be continued with other values of these sections and keys: they decide where, how fast
+# and how closely watched it computes, and how long, but not what.
+MAY_CHANGE = (
+    *("steps", "mesh", "checkpoint", "eval", "log", "debug"),
+    *("model.remat", "model.attention", "data.eval", "data.grader_workers"),
+    *("rollout.slots", "rollout.check_every", "rollout.max_logprob_gap"),
+    *("optim.micro_batch_tokens", "optim.max_bad_updates", "optim.compile_ahead"),
+    "optim.sft_packing",
+)
+# What a run does not use any more, but somebody may want back.
+ASIDE = "set_aside"
+# How long a file that one host has written may take to be seen by the others (seconds).
+SEEN_WITHIN_S = 90.0
 
 
 def open_workdir(path: str | Path, config: Config) -> Path:
     """Creates the directory, or checks that it belongs to the same config.
 
-    Writes ``config.json`` and ``environment.json``.
+    Writes ``config.json`` and ``environment.json``. Of several processes the first one writes, and
+    the others check that they see it.
 
     Raises:
-      ConfigError: it holds a run of another config (names the first key that differs), or cannot
-        be written.
+      ConfigError: it holds a run of another config (names the first key that differs), cannot
+        be written, or is another directory for each process.
     """
     workdir = Path(path)
     file = workdir / "config.json"
+    if is_first():
+        _claim(workdir, file, config)
+    wait_for_all("workdir")
+    if not is_first():
+        _require_shared(workdir, file, config)
+    return workdir
+
+
+def _claim(workdir: Path, file: Path, config: Config) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if file.exists():
-            _require_same(workdir, json.loads(file.read_text()), to_dict(config))
+            _require_same(workdir, json.loads(file.read_text()), config)
         _write_json(file, to_dict(config))
         _write_json(workdir / "environment.json", environment())
     except json.JSONDecodeError as error:
         raise ConfigError(f"{file}: not readable as JSON ({error})") from error
     except OSError as error:
         raise ConfigError(f"workdir {workdir}: {error.strerror or error}") from error
-    return workdir
 
 
-def rewind(workdir: Path, step: int) -> None:
-    """Forgets what was written after ``step`` and any torn line: a resumed run writes it again."""
-    for name in ("metrics.jsonl", "samples/ledger.jsonl"):
+def _require_shared(workdir: Path, file: Path, config: Config) -> None:
+    """Checks that what the first process has written is here; network file systems take a while."""
+    deadline = time.monotonic() + SEEN_WITHIN_S
+    while not (file.exists() and json.loads(file.read_text()) == to_dict(config)):
+        if time.monotonic() > deadline:
+            raise ConfigError(
+                f"workdir {workdir.absolute()}: process {jax.process_index()} on "
+                f"{platform.node()} does not see what process 0 wrote there; it must be on a file "
+                "system that all hosts share"
+            )
+        time.sleep(0.5)
+
+
+def require_new(path: str | Path) -> None:
+    """For ``checkpoint.resume = none``: nothing that a run wrote may be lost.
+
+    Raises:
+      ConfigError: a run has been there.
+    """
+    for name in ("metrics.jsonl", "checkpoints"):
+        if (Path(path) / name).exists():
+            raise ConfigError(
+                f"workdir {path} holds a run ({name}), and config.checkpoint.resume = none starts "
+                "none over; take another --workdir, or auto to go on"
+            )
+
+
+def set_aside(workdir: Path, path: Path) -> Path:
+    """Moves a directory into ``set_aside/``, under a name that is free; returns it."""
+    target = _free_place(workdir, path)
+    path.rename(target)
+    return target
+
+
+def copy_aside(workdir: Path, path: Path) -> None:
+    """Keeps a copy of a file, if there is one, in ``set_aside/``."""
+    if path.exists():
+        shutil.copy(path, _free_place(workdir, path))
+
+
+def _free_place(workdir: Path, path: Path) -> Path:
+    (workdir / ASIDE).mkdir(exist_ok=True)
+    names = (f"{path.name}-{number}" for number in itertools.count(1))
+    return next(place for name in names if not (place := workdir / ASIDE / name).exists())
+
+
+def rewind(workdir: Path, step: int) -> int:
+    """Forgets what was written after ``step`` and any torn line: a resumed run writes it again.
+
+    Args:
+      step: of the checkpoint; -1 where there is none, and everything is written again.
+
+    Returns:
+      Lines of metrics.jsonl that stay; 0 on processes that write none.
+    """
+    if not is_first():
+        return 0
+    stay = 0
+    for name in ("samples/ledger.jsonl", "metrics.jsonl"):
         path = workdir / name
         if path.exists():
             kept = [line for line in whole_lines(path) if line["step"] <= step]
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
+            stay = len(kept) if name == "metrics.jsonl" else stay
     for path in (workdir / "samples").glob("step_*.jsonl"):
         if int(path.stem.removeprefix("step_")) > step:
             path.unlink()
+    return stay
 
 
 def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -80,23 +163,55 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _require_same(workdir: Path, before: dict, now: dict) -> None:
-    for key, old, new in _differences(before, now):
-        if key.split(".")[0] not in MAY_CHANGE:
-            raise ConfigError(
-                f"workdir {workdir} holds a run with config.{key} = {old!r}, not {new!r}; "
-                "take another --workdir or the same config"
-            )
+def deciding_keys(config: Config) -> dict[str, Any]:
+    """The dotted keys that decide what a run computes, with their values."""
+    flat = dict(_flat(to_dict(config)))
+    return {key: value for key, value in flat.items() if not _may_change(key)}
 
 
-def _differences(before: dict, now: dict, prefix: str = ""):
-    for name in {**before, **now}:
-        old, new = before.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            yield f"{prefix}{name}", old, new
+def first_difference(
+    before: Mapping[str, Any], now: Mapping[str, Any]
+) -> tuple[str, Any, Any] | None:
+    """The first key whose values differ, with both. A key that is only in one has its default."""
+    default = deciding_keys(Config())
+    for key in {**before, **now}:
+        old, new = (values.get(key, default.get(key)) for values in (before, now))
+        if old != new:
+            return key, old, new
+    return None
+
+
+def _require_same(workdir: Path, before: dict, config: Config) -> None:
+    decided = {key: value for key, value in _flat(before) if not _may_change(key)}
+    if found := first_difference(decided, deciding_keys(config)):
+        key, old, new = found
+        raise ConfigError(
+            f"workdir {workdir} holds a run with config.{key} = {old!r}, not {new!r}; "
+            "take another --workdir or the same config"
+        )
+
+
+def _may_change(key: str) -> bool:
+    return key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    replace_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file as a whole: a kill leaves the old content or the new."""
+    fresh = path.with_name(f"{path.name}.partial")
+    with fresh.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    fresh.replace(path)

@@ -212,3 +212,34 @@ def test_a_change_of_colour_scheme_redraws(tmp_path, open_report):
     page.emulate_media(color_scheme="dark")
     page.wait_for_timeout(300)
     assert page.locator(".panel canvas").count() == before
+
+
+def test_a_long_run_opens_at_once(tmp_path, open_report):
+    # 10,000 steps and 100,000 samples: thinned, and it says so.
+    sizes = {"prompts_per_step": 10, "samples_groups": 10, "samples_every": 4, "prompts": 500}
+    path = write_report(write_run(tmp_path / "long", steps=10_000, **sizes))
+    assert path.stat().st_size < 10_000_000
+    seconds = []
+    for _ in range(3):
+        page = open_report(path)
+        text = page.inner_text("body")
+        timing = page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
+        seconds.append(timing / 1000)
+    assert min(seconds) < 2, seconds
+    assert "Thinned: groups from" in text and "each point is the mean of 25 steps" in text
+
+
+def test_studies_without_a_run(tmp_path, open_report):
+    points = [
+        {"order": order, "deleted": k, "trials": 9, "success": 1 - k / 2, "low": 0.0, "high": 1.0}
+        for order in ("high", "low", "random")
+        for k in (0, 1, 2)
+    ]
+    (tmp_path / "analysis").mkdir()
+    dump_lines(tmp_path / "analysis" / "deletion.jsonl", points)
+    page = open_report(write_report(tmp_path), width=390, scheme="dark")
+    assert page.inner_text("h1") == "Step deletion"
+    assert page.locator(".panel canvas").count() == 1
+    page.locator(".panel .u-over").hover()
+    assert "steps deleted 1" in page.locator(".panel .readout").inner_text()
+    assert page.locator("#ledger, #viewer, #config").count() == 0

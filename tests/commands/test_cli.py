@@ -42,6 +42,8 @@ def test_help_is_quick_and_needs_no_jax(arguments: list[str]) -> None:
         (["grade", "no_such.jsonl"], "no_such.jsonl"),
         (["report", "--workdir=no_such_dir"], "no_such_dir"),
         (["convert", "--model=no_such_dir", "--out=x"], "no_such_dir"),
+        (["analyze", "--workdir=no_such_dir"], "nothing to study"),
+        (["analyze", "deletion", "--workdir=no_such_dir"], "--model is missing"),
         (["evaluate", "--model=no_such/dir/at/all", "--data=x.jsonl", "--out=y"], "no_such/dir"),
     ],
 )

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
-from echorl_jax.data import DataError, load_rows
+from echorl_jax.data import DataError, expert_text, load_rows
 from echorl_jax.data.tfds_countdown import examples
+from echorl_jax.rewards import load_grader
 
 READ = """
 import json, sys
@@ -52,6 +53,45 @@ def test_a_prepared_data_set_is_read_by_another_process_without_tensorflow(tmp_p
     assert row["prompt"][0]["content"].startswith(f"Reach {truth['target']} with ")
     with pytest.raises(DataError, match="split train of nothing|cannot be read"):
         load_rows(f"tfds:no_such_set?data_dir={tmp_path}")
+
+
+# The published builders, fed with lines in their sources' format instead of a download.
+PREPARE = """
+import json, sys
+from pathlib import Path
+from tensorflow_datasets.datasets.ai2_arc.ai2_arc_dataset_builder import Builder
+from tensorflow_datasets.text.gsm8k.gsm8k import Gsm8k
+
+out = Path(sys.argv[1])
+sums = [{"question": "2+2?", "answer": "It is 2+2=<<2+2=4>>4.\\n#### 4"}]
+choices = [{"text": text, "label": label} for text, label in (("ice", "1"), ("steam", "2"))]
+arc = [{"id": "a", "question": {"stem": "Hot?", "choices": choices}, "answerKey": "2"}]
+for name, lines in (("sums", sums), ("arc", arc)):
+    (out / name).write_text("".join(json.dumps(line) + "\\n" for line in lines))
+Gsm8k._split_generators = lambda self, _: {"test": self._generate_examples(out / "sums")}
+Builder._split_generators = lambda self, _: {"test": self._generate_examples(str(out / "arc"))}
+Gsm8k(data_dir=out, file_format="array_record").download_and_prepare()
+Builder(data_dir=out, config="ARC-Challenge", file_format="array_record").download_and_prepare()
+"""
+
+
+@pytest.mark.slow
+def test_columns_of_published_tfds_sets(tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    run = {"check": True, "text": True, "stdout": subprocess.PIPE}
+    subprocess.run([sys.executable, "-c", PREPARE, str(tmp_path)], **run)
+    rows = {}
+    for name in ("gsm8k", "ai2_arc/ARC-Challenge"):
+        spec = f"tfds:{name}?split=test&data_dir={tmp_path}"
+        read = subprocess.run([sys.executable, "-c", READ, spec], **run)
+        count, rows[name], tensorflow = json.loads(read.stdout)
+        assert count == 1 and not tensorflow
+    sums, arc = rows.values()
+    assert sums["data_source"] == "gsm8k" and load_grader("math")("\\boxed{4}", sums).correct
+    assert expert_text(sums) == "It is 2+2=4.\n#### 4"
+    assert arc["data_source"] == "ai2_arc" and arc["options"] == ["ice", "steam"]
+    assert arc["prompt"][0]["content"] == "Hot?\n\nA) ice\nB) steam"
+    assert load_grader("auto")("(B)", arc).correct and not load_grader("auto")("(A)", arc).correct
 
 
 @pytest.mark.slow

@@ -1,4 +1,7 @@
-"""The stream of prompts: order, epochs, shares, checkpoints, lengths."""
+"""The stream of prompts: order, epochs, checkpoints, lengths.
+
+How processes share it is in tests/parallel/test_processes.py.
+"""
 
 import collections
 import json
@@ -43,16 +46,6 @@ def test_prompts_carry_ids_and_row(stream, tokenizer):
     assert prompt.row["extra_info"]["index"] == prompt.index
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_processes_share_the_steps_of_one(stream, processes):
-    alone = indices(stream(), 6)
-    shares = [
-        indices(stream(process_index=index, process_count=processes), 6)
-        for index in range(processes)
-    ]
-    assert alone == [sum(step, []) for step in zip(*shares, strict=True)]
-
-
 def test_a_restored_stream_goes_on_exactly(stream):
     whole = stream()
     indices(whole, 3)
@@ -62,14 +55,6 @@ def test_a_restored_stream_goes_on_exactly(stream):
     next(restored)
     restored.set_state(state)
     assert indices(restored, 5) == expected
-
-
-def test_a_state_fits_another_number_of_processes(stream):
-    whole = stream()
-    indices(whole, 2)
-    half = stream(process_index=1, process_count=2)
-    half.set_state(whole.get_state())
-    assert indices(half, 3) == [step[2:] for step in indices(whole, 3)]
 
 
 def test_a_state_of_other_rows_is_refused(stream):
@@ -104,12 +89,9 @@ def test_weights_set_the_shares(stream):
     assert indices(mixed, 1) == expected
 
 
-@pytest.mark.parametrize(
-    "changes", [{"prompts_per_step": 3, "process_count": 2}, {"prompts_per_step": 0}]
-)
-def test_a_step_must_share_out_evenly(stream, changes):
-    with pytest.raises(DataError, match="must be a multiple of"):
-        stream(**changes)
+def test_a_step_has_a_prompt(stream):
+    with pytest.raises(DataError, match="prompts_per_step=0: must be at least 1"):
+        stream(prompts_per_step=0)
 
 
 def test_no_rows_is_an_error(tokenizer):

@@ -17,7 +17,8 @@ ASSETS = Path("echorl_jax/assets/countdown")
 def test_evaluate_keeps_every_generation(tmp_path: Path) -> None:
     arguments = ["--model=builtin:countdown", "--data=countdown:split=eval&count=6"]
     arguments += ["--samples=4", "--temperature=1.0", "--max_new_tokens=24", "--dtype=float32"]
-    assert run(["evaluate", *arguments, "--workers=0", "--batch=8", f"--out={tmp_path}"]) == 0
+    arguments += ["--workers=0", "--batch=8", "--devices=1"]
+    assert run(["evaluate", *arguments, f"--out={tmp_path}"]) == 0
     lines = [json.loads(s) for s in (tmp_path / "generations.jsonl").read_text().splitlines()]
     assert [(line["problem"], line["sample"]) for line in lines] == [
         (problem, sample) for problem in range(6) for sample in range(4)
@@ -46,6 +47,26 @@ def test_grade_writes_each_line_again(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "1 of 3 correct" in capsys.readouterr().out
 
 
+def test_grade_compares_with_another_judge(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    truth = {"numbers": [5, 7, 9], "target": 45}
+    # The other judge is right on two lines and mistaken on one each way.
+    judged = [("9*5=45", True), ("9*7=63", False), ("5*9=45", False), ("7*9=63", True)]
+    lines = [{"response": text, "answer": truth, "correct": verdict} for text, verdict in judged]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["grade", str(source), "--grader=countdown", f"--out={out}", "--workers=0"]
+    assert run([*command, "--verdict_key=correct"]) == 0
+    printed = capsys.readouterr().out
+    assert "right ones accepted: 1 of 2 (50.0%); wrong ones rejected: 1 of 2 (50.0%)" in printed
+    assert "agreement: 2 of 4 (50.0%); accepting everything would get 2 of 4" in printed
+    assert "line 3: judged wrong before, now: reaches 45" in printed
+    graded = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["expected"] for line in graded] == [True, False, False, True]
+    assert [line["correct"] for line in graded] == [True, False, True, False]
+    with pytest.raises(UserError, match="line 1: 'id' is neither true nor false"):
+        run([*command, "--verdict_key=id"])
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -66,7 +87,7 @@ def test_check_finds_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture
     config = ["check", "--config=configs/countdown.py", "--rows=16"]
     assert run(config) == 0
     assert "16 of 16 gold answers right" in capsys.readouterr().out
-    assert run([*config, "--config.data.eval=countdown:split=train"]) == 1
+    assert run([*config, "--config.data.eval=countdown:split=train&count=16"]) == 1
     assert "overlap: 16 of 16" in capsys.readouterr().out
     assert run([*config, "--config.data.max_prompt_tokens=3"]) == 1
     wrong = tmp_path / "wrong.jsonl"

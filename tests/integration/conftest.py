@@ -23,6 +23,7 @@ def small_config(**sections: dict[str, Any]) -> Config:
         "checkpoint": {"every": 1, "export": False},
         "log": {"tensorboard": False, "samples_every": 1},
         "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
+        "optim": {"compile_ahead": False},
     }
     steps = sections.pop("steps", 3)
     for section, values in sections.items():

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from echorl_jax.cli import run
 from echorl_jax.data import load_rows
 from echorl_jax.rewards import GraderPool, load_grader
 from echorl_jax.rewards.extraction import last_answer, last_boxed
@@ -188,6 +189,16 @@ def test_hostile_answers_cost_little(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_thirty_hostile_answers_within_two_minutes(tmp_path, monkeypatch):
+def test_a_file_of_hostile_answers_within_two_minutes(tmp_path, monkeypatch):
+    """Through the command, as a user meets them: a file of 30 and one right answer."""
     monkeypatch.chdir(tmp_path)
-    check_hostile(CHEAP + COSTLY, limit_s=120)
+    responses = [*CHEAP, *COSTLY, r"\boxed{42}"]
+    assert len(responses) == 31
+    lines = [json.dumps({"response": text, "answer": "42"}) + "\n" for text in responses]
+    (tmp_path / "hostile.jsonl").write_text("".join(lines))
+    start = time.perf_counter()
+    assert run(["grade", "hostile.jsonl", "--grader=math", "--out=graded.jsonl"]) == 0
+    assert time.perf_counter() - start < 120
+    graded = [json.loads(line) for line in (tmp_path / "graded.jsonl").read_text().splitlines()]
+    assert [line["correct"] for line in graded] == [False] * 30 + [True]
+    assert sorted(os.listdir(tmp_path)) == ["graded.jsonl", "hostile.jsonl"]

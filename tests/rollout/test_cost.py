@@ -28,6 +28,7 @@ def queue_and_slots(prompts: int, group_size: int, width: int, length: int):
     queue = Queue(
         key=jax.random.key(0),
         count=jnp.int32(rows),
+        number=jnp.arange(rows),
         group=jnp.repeat(jnp.arange(prompts), group_size),
         limit=jnp.full(rows, length),
         cached=numbers,

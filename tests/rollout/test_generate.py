@@ -67,6 +67,15 @@ def test_samples_do_not_depend_on_other_rows(model, params, base):
     assert completions(alone) == completions(base)[:3]
 
 
+def test_rows_may_be_written_in_any_calls_under_their_own_numbers(model, params, base):
+    call = {**SETTINGS, "group_size": 1}
+    rows = [7, 3, 10]  # row i of the whole answers prompt i // 3
+    prompts = [PROMPTS[i // 3] for i in rows]
+    part = generate(model, params, prompts, KEY, **call, row_ids=rows)
+    for place, row in enumerate(rows):
+        assert completions(part)[place] == completions(base)[row]
+
+
 def test_another_key_gives_other_samples(model, params, base):
     other = generate(model, params, PROMPTS, jax.random.key(2), **SETTINGS)
     assert completions(other) != completions(base)
@@ -249,6 +258,7 @@ HOSTILE = {
     "prompt_tokens": [-1],
     "kv_dtype": ["float16"],
     "row_limits": [[1], [0] * 12, [21] * 12],
+    "row_ids": [[1], [-1] * 12, [2**31] * 12],
     "prefixes": [[[1]], [[VOCAB]] * 12, [[1] * 21] * 12],
 }
 

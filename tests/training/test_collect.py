@@ -40,14 +40,15 @@ def experience(correct: list[list[int]], *, width: int = 4) -> collect.Experienc
         graded=Graded(rewards=flat.astype(np.float32), correct=flat, on_policy=every),
         in_policy=every,
         in_echo=every,
-        responses=tuple(map(str, range(rows))),
-        reasons=("",) * rows,
+        reasons=tuple(map(str, range(rows))),
         seconds={"rollout": 1.0},
     )
 
 
 def test_rounds_are_joined_with_their_own_groups() -> None:
-    joined = collect._join([experience([[1, 0], [1, 1]]), experience([[0, 0], [0, 1]], width=7)])
+    joined = collect.join_rounds(
+        [experience([[1, 0], [1, 1]]), experience([[0, 0], [0, 1]], width=7)]
+    )
     assert joined.rollouts.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert joined.rollouts.prompt_ids.shape == (4, 7)
     assert joined.seconds == {"rollout": 2.0} and joined.rounds == 2
@@ -70,12 +71,12 @@ def test_mini_batches_share_policy_groups() -> None:
     found = collect._filter(found, np.array([True, False, False, True]), wanted=2, keep_solved=True)
     parts = collect.split(collect._deal(found, 2), 2)
     assert [part.in_policy.sum() for part in parts] == [2, 2]
-    seen = sorted(text for part in parts for text in part.responses)
-    assert seen == sorted(found.responses)
+    seen = sorted(text for part in parts for text in part.reasons)
+    assert seen == sorted(found.reasons)
     for part in parts:
         assert part.rollouts.group.tolist() == [0, 0, 1, 1]
-        # Rows still belong to their texts, and prompts to their rows.
-        assert [str(i) for i in part.rollouts.completion_ids[:, 0]] == list(part.responses)
+        # Rows still belong to their reasons, and prompts to their rows.
+        assert [str(i) for i in part.rollouts.completion_ids[:, 0]] == list(part.reasons)
         assert part.rollouts.prompt_ids[:, 0].tolist() == [4 * p.index for p in part.prompts]
 
 

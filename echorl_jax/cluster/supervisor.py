@@ -1,0 +1,246 @@
+"""The process that a launcher starts: it meets the others, runs the training process, and tells.
+
+Each of several processes is a pair. This one holds a connection to its peers and nothing else; its
+child trains. When a child dies, its supervisor knows at once, and how; all others then end their
+children and print one line that names the cause. A launcher sees the exit code and starts again.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import queue
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from types import FrameType
+from typing import Any
+
+from echorl_jax.cluster.hub import Hub
+from echorl_jax.cluster.place import Place
+from echorl_jax.cluster.wire import Message, Wire
+from echorl_jax.cluster.worker import VARIABLE, Assignment
+from echorl_jax.errors import RunStopped, UserError
+
+FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """How long a run waits for its processes (seconds)."""
+
+    start_timeout_s: float  # for all to come
+    lost_after_s: float  # for a sign of life
+
+
+def supervise(
+    place: Place, command: Sequence[str], *, facts: Mapping[str, Any], limits: Limits
+) -> int:
+    """Runs ``command`` as one process of a run; returns its exit code when all have ended well.
+
+    Args:
+      place: where this process stands.
+      command: the training process; its environment gets an :class:`Assignment`.
+      facts: what has to be the same on all processes, as JSON can hold it.
+      limits: how long to wait.
+
+    Raises:
+      UserError: the processes disagree, or one was told something wrong.
+      RunStopped: a process did not come, is gone, or failed. In either case the line names it, and
+        the training processes of all have ended.
+    """
+    hub = _open_hub(place, limits) if place.process == 0 else None
+    wire = _connect(place, limits.start_timeout_s, facts)
+    peers = _Peers(wire, limits)
+    with _forwarded_signals() as child:
+        try:
+            code, line = _run(place, command, peers, child, limits)
+        finally:
+            child.kill()
+            wire.close()
+            if hub is not None:
+                hub.wait_until_done()
+    if code == 0:
+        return 0
+    raise (UserError if code == 2 else RunStopped)(line)
+
+
+class _Child:
+    """The training process, once there is one, and the signals that are meant for it."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._pending: list[int] = []
+
+    def start(self, command: Sequence[str], given: Assignment, theirs: socket.socket) -> None:
+        words = json.dumps(dataclasses.asdict(given))
+        self._process = subprocess.Popen(
+            command,
+            env={**os.environ, VARIABLE: words},
+            pass_fds=[theirs.fileno()],
+            # A terminal's Ctrl-C goes to the supervisor alone, which passes it on once.
+            start_new_session=True,
+        )
+        for number in self._pending:
+            self._process.send_signal(number)
+
+    def signal(self, number: int, frame: FrameType | None) -> None:
+        del frame
+        if self._process is None:
+            self._pending.append(number)
+        else:
+            self._process.send_signal(number)
+
+    @property
+    def waiting(self) -> bool:
+        """Not started, and asked to stop."""
+        return self._process is None and bool(self._pending)
+
+    def wait(self) -> int:
+        assert self._process is not None
+        return self._process.wait()
+
+    def kill(self) -> None:
+        if self._process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
+
+class _Peers:
+    """The connection to the hub: signs of life out, messages in."""
+
+    def __init__(self, wire: Wire, limits: Limits) -> None:
+        self.wire = wire
+        self.messages: queue.Queue[Message | None] = queue.Queue()
+        self._limits = limits
+        for work in (self._beat, self._receive):
+            threading.Thread(target=work, daemon=True).start()
+
+    def _beat(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                self.wire.send(beat=True)
+                time.sleep(self._limits.lost_after_s / 4)
+
+    def _receive(self) -> None:
+        """Puts what the hub says; None at the end, whether it is gone or silent."""
+        with contextlib.suppress(OSError):
+            while (message := self.wire.receive(timeout_s=self._limits.lost_after_s)) is not None:
+                if "beat" not in message:
+                    self.messages.put(message)
+        self.messages.put(None)
+
+
+def _run(
+    place: Place, command: Sequence[str], peers: _Peers, child: _Child, limits: Limits
+) -> tuple[int, str]:
+    """From the meeting to the end: the exit code and the line."""
+    while True:
+        try:
+            message = peers.messages.get(timeout=0.2)
+        except queue.Empty:
+            if child.waiting:
+                return 1, "stopped by a signal before all processes had come"
+            continue
+        if message is None:
+            return 1, _hub_gone(place)
+        if "code" in message:
+            return int(message["code"]), str(message["line"])
+        ours, theirs = socket.socketpair()
+        given = Assignment(
+            coordinator=message["address"],
+            processes=place.processes,
+            process=place.process,
+            local_devices=place.local_devices,
+            start_timeout_s=limits.start_timeout_s,
+            lost_after_s=limits.lost_after_s,
+            line=theirs.fileno(),
+        )
+        with theirs:
+            child.start(command, given, theirs)
+        threading.Thread(target=_report, args=(child, ours, peers.wire), daemon=True).start()
+
+
+def _report(child: _Child, ours: socket.socket, wire: Wire) -> None:
+    """Waits for the training process and tells the hub how it ended."""
+    code = child.wait()
+    with ours, ours.makefile("rb") as lines:
+        words = lines.readline()
+    said = json.loads(words) if words.endswith(b"\n") else {}
+    if code < 0:
+        name = signal.Signals(-code).name
+        # JAX's runtime aborts when it loses another process.
+        said = {"line": f"its training process was killed by {name}", "certain": -code != 6}
+    line = said.get("line", f"its training process ended with exit code {code}")
+    with contextlib.suppress(OSError):
+        wire.send(code=1 if code < 0 else code, line=line, certain=said.get("certain", False))
+
+
+def _hub_gone(place: Place) -> str:
+    return f"process 0 of {place.processes} on {place.address[0]} is gone"
+
+
+def _open_hub(place: Place, limits: Limits) -> Hub:
+    host, port = place.address
+    try:
+        if host in ("localhost", "127.0.0.1"):
+            listener = socket.create_server(("127.0.0.1", port), backlog=1024)
+        elif socket.has_dualstack_ipv6():
+            family = socket.AF_INET6
+            listener = socket.create_server(
+                ("", port), family=family, dualstack_ipv6=True, backlog=1024
+            )
+        else:
+            listener = socket.create_server(("", port), backlog=1024)
+    except OSError as error:
+        raise UserError(
+            f"process 0 cannot listen on port {port} for the others: {error.strerror}"
+        ) from error
+
+    def free_address() -> str:
+        with socket.create_server(("", 0)) as probe:
+            return f"{place.coordinator.rpartition(':')[0]}:{probe.getsockname()[1]}"
+
+    hub = Hub(
+        listener,
+        processes=place.processes,
+        start_timeout_s=limits.start_timeout_s,
+        lost_after_s=limits.lost_after_s,
+        address=free_address,
+    )
+    hub.start()
+    return hub
+
+
+def _connect(place: Place, timeout_s: float, facts: Mapping[str, Any]) -> Wire:
+    """Connects to process 0 as soon as it listens, and says who this is."""
+    host, port = place.address
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            wire = Wire(socket.create_connection((host, port), timeout=10.0))
+            wire.send(process=place.process, host=socket.gethostname(), facts=dict(facts))
+            return wire
+        except OSError as error:
+            if time.monotonic() >= deadline:
+                raise RunStopped(
+                    f"process {place.process} of {place.processes} found no process 0 at "
+                    f"{place.coordinator} within {timeout_s:g} s ({error.strerror or error})"
+                ) from error
+            time.sleep(min(0.5, timeout_s / 10))
+
+
+@contextlib.contextmanager
+def _forwarded_signals():
+    """A child that gets the signals of this process."""
+    child = _Child()
+    before = {number: signal.signal(number, child.signal) for number in FORWARDED}
+    try:
+        yield child
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

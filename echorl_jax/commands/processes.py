@@ -1,0 +1,67 @@
+"""What a command that trains does first: it finds out whether it is one process of several."""
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from typing import Any
+
+from echorl_jax.cluster import Limits, assignment, find_place, follow_supervisor, supervise
+from echorl_jax.config import Config
+from echorl_jax.config_file import to_dict
+
+
+def join(config: Config, arguments: argparse.Namespace) -> int | None:
+    """Takes this process's place in a run.
+
+    Alone, there is nothing to do. One of several becomes the supervisor of a training process, the
+    same command again, until that has ended. The training process joins its peers through JAX.
+
+    Returns:
+      The exit code of a supervisor; None in a process that goes on to train.
+
+    Raises:
+      UserError: the environment is contradictory, or the processes do not agree.
+      RunStopped: a process did not come, or was lost.
+    """
+    given = assignment()
+    if given is not None:
+        follow_supervisor(given)
+        from echorl_jax.parallel import join_processes
+
+        join_processes(
+            given.coordinator,
+            processes=given.processes,
+            process=given.process,
+            local_devices=given.local_devices,
+            start_timeout_s=given.start_timeout_s,
+            lost_after_s=given.lost_after_s,
+        )
+        return None
+    place = find_place(os.environ)
+    if place is None:
+        return None
+    return supervise(
+        place,
+        [sys.executable, "-m", "echorl_jax", *arguments.command_line],
+        facts=dict(_facts(config, arguments)),
+        limits=Limits(config.mesh.start_timeout_s, config.mesh.lost_after_s),
+    )
+
+
+def _facts(config: Config, arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
+    """What has to be the same on all processes."""
+    for package in ("echorl-jax", "jax", "jaxlib"):
+        yield f"{package} version", metadata.version(package)
+    yield "command", arguments.command_line[0]
+    yield "--workdir", arguments.workdir
+    yield from _flat(to_dict(config), "config")
+
+
+def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}.{name}")
+        else:
+            yield f"{prefix}.{name}", value

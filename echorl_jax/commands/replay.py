@@ -1,0 +1,25 @@
+"""Computes a dumped update again: loss and gradient norm as the run saw them, and what is wrong.
+
+A run dumps an update whose gradient is not finite, and the first one of config.debug.dump_step, to
+WORKDIR/dumps. Exit code 1 when the run's values do not come out again.
+
+example:
+  echorl replay runs/first/dumps/step_000005_update_00
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("dump", type=Path, metavar="DUMP", help="a directory under WORKDIR/dumps")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Computes and prints."""
+    from echorl_jax.training.replay import describe, replay
+
+    replayed = replay(arguments.dump)
+    print("\n".join(describe(replayed)))
+    return 0 if replayed.reproduced else 1

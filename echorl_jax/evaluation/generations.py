@@ -1,0 +1,121 @@
+"""What an evaluation has written so far: one line per attempt, so that a killed one goes on."""
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from echorl_jax.errors import UserError
+
+# Of each weight file so much is read, at both ends, to tell one model from another.
+FINGERPRINT_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What the scores need to know of an attempt."""
+
+    data_source: str
+    problem: int
+    greedy: bool
+    correct: bool
+    tokens: int
+    truncated: bool
+
+
+def claim(out: Path, identity: Mapping[str, Any]) -> None:
+    """Makes ``out`` the place of one evaluation: writes ``options.json``, or compares with it.
+
+    Raises:
+      UserError: it holds another evaluation (names the first option that differs) or other files,
+        or cannot be written.
+    """
+    file, known = out / "options.json", json.loads(json.dumps(identity))
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            if (out / "generations.jsonl").exists():
+                raise UserError(
+                    f"{out}: generations.jsonl without options.json; take another --out"
+                )
+            partial = file.with_suffix(".partial")
+            partial.write_text(json.dumps(known, indent=2) + "\n")
+            os.replace(partial, file)
+            return
+        before = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file}: not JSON ({error.msg})") from error
+    except OSError as error:
+        raise UserError(f"{out}: {error.strerror}") from error
+    for name in {**before, **known}:
+        if before.get(name) != known.get(name):
+            raise UserError(
+                f"{out} holds an evaluation with {name} = {before.get(name)!r}, "
+                f"not {known.get(name)!r}; take another --out or the same options"
+            )
+
+
+def heal(path: Path) -> int:
+    """Cuts off a last line that a kill left unfinished; returns the number of whole lines."""
+    if not path.exists():
+        return 0
+    with path.open("rb+") as file:
+        lines = end = 0
+        for line in file:
+            if not line.endswith(b"\n"):
+                file.truncate(end)
+                break
+            lines, end = lines + 1, end + len(line)
+    return lines
+
+
+def read_outcomes(path: Path, expected: Sequence[tuple[int, int, bool]]) -> Iterator[Outcome]:
+    """The attempts of a file of whole lines.
+
+    Args:
+      expected: (problem, sample, greedy) of each line, in order; more than there are lines.
+
+    Raises:
+      UserError: the first line that is another attempt, or none.
+    """
+    with path.open(encoding="utf-8") as file:
+        for number, (text, wanted) in enumerate(zip(file, expected, strict=False), start=1):
+            try:
+                line = json.loads(text)
+                found = (line["problem"], line["sample"], line["greedy"])
+                names = [field.name for field in dataclasses.fields(Outcome)]
+                outcome = Outcome(**{name: line[name] for name in names})
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise UserError(f"{path}, line {number}: not an attempt ({error!r})") from error
+            if found != wanted:
+                raise UserError(f"{path}, line {number}: attempt {found}, expected {wanted}")
+            yield outcome
+
+
+def fingerprint(model: Path) -> str | None:
+    """Tells models apart by their config and the ends of their weight files; None if not here."""
+    if not model.is_dir():
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    for file in sorted([model / "config.json", *model.glob("*.safetensors")]):
+        if file.is_file():
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size}\n".encode())
+            with file.open("rb") as content:
+                digest.update(content.read(FINGERPRINT_BYTES))
+                content.seek(max(0, size - FINGERPRINT_BYTES))
+                digest.update(content.read())
+    return digest.hexdigest()
+
+
+def digest_rows(prompts: Sequence[Sequence[int]], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Tells sets of rows apart by prompts (token ids), ground truths and sources."""
+    digest = hashlib.blake2b(digest_size=16)
+    for ids, row in zip(prompts, rows, strict=True):
+        truth = row["reward_model"]["ground_truth"]
+        content = [list(ids), row["data_source"], truth]
+        digest.update(json.dumps(content, sort_keys=True, default=str).encode())
+    return digest.hexdigest()

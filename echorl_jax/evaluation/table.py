@@ -1,0 +1,102 @@
+"""The scores of an evaluation, per data source, as a table and as JSON."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from echorl_jax.evaluation.generations import Outcome
+from echorl_jax.evaluation.scores import Lengths, Score, length_stats, score_by_source
+
+COLUMNS = ("problems", "greedy", "95%", "avg@k", "95%", "pass@k", "95%", "tokens", "p95", "cut off")
+
+
+@dataclasses.dataclass(frozen=True)
+class SourceResult:
+    """One data source."""
+
+    greedy: Score | None
+    sampled: Score | None
+    lengths: Lengths  # of the samples; of the greedy attempts where there are none
+
+    @property
+    def main(self) -> Score:
+        """The samples' score if there are samples."""
+        score = self.sampled or self.greedy
+        assert score is not None
+        return score
+
+    def as_json(self) -> dict[str, Any]:
+        """The main score's fields, the greedy one's, and the lengths."""
+        greedy = dataclasses.asdict(self.greedy) if self.greedy else None
+        lengths = dataclasses.asdict(self.lengths)
+        return {**dataclasses.asdict(self.main), "greedy": greedy, "lengths": lengths}
+
+
+def summarise(outcomes: Sequence[Outcome]) -> dict[str, SourceResult]:
+    """Results per data source, in the order in which the sources appear."""
+
+    def scores(greedy: bool) -> dict[str, Score]:
+        own = [o for o in outcomes if o.greedy == greedy]
+        return score_by_source((o.data_source, o.problem, o.correct) for o in own)
+
+    greedy, sampled = scores(True), scores(False)
+    results = {}
+    for source in dict.fromkeys(o.data_source for o in sorted(outcomes, key=lambda o: o.problem)):
+        own = [
+            o for o in outcomes if o.data_source == source and o.greedy == (source not in sampled)
+        ]
+        lengths = length_stats([o.tokens for o in own], [o.truncated for o in own])
+        results[source] = SourceResult(greedy.get(source), sampled.get(source), lengths)
+    return results
+
+
+def print_results(results: Mapping[str, SourceResult], *, left_out: int, bad: int) -> None:
+    """The table, a mean over sources where there are several, and what was left out."""
+    table = Table(box=box.SIMPLE)
+    table.add_column("data source", no_wrap=True)
+    for name in COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for source, result in results.items():
+        table.add_row(source, *_cells(result))
+    if len(results) > 1:
+        table.add_section()
+        table.add_row("mean of sources", "", *_means(list(results.values())))
+    console = Console()
+    # A file or pipe has no width of its own: wide enough that nothing is cut.
+    Console(width=max(console.width, 130)).print(table)
+    for count, reason in ((left_out, "prompts too long"), (bad, "rows that cannot be read")):
+        if count:
+            print(f"left out: {count} {reason}")
+
+
+def _cells(result: SourceResult) -> list[str]:
+    greedy, sampled, lengths = result.greedy, result.sampled, result.lengths
+    cells = [str(result.main.problems)]
+    cells += [f"{greedy.mean:.3f}", _range(greedy.low, greedy.high)] if greedy else ["", ""]
+    if sampled:
+        most = max(sampled.pass_at)
+        cells += [f"@{sampled.samples} {sampled.mean:.3f}", _range(sampled.low, sampled.high)]
+        shown = [f"@{most} {sampled.pass_at[most]:.3f}", _range(*sampled.pass_range)]
+        cells += shown if most > 1 else ["", ""]
+    else:
+        cells += [""] * 4
+    return [*cells, f"{lengths.mean:.0f}", f"{lengths.p95:.0f}", f"{lengths.truncated:.1%}"]
+
+
+def _means(results: Sequence[SourceResult]) -> list[str]:
+    """Every source counts the same, as in the papers' averages."""
+
+    def mean(scores: Sequence[Score | None]) -> str:
+        known = [score.mean for score in scores if score]
+        return f"{sum(known) / len(known):.3f}" if len(known) == len(results) else ""
+
+    greedy, sampled = mean([r.greedy for r in results]), mean([r.sampled for r in results])
+    return [greedy, "", sampled, "", "", "", "", "", ""]
+
+
+def _range(low: float, high: float) -> str:
+    return f"{low:.3f}-{high:.3f}"

@@ -1,0 +1,97 @@
+"""What accelerators can hold and do: the figures that a plan is measured against."""
+
+import dataclasses
+import os
+import time
+
+import jax
+import jax.numpy as jnp
+
+from echorl_jax.config import ConfigError
+
+GB = 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """One device. Peaks are the makers' figures, dense, without sparsity."""
+
+    name: str
+    memory_bytes: int
+    flops_per_second: float  # bfloat16 matrix products
+    bytes_per_second: float  # device memory
+    libtpu_name: str = ""  # accelerator type as libtpu counts it, with {} for its number
+    cores: int = 1  # that the number counts
+
+
+# Sources: cloud.google.com/tpu/docs (v5e, v5p, v6e system pages); NVIDIA's data sheets.
+TPUS = {
+    "v5e": Chip("TPU v5e", 16 * GB, 197e12, 819e9, "v5litepod-{}"),
+    "v5p": Chip("TPU v5p", 95 * GB, 459e12, 2765e9, "v5p-{}", cores=2),
+    "v6e": Chip("TPU v6e", 32 * GB, 918e12, 1640e9, "v6e-{}"),
+}
+GPUS = {
+    "a100": Chip("A100 80 GB", 80 * GB, 312e12, 2039e9),
+    "h100": Chip("H100 80 GB", 80 * GB, 989e12, 3350e9),
+}
+# Part of a chip's memory that a plan may fill: the rest is the runtime's, and fragmentation's.
+USABLE = 0.95
+
+
+def parse_topology(text: str) -> tuple[Chip, int]:
+    """``v5p:2x2x2`` as the chip and their number; ``h100:8`` likewise.
+
+    Raises:
+      ConfigError: an unknown chip or a shape that is none.
+
+    >>> chip, count = parse_topology("v5e:4x4")
+    >>> chip.name, count
+    ('TPU v5e', 16)
+    """
+    name, _, shape = text.partition(":")
+    known = TPUS | GPUS
+    sides = shape.split("x")
+    if name not in known or not all(side.isdigit() and int(side) for side in sides):
+        raise ConfigError(
+            f"--topology={text}: must be CHIP:SHAPE such as v5p:2x2x2, v5e:4x4 or h100:8, with "
+            f"CHIP one of {', '.join(known)}"
+        )
+    count = 1
+    for side in sides:
+        count *= int(side)
+    return known[name], count
+
+
+def local_chip() -> Chip:
+    """This machine's device; of an unknown one the peaks are measured, in a second."""
+    device = jax.local_devices()[0]
+    limit = (device.memory_stats() or {}).get("bytes_limit")
+    if limit is None:
+        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        limit = whole // jax.local_device_count()
+    for word, chip in (TPUS | GPUS).items():
+        kind = device.device_kind.lower()
+        if word in kind or (word == "v5e" and "v5 lite" in kind):
+            return dataclasses.replace(chip, memory_bytes=int(limit))
+    flops, speed = _measure()
+    return Chip(f"{device.device_kind} (peaks measured)", int(limit), flops, speed)
+
+
+def _measure() -> tuple[float, float]:
+    """Operations and bytes per second of one large product and one large sum, the best of three."""
+    side, size = 1024, 1 << 25
+    x = jnp.ones((side, side), jnp.float32)
+    y = jnp.ones(size, jnp.float32)
+    product = jax.jit(lambda a: a @ a)
+    total = jax.jit(lambda a: a + 1.0)
+    return 2 * side**3 / _best(product, x), 2 * 4 * size / _best(total, y)
+
+
+def _best(function, argument) -> float:
+    function(argument).block_until_ready()
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        function(argument).block_until_ready()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)

@@ -1,0 +1,126 @@
+"""An update on disk, with all that it takes to compute it again: ``workdir/dumps/``.
+
+A dump is a directory: ``dump.json`` (what the run saw, its config and mesh), ``model/config.json``,
+``micro_batches.safetensors`` and ``params/``, the parameters before the update (Orbax).
+"""
+
+import dataclasses
+import json
+import math
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+from safetensors.numpy import load_file, save_file
+
+from echorl_jax.config_file import to_dict
+from echorl_jax.errors import UserError
+from echorl_jax.models import to_hf
+from echorl_jax.parallel import any_process, is_first, wait_for_all
+from echorl_jax.training.session import Session
+from echorl_jax.training.step import UpdateStats
+from echorl_jax.types import PyTree, TrainBatch
+
+FACTS, BATCHES, PARAMS, MODEL = "dump.json", "micro_batches.safetensors", "params", "model"
+
+
+@dataclasses.dataclass(frozen=True)
+class Dump:
+    """A dump without its parameters."""
+
+    directory: Path
+    facts: Mapping[str, Any]
+    micro_batches: Sequence[TrainBatch]  # NumPy
+
+
+def room_for_dump(workdir: Path, most: int) -> bool:
+    """Whether fewer than ``most`` updates are dumped already; the same on all processes."""
+    found = len(list((workdir / "dumps").glob("step_*"))) if is_first() else 0
+    return not any_process(found >= most)
+
+
+def begin_dump(workdir: Path, step: int, update: int, params: PyTree) -> Path:
+    """Writes the parameters that an update starts from, before they are given away.
+
+    Every process of a multi-process run calls this and :func:`finish_dump`.
+
+    Returns:
+      The directory in progress.
+    """
+    partial = workdir / "dumps" / f"partial_{step:06d}_{update:02d}"
+    if is_first():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    wait_for_all("dump begins")
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save((partial / PARAMS).resolve(), params)
+    return partial
+
+
+def finish_dump(
+    partial: Path,
+    session: Session,
+    micro_batches: Iterable[TrainBatch],
+    done: UpdateStats,
+    *,
+    echo_coef: float,
+) -> Path:
+    """Adds what the update was given and what came of it; returns the finished directory."""
+    _, step, update = partial.name.split("_")
+    final = partial.with_name(f"step_{step}_update_{update}")
+    if is_first():
+        arrays = {
+            f"{number:05d}/{name}": np.ascontiguousarray(value)
+            for number, micro in enumerate(micro_batches)
+            for name, value in vars(micro).items()
+            if value is not None
+        }
+        save_file(arrays, partial / BATCHES)
+        (partial / MODEL).mkdir()
+        _write_json(partial / MODEL / "config.json", to_hf(session.model.config))
+        facts = {
+            "step": int(step),
+            "update": int(update),
+            "loss": _number(done.loss),
+            "grad_norm": _number(done.grad_norm),
+            "finite": bool(done.finite),
+            "echo_coef": echo_coef,
+            "mesh": dict(session.mesh.shape),
+            "config": to_dict(session.config),
+        }
+        _write_json(partial / FACTS, facts)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+    wait_for_all("dump ends")
+    return final
+
+
+def read_dump(directory: Path) -> Dump:
+    """Reads all but the parameters.
+
+    Raises:
+      UserError: this is no dump.
+    """
+    try:
+        facts = json.loads((directory / FACTS).read_text())
+        arrays = load_file(directory / BATCHES)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{directory} is no dump of an update: {error}") from error
+    fields: dict[str, dict[str, Any]] = {}
+    for name, value in sorted(arrays.items()):
+        number, _, field = name.partition("/")
+        fields.setdefault(number, {})[field] = value
+    return Dump(directory, facts, [TrainBatch(**values) for values in fields.values()])
+
+
+def _number(value: Any) -> float | str:
+    """JSON has no NaN and no infinity."""
+    number = float(value)
+    return number if math.isfinite(number) else str(number)
+
+
+def _write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

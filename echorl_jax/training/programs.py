@@ -1,0 +1,352 @@
+"""The programs of a training step, compiled from shapes alone, and what each needs of a chip."""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from echorl_jax.config import Config
+from echorl_jax.core import Objective
+from echorl_jax.models import Decoder
+from echorl_jax.parallel import partition_spec
+from echorl_jax.rollout.ahead import lower_decode, lower_prefill
+from echorl_jax.rollout.memory import position_bytes
+from echorl_jax.training.micro_batches import micro_batch_shapes
+from echorl_jax.training.optimizer import abstract_state
+from echorl_jax.training.session import configured_optimizer
+from echorl_jax.training.step import Update, lower_accumulate, lower_apply, lower_score
+from echorl_jax.types import PyTree, TrainBatch
+
+# The order in which a step runs them.
+PROGRAMS = ("prefill", "decode", "score", "accumulate", "apply")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes on one chip while a program runs, whatever else the run holds included."""
+
+    program: str
+    weights: int  # master weights, those of the sampler, those of a reference policy
+    optimizer: int  # both moments
+    gradient: int
+    cache: int  # keys and values
+    batch: int  # tokens, log-probabilities, outputs
+    temporaries: int  # activations and what else the program makes for itself
+    source: str  # compiler or formula
+    compile_s: float = 0.0
+
+    @property
+    def total(self) -> int:
+        parts = (self.weights, self.optimizer, self.gradient, self.cache, self.batch)
+        return sum(parts) + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One way to run a config's step: what a plan may change is in here."""
+
+    config: Config
+    model: Decoder
+    objective: Objective
+    mesh: Mesh | AbstractMesh
+    slots: int
+
+    @property
+    def shards(self) -> int:
+        """Devices that rows are split over."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    @property
+    def group_size(self) -> int:
+        """Rows of a prompt that are sampled."""
+        return self.config.rollout.group_size - self.objective.expert_rows
+
+    @property
+    def longest(self) -> int:
+        """Tokens in the longest row."""
+        return self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
+
+    @property
+    def micro_batch(self) -> tuple[int, int]:
+        """The largest micro-batch: rows on all chips, and their length."""
+        config = self.config
+        rows = config.rollout.prompts_per_step * config.rollout.group_size
+        return micro_batch_shapes(
+            rows=rows // config.objective.mini_batches,
+            longest=self.longest,
+            token_budget=config.optim.micro_batch_tokens * self.shards,
+            row_multiple=self.shards,
+        )[0]
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether the sampler reads the master weights themselves, with no copy."""
+        return self.mesh.size == 1 and self.model.dtype == self.model.param_dtype
+
+
+@dataclasses.dataclass(frozen=True)
+class Held:
+    """Bytes per chip of what lives through a whole run."""
+
+    master: int
+    moments: int
+    sampler: int  # while sampling only
+    reference: int
+
+    @property
+    def always(self) -> int:
+        return self.master + self.moments + self.reference
+
+
+def held_bytes(
+    model: Decoder,
+    mesh: Mesh | AbstractMesh,
+    *,
+    moment_bytes: int,
+    reference: bool,
+    shares_weights: bool,
+) -> Held:
+    """Weights and moments on one chip, from shapes and the sharding table alone.
+
+    Args:
+      model: the decoder.
+      mesh: its axes.
+      moment_bytes: of both moments of one parameter.
+      reference: whether a KL term keeps a copy in the compute type.
+      shares_weights: see :class:`Job`.
+    """
+    shapes = model.param_shapes()
+    narrow = jax.eval_shape(model.cast, shapes)
+    master = local_bytes(model, shapes, mesh, "train")
+    width = jnp.dtype(model.param_dtype).itemsize
+    return Held(
+        master=master,
+        moments=master * moment_bytes // width,
+        sampler=0 if shares_weights else local_bytes(model, narrow, mesh, "rollout"),
+        reference=local_bytes(model, narrow, mesh, "train") if reference else 0,
+    )
+
+
+def local_bytes(model: Decoder, shapes: PyTree, mesh: Mesh | AbstractMesh, layout) -> int:
+    """Bytes of a parameter tree on one chip."""
+
+    def size(leaf: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> int:
+        spec = partition_spec(axes, leaf.shape, mesh, layout)
+        names = [n for e in spec if e for n in ((e,) if isinstance(e, str) else e)]
+        split = math.prod(mesh.shape[name] for name in names)
+        return math.prod(leaf.shape) * leaf.dtype.itemsize // split
+
+    return sum(jax.tree.leaves(jax.tree.map(size, shapes, model.param_axes())))
+
+
+def job_held(job: Job) -> Held:
+    """:func:`held_bytes` of a job."""
+    first = 2 if job.config.optim.moment_dtype == "bfloat16" else 4
+    return held_bytes(
+        job.model,
+        job.mesh,
+        moment_bytes=first + 4,
+        reference=job.objective.kl_coef != 0,
+        shares_weights=job.shares_weights,
+    )
+
+
+def compile_programs(
+    job: Job, *, names: tuple[str, ...], dynamic: bool, say: Callable[[str], None]
+) -> list[Memory]:
+    """Compiles the named programs for the job's mesh and reads the compiler's figures.
+
+    Args:
+      job: with a mesh of real or described devices.
+      names: of :data:`PROGRAMS`, in order; decode needs prefill.
+      dynamic: see :func:`echorl_jax.rollout.step.forward`; False on GPU.
+      say: told what is being compiled, and how long it took.
+
+    Returns:
+      One :class:`Memory` for each; of a program that the compiler refuses for want of memory, with
+      the bytes that it asked for.
+    """
+    compilers = {
+        "score": lambda: _update_program(job, "score"),
+        "accumulate": lambda: _update_program(job, "accumulate"),
+        "apply": lambda: _update_program(job, "apply"),
+    }
+    found, prefilled = [], None
+    for name in names:
+        start = time.monotonic()
+        say(f"compiling {name} ...")
+        try:
+            if name == "prefill":
+                lowered = _prefill(job)
+                prefilled = lowered, lowered.compile()
+                compiled = prefilled[1]
+            elif name == "decode":
+                if prefilled is None:
+                    continue  # there is nothing to go on from
+                compiled = _decode(job, *prefilled, dynamic=dynamic).compile()
+            else:
+                compiled = compilers[name]().compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed = _refused_bytes(str(error))
+            if needed is None:
+                raise
+            found.append(_memory(job, name, None, needed, time.monotonic() - start))
+        else:
+            found.append(_memory(job, name, compiled, 0, time.monotonic() - start))
+        seconds, total = found[-1].compile_s, found[-1].total
+        say(f"compiled {name} in {seconds:.0f} s: {total / 1e9:.2f} GB a chip")
+    return found
+
+
+def _prefill(job: Job) -> jax.stages.Lowered:
+    rollout = job.config.rollout
+    assert isinstance(job.mesh, Mesh)
+    return lower_prefill(
+        job.model,
+        job.mesh,
+        prompts=rollout.prompts_per_step,
+        group_size=job.group_size,
+        prompt_tokens=job.config.data.max_prompt_tokens,
+        max_new_tokens=rollout.max_new_tokens,
+        slots=job.slots,
+    )
+
+
+def _decode(
+    job: Job, prefill: jax.stages.Lowered, prefilled: jax.stages.Compiled, *, dynamic: bool
+) -> jax.stages.Lowered:
+    assert isinstance(job.mesh, Mesh)
+    return lower_decode(
+        job.model,
+        job.mesh,
+        prefilled,
+        prefill,
+        dynamic=dynamic,
+        eos_ids=job.model.config.eos_ids,
+        temperature=job.config.rollout.temperature,
+    )
+
+
+def _update_program(job: Job, name: str) -> jax.stages.Lowered:
+    assert isinstance(job.mesh, Mesh)
+    schedule, optimizer = configured_optimizer(job.config)
+    update = Update(
+        job.model,
+        job.objective,
+        optimizer,
+        schedule,
+        job.mesh,
+        job.config.rollout.temperature,
+    )
+    params = abstract_params(job.model, job.mesh)
+    if name == "apply":
+        return lower_apply(update, abstract_state(params, optimizer, job.mesh))
+    micro = abstract_batch(job)
+    if name == "score":
+        return lower_score(update, params, micro)
+    return lower_accumulate(update, params, micro)
+
+
+def abstract_params(model: Decoder, mesh: Mesh) -> PyTree:
+    """Shapes, types and places of the master weights."""
+    return jax.tree.map(
+        lambda leaf, axes: jax.ShapeDtypeStruct(
+            leaf.shape,
+            leaf.dtype,
+            sharding=NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh)),
+        ),
+        model.param_shapes(),
+        model.param_axes(),
+    )
+
+
+def abstract_batch(job: Job) -> TrainBatch:
+    """The largest micro-batch, with the fields that the objective has."""
+    assert isinstance(job.mesh, Mesh)
+    rows, width = job.micro_batch
+    # Hints belong to the prompt but are targets too.
+    targets = width if job.objective.hints else min(width, job.config.rollout.max_new_tokens)
+    split = NamedSharding(job.mesh, PartitionSpec(("data", "fsdp")))
+
+    def array(*shape: int, dtype: object = np.float32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=split)
+
+    objective, per_token = job.objective, array(rows, targets)
+    fields = {
+        "tokens": array(rows, width, dtype=np.int32),
+        "prompt_length": array(rows, dtype=np.int32),
+        "length": array(rows, dtype=np.int32),
+        "loss_mask": per_token,
+        "advantages": array(rows),
+        "old_logprobs": per_token,
+        "rollout_logprobs": per_token,
+        "token_weights": per_token,
+        "echo_weights": per_token,
+        "on_policy": array(rows, dtype=np.bool_),
+        "nll_weights": per_token if objective.hints else None,
+        "ref_logprobs": per_token if objective.kl_coef else None,
+        "selected": array(rows, targets, dtype=np.bool_) if objective.select_tokens else None,
+    }
+    return TrainBatch(**fields)  # pyright: ignore[reportArgumentType]
+
+
+def _memory(
+    job: Job, name: str, compiled: jax.stages.Compiled | None, needed: int, seconds: float
+) -> Memory:
+    """What is held, and the rest of what the compiler counts."""
+    held = job_held(job)
+    sampling = name in ("prefill", "decode")
+    weights = held.master + held.reference + (held.sampler if sampling else 0)
+    gradient = held.master if name in ("accumulate", "apply") else 0
+    if sampling:
+        arguments = held.sampler or held.master
+    elif name == "apply":
+        arguments = held.master + held.moments + gradient
+    else:
+        arguments = held.master + gradient
+    if compiled is None:
+        cache = batch = 0
+        rest = max(0, needed - arguments)
+    else:
+        size = compiled.memory_analysis()
+        assert size is not None
+        cache = cache_bytes(job) if sampling else 0
+        whole = size.argument_size_in_bytes + size.output_size_in_bytes - size.alias_size_in_bytes
+        batch = max(0, whole - arguments - cache)
+        rest = size.temp_size_in_bytes
+    return Memory(
+        program=name,
+        weights=weights,
+        optimizer=held.moments,
+        gradient=gradient,
+        cache=cache,
+        batch=batch,
+        temporaries=rest,
+        source="compiler",
+        compile_s=round(seconds, 1),
+    )
+
+
+def cache_bytes(job: Job) -> int:
+    """Keys and values on one chip: all prompts, and the slots."""
+    rollout, rows = job.config.rollout, job.config.rollout.prompts_per_step * job.group_size
+    each = position_bytes(job.model, None, job.mesh.shape["tensor"])
+    prompt = job.config.data.max_prompt_tokens
+    own_prompts = job.slots < rows
+    per_slot = rollout.max_new_tokens + (prompt if own_prompts else 0)
+    return each * (rollout.prompts_per_step * prompt + -(-job.slots // job.shards) * per_slot)
+
+
+def _refused_bytes(message: str) -> int | None:
+    """Bytes that a program asked for when the compiler ran out of them; None for other errors."""
+    if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
+        return None
+    units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    found = re.search(r"[Uu]sed ([0-9.]+)([KMGT]?)i?B? of ", message)
+    return round(float(found[1]) * units[found[2]]) if found else None

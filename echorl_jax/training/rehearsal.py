@@ -1,0 +1,146 @@
+"""Compiles every shape that a run can meet, before its first step: a step with nothing learnt.
+
+A program enters JAX's cache when it runs, so each one runs once, on the prompts to come (which stay
+to come) and with weights of zero. What does not fit on the devices fails here, the largest first.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from echorl_jax.config import ConfigError
+from echorl_jax.rollout.buckets import levels
+from echorl_jax.rollout.generate import SMALLEST_LEVEL
+from echorl_jax.training.batch import Assembled
+from echorl_jax.training.collect import Experience, join_rounds, sample
+from echorl_jax.training.micro_batches import micro_batch_shapes, take_rows
+from echorl_jax.training.run import Run
+from echorl_jax.training.step import score_batch
+from echorl_jax.types import Array, Graded, HostArray, PyTree, TrainBatch
+
+MakeBatches = Callable[[Run, Experience, Array], list[Assembled]]
+
+
+def rehearse(run: Run, params: PyTree, make_batches: MakeBatches) -> None:
+    """Goes through sampling, assembly and the gradient of every shape of micro-batch.
+
+    Args:
+      run: as opened; neither its data nor its state moves.
+      params: the weights, which stay.
+      make_batches: see :func:`echorl_jax.training.loop.make_batches`.
+
+    Raises:
+      ConfigError: a program needs more memory than there is.
+    """
+    start = time.monotonic()
+    run.log.say("compiling ahead: sampler")
+    key = jax.random.key(0)
+    found = _experience(run, params, key)
+    objective = run.session.config.objective
+    most = objective.max_rounds if run.objective.dynamic_sampling else 1
+    rounds = [make_batches(run, join_rounds([found] * n), key) for n in range(1, most + 1)]
+    sizes = {len(part.batch.length) for parts in rounds for part in parts}
+    batch = _as_trained(run, rounds[0][0].batch)
+    shapes = _shapes(run, max(sizes))
+    for number, (rows, width) in enumerate(shapes, 1):
+        run.log.say(f"compiling ahead: micro-batch {number}/{len(shapes)}, {rows} x {width} tokens")
+        try:
+            _learn_nothing(run, params, batch, rows, width)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            budget = run.session.config.optim.micro_batch_tokens
+            raise ConfigError(
+                f"config.optim.micro_batch_tokens = {budget}: the gradient of {rows} rows x "
+                f"{width} tokens does not fit in memory; `echorl plan` says what to change"
+            ) from error
+    run.log.say(f"compiled {run.compiles.count} programs in {time.monotonic() - start:.0f} s")
+
+
+def slot_limits(rows: int, slots: int, *, shards: int, longest: int) -> list[int]:
+    """Limits for N rows, so that the sampler goes through each number of slots it has programs for.
+
+    Slot i first holds row i. At each level the slots that stay are the first of every shard, so
+    their rows are the longest; by then the rows that wait have passed through the others.
+    """
+    slots = min(rows, -(-slots // shards) * shards)
+    sizes = levels(slots, smallest=max(SMALLEST_LEVEL, shards))
+    waiting = 1 + -(-2 * (rows - slots) // slots) if rows > slots else 0
+    limits = np.ones(rows, np.int64)
+    place = np.arange(slots) % (slots // shards)
+    for level, count in enumerate(sizes[1:], 1):
+        limits[:slots][place < count // shards] = 1 + waiting + level
+    return np.minimum(limits, longest).tolist()
+
+
+def _experience(run: Run, params: PyTree, key: Array) -> Experience:
+    """Sampled groups, all wrong."""
+    position = run.stream.get_state()
+    prompts = next(run.stream)
+    run.stream.set_state(position)
+    config = run.session.config
+    group = config.rollout.group_size - run.objective.expert_rows
+    limits = slot_limits(
+        len(prompts) * group,
+        run.slots,
+        shards=run.session.data_devices,
+        longest=config.rollout.max_new_tokens,
+    )
+    rollouts, on_policy, _ = sample(run, params, prompts, key, row_limits=limits)
+    rows = len(on_policy)
+    zero: HostArray = np.zeros(rows, np.float32)
+    wrong: HostArray = np.zeros(rows, bool)
+    nothing = Graded(rewards=zero, correct=wrong, on_policy=on_policy)
+    return Experience(
+        prompts=tuple(prompts),
+        rollouts=rollouts,
+        graded=nothing,
+        in_policy=np.ones(rows, bool),
+        in_echo=np.ones(rows, bool),
+        reasons=("",) * rows,
+        seconds={},
+    )
+
+
+def _as_trained(run: Run, batch: TrainBatch) -> TrainBatch:
+    """With the fields that other forward passes fill in."""
+    if run.reference is None:
+        return batch
+    return dataclasses.replace(batch, ref_logprobs=np.zeros(batch.loss_mask.shape, np.float32))
+
+
+def _shapes(run: Run, rows: int) -> list[tuple[int, int]]:
+    config, devices = run.session.config, run.session.data_devices
+    return micro_batch_shapes(
+        rows=rows,
+        longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
+        token_budget=config.optim.micro_batch_tokens * devices,
+        row_multiple=devices,
+    )
+
+
+def _learn_nothing(run: Run, params: PyTree, batch: TrainBatch, rows: int, width: int) -> None:
+    """The forward and backward pass of one shape, and the forward pass where the run has one."""
+    chosen = np.arange(min(rows, len(batch.length)))
+    micro = take_rows(batch, chosen, count=rows, width=width)
+    # Rows that are longer in the batch are cut, padding keeps a token.
+    length = np.minimum(micro.length, width).astype(np.int32)
+    before = np.minimum(micro.prompt_length, width).astype(np.int32)
+    micro = dataclasses.replace(micro, length=length, prompt_length=before)
+    jax.block_until_ready(run.update.gradient(params, micro, echo_coef=0.0).loss)
+    scored = [run.reference] if run.reference is not None else []
+    if run.session.config.objective.old_logprobs == "trainer" and not run.objective.supervised:
+        scored.append(params)
+    for weights in scored:
+        before_scores = dataclasses.replace(micro, ref_logprobs=None)
+        score_batch(
+            run.session.model,
+            weights,
+            [(chosen, before_scores)],
+            shape=batch.loss_mask.shape,
+            temperature=run.update.temperature,
+            mesh=run.session.mesh,
+        )

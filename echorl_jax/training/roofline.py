@@ -1,0 +1,105 @@
+"""Operations and bytes of a training step by formula, and the time they take at a chip's peaks.
+
+The compiler's own count is of no use here: it counts the body of a loop once, and layers,
+micro-batches and tokens are loops. Communication between chips and grading are not counted, so the
+times are lower bounds.
+"""
+
+import dataclasses
+import math
+
+import jax
+
+from echorl_jax.models import Decoder
+from echorl_jax.rollout import turn_cost
+from echorl_jax.training.chips import Chip
+from echorl_jax.training.programs import Job
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Mean tokens of a row: what the time depends on, while memory depends on the bounds."""
+
+    prompt: float
+    completion: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """A part of the step on one chip."""
+
+    name: str
+    flops: float
+    bytes: float
+
+    def seconds(self, chip: Chip) -> float:
+        return max(self.flops / chip.flops_per_second, self.bytes / chip.bytes_per_second)
+
+
+def layer_weights(model: Decoder) -> int:
+    """Weights in the matrices of all layers."""
+    return sum(
+        math.prod(shape.shape)
+        for path, shape in jax.tree_util.tree_leaves_with_path(model.layers(model.param_shapes()))
+        if path[-1].key == "kernel"
+    )
+
+
+def forward_flops(model: Decoder, *, length: float, targets: float) -> float:
+    """Operations of one row's forward pass.
+
+    With W weights in the layers' matrices, L layers, H heads of size K and n tokens:
+    ``2 W n + 2 L H K n^2`` (a causal mask leaves half of ``4 L H K n^2``), and ``2 D V`` for each
+    of the ``targets``, the only positions with logits.
+    """
+    config = model.config
+    attention = 2 * config.num_layers * config.num_heads * config.head_dim * length**2
+    head = 2 * config.hidden_size * config.vocab_size * targets
+    return 2 * layer_weights(model) * length + attention + head
+
+
+def step_phases(job: Job, lengths: Lengths) -> list[Phase]:
+    """Sampling, scoring if the config asks for it, and learning, all rows with a gradient."""
+    config, chips = job.config, job.mesh.size
+    rollout, objective = config.rollout, config.objective
+    sampled = rollout.prompts_per_step * job.group_size
+    rows = rollout.prompts_per_step * rollout.group_size
+    length = lengths.prompt + lengths.completion
+    whole = forward_flops(job.model, length=length, targets=lengths.completion)
+    layers = forward_flops(job.model, length=length, targets=0)
+    passes = int(objective.old_logprobs == "trainer") + int(job.objective.kl_coef != 0)
+    # Backward costs two forward passes; logits are always computed again, layers as remat says.
+    learn = 3 * whole + (whole - layers) + (layers if job.model.remat == "layer" else 0)
+    params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(job.model.param_shapes()))
+    updates = objective.mini_batches * objective.epochs
+    # Parameters, both moments: read and written; gradient: read. Float32.
+    apply = Phase("apply", 0.0, 28 * params * updates / (job.mesh.size / job.mesh.shape["data"]))
+    return [
+        Phase(
+            "prefill",
+            forward_flops(job.model, length=lengths.prompt, targets=0)
+            * rollout.prompts_per_step
+            / chips,
+            0.0,
+        ),
+        _decode(job, lengths, sampled),
+        *([Phase("score", whole * rows * passes / chips, 0.0)] if passes else []),
+        Phase("accumulate", learn * rows * objective.epochs / chips, 0.0),
+        apply,
+    ]
+
+
+def _decode(job: Job, lengths: Lengths, rows: int) -> Phase:
+    """All slots busy: with R rows of c tokens in M slots, ``R c / M`` turns."""
+    cost = turn_cost(
+        job.model,
+        slots=job.slots,
+        prompt_tokens=lengths.prompt,
+        completion_tokens=lengths.completion / 2,
+        group_size=job.group_size if job.slots >= rows else 1,
+    )
+    turns = rows * lengths.completion / job.slots
+    chips = job.mesh.size
+    # Weights are split over tensor only: each group of chips reads them all.
+    read = cost.weight_bytes / job.mesh.shape["tensor"] + cost.cache_bytes / chips
+    return Phase("decode", cost.flops * turns / chips, read * turns)

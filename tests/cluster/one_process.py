@@ -1,0 +1,26 @@
+"""One process of a run, as a program: supervises the commands that a test gives it.
+
+usage: one_process.py PORT PROCESSES PROCESS FACTS_JSON LIMITS_JSON -- COMMAND...
+"""
+
+import json
+import sys
+
+from echorl_jax.cluster import Limits, Place, supervise
+from echorl_jax.errors import RunStopped, UserError
+
+
+def main() -> int:
+    port, processes, process, facts, limits = sys.argv[1:6]
+    place = Place(f"127.0.0.1:{port}", int(processes), int(process))
+    try:
+        return supervise(
+            place, sys.argv[7:], facts=json.loads(facts), limits=Limits(**json.loads(limits))
+        )
+    except (UserError, RunStopped) as error:
+        print(error, file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""``echorl evaluate``: what is tried how often, and that a killed evaluation goes on exactly."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from echorl_jax.cli import run
+from echorl_jax.errors import UserError
+from echorl_jax.evaluation.benchmark import Benchmark
+from echorl_jax.evaluation.presets import passes, samples_of
+from tests.tiny_models import write_tiny_qwen
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+COUNTDOWN = ["evaluate", "--model=builtin:countdown", "--data=countdown:split=eval&count=10"]
+COUNTDOWN += ["--samples=3", "--greedy", "--max_new_tokens=24", "--dtype=float32", "--workers=0"]
+COUNTDOWN += ["--devices=1", "--batch=12"]
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(text) for text in (out / "generations.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    assert run([*COUNTDOWN, f"--out={out}"]) == 0
+    return out
+
+
+def test_greedy_and_sampled_attempts_are_scored_apart(whole: Path) -> None:
+    found = lines(whole)
+    expected = [(problem, 0, True) for problem in range(10)]
+    expected += [(problem, sample, False) for problem in range(10) for sample in range(3)]
+    assert [(line["problem"], line["sample"], line["greedy"]) for line in found] == expected
+    score = json.loads((whole / "scores.json").read_text())["scores"]["countdown"]
+    greedy = [line["correct"] for line in found if line["greedy"]]
+    right = np.array([line["correct"] for line in found if not line["greedy"]]).reshape(10, 3)
+    assert score["greedy"]["mean"] == pytest.approx(np.mean(greedy))
+    assert score["mean"] == pytest.approx(right.mean())
+    # 3 samples: pass@3 is whether any is right; pass@2 fails when the drawn pair is wrong.
+    misses = 3 - right.sum(axis=1)
+    assert score["pass_at"]["3"] == pytest.approx((misses < 3).mean())
+    assert score["pass_at"]["2"] == pytest.approx(1 - np.mean(misses * (misses - 1) / 6))
+    tokens = [line["tokens"] for line in found if not line["greedy"]]
+    assert score["lengths"]["mean"] == pytest.approx(np.mean(tokens))
+    assert score["lengths"]["longest"] == max(tokens)
+
+
+@pytest.mark.parametrize("kept", [0, 7, 10, 23, 39])
+def test_a_killed_evaluation_ends_with_the_same_files(
+    whole: Path, tmp_path: Path, kept: int
+) -> None:
+    """Killed after some lines, in the middle of the next one."""
+    (tmp_path / "options.json").write_bytes((whole / "options.json").read_bytes())
+    written = (whole / "generations.jsonl").read_bytes().splitlines(keepends=True)
+    torn = b"".join(written[:kept]) + written[kept][:20]
+    (tmp_path / "generations.jsonl").write_bytes(torn)
+    assert run([*COUNTDOWN, f"--out={tmp_path}"]) == 0
+    for name in ("generations.jsonl", "scores.json"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_samples_do_not_depend_on_the_batch(whole: Path, tmp_path: Path) -> None:
+    assert run([*COUNTDOWN, "--batch=5", "--slots=2", f"--out={tmp_path}"]) == 0
+    assert lines(tmp_path) == lines(whole)
+
+
+def test_fewer_samples_are_the_first_of_many(whole: Path, tmp_path: Path) -> None:
+    few = ["--samples=2", "--limit=4"]
+    assert run([*COUNTDOWN, *few, f"--out={tmp_path}"]) == 0
+    wanted = [line for line in lines(whole) if line["sample"] < 2 and line["problem"] < 4]
+    assert lines(tmp_path) == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--temperature=0.9"], "evaluation with temperature = None, not 0.9"),
+        (["--limit=9"], "evaluation with rows = "),
+        (["--seed=1"], "with seed = 0, not 1"),
+    ],
+)
+def test_a_folder_of_another_evaluation_is_refused(
+    whole: Path, options: list[str], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run([*COUNTDOWN, *options, f"--out={whole}"])
+
+
+def test_foreign_generations_are_refused(whole: Path, tmp_path: Path) -> None:
+    (tmp_path / "generations.jsonl").write_text("{}\n")
+    with pytest.raises(UserError, match=r"generations.jsonl without options.json"):
+        run([*COUNTDOWN, f"--out={tmp_path}"])
+    (tmp_path / "options.json").write_bytes((whole / "options.json").read_bytes())
+    with pytest.raises(UserError, match=r"generations.jsonl, line 1: not an attempt"):
+        run([*COUNTDOWN, f"--out={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--samples=0"], "--samples=0: must be a number from 1 on"),
+        (["--samples=x=2,=3"], "must be a number from 1 on, or PATTERN=number"),
+        (["--temperature=0"], "several samples need a --temperature above 0"),
+        (["--temperature=-1"], "--temperature=-1.0: must be 0"),
+        (["--top_p=0"], "--top_p=0.0"),
+        (["--batch=0"], "--batch=0: must be at least 1"),
+        (["--preset=papers"], "--preset=papers: must be one of paper"),
+        (["--max_prompt_tokens=1"], "no prompt is within --max_prompt_tokens=1"),
+        (["--samples=5000"], "at most 4096"),
+    ],
+)
+def test_a_wrong_option_is_one_clear_line(tmp_path: Path, options: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run([*COUNTDOWN, *options, f"--out={tmp_path}"])
+
+
+def test_the_papers_preset_and_what_wins_over_it() -> None:
+    given = {"model": "m", "data": "d", "max_new_tokens": 64, "samples": None}
+    settings = Benchmark.of(preset_name="paper", given=given)
+    assert (settings.temperature, settings.top_p, settings.template) == (0.6, 1.0, "luffy")
+    assert settings.max_new_tokens == 64
+    sources = ["aime", "AIME25", "amc", "math", "arc_c"]
+    assert [samples_of(settings.samples, source) for source in sources] == [32, 32, 32, 1, 1]
+    alone = Benchmark.of(preset_name="paper", given={"model": "m", "data": "d"})
+    assert (alone.max_new_tokens, alone.max_prompt_tokens) == (8192, 1024)
+
+
+def test_rows_are_tried_as_often_as_their_source_says() -> None:
+    one, many = passes(["a", "b", "a"], samples="b=4,2", temperature=None, greedy=False)
+    assert (one.samples, one.places, one.temperature) == (2, (0, 2), 0.6)
+    assert (many.samples, many.places, many.attempts) == (4, (1,), 4)
+    (only,) = passes(["a"], samples="1", temperature=None, greedy=False)
+    assert only.temperature == 0
+    greedy, sampled = passes(["a"], samples="1", temperature=None, greedy=True)
+    assert (greedy.temperature, sampled.temperature) == (0, 0.6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no public data files")
+def test_a_real_kill_and_public_files(tmp_path: Path) -> None:
+    """Every kind of benchmark file, with a model that has never seen text, killed by SIGKILL."""
+    tiny_qwen = write_tiny_qwen(tmp_path / "model", SHARED / "tokenizers" / "qwen2_5")
+    names = ["luffy_eval_aime24_aime25_amc_math500", "luffy_eval_arc_c_600", "mmlu_pro_600"]
+    files = [f"{SHARED}/{name}.parquet?limit=6" for name in [*names, "uft_countdown_test_512"]]
+    aime = f"{SHARED}/{names[0]}.parquet?source=aime|aime25&limit=4"
+    command = [sys.executable, "-m", "echorl_jax", "evaluate", f"--model={tiny_qwen}"]
+    command += [f"--data={','.join([*files, aime])}", "--samples=aime*=4,1", "--temperature=0.6"]
+    command += ["--max_new_tokens=12", "--template=qwen-math", "--batch=8", "--workers=1"]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([*command, f"--out={whole}"], check=True, env=env)
+    process = subprocess.Popen([*command, f"--out={killed}"], env=env)
+    written = killed / "generations.jsonl"
+    while process.poll() is None and not (written.exists() and written.stat().st_size):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert len(lines(killed)) < len(lines(whole))
+    subprocess.run([*command, f"--out={killed}"], check=True, env=env)
+    assert lines(killed) == lines(whole)
+    scores = json.loads((killed / "scores.json").read_text())["scores"]
+    assert scores == json.loads((whole / "scores.json").read_text())["scores"]
+    counted = {name: (score["problems"], score["samples"]) for name, score in scores.items()}
+    assert counted == {
+        "aime": (4, 4),
+        "math": (6, 1),
+        "arc_c": (6, 1),
+        "mmlu_pro_600": (6, 1),
+        "countdown": (6, 1),
+    }

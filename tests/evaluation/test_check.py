@@ -1,0 +1,157 @@
+"""``echorl check`` on good and damaged copies of real files, and the search for contamination."""
+
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from echorl_jax.cli import run
+from echorl_jax.errors import UserError
+from echorl_jax.evaluation.contamination import find_overlap
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+needs_files = pytest.mark.skipif(not SHARED.is_dir(), reason="no public data files")
+PARQUET = ["luffy_eval_aime24_aime25_amc_math500", "luffy_eval_arc_c_600", "luffy_train_expert"]
+PARQUET += ["mmlu_pro_600", "uft_countdown_test_512", "uft_countdown_train", "uft_math_700"]
+JSONL = ["gsm8k_test", "gsm8k_train_1000", "math_train_1000"]
+FILES = [f"{name}.parquet" for name in PARQUET] + [f"{name}.jsonl" for name in JSONL]
+# Where a row's right answer stands, and how to make it wrong or no answer at all.
+ANSWER = {"mmlu_pro_600": "answer", **dict.fromkeys(JSONL, "answer")}
+COUNT = 12
+SUMS = [{"question": f"1+{i}?", "answer": f"{1 + i}"} for i in range(3)]
+
+
+def read(name: str) -> list[dict]:
+    path = SHARED / name
+    if path.suffix == ".parquet":
+        return pq.read_table(path).slice(0, COUNT).to_pylist()
+    with path.open() as file:
+        return [json.loads(line) for line, _ in zip(file, range(COUNT), strict=False)]
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    if path.suffix == ".parquet":
+        pq.write_table(pa.Table.from_pylist(rows), path)
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def check(path: Path, *more: str) -> int:
+    return run(
+        [
+            *("check", "--config=configs/countdown.py", "--rows=12", *more),
+            *(f"--config.data.train={path}", "--config.data.eval=", "--config.eval.every=0"),
+            *("--config.data.template=plain", "--config.data.max_prompt_tokens=4096"),
+        ]
+    )
+
+
+def empty_answer(row: dict) -> dict:
+    if row.get("reward_model"):
+        return {**row, "reward_model": {**row["reward_model"], "ground_truth": None}}
+    return {**row, "answer": ""}
+
+
+def without_prompt(row: dict) -> dict:
+    return {k: v for k, v in row.items() if k not in ("prompt", "question", "problem")}
+
+
+@needs_files
+@pytest.mark.parametrize("name", FILES)
+def test_good_copies_pass_and_damaged_ones_are_named(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    rows = read(name)
+    path = write(tmp_path / name, rows)
+    assert check(path) == 0
+    assert f"{COUNT} rows, {COUNT} looked at" in capsys.readouterr().out
+
+    damages: list[tuple[Callable[[dict], dict], str]] = [
+        (empty_answer, "ground_truth|answer"),
+        (without_prompt, "prompt"),
+    ]
+    place = "row 7" if path.suffix == ".parquet" else "line 8"
+    for damage, column in damages:
+        broken = [damage(row) if i == 7 else row for i, row in enumerate(rows)]
+        write(path, broken)
+        with pytest.raises(UserError, match=rf"{name}, {place}, column \S*({column})"):
+            check(path)
+        assert check(path, "--config.data.on_bad_row=skip") == 0
+        assert "left out: 1 bad rows" in capsys.readouterr().out
+
+    path.write_bytes((SHARED / name).read_bytes()[:3000])
+    with pytest.raises(UserError, match=name):
+        check(path)
+
+
+@needs_files
+@pytest.mark.parametrize(
+    "name", ["luffy_train_expert.parquet", "uft_math_700.parquet", "gsm8k_train_1000.jsonl"]
+)
+def test_answers_of_other_rows_are_found_out(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """The solutions of a file must come to its answers."""
+    rows = read(name)
+    column = "reward_model" if "reward_model" in rows[0] else "answer"
+    moved = [{**row, column: rows[i - 1][column]} for i, row in enumerate(rows)]
+    assert check(write(tmp_path / name, moved)) == 1
+    assert "gold answer refused: does not equal the answer" in capsys.readouterr().out
+
+
+@needs_files
+def test_an_answer_beyond_the_options_is_named(tmp_path: Path) -> None:
+    rows = read("mmlu_pro_600.parquet")
+    rows[3]["answer"] = "Q"
+    with pytest.raises(UserError, match=r"row 3, column answer: 'Q', but there are only \d+ opt"):
+        check(write(tmp_path / "choices.parquet", rows))
+
+
+@needs_files
+def test_rows_without_experts_cannot_train_sft(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = write(tmp_path / "plain.jsonl", SUMS)
+    assert check(path) == 0
+    assert check(path, "--config.objective.name=luffy") == 1
+    assert "expert texts: 0 of 3 rows have one" in capsys.readouterr().out
+    expert = SHARED / "luffy_train_expert.parquet"
+    assert check(expert, "--config.objective.name=luffy", "--show=1") == 0
+    printed = capsys.readouterr().out
+    assert "expert texts: 12 of 12" in printed and "systematic, thorough" in printed
+
+
+def test_a_failing_grader_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    path = write(tmp_path / "plain.jsonl", SUMS)
+    assert check(path, "--config.data.grader=os.path:join") == 1
+    assert "6 verdicts failed, the first: the grader raised" in capsys.readouterr().out
+
+
+@needs_files
+def test_overlap_of_real_files_is_where_their_source_says() -> None:
+    """Each expert row names the row of the test set that it was made from."""
+    experts = pq.read_table(SHARED / "luffy_train_expert.parquet").to_pylist()
+    with (SHARED / "gsm8k_test.jsonl").open() as file:
+        test = [json.loads(line)["question"] for line in file]
+    prompts = [row["prompt"][-1]["content"] for row in experts]
+    found = {o.held_out: o.train for o in find_overlap(prompts, test) if o.same}
+    assert found == {row["extra_info"]["source_index"]: i for i, row in enumerate(experts)}
+
+
+def test_a_changed_problem_is_nearly_the_same() -> None:
+    draw = random.Random(0)
+    vocabulary = [f"word{i}" for i in range(400)]
+    texts = [" ".join(draw.choices(vocabulary, k=40)) for _ in range(30)]
+    frame = "Solve the problem below step by step and put the answer into a box. "
+    changed = texts[5].replace(texts[5].split()[20], "other", 1)
+    held_out = [frame + changed, frame + texts[9].upper(), *(frame + "new " * 3 for _ in range(20))]
+    near, same = find_overlap([frame + text for text in texts], held_out)
+    assert (same.held_out, same.train, same.same) == (1, 9, True)
+    # 46 + 8 - 1 words with 33 telling 8-grams or more, 8 of which hold the changed word.
+    assert (near.held_out, near.train, near.same) == (0, 5, False)
+    assert 0.7 < near.share < 0.9

@@ -1,0 +1,82 @@
+"""Programs compiled ahead: a closed set, and none after the first step."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from echorl_jax.config import ConfigError
+from echorl_jax.training import loop
+from echorl_jax.training.logs import RunLog
+from echorl_jax.training.metrics import CompileCounter
+from echorl_jax.training.rehearsal import slot_limits
+from echorl_jax.training.workdir import whole_lines
+from tests.integration.conftest import small_config
+
+
+@pytest.mark.parametrize(
+    "objective",
+    [
+        {"name": "grpo", "kl_coef": 0.0},
+        pytest.param({"name": "grpo", "kl_coef": 0.001}, marks=pytest.mark.slow),
+        pytest.param({"name": "dapo", "max_rounds": 2}, marks=pytest.mark.slow),
+        pytest.param({"name": "luffy", "mini_batches": 2}, marks=pytest.mark.slow),
+        pytest.param({"name": "uft", "old_logprobs": "trainer"}, marks=pytest.mark.slow),
+    ],
+)
+def test_nothing_is_compiled_after_the_first_step(
+    objective: dict, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(
+        steps=3,
+        objective=objective,
+        optim={"compile_ahead": True},
+        rollout={"prompts_per_step": 4, "group_size": 4, "slots": 8},
+        log={"profile_steps": (2,)},
+    )
+    loop.train(config, tmp_path / "ahead", devices=jax.devices()[:1])
+    lines = list(whole_lines(tmp_path / "ahead" / "metrics.jsonl"))
+    assert len({line["compile/count"] for line in lines}) == 1
+    said = capsys.readouterr().err
+    assert "micro-batch 1/" in said and "after the warm-up" not in said
+    assert "16 rows a step" in said and "optimizer 6.8 MB" in said and "8 decoded at once" in said
+    assert list((tmp_path / "ahead" / "profile" / "step_2").rglob("*.xplane.pb"))
+    assert not (tmp_path / "ahead" / "profile" / "step_1").exists()
+
+
+def test_slots_pass_through_every_level() -> None:
+    # 64 rows in 64 slots: programs for 64, 32, 16 and 8; so many rows live 1, 2, 3 and 4 turns.
+    limits = slot_limits(64, 64, shards=1, longest=100)
+    assert limits == [4] * 8 + [3] * 8 + [2] * 16 + [1] * 32
+    # On two shards the first half of each stays for 16 -> 8. After the first turn 36 rows pass
+    # through the 8 other slots in 5 turns; one turn more for the last of them, one for the level.
+    split = slot_limits(52, 16, shards=2, longest=100)
+    assert split[:16] == [8] * 4 + [1] * 4 + [8] * 4 + [1] * 4 and set(split[16:]) == {1}
+    assert max(slot_limits(64, 64, shards=1, longest=2)) == 2
+
+
+def test_a_late_compile_surprises_once() -> None:
+    counter = CompileCounter()
+    assert not counter.surprised()
+    jax.jit(lambda x: x * 3 + 1)(np.float32(2))
+    assert counter.surprised() and not counter.surprised()
+    patient = CompileCounter()
+    assert not patient.surprised()
+    with patient.expected():
+        jax.jit(lambda x: x * 5 + 1)(np.float32(2))
+    assert not patient.surprised()
+
+
+def test_wandb_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"first_step": 0, "total_steps": 1, "tensorboard": False, "wandb_project": "p"}
+    try:
+        import wandb  # noqa: F401
+    except ImportError:
+        with pytest.raises(ConfigError, match=r"config.log.wandb_project.*echorl-jax\[wandb\]"):
+            RunLog(tmp_path, **settings)
+        return
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    with RunLog(tmp_path, **settings) as log:
+        log.write({"step": 1, "reward/mean": 0.5})
+    assert list(tmp_path.rglob("*.wandb"))

@@ -1,0 +1,138 @@
+"""A training process in miniature: joins, exchanges, and writes what it got. Run by a test.
+
+usage: joined.py OUT_JSON
+"""
+
+import json
+import sys
+
+import jax
+import numpy as np
+
+from echorl_jax.cluster import assignment, follow_supervisor, tell
+from echorl_jax.data import PromptStream, encode_prompt, load_rows, load_tokenizer
+from echorl_jax.errors import UserError
+from echorl_jax.evaluation.grading import grade_rollouts
+from echorl_jax.parallel import (
+    any_process,
+    from_shares,
+    is_first,
+    join_processes,
+    make_mesh,
+    own_share,
+    place_rows,
+    place_whole,
+    texts_from_shares,
+    wait_for_all,
+)
+from echorl_jax.rewards import GraderPool
+from echorl_jax.types import Rollouts
+
+
+class Counted:
+    """Rows that know which of them were read here."""
+
+    def __init__(self, spec: str) -> None:
+        self.rows = load_rows(spec)
+        self.read: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int):
+        self.read.append(index)
+        return self.rows[index]
+
+
+def exchanges() -> dict:
+    """What each helper gives, with 5 things over the processes."""
+    place, count = jax.process_index(), 5
+    share = own_share(count)
+    rows = np.arange(count * 2, dtype=np.int32).reshape(count, 2)
+    mesh = make_mesh(data=2, fsdp=-1)
+    placed = place_rows(np.arange(8.0, dtype=np.float32), mesh)
+    whole = place_whole({"a": np.float32(3)}, mesh)["a"]
+    total = jax.jit(lambda x, y: (x * x).sum() + y)(placed, whole)
+    wait_for_all("here")
+    return {
+        "share": [share.start, share.stop],
+        "rows": from_shares(rows[share], count).tolist(),
+        "texts": texts_from_shares(["", "a", "ßß", "d" * 9, "e"][share], count, most_bytes=4),
+        "any": [any_process(place == 1), any_process(False)],
+        "first": is_first(),
+        "total": float(total),
+        "on": sorted({d.process_index for d in placed.sharding.device_set}),
+    }
+
+
+def stream() -> dict:
+    """Two steps, a third after a restart; and which rows this process has read."""
+    rows, tokenizer = Counted("countdown:count=12"), load_tokenizer("builtin:countdown")
+    lengths = sorted(len(encode_prompt(tokenizer, row, "chat")) for row in rows.rows)
+    # A third of the rows is too long.
+    settings = {"prompts_per_step": 4, "seed": 0, "max_prompt_tokens": lengths[7]}
+    first = PromptStream(rows, tokenizer, **settings)
+    steps = [next(first), next(first)]
+    read = list(rows.read)
+    again = PromptStream(rows, tokenizer, **settings)
+    again.set_state(first.get_state())
+    steps.append(next(again))
+    return {
+        "ids": [[prompt.ids for prompt in step] for step in steps],
+        "index": [[prompt.index for prompt in step] for step in steps],
+        "truth": [p.row["reward_model"]["ground_truth"]["target"] for p in steps[0]],
+        "too_long": again.too_long,
+        "read": read,
+        "state": again.get_state(),
+    }
+
+
+def verdicts() -> dict:
+    """Six completions graded against three rows; all get all verdicts, some decode."""
+    rows = list(load_rows("countdown:count=3"))
+    tokenizer = load_tokenizer("builtin:countdown")
+    targets = [row["target"][0]["content"] for row in rows]
+    texts = [text for target in targets for text in (target, "no")]
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    width = max(map(len, ids))
+    zeros = np.zeros((6, width), np.float32)
+    rollouts = Rollouts(
+        prompt_ids=np.zeros((3, 1), np.int32),
+        prompt_length=np.ones(3, np.int32),
+        group=np.repeat(np.arange(3, dtype=np.int32), 2),
+        completion_ids=np.array([line + [0] * (width - len(line)) for line in ids], np.int32),
+        completion_length=np.array([len(line) for line in ids], np.int32),
+        rollout_logprobs=zeros,
+        token_entropy=zeros,
+        truncated=np.zeros(6, bool),
+    )
+    with GraderPool("countdown", workers=0) as grader:
+        graded = grade_rollouts(rollouts, rows, tokenizer=tokenizer, grader=grader)
+    return {
+        "verdicts": [[v.score, v.correct, v.reason] for v in graded.verdicts],
+        "decoded": [bool(text) for text in graded.responses],
+    }
+
+
+def main() -> None:
+    given = assignment()
+    if given is not None:
+        follow_supervisor(given)
+        try:
+            join_processes(
+                given.coordinator,
+                processes=given.processes,
+                process=given.process,
+                start_timeout_s=given.start_timeout_s,
+                lost_after_s=given.lost_after_s,
+            )
+        except UserError as error:
+            tell(str(error), certain=True)
+            raise SystemExit(2) from error
+    found = {"exchanges": exchanges(), "stream": stream(), "verdicts": verdicts()}
+    with open(sys.argv[1], "w") as file:
+        json.dump(found, file)
+
+
+if __name__ == "__main__":
+    main()
