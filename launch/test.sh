@@ -14,6 +14,7 @@ if [ $# -eq 0 ]; then
   echo "== pyright"
   pyright
   echo "== pytest"
-  set -- -m "not slow"
+  # Whole files to each of two workers: fixtures of a file are made once.
+  set -- -m "not slow" --numprocesses=2 --dist=loadfile --durations=10
 fi
 exec pytest "$@"
