@@ -1,5 +1,6 @@
 """Eight virtual CPU devices and JAX's strictest settings, chosen before anything imports JAX."""
 
+import gc
 import importlib.util
 import os
 import subprocess
@@ -15,6 +16,8 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import jax  # noqa: E402
+
 
 @pytest.fixture(scope="session")
 def torch_python() -> str:
@@ -28,3 +31,11 @@ def torch_python() -> str:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "torch==2.13.0"]
         subprocess.run(install, check=True)
     return sys.executable
+
+
+@pytest.fixture(scope="module", autouse=True)
+def free_programs():
+    """Compiled programs of a file go with it: thousands in one process run out of memory maps."""
+    yield
+    jax.clear_caches()
+    gc.collect()
