@@ -8,13 +8,14 @@ rollouts all use) and ``make_model.py``, each with its own interpreter; one with
 
 Prints one JSON object: median seconds of a step, peak resident memory, our compiler's temporary
 memory, loss and gradient norm of the first step (equal work gives equal numbers), and ratios of
-medians within this run. Cases of ours, all 32 rows of 64 + 128 tokens unless said:
+medians within this run. The peers take the 32 rows at once, we in micro-batches of ``--rows``: a
+chunk of logits is then a whole micro-batch, and what ``--remat`` keeps is kept for few rows at a
+time. Cases of ours, all 32 rows of 64 + 128 tokens unless said:
 
-    full        every row whole, one micro-batch: what the peers do
+    full        every row whole: what the peers do
     echo        the same with an EchoClip in each group
-    long_tail   completion lengths log-normal with mean 32, in micro-batches of 1,536 tokens; the
-                peers pad them all to 128
-    groups      40 rows in micro-batches of 8
+    long_tail   completion lengths log-normal with mean 32; the peers pad them all to 128
+    groups      40 rows
     degenerate  the same, 60% of the groups all right: no advantage, an EchoClip each
 """
 
@@ -66,7 +67,7 @@ def batch_of(data: dict[str, Any], case: str) -> Any:
     )
 
 
-def engine(directory: str, peers: str, cases: list[str], repeats: int) -> dict[str, Any]:
+def engine(args: argparse.Namespace) -> dict[str, Any]:
     """Steps of the cases in turns, in this process."""
     import jax
     import jax.numpy as jnp
@@ -79,11 +80,12 @@ def engine(directory: str, peers: str, cases: list[str], repeats: int) -> dict[s
     from echorl_jax.training.optimizer import init_state, make_optimizer
     from echorl_jax.training.step import Update
 
-    sys.path.insert(0, peers)
+    sys.path.insert(0, args.peers)
     import peerlib  # pyright: ignore[reportMissingImports]
 
+    cases = args.worker.split("+")
     mesh = make_mesh(1, 1, 1)
-    model, params = load_model(directory, dtype="float32", mesh=mesh)
+    model, params = load_model(args.models, dtype="float32", mesh=mesh, remat=args.remat)
     # Peers do not clip the gradient.
     optimizer = make_optimizer(beta1=0.9, beta2=0.99, weight_decay=0.1, max_grad_norm=1e9)
     objective = load_objective("grpo", aggregation="seq-mean-token-mean", kl_coef=0.0)
@@ -92,19 +94,15 @@ def engine(directory: str, peers: str, cases: list[str], repeats: int) -> dict[s
     ready = {}
     for case in cases:
         rows = 40 if case in ("groups", "degenerate") else 32
-        whole = case in ("full", "echo")
-        budget = (rows if whole else 8) * (PROMPT + NEW)
         data = peerlib.train_batch(rows, PROMPT, NEW, GROUP, model.config.vocab_size)
         batch, used = trainable_rows(batch_of(data, case), every_row=False)
-        ready[case] = (batch, used, budget)
+        ready[case] = (batch, used)
 
     def once(case: str) -> tuple[float, list[float]]:
         nonlocal state
-        batch, used, budget = ready[case]
+        batch, used = ready[case]
         start = time.perf_counter()
-        pieces = micro_batches(
-            batch, used, longest=PROMPT + NEW, token_budget=budget, row_multiple=1
-        )
+        pieces = micro_batches(batch, used, row_multiple=1, **bounds(args))
         coef = 1e-3 if batch.echo_weights.any() else 0.0
         state, stats = update(state, (piece for _, piece in pieces), echo_coef=jnp.float32(coef))
         loss = [float(stats.loss), float(stats.grad_norm)]
@@ -113,7 +111,7 @@ def engine(directory: str, peers: str, cases: list[str], repeats: int) -> dict[s
 
     first = {case: once(case) for case in cases}
     seconds: dict[str, list[float]] = {case: [] for case in cases}
-    for _ in range(repeats):
+    for _ in range(args.repeats):
         for case in cases:
             seconds[case].append(once(case)[0])
     case = cases[0]
@@ -125,26 +123,34 @@ def engine(directory: str, peers: str, cases: list[str], repeats: int) -> dict[s
     }
 
 
-def temporary_bytes(directory: str, peers: str) -> int:
-    """What the compiler sets aside for the gradient of the case ``full``."""
+def bounds(args: argparse.Namespace) -> dict[str, int]:
+    """The longest row, and tokens of a micro-batch."""
+    return {"longest": PROMPT + NEW, "token_budget": args.rows * (PROMPT + NEW)}
+
+
+def temporary_bytes(args: argparse.Namespace) -> int:
+    """What the compiler sets aside for the gradient of a micro-batch of the case ``full``."""
     import optax
 
     from echorl_jax.core import load_objective
     from echorl_jax.models import load_decoder
     from echorl_jax.parallel import make_mesh
     from echorl_jax.training import step
+    from echorl_jax.training.micro_batches import micro_batches, trainable_rows
     from echorl_jax.training.optimizer import make_optimizer
 
-    sys.path.insert(0, peers)
+    sys.path.insert(0, args.peers)
     import peerlib  # pyright: ignore[reportMissingImports]
 
-    model = load_decoder(directory, dtype="float32")
+    model = load_decoder(args.models, dtype="float32", remat=args.remat)
     data = peerlib.train_batch(32, PROMPT, NEW, GROUP, model.config.vocab_size)
     optimizer = make_optimizer(beta1=0.9, beta2=0.99, weight_decay=0.1, max_grad_norm=1e9)
     objective = load_objective("grpo", kl_coef=0.0)
     schedule = optax.constant_schedule(1e-6)
     update = step.Update(model, objective, optimizer, schedule, make_mesh(1, 1, 1))
-    lowered = step.lower_accumulate(update, model.param_shapes(), batch_of(data, "full"))
+    batch, used = trainable_rows(batch_of(data, "full"), every_row=False)
+    _, piece = next(micro_batches(batch, used, row_multiple=1, **bounds(args)))
+    lowered = step.lower_accumulate(update, model.param_shapes(), piece)
     compiled = lowered.compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
@@ -152,9 +158,9 @@ def temporary_bytes(directory: str, peers: str) -> int:
 def work(args: argparse.Namespace) -> None:
     """One measurement as a line of JSON."""
     if args.worker == "temporary":
-        print(json.dumps({"bytes": temporary_bytes(args.models, args.peers)}))
+        print(json.dumps({"bytes": temporary_bytes(args)}))
         return
-    result = engine(args.models, args.peers, args.worker.split("+"), args.repeats)
+    result = engine(args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({**result, "peak_rss_mb": round(peak, 1)}))
 
@@ -168,6 +174,8 @@ def main() -> None:
     parser.add_argument("--size", default="small", choices=("tiny", "small"))
     parser.add_argument("--tunix-python", default="")
     parser.add_argument("--torch-python", default="")
+    parser.add_argument("--rows", type=int, default=8, help="rows of our micro-batches")
+    parser.add_argument("--remat", default="dots", choices=("layer", "dots", "none"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=2, help="timed steps in a process")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
@@ -179,7 +187,7 @@ def main() -> None:
         make = [args.torch_python, str(Path(args.peers) / "make_model.py"), args.size]
         subprocess.run([*make, str(directory)], check=True)
     ours = [sys.executable, __file__, f"--peers={args.peers}", f"--models={directory}"]
-    ours.append(f"--repeats={args.repeats}")
+    ours += [f"--repeats={args.repeats}", f"--rows={args.rows}", f"--remat={args.remat}"]
     programs = {"engine": [*ours, "--worker=full"]}
     for name, python, script in (
         ("tunix", args.tunix_python, "train_tunix.py"),

@@ -63,9 +63,10 @@ def logprobs_and_entropy(
     """Log-probability and entropy of each token, never holding the logits of all.
 
     Equals ``token_logprobs`` and ``token_entropy`` of ``hidden @ head``, but only ``chunk_size``
-    tokens have logits at any moment: the backward pass computes them again, piece by piece. With l
-    the scaled logits and g, h the cotangents of the two results, dL/dl_v = g (1[v = token] - p_v) -
-    h p_v (log p_v + H). Products run in ``hidden``'s type and accumulate in float32.
+    tokens have logits at any moment: the backward pass computes them again, piece by piece, or
+    keeps them where all tokens are one piece. With l the scaled logits and g, h the cotangents of
+    the two results, dL/dl_v = g (1[v = token] - p_v) - h p_v (log p_v + H). Products run in
+    ``hidden``'s type and accumulate in float32.
 
     The sequence axis is what is cut, so a batch sharded over the mesh stays sharded, and a
     vocabulary sharded over a mesh axis exchanges only sums. ``chunk_size`` counts the tokens of all
@@ -146,22 +147,26 @@ def _forward(hidden: Array, head: Array, tokens: Array, temperature: float, data
     def piece(_, xs):
         logits = _logits(xs[0], weight, temperature)
         log_total = jax.nn.logsumexp(logits, axis=-1)
-        return None, (_picked(logits, xs[1]) - log_total, _entropy(logits, log_total), log_total)
+        scores = _picked(logits, xs[1]) - log_total, _entropy(logits, log_total)
+        return None, (*scores, log_total, logits if alone else None)
 
-    _, (logprobs, entropy, log_total) = lax.scan(piece, None, (hidden, tokens))
-    return (logprobs, entropy), (hidden, head, tokens, entropy, log_total)
+    # The backward pass of a single piece follows at once: its logits may as well stay.
+    alone = hidden.shape[0] == 1
+    _, (logprobs, entropy, log_total, logits) = lax.scan(piece, None, (hidden, tokens))
+    return (logprobs, entropy), (hidden, head, tokens, entropy, log_total, logits)
 
 
 def _backward(temperature: float, data_shards: int, residuals, cotangents):
-    hidden, head, tokens, entropy, log_total = residuals
+    hidden, head, tokens, entropy, log_total, logits = residuals
     weight = head.astype(hidden.dtype)
 
     def by_shard(x):
         return x.reshape(data_shards, -1, *x.shape[1:])
 
     def piece(d_head, xs):
-        x, token, h, total, d_logprob, d_entropy = xs
-        logp = _logits(x, weight, temperature) - total[..., None]
+        x, token, h, total, kept, d_logprob, d_entropy = xs
+        logits = _logits(x, weight, temperature) if kept is None else kept
+        logp = logits - total[..., None]
         slope = d_logprob[..., None] + d_entropy[..., None] * (logp + h[..., None])
         picked = jnp.where(_is_token(logp, token), d_logprob[..., None], 0.0)
         d_logits = ((picked - jnp.exp(logp) * slope) / temperature).astype(x.dtype)
@@ -174,7 +179,7 @@ def _backward(temperature: float, data_shards: int, residuals, cotangents):
     d_head, d_hidden = lax.scan(
         piece,
         jnp.zeros((data_shards, *head.shape), jnp.float32),
-        (hidden, tokens, entropy, log_total, *cotangents),
+        (hidden, tokens, entropy, log_total, logits, *cotangents),
     )
     return d_hidden, jnp.sum(d_head, axis=0).astype(head.dtype), None
 
