@@ -26,9 +26,11 @@ from echorl_jax.config import Config
 from echorl_jax.config_file import load_config
 from echorl_jax.training.batch import Assembled
 from echorl_jax.training.collect import Experience, collect
+from echorl_jax.training.learning import improve
 from echorl_jax.training.loop import make_batches
+from echorl_jax.training.opening import open_run
 from echorl_jax.training.optimizer import TrainState
-from echorl_jax.training.run import Run, open_run
+from echorl_jax.training.run import Run
 
 ROOT = Path(__file__).parent.parent
 
@@ -54,7 +56,7 @@ def update_seconds(run: Run, state: TrainState, found: Experience) -> tuple[Trai
     """Clips, weights and one update; the new state, seconds, rows with a gradient."""
     start = time.perf_counter()
     parts: list[Assembled] = make_batches(run, found, jax.random.key(1))
-    state, _, used = run.improve(state, [part.batch for part in parts], 1)
+    state, _, used = improve(run, state, [part.batch for part in parts], 1)
     jax.block_until_ready(state)
     return state, time.perf_counter() - start, int(used.sum())
 

@@ -14,7 +14,7 @@ from typing import NoReturn
 
 from echorl_jax import __version__
 from echorl_jax.cluster.worker import assignment, tell
-from echorl_jax.errors import RunStopped, UserError
+from echorl_jax.errors import RunStopped, UserError, one_line
 
 COMMANDS = {
     "train": "reinforcement learning with verifiable rewards, EchoRL on top; resumes by itself",
@@ -50,9 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if assignment() is None:
             raise
         traceback.print_exc()
-        reason = " ".join(str(error).split())[:300]
         # What the runtime reports is most often the end of another process.
-        _fail(1, f"{type(error).__name__}: {reason}", certain="Runtime" not in type(error).__name__)
+        _fail(1, one_line(error), certain="Runtime" not in type(error).__name__)
 
 
 def _fail(code: int, line: str, *, certain: bool = True) -> NoReturn:

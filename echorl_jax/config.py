@@ -73,6 +73,9 @@ class RolloutConfig:
     # Rows decoded at once; 0 takes all rows of a step if they fit beside weights, optimizer and
     # prompts, else as many as do. Samples do not depend on it.
     slots: int = 0
+    # Type of the sampler's keys and values; None takes the model's. int8 halves the memory of
+    # bfloat16 and rounds log-probabilities (docs/performance.md).
+    kv_dtype: Literal["float32", "bfloat16", "int8"] | None = None
     # Steps between checks that sampler and trainer agree on log-probabilities, the first step
     # included; 0 never stops a run for it.
     check_every: int = 50

@@ -1,4 +1,4 @@
-"""The errors that a command prints as one line."""
+"""The errors that a command prints as one line, and any other in one line."""
 
 
 class UserError(ValueError):
@@ -7,3 +7,14 @@ class UserError(ValueError):
 
 class RunStopped(RuntimeError):
     """A run that cannot go on as it is; its last checkpoint stays. Exit code 1."""
+
+
+def one_line(error: BaseException, *, most: int = 300) -> str:
+    """Type and text of an error without line breaks, of at most so many characters.
+
+    >>> one_line(KeyError("a\\nb"))
+    "KeyError: 'a\\\\nb'"
+    >>> one_line(OSError("no\\n  room"))
+    'OSError: no room'
+    """
+    return " ".join(f"{type(error).__name__}: {error}".split())[:most]

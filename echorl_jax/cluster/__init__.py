@@ -5,6 +5,7 @@ say what happened when the runtime underneath has aborted.
 """
 
 from echorl_jax.cluster.place import Place, find_place
+from echorl_jax.cluster.signals import handling
 from echorl_jax.cluster.supervisor import Limits, supervise
 from echorl_jax.cluster.worker import Assignment, assignment, follow_supervisor, tell
 
@@ -15,6 +16,7 @@ __all__ = [
     "assignment",
     "find_place",
     "follow_supervisor",
+    "handling",
     "supervise",
     "tell",
 ]

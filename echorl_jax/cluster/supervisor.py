@@ -21,11 +21,10 @@ from typing import Any
 
 from echorl_jax.cluster.hub import Hub
 from echorl_jax.cluster.place import Place
+from echorl_jax.cluster.signals import handling
 from echorl_jax.cluster.wire import Message, Wire
 from echorl_jax.cluster.worker import VARIABLE, Assignment
 from echorl_jax.errors import RunStopped, UserError
-
-FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +54,8 @@ def supervise(
     hub = _open_hub(place, limits) if place.process == 0 else None
     wire = _connect(place, limits.start_timeout_s, facts)
     peers = _Peers(wire, limits)
-    with _forwarded_signals() as child:
+    child = _Child()
+    with handling(child.signal):  # goes to the training process
         try:
             code, line = _run(place, command, peers, child, limits)
         finally:
@@ -232,15 +232,3 @@ def _connect(place: Place, timeout_s: float, facts: Mapping[str, Any]) -> Wire:
                     f"{place.coordinator} within {timeout_s:g} s ({error.strerror or error})"
                 ) from error
             time.sleep(min(0.5, timeout_s / 10))
-
-
-@contextlib.contextmanager
-def _forwarded_signals():
-    """A child that gets the signals of this process."""
-    child = _Child()
-    before = {number: signal.signal(number, child.signal) for number in FORWARDED}
-    try:
-        yield child
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

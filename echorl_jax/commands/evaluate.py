@@ -8,6 +8,8 @@ source begins with aime 32 times and others 4 times; --greedy adds one greedy at
 --preset=paper takes the EchoRL authors' settings: temperature 0.6, top_p 1, 8,192 tokens, 32
 samples on AIME and AMC and one elsewhere, their system prompt; options given beside it win.
 
+The same command in several processes is one evaluation, as for train: see docs/launch.md.
+
 examples:
   echorl evaluate --model=builtin:countdown --data="countdown:split=eval&count=512" --out=runs/eval
   echorl evaluate --model=runs/first/export --data=test.parquet --samples=8 --greedy --out=runs/e8
@@ -17,6 +19,10 @@ examples:
 import argparse
 import dataclasses
 from pathlib import Path
+
+from echorl_jax.cluster import Limits
+from echorl_jax.commands.processes import take_place
+from echorl_jax.config import MeshConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,9 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Evaluates and prints the table."""
+    options = {name: value for name, value in vars(arguments).items() if name != "command_line"}
+    facts = {f"--{name}": str(value) for name, value in options.items()}
+    meeting = MeshConfig()
+    limits = Limits(meeting.start_timeout_s, meeting.lost_after_s)
+    if (code := take_place(arguments, facts=facts, limits=limits)) is not None:
+        return code
     from echorl_jax.evaluation.benchmark import Benchmark, run_benchmark
 
     names = [field.name for field in dataclasses.fields(Benchmark)]
-    given = {name: vars(arguments)[name] for name in names}
+    given = {name: options[name] for name in names}
     run_benchmark(Benchmark.of(preset_name=arguments.preset, given=given), arguments.out)
     return 0

@@ -1,4 +1,4 @@
-"""What a command that trains does first: it finds out whether it is one process of several."""
+"""What a command does first that may be one process of several: it finds out whether it is."""
 
 import argparse
 import os
@@ -13,13 +13,29 @@ from echorl_jax.config_file import to_dict
 
 
 def join(config: Config, arguments: argparse.Namespace) -> int | None:
-    """Takes this process's place in a run.
+    """:func:`take_place` in a run that trains: the processes have to agree on its config."""
+    return take_place(
+        arguments,
+        facts={"--workdir": arguments.workdir, **dict(_flat(to_dict(config), "config"))},
+        limits=Limits(config.mesh.start_timeout_s, config.mesh.lost_after_s),
+    )
+
+
+def take_place(
+    arguments: argparse.Namespace, *, facts: Mapping[str, Any], limits: Limits
+) -> int | None:
+    """Takes this process's place among several that run the same command.
 
     Alone, there is nothing to do. One of several becomes the supervisor of a training process, the
     same command again, until that has ended. The training process joins its peers through JAX.
 
+    Args:
+      arguments: of the command.
+      facts: what has to be the same on all processes, beside the command and the packages.
+      limits: how long to wait for the others.
+
     Returns:
-      The exit code of a supervisor; None in a process that goes on to train.
+      The exit code of a supervisor; None in a process that goes on to do the work.
 
     Raises:
       UserError: the environment is contradictory, or the processes do not agree.
@@ -45,18 +61,14 @@ def join(config: Config, arguments: argparse.Namespace) -> int | None:
     return supervise(
         place,
         [sys.executable, "-m", "echorl_jax", *arguments.command_line],
-        facts=dict(_facts(config, arguments)),
-        limits=Limits(config.mesh.start_timeout_s, config.mesh.lost_after_s),
+        facts={**dict(_versions()), "command": arguments.command_line[0], **facts},
+        limits=limits,
     )
 
 
-def _facts(config: Config, arguments: argparse.Namespace) -> Iterator[tuple[str, Any]]:
-    """What has to be the same on all processes."""
+def _versions() -> Iterator[tuple[str, str]]:
     for package in ("echorl-jax", "jax", "jaxlib"):
         yield f"{package} version", metadata.version(package)
-    yield "command", arguments.command_line[0]
-    yield "--workdir", arguments.workdir
-    yield from _flat(to_dict(config), "config")
 
 
 def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -1,8 +1,10 @@
 """``echorl evaluate``: a model on benchmark rows, with every generation kept."""
 
+import collections
 import dataclasses
 import itertools
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +26,7 @@ from echorl_jax.evaluation.presets import Pass, passes, preset
 from echorl_jax.evaluation.progress import EvaluationProgress
 from echorl_jax.evaluation.table import SourceResult, print_results, summarise
 from echorl_jax.models import load_model
-from echorl_jax.parallel import make_mesh
+from echorl_jax.parallel import from_first, is_first, make_mesh, on_first
 from echorl_jax.rewards import GraderPool
 
 if TYPE_CHECKING:
@@ -93,6 +95,7 @@ class _Work:
     passes: Sequence[Pass]
     left_out: int  # rows whose prompts are too long
     bad: int  # rows that could not be read
+    digest: str  # tells these rows and prompts from others
 
     @property
     def attempts(self) -> int:
@@ -108,29 +111,26 @@ class _Work:
 def run_benchmark(options: Benchmark, out: Path) -> dict[str, SourceResult]:
     """Writes ``options.json``, ``generations.jsonl`` and ``scores.json`` and prints a table.
 
-    Attempts that ``generations.jsonl`` holds already are not made again.
+    Attempts that ``generations.jsonl`` holds already are not made again. Several processes share
+    each call's rows; the first of them reads and writes the files.
+
+    Returns:
+      The results per data source; none but on the first process.
 
     Raises:
       UserError: model, rows or options that cannot be used; ``out`` holds another evaluation.
     """
+    if options.devices and jax.process_count() > 1:
+        raise UserError(f"--devices={options.devices}: several processes use all their devices")
     work = _prepare(options)
     path = str(BUILTIN.get(options.model, options.model))
-    settled = {name: value for name, value in vars(options).items() if name not in FREE}
-    rows = digest_rows(work.prompts, work.rows)
-    claim(
-        out,
-        {"model": options.model, "weights": fingerprint(Path(path)), **settled, "rows": rows},
-    )
-    file = out / "generations.jsonl"
-    done = heal(file)
-    order = list(work.order())
-    if done > len(order):
-        raise UserError(f"{file}: {done} attempts, expected at most {len(order)}")
-    outcomes = list(read_outcomes(file, order)) if done else []
+    file, order = out / "generations.jsonl", list(work.order())
+    done = on_first(lambda: _take_up(options, work, path, file, order))
     if done < len(order):
         _generate(options, work, path, file, done=done)
-        outcomes = list(read_outcomes(file, order))
-    results = summarise(outcomes)
+    if not is_first():
+        return {}
+    results = summarise(list(read_outcomes(file, order)))
     document = {
         "options": vars(options),
         "left_out": work.left_out,
@@ -140,6 +140,21 @@ def run_benchmark(options: Benchmark, out: Path) -> dict[str, SourceResult]:
     (out / "scores.json").write_text(json.dumps(document, indent=2) + "\n")
     print_results(results, left_out=work.left_out, bad=work.bad)
     return results
+
+
+def _take_up(
+    options: Benchmark, work: _Work, path: str, file: Path, order: Sequence[tuple[int, int, bool]]
+) -> int:
+    """Claims the folder, or finds the same evaluation in it; returns how many attempts it holds."""
+    settled = {name: value for name, value in vars(options).items() if name not in FREE}
+    weights = fingerprint(Path(path))
+    claim(file.parent, {"model": options.model, "weights": weights, **settled, "rows": work.digest})
+    done = heal(file)
+    if done > len(order):
+        raise UserError(f"{file}: {done} attempts, expected at most {len(order)}")
+    if done:
+        collections.deque(read_outcomes(file, order), maxlen=0)  # that they are its attempts
+    return done
 
 
 def _prepare(options: Benchmark) -> _Work:
@@ -161,7 +176,11 @@ def _prepare(options: Benchmark) -> _Work:
         raise UserError(f"--samples={options.samples}: at most {MOST_SAMPLES}")
     left_out = len(rows) - len(fits)
     own = [prompts[i] for i in fits]
-    return _Work(tokenizer, kept, fits, own, plan, left_out, len(loaded.bad))
+    digest = digest_rows(own, kept)
+    start = int(digest[:7], 16)
+    if from_first(start) != start:
+        raise UserError(f"--data={options.data}: not the same rows as on process 0")
+    return _Work(tokenizer, kept, fits, own, plan, left_out, len(loaded.bad), digest)
 
 
 def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: int) -> None:
@@ -178,7 +197,7 @@ def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: i
     )
     with (
         GraderPool(options.grader, workers=options.workers) as grader,
-        file.open("a", encoding="utf-8") as lines,
+        (file if is_first() else Path(os.devnull)).open("a", encoding="utf-8") as lines,
         EvaluationProgress(work.attempts, done=done) as shown,
     ):
         for each in work.passes:

@@ -40,7 +40,7 @@ def check(config: Config, *, rows: int, show: int) -> bool:
       UserError: data, tokenizer or grader that cannot be used.
     """
     tokenizer = load_tokenizer(config.model.path)
-    fine, sets = True, dict[str, Rows]()
+    wrong, sets = list[str](), dict[str, Rows]()
     with GraderPool(
         config.data.grader,
         workers=config.data.grader_workers,
@@ -58,17 +58,20 @@ def check(config: Config, *, rows: int, show: int) -> bool:
             for line in loaded.bad[:NAMED]:
                 print(f"  left out: {line}")
             prompts = [encode_prompt(tokenizer, row, config.data.template) for row in seen]
-            fine &= _check_lengths(prompts, config.data.max_prompt_tokens)
+            if not _check_lengths(prompts, config.data.max_prompt_tokens):
+                wrong.append(f"{name}: no prompt is short enough")
             if name == "train" and config.objective.name in (*NEEDS_EXPERT, "uft"):
-                fine &= _check_experts(config, tokenizer, seen)
-            fine &= _check_grader(grader, seen)
+                if not _check_experts(config, tokenizer, seen):
+                    wrong.append(f"{name}: {config.objective.name} needs expert texts")
+            if not _check_grader(grader, seen):
+                wrong.append(f"{name}: grader and gold answers disagree")
             for ids in prompts[:show]:
                 print(f"  prompt of {len(ids)} tokens: {tokenizer.decode(ids)!r}")
                 print(f"    {tokenizer.convert_ids_to_tokens(ids)}")
-    if len(sets) == 2:
-        fine &= _check_overlap(sets["train"], sets["eval"])
-    print("nothing wrong found" if fine else "something is wrong, see above")
-    return fine
+    if len(sets) == 2 and not _check_overlap(sets["train"], sets["eval"]):
+        wrong.append("overlap: evaluation problems are among the training problems")
+    print("\n".join(f"wrong: {what}" for what in wrong) or "nothing wrong found")
+    return not wrong
 
 
 def _check_lengths(prompts: Sequence[Sequence[int]], longest: int) -> bool:
@@ -103,6 +106,8 @@ def _check_grader(grader: GraderPool, rows: Sequence[Mapping[str, Any]]) -> bool
     refused = [(v, text) for v, text in zip(right, texts, strict=True) if not v.correct]
     for verdict, text in refused[:NAMED]:
         print(f"  gold answer refused: {verdict.reason}: {text[:80]!r}")
+    if len(refused) > NAMED:
+        print(f"  gold answer refused: {len(refused) - NAMED} more")
     failed = [verdict for verdict in (*right, *shifted) if grading_failed(verdict.reason)]
     if failed:
         print(f"  grader: {len(failed)} verdicts failed, the first: {failed[0].reason}")
@@ -150,11 +155,16 @@ def _check_overlap(train: Rows, held_out: Rows) -> bool:
     for each in [*same[:NAMED], *others[:NAMED]]:
         how = "is" if each.same else f"has {each.share:.0%} of its n-grams in"
         print(f"  evaluation row {each.held_out} {how} training row {each.train}")
+    if (unnamed := max(len(same) - NAMED, 0) + max(len(others) - NAMED, 0)) > 0:
+        print(f"  and {unnamed} more")
     return not any(overlap.share >= WRONG_SHARE for overlap in found)
 
 
 def _problem(row: Mapping[str, Any]) -> str:
     """The problem's own text, without a prompt's frame where the row has it apart."""
+    truth = row["reward_model"]["ground_truth"]
+    if isinstance(truth, Mapping) and isinstance(truth.get("question"), str):
+        return truth["question"]  # UFT's rows have it in a frame elsewhere
     own = next((row[name] for name in ("problem", "question") if row.get(name)), None)
     users = [message["content"] for message in row["prompt"] if message["role"] == "user"]
     return own if isinstance(own, str) else "\n".join(users)

@@ -1,4 +1,4 @@
-"""Completions for every row of a benchmark, graded while the next ones are generated."""
+"""Completions for every row of a benchmark, graded while others are generated."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 from jax.sharding import Mesh
 
-from echorl_jax.evaluation.grading import Grading, start_grading
+from echorl_jax.evaluation.grading import Grading
 from echorl_jax.models import Decoder
 from echorl_jax.rewards import GraderPool, Verdict
 from echorl_jax.rollout import Progress, generate
@@ -75,7 +75,7 @@ def attempt_rows(
     What is drawn for a sample depends on the row's number and the sample's alone. Calls begin at
     fixed rows and have one shape (the last is filled up with repeats that are not yielded), so that
     work which goes on after ``done`` attempts repeats the very computation. Grading processes judge
-    a call while the next one is generated.
+    what has ended while the rest of its call, and the next one, are generated.
 
     Args:
       rows: in verl's columns.
@@ -94,6 +94,12 @@ def attempt_rows(
         places = list(range(start, min(start + per_call, len(rows))))
         padded = places + places[-1:] * (per_call - len(places))
         own = [i if numbers is None else numbers[i] for i in padded]
+        grading = Grading(
+            [rows[i] for i in places for _ in range(samples)],
+            tokenizer=tokenizer,
+            grader=grader,
+            all_texts=True,
+        )
         rollouts = generate(
             model,
             params,
@@ -110,10 +116,9 @@ def attempt_rows(
             prompt_tokens=longest,
             mesh=mesh,
             progress=progress,
+            finished=grading.take,
         )
         rollouts = _head(jax.device_get(rollouts), len(places) * samples)
-        judged = [rows[i] for i in places]
-        grading = start_grading(rollouts, judged, tokenizer=tokenizer, grader=grader)
         call = _Call(places, rollouts, grading)
         if before is not None:
             yield from _attempts(before, rows, samples, done)

@@ -1,22 +1,25 @@
 """From sampled token ids to verdicts."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
+from echorl_jax.errors import one_line
 from echorl_jax.parallel import from_shares, own_share, texts_from_shares
-from echorl_jax.rewards import GraderPool, Verdict
+from echorl_jax.rewards import GraderPool, PoolError, Verdict
 from echorl_jax.rewards.verdict import MAX_REASON
-from echorl_jax.types import Rollouts
+from echorl_jax.types import HostArray, Rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# The longest reason in UTF-8.
+# The longest reason in UTF-8, of a verdict and of grading that failed as a whole.
 REASON_BYTES = 4 * MAX_REASON
+FAILURE_BYTES = 600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,17 +30,72 @@ class GradedTexts:
     verdicts: tuple[Verdict, ...]
 
 
-@dataclasses.dataclass(frozen=True)
 class Grading:
-    """Verdicts on their way."""
+    """Verdicts on completions that are handed in as they are written, in any order and any pieces.
 
-    responses: list[str]  # N, as in :class:`GradedTexts`
-    own: Future[list[Verdict]]
+    Each is decoded without special tokens and judged against its row while the caller goes on. Each
+    of several processes does this for its share of them; all get all verdicts, in the order of
+    ``rows``: the same, whenever what was handed in.
+
+    Args:
+      rows: what each completion is judged against, N.
+      tokenizer: decodes.
+      grader: judges; a bad item costs only itself.
+      all_texts: decode other processes' completions too.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Mapping[str, Any]],
+        *,
+        tokenizer: "PreTrainedTokenizerBase",
+        grader: GraderPool,
+        all_texts: bool = False,
+    ) -> None:
+        self._rows = rows
+        self._tokenizer = tokenizer
+        self._grader = grader
+        self._decoded = range(len(rows)) if all_texts else _own(len(rows))
+        self._texts = [""] * len(rows)
+        self._parts: list[tuple[Sequence[int], Future[list[Verdict]]]] = []
+
+    def take(self, places: Sequence[int], completions: Sequence[HostArray]) -> None:
+        """Starts on some of the completions; places from N on are fillers, and nobody's.
+
+        Args:
+          places: their numbers among the rows.
+          completions: their tokens.
+        """
+        wanted = {i: ids for i, ids in zip(places, completions, strict=True) if i in self._decoded}
+        own = [i for i in wanted if i in _own(len(self._rows))]
+        try:
+            ids = [tokens.tolist() for tokens in wanted.values()]
+            texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
+            for place, text in zip(wanted, texts, strict=True):
+                self._texts[place] = text
+            judged = [dict(self._rows[i]) for i in own]
+            self._parts.append((own, self._grader.submit([self._texts[i] for i in own], judged)))
+        except Exception as error:  # the other processes learn of it where they look for verdicts
+            failed: Future[list[Verdict]] = Future()
+            failed.set_exception(error)
+            self._parts.append((own, failed))
 
     def result(self) -> GradedTexts:
-        """Waits for them; all processes call this in the same order."""
-        verdicts = _from_all_processes(self.own.result(), len(self.responses))
-        return GradedTexts(tuple(self.responses), tuple(verdicts))
+        """Waits for the verdicts; all processes call this in the same order.
+
+        Raises:
+          PoolError: the grading processes cannot be started. What fails on one of several processes
+            is raised on all, so that none waits for another's verdicts.
+        """
+        own = _if_all_have(self._own_verdicts)
+        verdicts = _from_all_processes(own, len(self._rows))
+        return GradedTexts(tuple(self._texts), tuple(verdicts))
+
+    def _own_verdicts(self) -> list[Verdict]:
+        found: dict[int, Verdict] = {}
+        for places, verdicts in self._parts:
+            found.update(zip(places, verdicts.result(), strict=True))
+        return [found[i] for i in _own(len(self._rows))]
 
 
 def grade_rollouts(
@@ -47,38 +105,40 @@ def grade_rollouts(
     tokenizer: "PreTrainedTokenizerBase",
     grader: GraderPool,
 ) -> GradedTexts:
-    """:func:`start_grading`, and its result."""
-    return start_grading(rollouts, rows, tokenizer=tokenizer, grader=grader).result()
-
-
-def start_grading(
-    rollouts: Rollouts,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    tokenizer: "PreTrainedTokenizerBase",
-    grader: GraderPool,
-) -> Grading:
-    """Decodes each completion without special tokens and has it graded against its prompt's row.
-
-    Grading processes work while the caller goes on.
-
-    Each of several processes does this for its share of the rollouts; all get all verdicts.
+    """:class:`Grading` of rollouts that are all there.
 
     Args:
       rollouts: NumPy arrays.
       rows: one per prompt.
       tokenizer: decodes.
-      grader: judges; a bad item costs only itself.
+      grader: judges.
     """
-    count, share = len(rollouts.group), own_share(len(rollouts.group))
-    lengths = rollouts.completion_length[share]
-    completions = zip(rollouts.completion_ids[share], lengths, strict=True)
-    ids = [tokens[:length].tolist() for tokens, length in completions]
-    responses = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    judged = [dict(rows[g]) for g in np.asarray(rollouts.group)[share]]
-    texts = [""] * count
-    texts[share] = responses
-    return Grading(texts, grader.submit(responses, judged))
+    group = np.asarray(rollouts.group)
+    grading = Grading([rows[g] for g in group], tokenizer=tokenizer, grader=grader)
+    lengths = rollouts.completion_length
+    completions = zip(rollouts.completion_ids, lengths, strict=True)
+    grading.take(range(len(group)), [tokens[:length] for tokens, length in completions])
+    return grading.result()
+
+
+def _own(count: int) -> range:
+    return range(count)[own_share(count)]
+
+
+def _if_all_have(work: Callable[[], list[Verdict]]) -> list[Verdict]:
+    """The verdicts of this process, once it is known that every process has its own."""
+    try:
+        verdicts, failure = work(), None
+    except Exception as error:
+        verdicts, failure = [], error
+    if failure is not None and jax.process_count() == 1:
+        raise failure
+    reason = "" if failure is None else one_line(failure)
+    told = texts_from_shares([reason], jax.process_count(), most_bytes=FAILURE_BYTES)
+    for process, reason in enumerate(told):
+        if reason:
+            raise PoolError(f"process {process}: {reason}") from failure
+    return verdicts
 
 
 def _from_all_processes(own: Sequence[Verdict], count: int) -> list[Verdict]:

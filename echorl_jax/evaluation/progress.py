@@ -7,6 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
+from echorl_jax.parallel import is_first
 from echorl_jax.rollout import Progress
 
 LINE_EVERY_SECONDS = 30.0
@@ -17,7 +18,7 @@ class EvaluationProgress:
 
     def __init__(self, total: int, *, done: int) -> None:
         self._total, self._done, self._first = total, done, done
-        self._console = Console(file=sys.stderr)
+        self._console = Console(file=sys.stderr, quiet=not is_first())
         self._bar: Bar | None = None
         self._task = None
         self._sampler = ""
@@ -49,14 +50,14 @@ class EvaluationProgress:
 
     def look(self, now: Progress) -> None:
         """What the sampler says of its present call."""
-        if self._last is not None and now.tokens < self._last.tokens:
-            self._settle()
         self._last = now
         self._sampler = (
             f"{now.rows_done} of {now.rows} rows of this call, "
             f"{now.tokens_per_second:,.0f} tokens/s, slots {now.occupancy:.0%} busy"
         )
         self._show()
+        if now.rows_done == now.rows:
+            self._settle()
 
     def attempt(self, source: str) -> None:
         """One more is graded and written."""

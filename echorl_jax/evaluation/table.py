@@ -56,15 +56,19 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, SourceResult]:
 
 def print_results(results: Mapping[str, SourceResult], *, left_out: int, bad: int) -> None:
     """The table, a mean over sources where there are several, and what was left out."""
-    table = Table(box=box.SIMPLE)
-    table.add_column("data source", no_wrap=True)
-    for name in COLUMNS:
-        table.add_column(name, justify="right", no_wrap=True)
-    for source, result in results.items():
-        table.add_row(source, *_cells(result))
+    lines = [[source, *_cells(result)] for source, result in results.items()]
+    # Without greedy attempts, or without several samples, some columns have nothing to say.
+    said = [i for i in range(len(lines[0])) if any(line[i] for line in lines)]
     if len(results) > 1:
-        table.add_section()
-        table.add_row("mean of sources", "", *_means(list(results.values())))
+        lines.append(["mean of sources", "", *_means(list(results.values()))])
+    table = Table(box=box.SIMPLE)
+    for i in said:
+        name = ("data source", *COLUMNS)[i]
+        table.add_column(name, justify="right" if i else "left", no_wrap=True)
+    for number, line in enumerate(lines):
+        if number == len(results):
+            table.add_section()
+        table.add_row(*(line[i] for i in said))
     console = Console()
     # A file or pipe has no width of its own: wide enough that nothing is cut.
     Console(width=max(console.width, 130)).print(table)

@@ -6,7 +6,7 @@ process joins nothing and exchanges nothing.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -15,6 +15,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.errors import UserError
 from echorl_jax.types import HostArray, PyTree
+
+# The longest line that tells what is wrong, in UTF-8.
+LINE_BYTES = 1000
 
 
 def join_processes(
@@ -87,6 +90,31 @@ def smallest(value: int) -> int:
     if jax.process_count() == 1:
         return value
     return int(np.min(multihost_utils.process_allgather(np.array(value, np.int32))))
+
+
+def from_first(value: int) -> int:
+    """Process 0's value; the same answer on all."""
+    if jax.process_count() == 1:
+        return value
+    return int(multihost_utils.process_allgather(np.array(value, np.int32))[0])
+
+
+def on_first(work: Callable[[], int]) -> int:
+    """What process 0 alone finds out; the same answer on all.
+
+    Raises:
+      UserError: on all, what process 0 has raised.
+    """
+    value, failure = 0, ""
+    if is_first():
+        try:
+            value = work()
+        except UserError as error:
+            failure = str(error)
+    told = texts_from_shares([failure], jax.process_count(), most_bytes=LINE_BYTES)[0]
+    if told:
+        raise UserError(told)
+    return from_first(value)
 
 
 def own_share(count: int) -> slice:

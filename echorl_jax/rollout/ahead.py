@@ -9,11 +9,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from echorl_jax.models import Decoder, param_shardings
 from echorl_jax.rollout.buckets import bucket
 from echorl_jax.rollout.cache import KVDtype
-from echorl_jax.rollout.generate import _begin, _decode, _Shape
+from echorl_jax.rollout.generate import BLOCK, _begin, _decode, _Shape
 from echorl_jax.rollout.loop import Program
 from echorl_jax.rollout.memory import cache_dtype
 from echorl_jax.rollout.request import PROMPT_MULTIPLE
 from echorl_jax.rollout.settings import make_sampling
+from echorl_jax.rollout.step import platform_of
 from echorl_jax.types import PyTree
 
 
@@ -43,7 +44,15 @@ def lower_prefill(
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     padded = bucket(prompts, multiple=shards)
     rows, width = padded * group_size, bucket(prompt_tokens, multiple=PROMPT_MULTIPLE)
-    shape = _Shape(min(slots, rows), max_new_tokens, 0, 0, cache_dtype(model, kv_dtype), shards)
+    shape = _Shape(
+        slots=min(slots, rows),
+        length=max_new_tokens,
+        memory=0,
+        block=BLOCK[platform_of(mesh)],
+        pad_id=0,
+        kv_dtype=cache_dtype(model, kv_dtype),
+        shards=shards,
+    )
     whole = NamedSharding(mesh, PartitionSpec())
 
     def array(*size: int, dtype: object = jnp.int32) -> jax.ShapeDtypeStruct:
@@ -64,7 +73,6 @@ def lower_decode(
     prefilled: jax.stages.Compiled,
     prefill: jax.stages.Lowered,
     *,
-    dynamic: bool,
     turns: int = 128,
     eos_ids: tuple[int, ...],
     temperature: float,
@@ -83,7 +91,7 @@ def lower_decode(
         sampling=sampling,
         turns=turns,
         refill=queue.rows > slots.row.shape[0],
-        dynamic=dynamic,
+        platform=platform_of(mesh),
         shards=shards,
     )
     shrink_at = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))

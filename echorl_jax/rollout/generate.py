@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from echorl_jax.models import Decoder, param_shardings
-from echorl_jax.parallel import constrain, place_whole
+from echorl_jax.parallel import constrain, place_whole, smallest
 from echorl_jax.rollout.buckets import greatest_divisor, levels
 from echorl_jax.rollout.cache import KVDtype, empty_cache, place
 from echorl_jax.rollout.loop import Output, Program, decode, empty_output
@@ -22,10 +22,13 @@ from echorl_jax.rollout.prefill import prefill
 from echorl_jax.rollout.request import Request, make_request
 from echorl_jax.rollout.settings import make_sampling
 from echorl_jax.rollout.slots import Queue, Slots, compact, first_slots
+from echorl_jax.rollout.step import platform_of
+from echorl_jax.rollout.watch import Finished, Watch
 from echorl_jax.types import Array, PyTree, Rollouts
 
-# Positions in a cache block; docs/performance.md shows how speed depends on it.
-BLOCK = 64
+# Positions in a cache block. A TPU computes with 128 lanes, filled or not, and there as on a GPU a
+# block has a price of its own; on CPU a block has to stay in the caches (docs/performance.md).
+BLOCK = {"cpu": 64, "gpu": 128, "tpu": 128}
 # Most positions, and most prompts times positions, of one prefill piece.
 PREFILL_CHUNK = 512
 PREFILL_TOKENS = 8192
@@ -56,6 +59,7 @@ class _Shape:
     slots: int
     length: int  # T
     memory: int  # R
+    block: int  # positions in a cache block
     pad_id: int
     kv_dtype: KVDtype
     shards: int
@@ -86,6 +90,7 @@ def generate(
     mesh: Mesh | None = None,
     turns_per_visit: int = 128,
     progress: Callable[[Progress], None] | None = None,
+    finished: Finished | None = None,
 ) -> Rollouts:
     """Samples ``group_size`` completions for each prompt.
 
@@ -122,6 +127,9 @@ def generate(
         processes of the mesh make the same call.
       turns_per_visit: tokens per slot between two looks of the host.
       progress: called at each look.
+      finished: called with rows and their tokens (EOS included), each row once, at the look after
+        it has ended; the device goes on meanwhile. On several processes all of them pass one, and
+        all are told every row.
 
     Returns:
       The rollouts, whole on every device of the mesh; rows in groups.
@@ -154,28 +162,35 @@ def generate(
     )
     _check(model, request, slots=slots, turns_per_visit=turns_per_visit, length=max_new_tokens)
     rows, kv_dtype = len(request.group), cache_dtype(model, kv_dtype)
-    slots = slots or choose_slots(
-        model,
-        rows=rows,
-        prompt_tokens=request.tokens.shape[1],
-        max_new_tokens=max_new_tokens,
-        kv_dtype=kv_dtype,
-        mesh=mesh,
-    )
+    if not slots:
+        slots = choose_slots(
+            model,
+            rows=rows,
+            prompt_tokens=request.tokens.shape[1],
+            max_new_tokens=max_new_tokens,
+            kv_dtype=kv_dtype,
+            mesh=mesh,
+        )
+        if mesh is not None and mesh.is_multi_process:
+            slots = smallest(slots)  # hosts may have different memory, but run one program
     slots = min(rows, -(-slots // shards) * shards)
-    shape = _Shape(slots, max_new_tokens, sampling.memory, pad_id, kv_dtype, shards)
+    platform = platform_of(mesh)
+    shape = _Shape(
+        slots, max_new_tokens, sampling.memory, BLOCK[platform], pad_id, kv_dtype, shards
+    )
     program = Program(
         sampling=sampling,
         turns=turns_per_visit,
         refill=rows > slots,
-        dynamic=jax.default_backend() != "gpu",
+        platform=platform,
         shards=shards,
     )
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         weights = rollout_params(model, params, mesh)
         arrays = _on_device(request, key, mesh)
         queue, state, output = _begin(model, weights, *arrays, shape=shape)
-        output = _run(model, weights, queue, state, output, program, request.count, progress)
+        watch = Watch(finished, limit=queue.limit, rows=request.count)
+        output = _run(model, weights, queue, state, output, program, request.count, progress, watch)
         return _finish(*arrays[:3], output, prompts=len(prompts), rows=request.count)
 
 
@@ -271,7 +286,7 @@ def _begin(
         dtype=shape.kv_dtype,
     )
     prompts, width = tokens.shape
-    block = greatest_divisor(width, most=BLOCK)
+    block = greatest_divisor(width, most=shape.block)
     chunk = block * greatest_divisor(width // block, most=PREFILL_CHUNK // block)
     most = max(1, PREFILL_TOKENS // (chunk * shape.shards))
     store = prefill(
@@ -295,7 +310,7 @@ def _begin(
         forced_length=forced_length,
         store=place(store, None),
     )
-    block = min(BLOCK, shape.length)
+    block = min(shape.block, shape.length)
     ring = cache(blocks=-(-shape.length // block), rows=shape.slots, block=block)
     slots = first_slots(queue, slots=shape.slots, memory=shape.memory, ring=ring)
     return queue, slots, empty_output(group.shape[0], shape.length, shape.pad_id)
@@ -314,6 +329,7 @@ def _run(
     program: Program,
     rows: int,
     progress: Callable[[Progress], None] | None,
+    watch: Watch,
 ) -> Output:
     """Calls the decode loop until all is written; moves to smaller programs as work runs out."""
     begin = time.perf_counter()
@@ -324,7 +340,10 @@ def _run(
         slots, output, status = _decode(
             model, params, queue, slots, output, shrink_at, program=program
         )
-        status = jax.device_get(status)
+        ended = watch.ended(output)
+        watch.tell()
+        status, ended = jax.device_get((status, ended))
+        watch.copy(ended, output)
         tokens += int(status.tokens)
         computed += int(status.turns) * sizes[level]
         if progress is not None:
@@ -339,6 +358,7 @@ def _run(
                 )
             )
         if not status.active:
+            watch.tell()
             return output
         if status.next_row >= rows and status.needed <= shrink_at:
             program = dataclasses.replace(program, refill=False)

@@ -24,7 +24,7 @@ from echorl_jax.rollout.slots import (
     refill,
     retire,
 )
-from echorl_jax.rollout.step import forward
+from echorl_jax.rollout.step import Platform, forward
 from echorl_jax.types import Array, PyTree, pytree
 
 
@@ -35,7 +35,7 @@ class Program:
     sampling: Sampling
     turns: int  # most turns in one call
     refill: bool  # rows may wait for slots that become free
-    dynamic: bool  # see step.forward
+    platform: Platform  # see step.forward
     shards: int  # parts that the slots are split into on a mesh
 
 
@@ -139,7 +139,7 @@ def _turn(
     model: Decoder, params: PyTree, queue: Queue, slots: Slots, program: Program
 ) -> tuple[Slots, _Turn]:
     """One token for every slot, and new rows for the slots whose rows are over."""
-    logits, new = forward(model, params, queue, slots, dynamic=program.dynamic)
+    logits, new = forward(model, params, queue, slots, platform=program.platform)
     number = queue.number[jnp.minimum(slots.row, queue.rows - 1)]
     uniforms = token_uniforms(queue.key, number, slots.position)
     drawn = sample(logits, uniforms, program.sampling, forced=forced_tokens(queue, slots))

@@ -24,6 +24,7 @@ from echorl_jax.errors import RunStopped, UserError
 from echorl_jax.parallel import any_process, is_first, wait_for_all
 from echorl_jax.training.checksums import checksums, digest
 from echorl_jax.training.faults import Faults
+from echorl_jax.training.late_writes import leave_out_late_writes
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.workdir import copy_aside, deciding_keys, first_difference, set_aside
 from echorl_jax.types import PyTree
@@ -69,6 +70,7 @@ class Checkpoints:
         Raises:
           RunStopped: the directory cannot be written.
         """
+        leave_out_late_writes()
         options = ocp.CheckpointManagerOptions(
             best_fn=_score,
             preservation_policy=_kept(config),

@@ -20,19 +20,22 @@ class Chip:
     memory_bytes: int
     flops_per_second: float  # bfloat16 matrix products
     bytes_per_second: float  # device memory
+    # All links to other chips together, in one direction; None where they are not known.
+    link_bytes_per_second: float | None = None
     libtpu_name: str = ""  # accelerator type as libtpu counts it, with {} for its number
     cores: int = 1  # that the number counts
 
 
-# Sources: cloud.google.com/tpu/docs (v5e, v5p, v6e system pages); NVIDIA's data sheets.
+# Sources: cloud.google.com/tpu/docs (v5e, v5p, v6e system pages); NVIDIA's data sheets. Both give
+# links in both directions together (ICI 400, 1,200, 800 GB/s; NVLink 600, 900): half of it is here.
 TPUS = {
-    "v5e": Chip("TPU v5e", 16 * GB, 197e12, 819e9, "v5litepod-{}"),
-    "v5p": Chip("TPU v5p", 95 * GB, 459e12, 2765e9, "v5p-{}", cores=2),
-    "v6e": Chip("TPU v6e", 32 * GB, 918e12, 1640e9, "v6e-{}"),
+    "v5e": Chip("TPU v5e", 16 * GB, 197e12, 819e9, 200e9, "v5litepod-{}"),
+    "v5p": Chip("TPU v5p", 95 * GB, 459e12, 2765e9, 600e9, "v5p-{}", cores=2),
+    "v6e": Chip("TPU v6e", 32 * GB, 918e12, 1640e9, 400e9, "v6e-{}"),
 }
 GPUS = {
-    "a100": Chip("A100 80 GB", 80 * GB, 312e12, 2039e9),
-    "h100": Chip("H100 80 GB", 80 * GB, 989e12, 3350e9),
+    "a100": Chip("A100 80 GB", 80 * GB, 312e12, 2039e9, 300e9),
+    "h100": Chip("H100 80 GB", 80 * GB, 989e12, 3350e9, 450e9),
 }
 # Part of a chip's memory that a plan may fill: the rest is the runtime's, and fragmentation's.
 USABLE = 0.95

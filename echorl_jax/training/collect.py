@@ -7,12 +7,13 @@ from typing import TypeVar
 import jax
 import numpy as np
 
+from echorl_jax.config import Config
 from echorl_jax.core import Objective, mixed_groups, overlong_punishment
 from echorl_jax.data import Prompt, add_hint
-from echorl_jax.evaluation.grading import grade_rollouts
+from echorl_jax.evaluation.grading import Grading
 from echorl_jax.rewards import Verdict
-from echorl_jax.rollout import Progress, generate_with_progress
-from echorl_jax.training.experts import append_experts
+from echorl_jax.rollout import Finished, Progress, generate_with_progress
+from echorl_jax.training.experts import append_experts, expert_completions
 from echorl_jax.training.logs import timed
 from echorl_jax.training.run import Run
 from echorl_jax.training.session import Session
@@ -82,16 +83,17 @@ def _sample_round(run: Run, params: PyTree, key: Array, *, step: int) -> Experie
             )
             for prompt in prompts
         ]
+    grading = Grading(
+        [prompt.row for prompt in prompts for _ in range(config.rollout.group_size)],
+        tokenizer=session.tokenizer,
+        grader=run.grader,
+    )
     with timed(seconds, "rollout"):
-        rollouts, on_policy, progress = sample(run, params, prompts, key)
+        rollouts, on_policy, progress = sample(run, params, prompts, key, finished=grading.take)
         run.faults.reach("rollout", step)
+    # Rows are graded as they end: this is how long the accelerator waits for what is left.
     with timed(seconds, "grade"):
-        texts = grade_rollouts(
-            rollouts,
-            [prompt.row for prompt in prompts],
-            tokenizer=session.tokenizer,
-            grader=run.grader,
-        )
+        texts = grading.result()
         run.faults.reach("grading", step)
     return Experience(
         prompts=tuple(prompts),
@@ -111,38 +113,59 @@ def sample(
     prompts: Sequence[Prompt],
     key: Array,
     *,
+    finished: Finished,
     row_limits: Sequence[int] | None = None,
 ) -> tuple[Rollouts, HostArray, Progress]:
     """The groups of the prompts (NumPy), experts included, and which rows the policy wrote.
 
     Args:
+      finished: is told each row and its tokens as soon as they are known, experts' first.
       row_limits: shorter limits for single sampled rows.
     """
     session, objective, config = run.session, run.objective, run.session.config
+    group, longest = config.rollout.group_size, config.rollout.max_new_tokens
+    sampled, experts = group - objective.expert_rows, None
+    if objective.expert_rows:
+        experts = expert_completions(prompts, session.tokenizer, longest=longest)
+        places = [row for row in range(len(prompts) * group) if row % group >= sampled]
+        finished(places, [experts.completions[row // group] for row in places])
+
+    def tell(rows: Sequence[int], completions: Sequence[HostArray]) -> None:
+        finished([row // sampled * group + row % sampled for row in rows], completions)
+
     rollouts, progress = generate_with_progress(
         session.model,
         params,
         [prompt.ids for prompt in prompts],
         key,
-        group_size=config.rollout.group_size - objective.expert_rows,
-        max_new_tokens=config.rollout.max_new_tokens,
+        group_size=sampled,
+        max_new_tokens=longest,
         temperature=config.rollout.temperature,
         top_k=config.rollout.top_k,
         top_p=config.rollout.top_p,
+        kv_dtype=config.rollout.kv_dtype,
         slots=run.slots,
         eos_ids=session.eos_ids,
         row_limits=row_limits,
-        # One shape for all steps, if all are to be compiled ahead.
-        prompt_tokens=config.data.max_prompt_tokens * config.optim.compile_ahead,
+        prompt_tokens=_prompt_tokens(config, max(len(prompt.ids) for prompt in prompts)),
         mesh=session.mesh,
+        finished=tell,
     )
     rollouts = jax.device_get(rollouts)
-    if not objective.expert_rows:
+    if experts is None:
         return rollouts, np.ones(len(rollouts.group), bool), progress
-    joined, on_policy = append_experts(
-        rollouts, prompts, session.tokenizer, count=objective.expert_rows
-    )
+    joined, on_policy = append_experts(rollouts, experts, count=objective.expert_rows)
     return joined, on_policy, progress
+
+
+def _prompt_tokens(config: Config, longest: int) -> int:
+    """The step's padded prompt length: one for all steps if programs are compiled ahead.
+
+    Else powers of two: each further length is a prefill program and one decode program for each
+    number of slots. It follows from the step's own prompts, so that a resumed run has the same.
+    """
+    most = config.data.max_prompt_tokens
+    return most if config.optim.compile_ahead else min(most, 1 << (longest - 1).bit_length())
 
 
 def _graded(

@@ -29,6 +29,7 @@ def estimate(job: Job) -> list[Memory]:
         group_size=job.group_size,
         prompt_tokens=config.data.max_prompt_tokens,
         max_new_tokens=config.rollout.max_new_tokens,
+        kv_dtype=config.rollout.kv_dtype,
         mesh=job.mesh,  # pyright: ignore[reportArgumentType]
     )
     sampling = functools.partial(

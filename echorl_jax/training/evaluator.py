@@ -2,17 +2,24 @@
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
+from orbax.checkpoint import multihost
 
 from echorl_jax.data import encode_prompt, load_rows
+from echorl_jax.errors import one_line
 from echorl_jax.evaluation.evaluate import attempt_rows
 from echorl_jax.evaluation.scores import score_by_source
+from echorl_jax.parallel import texts_from_shares
 from echorl_jax.rewards import GraderPool
 from echorl_jax.training.session import Session
 from echorl_jax.types import PyTree
+
+_T = TypeVar("_T")
+# Of a reason that is told to the other processes.
+REASON_BYTES = 600
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,3 +72,39 @@ class Evaluator:
             for source, result in score_by_source(outcomes).items()
             for k, value in result.pass_at.items()
         }
+
+
+def attempt(work: Callable[[], _T], *, name: str, within_s: float) -> tuple[_T | None, str]:
+    """Does work whose failure the run survives; what came of it is the same on all processes.
+
+    The processes meet where no device takes part: one that has failed cannot disturb others that
+    are still in a computation in common. They wait for it there for good, so then the run ends.
+
+    Args:
+      work: the same on every process.
+      name: no other work has it.
+      within_s: limit for a process that has failed to see the others (seconds).
+
+    Returns:
+      The result and ""; None and the first reason if any process has failed.
+
+    Raises:
+      Exception: what this process failed of, while others were still at work.
+      RuntimeError: another process has failed, and is gone.
+    """
+    done, failure = None, None
+    try:
+        done = work()
+    except Exception as error:  # graders and benchmarks are the user's
+        failure = error
+    if jax.process_count() > 1:
+        try:
+            multihost.get_barrier_sync_fn()(key=name, timeout_ms=round(1000 * within_s))
+        except jax.errors.JaxRuntimeError as error:
+            if failure is not None:
+                raise failure from None
+            raise RuntimeError(f"{name}: the other processes did not come to its end") from error
+    own = "" if failure is None else one_line(failure)
+    reasons = texts_from_shares([own], jax.process_count(), most_bytes=REASON_BYTES)
+    reason = next(filter(None, reasons), "")
+    return (None if reason else done), reason

@@ -8,6 +8,7 @@ import numpy as np
 
 from echorl_jax.config import ConfigError
 from echorl_jax.data import Prompt, encode_target
+from echorl_jax.rollout import pad_lists
 from echorl_jax.types import HostArray, Rollouts, TrainBatch
 
 if TYPE_CHECKING:
@@ -26,32 +27,45 @@ def target_ids(tokenizer: "PreTrainedTokenizerBase", prompt: Prompt) -> list[int
         raise ConfigError(f"row {prompt.index} of data.train: {error}") from error
 
 
+@dataclasses.dataclass(frozen=True)
+class Experts:
+    """One expert trajectory for each prompt, cut to what a completion may have."""
+
+    completions: tuple[HostArray, ...]  # i32
+    whole: HostArray  # bool [P], not cut
+
+
+def expert_completions(
+    prompts: Sequence[Prompt], tokenizer: "PreTrainedTokenizerBase", *, longest: int
+) -> Experts:
+    """The prompts' expert trajectories, EOS included; a longer one than ``longest`` is cut there.
+
+    Raises:
+      ConfigError: a row has none; the line names it.
+    """
+    targets = [target_ids(tokenizer, prompt) for prompt in prompts]
+    return Experts(
+        tuple(np.array(target[:longest], np.int32) for target in targets),
+        np.array([len(target) <= longest for target in targets], bool),
+    )
+
+
 def append_experts(
-    rollouts: Rollouts,
-    prompts: Sequence[Prompt],
-    tokenizer: "PreTrainedTokenizerBase",
-    *,
-    count: int,
+    rollouts: Rollouts, experts: Experts, *, count: int
 ) -> tuple[Rollouts, np.ndarray]:
     """Adds the row's expert trajectory, ``count`` times, at the end of each group.
 
     Args:
       rollouts: NumPy arrays, group-major with equal group sizes.
-      prompts: with a ``target`` in each row; a trajectory longer than T is cut there.
+      experts: of the groups' prompts.
+      count: rows that each group gets.
 
     Returns:
       The rollouts and ``on_policy``, bool ``[N]``, False for the expert rows. These have no
       log-probabilities and no entropies: zeros.
     """
-    groups, (rows, width) = len(prompts), rollouts.completion_ids.shape
-    ids = np.zeros((groups, width), np.int32)
-    length = np.zeros(groups, np.int32)
-    whole = np.zeros(groups, bool)
-    for place, prompt in enumerate(prompts):
-        target = target_ids(tokenizer, prompt)
-        length[place] = min(len(target), width)
-        ids[place, : length[place]] = target[:width]
-        whole[place] = len(target) <= width
+    groups, (rows, width) = len(experts.completions), rollouts.completion_ids.shape
+    ids, length = pad_lists([ids.tolist() for ids in experts.completions], width)
 
     def add(own: HostArray, expert: HostArray) -> HostArray:
         own = own.reshape(groups, rows // groups, *own.shape[1:])
@@ -66,7 +80,7 @@ def append_experts(
         completion_length=add(rollouts.completion_length, length),
         rollout_logprobs=add(rollouts.rollout_logprobs, np.zeros((groups, width))),
         token_entropy=add(rollouts.token_entropy, np.zeros((groups, width))),
-        truncated=add(rollouts.truncated, ~whole),
+        truncated=add(rollouts.truncated, ~experts.whole),
     )
     return joined, add(np.ones(rows, bool), np.zeros(groups, bool))
 

@@ -16,6 +16,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from echorl_jax.config import ConfigError
+from echorl_jax.rewards import GraderPool
 from echorl_jax.types import TrainBatch
 
 PHASES = ("rollout", "grading", "update", "save")
@@ -91,6 +92,18 @@ class Faults:
             os.kill(os.getpid(), signal.SIGTERM)
         if self.hits(f"kill@{phase}", step):
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def grader(self, pool: GraderPool, step: int) -> GraderPool:
+        """The pool; one that is closed where the evaluation at this step is to fail.
+
+        Of several processes it is the last one whose evaluation does.
+        """
+        last = jax.process_index() == jax.process_count() - 1
+        if not (last and self.hits("eval_fail", step)):
+            return pool
+        closed = GraderPool("countdown", workers=0)
+        closed.close()
+        return closed
 
     def spoil(self, batch: TrainBatch, step: int) -> TrainBatch:
         """The batch (NumPy), with a NaN among the weights of its first row if one is due."""

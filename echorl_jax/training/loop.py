@@ -13,6 +13,7 @@ from echorl_jax.rewards import grading_failed
 from echorl_jax.training.batch import Assembled, assemble, join_assembled, score
 from echorl_jax.training.collect import Experience, collect, split
 from echorl_jax.training.experts import learn_hints
+from echorl_jax.training.learning import improve
 from echorl_jax.training.logs import timed
 from echorl_jax.training.metrics import (
     batch_metrics,
@@ -20,9 +21,10 @@ from echorl_jax.training.metrics import (
     learning_metrics,
     update_metrics,
 )
+from echorl_jax.training.opening import open_run
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.rehearsal import rehearse
-from echorl_jax.training.run import Run, open_run
+from echorl_jax.training.run import Run
 from echorl_jax.training.samples import record_samples
 from echorl_jax.types import Array
 
@@ -54,7 +56,7 @@ def train(
             found = collect(run, state.params, sample_key, step=step)
             with timed(found.seconds, "update"):
                 parts = make_batches(run, found, clip_key)
-                state, done, used = run.improve(state, [part.batch for part in parts], step)
+                state, done, used = improve(run, state, [part.batch for part in parts], step)
             made = join_assembled(parts)
             record_samples(
                 run.directory,

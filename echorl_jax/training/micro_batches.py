@@ -158,7 +158,9 @@ def _used_tokens(weights: HostArray) -> np.ndarray:
 
 def take_rows(batch: TrainBatch, index: np.ndarray, *, count: int, width: int) -> TrainBatch:
     """Rows ``index``, cut or padded to ``width`` tokens and ``count`` rows."""
-    target_width = min(width, batch.loss_mask.shape[1])
+    # A packed row's targets are all of it but the first token.
+    most = width if batch.segment_ids is None else width - 1
+    target_width = min(most, batch.loss_mask.shape[1])
 
     def fit(path: tuple[Any, ...], value: HostArray) -> HostArray:
         array = np.asarray(value)[index]

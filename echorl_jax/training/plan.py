@@ -17,7 +17,7 @@ from echorl_jax.training.chips import GPUS, USABLE, Chip, local_chip, parse_topo
 from echorl_jax.training.estimate import estimate
 from echorl_jax.training.programs import PROGRAMS, Job, Memory, compile_programs, job_held
 from echorl_jax.training.roofline import Lengths, step_phases
-from echorl_jax.training.run import configured_objective
+from echorl_jax.training.session import configured_objective
 from echorl_jax.training.slots import fitting_slots
 
 Say = Callable[[str], None]
@@ -156,8 +156,7 @@ def _plan(
         if job.objective.supervised:
             wanted = ("accumulate", "apply")
         missing = tuple(name for name in wanted if name not in known)
-        gpu = target.chip in GPUS.values() or jax.default_backend() == "gpu"
-        fresh = compile_programs(job, names=missing, dynamic=not gpu, say=say)
+        fresh = compile_programs(job, names=missing, say=say)
         by_name = known | {m.program: m for m in fresh}
         memory = [by_name[name] for name in wanted if name in by_name]
     phases = step_phases(job, lengths)

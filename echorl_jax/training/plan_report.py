@@ -6,6 +6,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from echorl_jax.training.communication import exchanges
 from echorl_jax.training.plan import Plan, chips_needed, describe
 from echorl_jax.training.programs import Memory
 
@@ -60,8 +61,33 @@ def _figures(plan: Plan) -> dict[str, Any]:
             "step_seconds": round(plan.step_seconds, 3),
             "rollout_tokens_per_second": round(sampled / sampling) if sampling else 0,
             "step_tokens_per_second": round(sampled / plan.step_seconds),
+            "communication_estimate": _communication(plan),
         },
     }
+
+
+def _communication(plan: Plan) -> list[dict[str, Any]]:
+    """What is sent along each axis; not part of the seconds of the step."""
+    chip = plan.target.chip
+    return [
+        {
+            "phase": exchange.phase,
+            "axis": exchange.axis,
+            "bytes_per_chip": round(exchange.bytes),
+            "seconds": None if (s := exchange.seconds(chip)) is None else round(s, 4),
+        }
+        for exchange in exchanges(plan.job, plan.lengths)
+    ]
+
+
+def _communication_line(plan: Plan) -> list[str]:
+    """None where nothing is sent, or the links are not known."""
+    speed = plan.target.chip.link_bytes_per_second
+    found = _communication(plan)
+    if speed is None or not found:
+        return []
+    parts = "  ".join(f"{e['phase']} over {e['axis']} {e['seconds']:.3g}" for e in found)
+    return [f"communication, estimated, seconds at {speed / _GB:g} GB/s of links a chip: {parts}"]
 
 
 def print_plan(plans: list[Plan], console: Console) -> None:
@@ -89,6 +115,7 @@ def print_plan(plans: list[Plan], console: Console) -> None:
         f"{plan.lengths.completion:g} tokens a row: {seconds}  = {plan.step_seconds:.3g}",
         f"at most {figures['rollout_tokens_per_second']:,} tokens/s sampled, "
         f"{figures['step_tokens_per_second']:,} with learning (communication not counted)",
+        *_communication_line(plan),
         verdict(plans),
     ]
     for line in lines:

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from echorl_jax.cluster import handling
+
 
 class StopRequest:
     """Whether somebody has asked the run to stop."""
@@ -30,12 +32,5 @@ def stop_on_signal() -> Iterator[StopRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
-    before = {number: signal.signal(number, stop._handle) for number in _SIGNALS}
-    try:
+    with handling(stop._handle):
         yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

@@ -40,6 +40,9 @@ class Memory:
     temporaries: int  # activations and what else the program makes for itself
     source: str  # compiler or formula
     compile_s: float = 0.0
+    # By the compiler's count what the program itself is given, and returns in new memory; parts of
+    # the above. 0 of a formula, and where the compiler refused.
+    arguments: int = 0
 
     @property
     def total(self) -> int:
@@ -158,14 +161,13 @@ def job_held(job: Job) -> Held:
 
 
 def compile_programs(
-    job: Job, *, names: tuple[str, ...], dynamic: bool, say: Callable[[str], None]
+    job: Job, *, names: tuple[str, ...], say: Callable[[str], None]
 ) -> list[Memory]:
     """Compiles the named programs for the job's mesh and reads the compiler's figures.
 
     Args:
       job: with a mesh of real or described devices.
       names: of :data:`PROGRAMS`, in order; decode needs prefill.
-      dynamic: see :func:`echorl_jax.rollout.step.forward`; False on GPU.
       say: told what is being compiled, and how long it took.
 
     Returns:
@@ -189,16 +191,16 @@ def compile_programs(
             elif name == "decode":
                 if prefilled is None:
                     continue  # there is nothing to go on from
-                compiled = _decode(job, *prefilled, dynamic=dynamic).compile()
+                compiled = _decode(job, *prefilled).compile()
             else:
                 compiled = compilers[name]().compile()
         except jax.errors.JaxRuntimeError as error:
-            needed = _refused_bytes(str(error))
-            if needed is None:
+            refused = refused_bytes(str(error))
+            if refused is None:
                 raise
-            found.append(_memory(job, name, None, needed, time.monotonic() - start))
+            found.append(_memory(job, name, refused, time.monotonic() - start))
         else:
-            found.append(_memory(job, name, compiled, 0, time.monotonic() - start))
+            found.append(_memory(job, name, compiled, time.monotonic() - start))
         seconds, total = found[-1].compile_s, found[-1].total
         say(f"compiled {name} in {seconds:.0f} s: {total / 1e9:.2f} GB a chip")
     return found
@@ -215,11 +217,12 @@ def _prefill(job: Job) -> jax.stages.Lowered:
         prompt_tokens=job.config.data.max_prompt_tokens,
         max_new_tokens=rollout.max_new_tokens,
         slots=job.slots,
+        kv_dtype=rollout.kv_dtype,
     )
 
 
 def _decode(
-    job: Job, prefill: jax.stages.Lowered, prefilled: jax.stages.Compiled, *, dynamic: bool
+    job: Job, prefill: jax.stages.Lowered, prefilled: jax.stages.Compiled
 ) -> jax.stages.Lowered:
     assert isinstance(job.mesh, Mesh)
     return lower_decode(
@@ -227,7 +230,6 @@ def _decode(
         job.mesh,
         prefilled,
         prefill,
-        dynamic=dynamic,
         eos_ids=job.model.config.eos_ids,
         temperature=job.config.rollout.temperature,
     )
@@ -296,9 +298,15 @@ def abstract_batch(job: Job) -> TrainBatch:
     return TrainBatch(**fields)  # pyright: ignore[reportArgumentType]
 
 
-def _memory(
-    job: Job, name: str, compiled: jax.stages.Compiled | None, needed: int, seconds: float
-) -> Memory:
+@dataclasses.dataclass(frozen=True)
+class Refused:
+    """What a program asked for when the compiler ran out of memory."""
+
+    bytes: int
+    with_arguments: bool  # or temporaries alone
+
+
+def _memory(job: Job, name: str, compiled: jax.stages.Compiled | Refused, seconds: float) -> Memory:
     """What is held, and the rest of what the compiler counts."""
     held = job_held(job)
     sampling = name in ("prefill", "decode")
@@ -310,13 +318,14 @@ def _memory(
         arguments = held.master + held.moments + gradient
     else:
         arguments = held.master + gradient
-    if compiled is None:
-        cache = batch = 0
-        rest = max(0, needed - arguments)
+    cache = cache_bytes(job) if sampling else 0
+    if isinstance(compiled, Refused):
+        batch = whole = 0
+        given = arguments + cache if compiled.with_arguments else 0
+        rest = max(0, compiled.bytes - given)
     else:
         size = compiled.memory_analysis()
         assert size is not None
-        cache = cache_bytes(job) if sampling else 0
         whole = size.argument_size_in_bytes + size.output_size_in_bytes - size.alias_size_in_bytes
         batch = max(0, whole - arguments - cache)
         rest = size.temp_size_in_bytes
@@ -330,23 +339,33 @@ def _memory(
         temporaries=rest,
         source="compiler",
         compile_s=round(seconds, 1),
+        arguments=whole,
     )
 
 
 def cache_bytes(job: Job) -> int:
     """Keys and values on one chip: all prompts, and the slots."""
     rollout, rows = job.config.rollout, job.config.rollout.prompts_per_step * job.group_size
-    each = position_bytes(job.model, None, job.mesh.shape["tensor"])
+    each = position_bytes(job.model, rollout.kv_dtype, job.mesh.shape["tensor"])
     prompt = job.config.data.max_prompt_tokens
     own_prompts = job.slots < rows
     per_slot = rollout.max_new_tokens + (prompt if own_prompts else 0)
     return each * (rollout.prompts_per_step * prompt + -(-job.slots // job.shards) * per_slot)
 
 
-def _refused_bytes(message: str) -> int | None:
-    """Bytes that a program asked for when the compiler ran out of them; None for other errors."""
+def refused_bytes(message: str) -> Refused | None:
+    """What the compiler says that a program needs more than there is; None of other errors.
+
+    >>> refused_bytes("RESOURCE_EXHAUSTED: Ran out of memory. Used 2.00K of 1.00K hbm.")
+    Refused(bytes=2048, with_arguments=True)
+    >>> refused_bytes("RESOURCE_EXHAUSTED: the total for HLO temporaries (2.00K) exceeds (1.00K)")
+    Refused(bytes=2048, with_arguments=False)
+    """
     if "RESOURCE_EXHAUSTED" not in message and "out of memory" not in message.lower():
         return None
     units = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    found = re.search(r"[Uu]sed ([0-9.]+)([KMGT]?)i?B? of ", message)
-    return round(float(found[1]) * units[found[2]]) if found else None
+    forms = {r"[Uu]sed {} of ": True, r"HLO temporaries \({}\) exceeds": False}
+    for form, with_arguments in forms.items():
+        if found := re.search(form.format(r"([0-9.]+)([KMGT]?)i?B?"), message):
+            return Refused(round(float(found[1]) * units[found[2]]), with_arguments)
+    return None

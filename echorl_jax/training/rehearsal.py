@@ -6,7 +6,8 @@ to come) and with weights of zero. What does not fit on the devices fails here, 
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import jax
 import numpy as np
@@ -35,29 +36,55 @@ def rehearse(run: Run, params: PyTree, make_batches: MakeBatches) -> None:
     Raises:
       ConfigError: a program needs more memory than there is.
     """
+    with _timed(run):
+        run.log.say("compiling ahead: sampler")
+        key = jax.random.key(0)
+        found = _experience(run, params, key)
+        objective = run.session.config.objective
+        most = objective.max_rounds if run.objective.dynamic_sampling else 1
+        rounds = [make_batches(run, join_rounds([found] * n), key) for n in range(1, most + 1)]
+        sizes = {len(part.batch.length) for parts in rounds for part in parts}
+        _every_shape(run, params, _as_trained(run, rounds[0][0].batch), max(sizes))
+
+
+def rehearse_updates(run: Run, params: PyTree, batch: TrainBatch, *, rows: int) -> None:
+    """Goes through the gradient of every shape of micro-batch, where nothing is sampled.
+
+    Args:
+      run: as opened.
+      params: the weights, which stay.
+      batch: rows (NumPy) as wide as any of the run.
+      rows: of a batch, at most.
+
+    Raises:
+      ConfigError: a program needs more memory than there is.
+    """
+    with _timed(run):
+        _every_shape(run, params, batch, rows)
+
+
+@contextmanager
+def _timed(run: Run) -> Iterator[None]:
     start = time.monotonic()
-    run.log.say("compiling ahead: sampler")
-    key = jax.random.key(0)
-    found = _experience(run, params, key)
-    objective = run.session.config.objective
-    most = objective.max_rounds if run.objective.dynamic_sampling else 1
-    rounds = [make_batches(run, join_rounds([found] * n), key) for n in range(1, most + 1)]
-    sizes = {len(part.batch.length) for parts in rounds for part in parts}
-    batch = _as_trained(run, rounds[0][0].batch)
-    shapes = _shapes(run, max(sizes))
-    for number, (rows, width) in enumerate(shapes, 1):
-        run.log.say(f"compiling ahead: micro-batch {number}/{len(shapes)}, {rows} x {width} tokens")
+    yield
+    run.log.say(f"compiled {run.compiles.count} programs in {time.monotonic() - start:.0f} s")
+
+
+def _every_shape(run: Run, params: PyTree, batch: TrainBatch, rows: int) -> None:
+    shapes = _shapes(run, rows)
+    for number, (count, width) in enumerate(shapes, 1):
+        shape = f"{count} x {width} tokens"
+        run.log.say(f"compiling ahead: micro-batch {number}/{len(shapes)}, {shape}")
         try:
-            _learn_nothing(run, params, batch, rows, width)
+            _learn_nothing(run, params, batch, count, width)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
             budget = run.session.config.optim.micro_batch_tokens
             raise ConfigError(
-                f"config.optim.micro_batch_tokens = {budget}: the gradient of {rows} rows x "
+                f"config.optim.micro_batch_tokens = {budget}: the gradient of {count} rows x "
                 f"{width} tokens does not fit in memory; `echorl plan` says what to change"
             ) from error
-    run.log.say(f"compiled {run.compiles.count} programs in {time.monotonic() - start:.0f} s")
 
 
 def slot_limits(rows: int, slots: int, *, shards: int, longest: int) -> list[int]:
@@ -89,7 +116,9 @@ def _experience(run: Run, params: PyTree, key: Array) -> Experience:
         shards=run.session.data_devices,
         longest=config.rollout.max_new_tokens,
     )
-    rollouts, on_policy, _ = sample(run, params, prompts, key, row_limits=limits)
+    rollouts, on_policy, _ = sample(
+        run, params, prompts, key, finished=lambda rows, completions: None, row_limits=limits
+    )
     rows = len(on_policy)
     zero: HostArray = np.zeros(rows, np.float32)
     wrong: HostArray = np.zeros(rows, bool)

@@ -18,8 +18,7 @@ from echorl_jax.models import load_decoder, param_shardings
 from echorl_jax.parallel import make_mesh
 from echorl_jax.training.dumps import MODEL, PARAMS, Dump, read_dump
 from echorl_jax.training.optimizer import init_state
-from echorl_jax.training.run import configured_objective
-from echorl_jax.training.session import configured_optimizer, model_options
+from echorl_jax.training.session import configured_objective, configured_optimizer, model_options
 from echorl_jax.training.step import Accumulated, Update
 from echorl_jax.types import HostArray, PyTree, TrainBatch
 

@@ -1,8 +1,8 @@
 """Operations and bytes of a training step by formula, and the time they take at a chip's peaks.
 
 The compiler's own count is of no use here: it counts the body of a loop once, and layers,
-micro-batches and tokens are loops. Communication between chips and grading are not counted, so the
-times are lower bounds.
+micro-batches and tokens are loops. Communication between chips (see ``communication.py``) and
+grading are not counted, so the times are lower bounds.
 """
 
 import dataclasses
@@ -89,16 +89,21 @@ def step_phases(job: Job, lengths: Lengths) -> list[Phase]:
     ]
 
 
+def decode_turns(job: Job, lengths: Lengths) -> float:
+    """Of the decode loop in a step, all slots busy: R rows of c tokens in M slots take R c / M."""
+    return job.config.rollout.prompts_per_step * job.group_size * lengths.completion / job.slots
+
+
 def _decode(job: Job, lengths: Lengths, rows: int) -> Phase:
-    """All slots busy: with R rows of c tokens in M slots, ``R c / M`` turns."""
     cost = turn_cost(
         job.model,
         slots=job.slots,
         prompt_tokens=lengths.prompt,
         completion_tokens=lengths.completion / 2,
         group_size=job.group_size if job.slots >= rows else 1,
+        kv_dtype=job.config.rollout.kv_dtype,
     )
-    turns = rows * lengths.completion / job.slots
+    turns = decode_turns(job, lengths)
     chips = job.mesh.size
     # Weights are split over tensor only: each group of chips reads them all.
     read = cost.weight_bytes / job.mesh.shape["tensor"] + cost.cache_bytes / chips

@@ -9,7 +9,8 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from echorl_jax.config import Config
+from echorl_jax.config import Config, ConfigError
+from echorl_jax.core import Objective, load_objective
 from echorl_jax.data import load_tokenizer, newline_delimiters
 from echorl_jax.data.tokens import BUILTIN
 from echorl_jax.evaluation.evaluate import end_tokens
@@ -88,6 +89,19 @@ def model_options(config: Config) -> dict[str, Any]:
         "remat": config.model.remat,
         "attention": config.model.attention,
     }
+
+
+def configured_objective(config: Config) -> Objective:
+    """The objective that ``config.objective`` names, with the settings it changes."""
+    settings = {
+        name: value
+        for name, value in vars(config.objective).items()
+        if name in {field.name for field in dataclasses.fields(Objective)}
+    }
+    try:
+        return load_objective(config.objective.name, **settings)
+    except ValueError as error:
+        raise ConfigError(f"config.objective.name: {error}") from error
 
 
 def configured_optimizer(config: Config) -> tuple[optax.Schedule, optax.GradientTransformation]:

@@ -13,11 +13,14 @@ from echorl_jax.core import aggregation_weights
 from echorl_jax.data import Prompt
 from echorl_jax.models import Decoder
 from echorl_jax.training.experts import target_ids
+from echorl_jax.training.learning import improve
 from echorl_jax.training.logs import timed
 from echorl_jax.training.metrics import learning_metrics, update_metrics
+from echorl_jax.training.opening import open_run
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.packing import pack_rows, packed_width
-from echorl_jax.training.run import Run, open_run
+from echorl_jax.training.rehearsal import rehearse_updates
+from echorl_jax.training.run import Run
 from echorl_jax.types import TrainBatch
 
 
@@ -42,6 +45,8 @@ def train_supervised(
             raise ConfigError(
                 f"config.objective.name = {config.objective.name!r}: `echorl sft` needs 'sft'"
             )
+        if config.optim.compile_ahead:
+            rehearse_updates(run, state.params, _widest(run), rows=rows)
         for step in run.steps():
             seconds: dict[str, float] = {}
             with timed(seconds, "data"):
@@ -49,7 +54,7 @@ def train_supervised(
                 real_tokens = int(batch.length.sum())
                 batch = _packed(run, batch)
             with timed(seconds, "update"):
-                state, done, used = run.improve(state, [batch], step)
+                state, done, used = improve(run, state, [batch], step)
             speed = learning_metrics(
                 used=used,
                 trained_tokens=real_tokens,
@@ -75,6 +80,17 @@ def packs(config: Config, model: Decoder) -> bool:
             "config.optim.sft_packing = 'on': must be off or auto with dynamic rope scaling"
         )
     return choice == "on" or (choice == "auto" and not dynamic and jax.default_backend() != "gpu")
+
+
+def _widest(run: Run) -> TrainBatch:
+    """The rows to come, which stay to come, as wide as any row of the run can be."""
+    session = run.session
+    position = run.stream.get_state()
+    batch = demonstrations(run, next(run.stream))
+    run.stream.set_state(position)
+    if not packs(session.config, session.model):
+        return batch
+    return pack_rows(batch, width=batch.tokens.shape[1])
 
 
 def _packed(run: Run, batch: TrainBatch) -> TrainBatch:

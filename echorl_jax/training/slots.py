@@ -39,6 +39,7 @@ def fitting_slots(
     sizes = {
         "prompt_tokens": config.data.max_prompt_tokens,
         "max_new_tokens": rollout.max_new_tokens,
+        "kv_dtype": rollout.kv_dtype,
         "mesh": mesh,
     }
     shards = mesh.shape["data"] * mesh.shape["fsdp"]

@@ -32,37 +32,45 @@ ASIDE = "set_aside"
 SEEN_WITHIN_S = 90.0
 
 
-def open_workdir(path: str | Path, config: Config) -> Path:
+def open_workdir(path: str | Path, config: Config) -> tuple[Path, int]:
     """Creates the directory, or checks that it belongs to the same config.
 
     Writes ``config.json`` and ``environment.json``. Of several processes the first one writes, and
     the others check that they see it.
+
+    Returns:
+      The directory, and the steps that its run was to have before; those of ``config`` if it is
+      new, and on other processes than the first.
 
     Raises:
       ConfigError: it holds a run of another config (names the first key that differs), cannot
         be written, or is another directory for each process.
     """
     workdir = Path(path)
-    file = workdir / "config.json"
+    file, steps = workdir / "config.json", config.steps
     if is_first():
-        _claim(workdir, file, config)
+        steps = _claim(workdir, file, config)
     wait_for_all("workdir")
     if not is_first():
         _require_shared(workdir, file, config)
-    return workdir
+    return workdir, steps
 
 
-def _claim(workdir: Path, file: Path, config: Config) -> None:
+def _claim(workdir: Path, file: Path, config: Config) -> int:
+    steps = config.steps
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if file.exists():
-            _require_same(workdir, json.loads(file.read_text()), config)
+            before = json.loads(file.read_text())
+            _require_same(workdir, before, config)
+            steps = before["steps"]
         _write_json(file, to_dict(config))
         _write_json(workdir / "environment.json", environment())
     except json.JSONDecodeError as error:
         raise ConfigError(f"{file}: not readable as JSON ({error})") from error
     except OSError as error:
         raise ConfigError(f"workdir {workdir}: {error.strerror or error}") from error
+    return steps
 
 
 def _require_shared(workdir: Path, file: Path, config: Config) -> None:

@@ -15,6 +15,9 @@ from echorl_jax.cli import run
 from echorl_jax.errors import UserError
 from echorl_jax.evaluation.benchmark import Benchmark
 from echorl_jax.evaluation.presets import passes, samples_of
+from echorl_jax.evaluation.progress import EvaluationProgress
+from echorl_jax.rollout import Progress
+from tests.several import free_port
 from tests.tiny_models import write_tiny_qwen
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -51,6 +54,19 @@ def test_greedy_and_sampled_attempts_are_scored_apart(whole: Path) -> None:
     tokens = [line["tokens"] for line in found if not line["greedy"]]
     assert score["lengths"]["mean"] == pytest.approx(np.mean(tokens))
     assert score["lengths"]["longest"] == max(tokens)
+
+
+def test_tokens_of_all_calls_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    """Calls of one look or several, larger and smaller than the one before, one unfinished."""
+    with EvaluationProgress(12, done=4) as shown:
+        for done, tokens, seconds in [(4, 40, 2.0), (4, 40, 2.0), (2, 50, 1.0), (4, 90, 2.0)]:
+            shown.look(Progress(4, done, tokens, seconds, slots=4, occupancy=1.0))
+        shown.look(Progress(4, 1, 10, 4.0, slots=4, occupancy=1.0))
+        for _ in range(8):
+            shown.attempt("math")
+    first, last = capsys.readouterr().err.splitlines()
+    assert first == "4 of 12 attempts are there already"
+    assert last == "8 attempts, 180 tokens at 18 tokens/s"
 
 
 @pytest.mark.parametrize("kept", [0, 7, 10, 23, 39])
@@ -141,6 +157,43 @@ def test_rows_are_tried_as_often_as_their_source_says() -> None:
     assert only.temperature == 0
     greedy, sampled = passes(["a"], samples="1", temperature=None, greedy=True)
     assert (greedy.temperature, sampled.temperature) == (0, 0.6)
+
+
+def in_two_processes(*words: str) -> list[tuple[int, str]]:
+    """Exit code and last line of each of two processes of two devices."""
+    place = {"ECHORL_COORDINATOR": f"127.0.0.1:{free_port()}", "ECHORL_PROCESSES": "2"}
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-m", "echorl_jax", *words],
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**os.environ, **place, **flags, "ECHORL_PROCESS_ID": str(process)},
+        )
+        for process in (0, 1)
+    ]
+    said = [process.communicate(timeout=200)[1] for process in pair]
+    last = [(text.splitlines() or [""])[-1] for text in said]
+    return [(process.returncode, line) for process, line in zip(pair, last, strict=True)]
+
+
+@pytest.mark.slow
+def test_two_processes_write_what_one_does(whole: Path, tmp_path: Path) -> None:
+    """Some of it is there already; then the folder belongs to this evaluation."""
+    (tmp_path / "options.json").write_bytes((whole / "options.json").read_bytes())
+    written = (whole / "generations.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "generations.jsonl").write_bytes(b"".join(written[:13]))
+    words = [word for word in COUNTDOWN if not word.startswith("--devices")]
+    (code, said), (other, silent) = in_two_processes(*words, f"--out={tmp_path}")
+    assert (code, other) == (0, 0) and said.startswith("27 attempts, ")
+    assert "attempts" not in silent
+    for name in ("generations.jsonl", "options.json"):
+        assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
+    scores = [json.loads((out / "scores.json").read_text())["scores"] for out in (whole, tmp_path)]
+    assert scores[0] == scores[1]
+    for code, said in in_two_processes(*words, "--seed=1", f"--out={tmp_path}"):
+        assert code == 2 and "holds an evaluation with seed = 0, not 1" in said, said
 
 
 @pytest.mark.slow

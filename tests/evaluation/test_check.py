@@ -44,8 +44,8 @@ def write(path: Path, rows: list[dict]) -> Path:
 def check(path: Path, *more: str) -> int:
     return run(
         [
-            *("check", "--config=configs/countdown.py", "--rows=12", *more),
-            *(f"--config.data.train={path}", "--config.data.eval=", "--config.eval.every=0"),
+            *("check", "--config=configs/countdown.py", "--rows=12"),
+            *(f"--config.data.train={path}", "--config.data.eval=", "--config.eval.every=0", *more),
             *("--config.data.template=plain", "--config.data.max_prompt_tokens=4096"),
         ]
     )
@@ -101,7 +101,9 @@ def test_answers_of_other_rows_are_found_out(
     column = "reward_model" if "reward_model" in rows[0] else "answer"
     moved = [{**row, column: rows[i - 1][column]} for i, row in enumerate(rows)]
     assert check(write(tmp_path / name, moved)) == 1
-    assert "gold answer refused: does not equal the answer" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "gold answer refused: does not equal the answer" in printed
+    assert printed.splitlines()[-1] == "wrong: train: grader and gold answers disagree"
 
 
 @needs_files
@@ -119,7 +121,9 @@ def test_rows_without_experts_cannot_train_sft(
     path = write(tmp_path / "plain.jsonl", SUMS)
     assert check(path) == 0
     assert check(path, "--config.objective.name=luffy") == 1
-    assert "expert texts: 0 of 3 rows have one" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "expert texts: 0 of 3 rows have one" in printed
+    assert "wrong: train: luffy needs expert texts" in printed
     expert = SHARED / "luffy_train_expert.parquet"
     assert check(expert, "--config.objective.name=luffy", "--show=1") == 0
     printed = capsys.readouterr().out
@@ -141,6 +145,21 @@ def test_overlap_of_real_files_is_where_their_source_says() -> None:
     prompts = [row["prompt"][-1]["content"] for row in experts]
     found = {o.held_out: o.train for o in find_overlap(prompts, test) if o.same}
     assert found == {row["extra_info"]["source_index"]: i for i, row in enumerate(experts)}
+
+
+@needs_files
+def test_test_problems_in_ufts_frame_are_found(capsys: pytest.CaptureFixture) -> None:
+    """UFT's MATH rows are from the test set, of which MATH-500 is a part; one of them by hand."""
+    benchmark = SHARED / "luffy_eval_aime24_aime25_amc_math500.parquet"
+    assert check(SHARED / "uft_math_700.parquet", f"--config.data.eval={benchmark}") == 1
+    printed = capsys.readouterr().out
+    assert "overlap: 62 of 643 evaluation problems are among the 700 training" in printed
+    both = [
+        pq.read_table(path).to_pylist() for path in (SHARED / "uft_math_700.parquet", benchmark)
+    ]
+    assert "evaluation row 49 is training row 212" in printed and "  and 52 more" in printed
+    for row in (both[0][212], both[1][49]):
+        assert "Half the value of $3x-9$ is $x+37$. What is the value of $x$?" in str(row["prompt"])
 
 
 def test_a_changed_problem_is_nearly_the_same() -> None:

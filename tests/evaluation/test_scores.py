@@ -4,7 +4,9 @@ from itertools import combinations
 
 import pytest
 
+from echorl_jax.evaluation.generations import Outcome
 from echorl_jax.evaluation.scores import pass_at_k, score_by_source
+from echorl_jax.evaluation.table import print_results, summarise
 
 
 @pytest.mark.parametrize("attempts", range(1, 7))
@@ -22,3 +24,21 @@ def test_sources_are_scored_apart() -> None:
     scores = score_by_source(outcomes)
     assert scores["a"].pass_at == {1: 0.5, 2: 1.0} and scores["b"].pass_at == {1: 0.5}
     assert scores["b"].problems == 2
+
+
+def test_columns_without_content_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    def outcome(source: str, problem: int, *, greedy: bool, correct: bool) -> Outcome:
+        return Outcome(source, problem, greedy, correct, tokens=10, truncated=False)
+
+    greedy = [outcome("a", i, greedy=True, correct=i == 0) for i in range(2)]
+    print_results(summarise(greedy), left_out=0, bad=0)
+    printed = capsys.readouterr().out
+    assert "greedy" in printed and "avg@k" not in printed and "pass@k" not in printed
+    sampled = [outcome("a", 0, greedy=False, correct=right) for right in (True, False)]
+    sampled.append(outcome("b", 1, greedy=False, correct=True))
+    print_results(summarise(sampled), left_out=2, bad=0)
+    printed = capsys.readouterr().out
+    assert "greedy" not in printed and "@2 0.500" in printed and "@2 1.000" in printed
+    mean, left_out = [line.split() for line in printed.splitlines() if line.strip()][-2:]
+    assert mean == ["mean", "of", "sources", "0.750"]
+    assert left_out == "left out: 2 prompts too long".split()

@@ -15,7 +15,7 @@ from echorl_jax.core import batch_loss
 from echorl_jax.data import Prompt, add_hint, hint_segments, load_rows, load_tokenizer
 from echorl_jax.training import loop
 from echorl_jax.training.collect import collect
-from echorl_jax.training.run import open_run
+from echorl_jax.training.opening import open_run
 from echorl_jax.training.sft import train_supervised
 from echorl_jax.training.workdir import whole_lines
 from tests.integration.conftest import small_config

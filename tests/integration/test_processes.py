@@ -230,6 +230,25 @@ def test_a_signal_at_one_stops_all_and_one_goes_on(
     check_close_run(workdir, whole)
 
 
+@pytest.mark.slow
+def test_an_evaluation_that_fails_in_one_costs_all_only_itself(
+    launch: Launch, whole: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "run"
+    evaluation = {"data__eval": "countdown:split=eval&count=8", "eval__every": 1}
+    launch.complete(workdir, processes=2, steps=3, **evaluation, debug__inject="eval_fail@2")
+    lines = list(whole_lines(workdir / "metrics.jsonl"))
+    assert [line["eval/failed"] for line in lines] == [0, 0, 1, 0]
+    assert ["eval/countdown/pass@1" in line for line in lines] == [True, True, False, True]
+    trained = list(whole_lines(whole / "metrics.jsonl"))
+    for line, other in zip(lines[1:], trained, strict=False):
+        assert line["optim/grad_norm"] == other["optim/grad_norm"]
+    logs = [(tmp_path / f"run.{process}.log").read_text() for process in (0, 1)]
+    said = [line for line in "".join(logs).splitlines() if "the evaluation failed" in line]
+    reason = "PoolError: process 1: PoolError: the grading pool is closed"
+    assert said == [f"warning: step 2: the evaluation failed ({reason})"] and said[0] in logs[0]
+
+
 def test_a_disagreement_is_named_before_anything_is_written(tmp_path: Path) -> None:
     workdir = tmp_path / "run"
     port = f"127.0.0.1:{free_port()}"

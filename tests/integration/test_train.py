@@ -170,6 +170,15 @@ def test_without_echo_it_is_the_plain_objective(tmp_path: Path) -> None:
     assert not same(plain.params, on.params)
 
 
+def test_a_narrow_cache_is_seen_in_the_gap_and_accepted(tmp_path: Path) -> None:
+    """Its bound is that of the narrower type: the first step's check stops neither run."""
+    gaps = []
+    for kv_dtype in (None, "int8"):
+        train(small_config(steps=1, rollout={"kv_dtype": kv_dtype}), tmp_path / str(kv_dtype))
+        gaps.append(steady(tmp_path / str(kv_dtype))[0]["rollout/logprob_gap_max"])
+    assert gaps[0] < 1e-4 < gaps[1]
+
+
 def test_a_workdir_of_another_config_is_refused(tmp_path: Path) -> None:
     train(small_config(steps=1), tmp_path)
     with pytest.raises(ConfigError, match="config.rollout.group_size = 4, not 2"):

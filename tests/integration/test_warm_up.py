@@ -11,6 +11,7 @@ from echorl_jax.training import loop
 from echorl_jax.training.logs import RunLog
 from echorl_jax.training.metrics import CompileCounter
 from echorl_jax.training.rehearsal import slot_limits
+from echorl_jax.training.sft import train_supervised
 from echorl_jax.training.workdir import whole_lines
 from tests.integration.conftest import small_config
 
@@ -45,6 +46,29 @@ def test_nothing_is_compiled_after_the_first_step(
     assert "optimizer 6.8 MB" in said and "8 decoded at once" in said
     assert list((tmp_path / "ahead" / "profile" / "step_2").rglob("*.xplane.pb"))
     assert not (tmp_path / "ahead" / "profile" / "step_1").exists()
+
+
+@pytest.mark.parametrize("packing", ["on", pytest.param("off", marks=pytest.mark.slow)])
+def test_demonstrations_compile_nothing_either(
+    packing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(
+        steps=6,
+        data={"train": "countdown:split=train", "max_prompt_tokens": 32},
+        rollout={"max_new_tokens": 32},
+        objective={"name": "sft", "kl_coef": None},
+        echo={"enabled": False},
+        optim={
+            **{"compile_ahead": True, "sft_packing": packing},
+            **{"sft_rows_per_step": 16, "micro_batch_tokens": 256},
+        },
+        checkpoint={"every": 0},
+    )
+    train_supervised(config, tmp_path / "ahead", devices=jax.devices()[:1])
+    lines = list(whole_lines(tmp_path / "ahead" / "metrics.jsonl"))
+    assert len({line["compile/count"] for line in lines}) == 1
+    said = capsys.readouterr().err
+    assert "micro-batch 1/" in said and "after the warm-up" not in said
 
 
 def test_slots_pass_through_every_level() -> None:

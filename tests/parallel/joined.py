@@ -5,6 +5,7 @@ usage: joined.py OUT_JSON
 
 import json
 import sys
+import time
 
 import jax
 import numpy as np
@@ -12,13 +13,15 @@ import numpy as np
 from echorl_jax.cluster import assignment, follow_supervisor, tell
 from echorl_jax.data import PromptStream, encode_prompt, load_rows, load_tokenizer
 from echorl_jax.errors import UserError
-from echorl_jax.evaluation.grading import grade_rollouts
+from echorl_jax.evaluation.grading import GradedTexts, grade_rollouts
 from echorl_jax.parallel import (
     any_process,
+    from_first,
     from_shares,
     is_first,
     join_processes,
     make_mesh,
+    on_first,
     own_share,
     place_rows,
     place_whole,
@@ -26,6 +29,7 @@ from echorl_jax.parallel import (
     wait_for_all,
 )
 from echorl_jax.rewards import GraderPool
+from echorl_jax.training.evaluator import attempt
 from echorl_jax.types import Rollouts
 
 
@@ -60,9 +64,24 @@ def exchanges() -> dict:
         "texts": texts_from_shares(["", "a", "ßß", "d" * 9, "e"][share], count, most_bytes=4),
         "any": [any_process(place == 1), any_process(False)],
         "first": is_first(),
+        "from_first": from_first(10 + place),
+        "on_first": on_first(lambda: 20 + place),
+        "refused": refused(place),
         "total": float(total),
         "on": sorted({d.process_index for d in placed.sharding.device_set}),
     }
+
+
+def refused(place: int) -> str:
+    """What process 0 alone has found wrong."""
+
+    def look() -> int:
+        raise UserError(f"process {place}: no such place")
+
+    try:
+        return str(on_first(look))
+    except UserError as error:
+        return str(error)
 
 
 def stream() -> dict:
@@ -89,6 +108,16 @@ def stream() -> dict:
 
 def verdicts() -> dict:
     """Six completions graded against three rows; all get all verdicts, some decode."""
+    with GraderPool("countdown", workers=0) as grader:
+        graded = grade(grader)
+    return {
+        "verdicts": [[v.score, v.correct, v.reason] for v in graded.verdicts],
+        "decoded": [bool(text) for text in graded.responses],
+    }
+
+
+def grade(grader: GraderPool) -> GradedTexts:
+    """Six completions of three rows, right and wrong in turn."""
     rows = list(load_rows("countdown:count=3"))
     tokenizer = load_tokenizer("builtin:countdown")
     targets = [row["target"][0]["content"] for row in rows]
@@ -106,12 +135,33 @@ def verdicts() -> dict:
         token_entropy=zeros,
         truncated=np.zeros(6, bool),
     )
+    return grade_rollouts(rollouts, rows, tokenizer=tokenizer, grader=grader)
+
+
+def failures() -> dict:
+    """Work that fails in the last process: while it grades, beside the others, without them."""
+    last = jax.process_index() == jax.process_count() - 1
     with GraderPool("countdown", workers=0) as grader:
-        graded = grade_rollouts(rollouts, rows, tokenizer=tokenizer, grader=grader)
-    return {
-        "verdicts": [[v.score, v.correct, v.reason] for v in graded.verdicts],
-        "decoded": [bool(text) for text in graded.responses],
-    }
+        if last:
+            grader.close()
+        while_grading = attempt(lambda: grade(grader), name="graded", within_s=30)
+
+    def beside() -> int:
+        return jax.process_index() if not last else {}["x"]
+
+    def alone() -> int:
+        if last:
+            raise OSError("lost")
+        time.sleep(3)  # as in a computation in common that the other has left
+        return 1
+
+    told = [while_grading, attempt(beside, name="beside", within_s=30)]
+    told.append(attempt(lambda: 7, name="fine", within_s=30))
+    try:
+        raised = str(attempt(alone, name="alone", within_s=1))
+    except (OSError, RuntimeError) as error:
+        raised = f"{type(error).__name__}: {error}"
+    return {"told": told, "raised": raised, "after": any_process(last)}
 
 
 def main() -> None:
@@ -130,6 +180,7 @@ def main() -> None:
             tell(str(error), certain=True)
             raise SystemExit(2) from error
     found = {"exchanges": exchanges(), "stream": stream(), "verdicts": verdicts()}
+    found["failures"] = failures()
     with open(sys.argv[1], "w") as file:
         json.dump(found, file)
 

@@ -48,6 +48,8 @@ def test_what_is_exchanged(alone: dict[str, Any], pair: list[dict[str, Any]]) ->
         assert found["rows"] == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9]]
         assert found["texts"] == ["", "a", "ßß", "dddd", "e"]
         assert found["any"] == [True, False]
+        assert (found["from_first"], found["on_first"]) == (10, 20)
+        assert found["refused"] == "process 0: no such place"
         # 0 + 1 + 4 + ... + 49, and 3 on top, over the devices of both.
         assert found["total"] == 143.0 and found["on"] == [0, 1]
     assert alone["exchanges"]["total"] == 143.0 and alone["exchanges"]["share"] == [0, 5]
@@ -78,6 +80,26 @@ def test_each_grades_its_share_and_all_know_all(
         [True] * 3 + [False] * 3,
         [False] * 3 + [True] * 3,
     ]
+
+
+def test_work_that_fails_in_one_has_failed_in_all(
+    alone: dict[str, Any], pair: list[dict[str, Any]]
+) -> None:
+    closed = "PoolError: the grading pool is closed"
+    for found in (found["failures"] for found in pair):
+        assert found["told"] == [
+            [None, f"PoolError: process 1: {closed}"],
+            [None, "KeyError: 'x'"],
+            [7, ""],
+        ]
+        assert found["after"] is True
+    # Where the other one cannot be told, each ends with what it knows.
+    assert [found["failures"]["raised"] for found in pair] == [
+        "RuntimeError: alone: the other processes did not come to its end",
+        "OSError: lost",
+    ]
+    assert alone["failures"]["told"] == [[None, closed], [None, "KeyError: 'x'"], [7, ""]]
+    assert alone["failures"]["raised"] == "(None, 'OSError: lost')"
 
 
 def test_uneven_processes_are_refused() -> None:

@@ -49,6 +49,12 @@ def obey(response, row):
     return Verdict(0.5, True, f"{response} {row.get('number')}")
 
 
+def slow(response, row):
+    """Right, after a while."""
+    time.sleep(0.3)
+    return Verdict(1.0, True, response)
+
+
 def verl_score(data_source, solution_str, ground_truth, extra_info=None):
     """verl's way: keyword arguments in, a mapping out."""
     right = solution_str == ground_truth

@@ -1,14 +1,16 @@
 """The grading pool: order, guards, recovery."""
 
 import os
+import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from echorl_jax.config import ConfigError
-from echorl_jax.rewards import GraderPool, PoolError, pool
+from echorl_jax.rewards import GraderPool, PoolError, dispatch
 
 
 @pytest.fixture(scope="module")
@@ -69,11 +71,20 @@ def test_processes_know_no_jax(obedient):
     assert verdict.reason == "False"
 
 
-def test_grading_in_the_background(obedient):
-    slow = obedient.submit(["sleep"], [{}])
+def test_a_hanging_item_holds_up_nobody_else(obedient):
+    """One of two processes hangs; what is handed in later goes through the other."""
+    slow = obedient.submit(["sleep", "fine"], [{}] * 2)
+    later = [obedient.submit([f"later {n}"], [{"number": n}]) for n in range(20)]
+    assert [job.result()[0].reason for job in later] == [f"later {n} {n}" for n in range(20)]
     assert not slow.done()
-    assert obedient.submit(["fine"], [{}]).result()[0].correct
-    assert not slow.result()[0].correct
+    assert [verdict.correct for verdict in slow.result()] == [False, True]
+
+
+def test_waiting_in_the_queue_costs_no_time():
+    """Each takes 0.3 s of a limit of 1 s; the last one's turn comes after 1.5 s."""
+    with GraderPool("hostile_graders:slow", workers=1, timeout_s=1.0) as pool:
+        jobs = [pool.submit([f"{n}"], [{}]) for n in range(6)]
+        assert [job.result()[0].reason for job in jobs] == [f"{n}" for n in range(6)]
 
 
 def test_nothing_to_grade(obedient):
@@ -83,23 +94,28 @@ def test_nothing_to_grade(obedient):
 
 
 def test_processes_are_recycled(monkeypatch):
-    monkeypatch.setattr(pool, "MAX_ITEMS", 3)
+    monkeypatch.setattr(dispatch, "MAX_ITEMS", 3)
     with GraderPool("hostile_graders:obey", workers=1) as recycling:
         verdicts = recycling.grade(["pid"] * 8, [{}] * 8)
     pids = [v.reason for v in verdicts]
     assert [len(set(pids[a:b])) for a, b in [(0, 3), (3, 6), (6, 8), (0, 8)]] == [1, 1, 1, 3]
 
 
-def test_an_interrupted_round_leaves_no_stale_verdicts(obedient, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pool._Round, "_receive", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            obedient.grade(["stale"] * 4, [{}] * 4)
+def test_an_interrupted_caller_leaves_no_stale_verdicts(obedient):
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        obedient.grade(["sleep"] * 50, [{}] * 50)
     verdicts = obedient.grade(["fresh"] * 4, [{"number": n} for n in range(4)])
     assert [v.reason for v in verdicts] == [f"fresh {n}" for n in range(4)]
+
+
+def test_closing_ends_what_is_under_way():
+    pool = GraderPool("hostile_graders:obey", workers=1, timeout_s=100.0)
+    waiting = pool.submit(["sleep", "fine"], [{}] * 2)
+    pool.close()
+    with pytest.raises(PoolError, match="closed"):
+        waiting.result()
 
 
 def test_without_processes_exceptions_are_still_verdicts():

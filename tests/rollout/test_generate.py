@@ -22,6 +22,7 @@ from echorl_jax.models import init_params
 from echorl_jax.rollout import generate, generate_with_progress, score_rollouts
 
 engine = sys.modules["echorl_jax.rollout.generate"]
+step = sys.modules["echorl_jax.rollout.step"]
 SETTINGS = {"group_size": 3, "max_new_tokens": 20, "eos_ids": EOS}
 KEY = jax.random.key(1)
 
@@ -59,6 +60,33 @@ def test_samples_do_not_depend_on_slots(model, params, base, slots):
 
 def test_samples_do_not_depend_on_how_often_the_host_looks(model, params, base):
     check_equal(generate(model, params, PROMPTS, KEY, **SETTINGS, turns_per_visit=3), base)
+
+
+@pytest.mark.parametrize("slots, turns", [(0, 3), (5, 4), (2, 128)])
+def test_who_asks_is_told_each_row_once_as_it_ends(model, params, base, slots, turns, monkeypatch):
+    monkeypatch.setattr(sys.modules["echorl_jax.rollout.watch"], "PIECE", 3)
+    told, looks = {}, []
+
+    def finished(rows, tokens):
+        for row, ids in zip(rows, tokens, strict=True):
+            assert row not in told
+            told[row] = ids.tolist()
+
+    rollouts = generate(
+        model,
+        params,
+        PROMPTS,
+        KEY,
+        **SETTINGS,
+        slots=slots,
+        turns_per_visit=turns,
+        finished=finished,
+        progress=lambda now: looks.append((now.rows_done, len(told))),
+    )
+    check_equal(rollouts, base)
+    assert [told[row] for row in range(12)] == completions(base)
+    # At each look the rows of all earlier looks have been told.
+    assert [count for _, count in looks][1:] == [done for done, _ in looks][:-1]
 
 
 def test_samples_do_not_depend_on_other_rows(model, params, base):
@@ -205,13 +233,16 @@ def test_slots_stay_busy_with_long_tailed_lengths(model, params):
     )
 
 
-def test_loops_of_known_length_give_the_same(model, params, monkeypatch):
-    """What a GPU runs: the number of blocks is chosen once a turn."""
-    settings = {"group_size": 2, "max_new_tokens": 40, "eos_ids": EOS, "slots": 5}
-    monkeypatch.setattr(engine, "BLOCK", 16)
-    counted = generate(model, params, PROMPTS, KEY, **settings)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    check_equal(generate(model, params, PROMPTS, KEY, **settings), counted)
+@pytest.mark.parametrize("slots", [5, 8])
+def test_what_each_platform_runs_gives_the_same(model, params, monkeypatch, slots):
+    """A CPU's slots attend in pieces; a GPU chooses the number of blocks once a turn."""
+    settings = {"group_size": 2, "max_new_tokens": 40, "eos_ids": EOS, "slots": slots}
+    monkeypatch.setattr(engine, "BLOCK", dict.fromkeys(("cpu", "gpu", "tpu"), 16))
+    monkeypatch.setattr(step, "PIECE_BYTES", 1)
+    pieces = generate(model, params, PROMPTS, KEY, **settings)
+    for platform in ("gpu", "tpu"):
+        monkeypatch.setattr(jax, "default_backend", lambda name=platform: name)
+        check_equal(generate(model, params, PROMPTS, KEY, **settings), pieces)
 
 
 def test_a_second_call_of_the_same_shapes_compiles_nothing(model, params, base, caplog):

@@ -5,7 +5,7 @@ import sys
 
 import jax
 import pytest
-from conftest import EOS, PROMPTS, check_equal
+from conftest import EOS, PROMPTS, check_equal, completions
 
 from echorl_jax.models import init_params
 from echorl_jax.parallel import make_mesh
@@ -47,8 +47,16 @@ def test_same_samples_on_any_mesh(model, base, shape, slots, monkeypatch):
 
     monkeypatch.setattr(engine, "_decode", watch)
     params = init_params(model, jax.random.key(0), mesh)
-    rollouts = generate(model, params, PROMPTS, KEY, **SETTINGS, slots=slots, mesh=mesh)
+    told = {}
+
+    def finished(rows, tokens):
+        told.update(zip(rows, (ids.tolist() for ids in tokens), strict=True))
+
+    rollouts = generate(
+        model, params, PROMPTS, KEY, **SETTINGS, slots=slots, mesh=mesh, finished=finished
+    )
     check_equal(rollouts, base)
+    assert [told[row] for row in range(24)] == completions(base)
     assert all(leaf.is_fully_replicated for leaf in jax.tree.leaves(rollouts))
     in_loop = programs[0].split("\nENTRY")[0]
     sizes = collectives(in_loop)

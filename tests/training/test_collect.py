@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 
-from echorl_jax.config import ConfigError
+from echorl_jax.config import Config, ConfigError
 from echorl_jax.data import Prompt, load_rows, load_tokenizer
 from echorl_jax.training import collect
-from echorl_jax.training.experts import append_experts, learn_hints
+from echorl_jax.training.experts import append_experts, expert_completions, learn_hints
 from echorl_jax.types import Graded, Rollouts, TrainBatch
 
 T = 6
@@ -90,7 +90,8 @@ def test_experts_stand_at_the_end_of_each_group() -> None:
         for name in ("completion_ids", "rollout_logprobs", "token_entropy")
     }
     rollouts = dataclasses.replace(found.rollouts, **wide)
-    joined, on_policy = append_experts(rollouts, prompts, tokenizer, count=1)
+    experts = expert_completions(prompts, tokenizer, longest=T + 34)
+    joined, on_policy = append_experts(rollouts, experts, count=1)
     assert on_policy.tolist() == [True, True, False, True, True, False]
     assert joined.group.tolist() == [0, 0, 0, 1, 1, 1]
     for row, prompt in ((2, prompts[0]), (5, prompts[1])):
@@ -99,11 +100,12 @@ def test_experts_stand_at_the_end_of_each_group() -> None:
         assert ids[-1] == tokenizer.eos_token_id
         assert tokenizer.decode(ids[:-1]) == prompt.row["target"][0]["content"]
         assert not joined.truncated[row]
-    short = append_experts(found.rollouts, prompts, tokenizer, count=1)[0]
+    experts = expert_completions(prompts, tokenizer, longest=T)
+    short = append_experts(found.rollouts, experts, count=1)[0]
     assert short.truncated[2] and short.completion_length[2] == T
     with pytest.raises(ConfigError, match="row 3 of data.train"):
         bare = Prompt([1], {"prompt": []}, 3)
-        append_experts(found.rollouts, [bare, bare], tokenizer, count=1)
+        expert_completions([bare, bare], tokenizer, longest=T)
 
 
 def test_a_hint_moves_into_the_target_region() -> None:
@@ -137,3 +139,15 @@ def test_a_hint_moves_into_the_target_region() -> None:
 def test_trees_of_numpy_stay_numpy() -> None:
     found = experience([[1, 0]])
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found.rollouts))
+
+
+def test_prompts_of_many_lengths_make_few_shapes() -> None:
+    ahead = Config()
+    assert {collect._prompt_tokens(ahead, longest) for longest in (1, 500, 1024)} == {1024}
+    lazily = dataclasses.replace(ahead, optim=dataclasses.replace(ahead.optim, compile_ahead=False))
+    found = [collect._prompt_tokens(lazily, longest) for longest in range(1, 1025)]
+    assert len(set(found)) == 11 and found == sorted(found)
+    assert all(longest <= tokens < 2 * longest for longest, tokens in enumerate(found, 1))
+    # Never more than what memory was planned for.
+    short = dataclasses.replace(lazily, data=dataclasses.replace(lazily.data, max_prompt_tokens=40))
+    assert collect._prompt_tokens(short, 33) == 40

@@ -6,14 +6,16 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 from echorl_jax import cli
 from echorl_jax.config import ConfigError
 from echorl_jax.config_file import load_config
 from echorl_jax.core import OBJECTIVES
 from echorl_jax.models import Decoder, DecoderConfig, init_params
-from echorl_jax.parallel import make_mesh
+from echorl_jax.parallel import AXES, make_mesh
 from echorl_jax.training.chips import GB, GPUS, TPUS, parse_topology
+from echorl_jax.training.communication import Exchange, exchanges
 from echorl_jax.training.optimizer import init_state, make_optimizer
 from echorl_jax.training.plan import Target, candidates, find_target, make_job, make_plan
 from echorl_jax.training.programs import Job, compile_programs, held_bytes
@@ -80,11 +82,44 @@ def test_the_update_is_counted_like_the_compiler() -> None:
     assert phases["decode"].bytes > turns * weights
 
 
+def test_communication_is_that_of_the_sharding_table() -> None:
+    """By hand, on 2 x 2 x 2 chips: half of an array is sent to gather it, all of it to add it."""
+    config = small_config(
+        data={"max_prompt_tokens": 4},
+        rollout={"prompts_per_step": 8, "group_size": 4, "max_new_tokens": 28},
+        optim={"micro_batch_tokens": 128},
+    )
+    mesh = AbstractMesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+    model = Decoder(ONE_LAYER, dtype="bfloat16", remat="layer")
+    job = Job(config, model, OBJECTIVES["dr_grpo"], mesh, slots=16)
+    assert job.micro_batch == (16, 32)  # 128 tokens on each of 4; so 2 for 32 rows
+    # Half of table, head, q, k and v, o, three of the MLP and biases in bfloat16; norms in float32.
+    matrices = 2 * 1000 * 256 + 2 * 256 * 8 * 32 + 2 * 256 * 2 * 32 + 3 * 256 * 512 + 12 * 32
+    weights = 2 * matrices // 2 + 3 * 256 * 4
+    token = 256 * 2
+    found = {(e.phase, e.axis): e.bytes for e in exchanges(job, Lengths(4, 28))}
+    assert found == {
+        ("weights", "fsdp"): weights / 2,
+        ("prefill", "tensor"): 2 * (8 * 4 / 4) * token,
+        ("decode", "tensor"): (32 * 28 / 16) * 2 * (16 / 4) * token,
+        ("accumulate", "fsdp"): 2 * 3 * weights / 2,
+        ("accumulate", "data"): 2 * weights / 2,
+        ("accumulate", "tensor"): 6 * (32 * 32 / 4) * token,
+    }
+    assert Exchange("decode", "tensor", 1.2e12).seconds(TPUS["v5p"]) == 2.0
+    one = dataclasses.replace(job, mesh=AbstractMesh((1, 1, 1), AXES))
+    assert exchanges(one, Lengths(4, 28)) == []
+    scored = dataclasses.replace(job, objective=OBJECTIVES["grpo"], slots=32)
+    more = {(e.phase, e.axis): e.bytes for e in exchanges(scored, Lengths(4, 28))}
+    assert more["score", "fsdp"] == 2 * weights / 2
+    assert more["score", "tensor"] == 2 * (32 * 32 / 4) * token
+
+
 def test_local_programs_compile_and_fit() -> None:
     config = small_config()
     target = Target(TPUS["v5p"], 1, jax.devices()[:1], None)
     job = make_job(config, target)
-    found = compile_programs(job, names=("prefill", "decode", "apply"), dynamic=True, say=quiet)
+    found = compile_programs(job, names=("prefill", "decode", "apply"), say=quiet)
     assert [m.program for m in found] == ["prefill", "decode", "apply"]
     weights = 4 * 855_552
     for memory in found:
@@ -154,6 +189,16 @@ def test_the_command_prints_one_object(capsys: pytest.CaptureFixture[str]) -> No
     sampled = 128 * 8 * 8192
     assert result["roofline"]["step_tokens_per_second"] == pytest.approx(
         sampled / result["roofline"]["step_seconds"], rel=0.01
+    )
+    sent = {(e["phase"], e["axis"]): e for e in result["roofline"]["communication_estimate"]}
+    assert set(sent) == {("weights", "fsdp"), ("accumulate", "fsdp")}
+    # 7.6B parameters in bfloat16, of which each of 8 sends 7/8.
+    assert sent["weights", "fsdp"]["bytes_per_chip"] == pytest.approx(15.23e9 * 7 / 8, rel=0.01)
+    assert sent["weights", "fsdp"]["seconds"] == pytest.approx(15.23 * 7 / 8 / 450, rel=0.01)
+    assert cli.run(["plan", f"--config={PAPER}", "--topology=h100:8"]) == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert (
+        "communication, estimated, seconds at 450 GB/s of links a chip: weights over fsdp" in said
     )
     assert cli.run(["plan", f"--config={PAPER}", "--topology=h100:1", "--estimate"]) == 1
     assert "does not fit" in capsys.readouterr().out.replace("\n", " ")

@@ -1,0 +1,176 @@
+"""What the TPU compiler makes of one turn of the decode loop, next to the formula of it.
+
+No TPU is needed: libtpu compiles for a described topology. One layer is compiled, with the loops
+over the blocks of both caches in it, and its text is read: which operations the compiler counts,
+whether cache blocks are read inside the products that use them, and the cycles that it estimates
+for each fusion. A whole turn is put together from that: layers and blocks times the larger of
+cycles and the bytes that have to come from memory (weights are fetched while others compute).
+
+    python benchmarks/decode_turn.py --model=Qwen/Qwen2.5-Math-1.5B --topology=v5e:2x2
+
+Prints one JSON object. It is the compiler's estimate, not a measurement.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+
+from echorl_jax.models import Decoder
+from echorl_jax.models.published import architecture
+from echorl_jax.rollout import turn_cost
+from echorl_jax.rollout.cache import empty_cache
+from echorl_jax.rollout.slots import Queue, first_slots
+from echorl_jax.rollout.step import forward
+from echorl_jax.training.plan import find_target
+
+# Positions in a block of the caches, as the sampler has them, and a vocabulary that costs nothing.
+BLOCK, VOCAB = 64, 1024
+
+
+def state(model: Decoder, *, prompts: int, group: int, block: int) -> Any:
+    """A queue and slots with one block of prompt and two of completion; a slot for each row."""
+    config, rows = model.config, prompts * group
+    shape = {
+        "layers": config.num_layers,
+        "kv_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "dtype": "bfloat16",
+        "block": block,
+    }
+    numbers = jnp.zeros(prompts, jnp.int32)
+    queue = Queue(
+        key=jax.random.key(0),
+        count=jnp.int32(rows),
+        number=jnp.arange(rows),
+        group=jnp.repeat(jnp.arange(prompts), group),
+        limit=jnp.full(rows, 2 * block),
+        cached=numbers,
+        last_token=numbers,
+        forced=jnp.zeros((rows, 0), jnp.int32),
+        forced_length=jnp.zeros(rows, jnp.int32),
+        store=empty_cache(**shape, rows=prompts, blocks=2),
+    )
+    ring = empty_cache(**shape, rows=rows, blocks=2)
+    return queue, first_slots(queue, slots=rows, memory=0, ring=ring)
+
+
+def compiled(args: argparse.Namespace, device: Any) -> Any:
+    """A turn of one layer, with a small vocabulary, for the device."""
+    config = architecture(args.model)
+    config = dataclasses.replace(
+        config, num_layers=1, windows=config.windows[:1], vocab_size=VOCAB, tied_embeddings=False
+    )
+    model = Decoder(config, dtype="bfloat16", param_dtype="bfloat16")
+    prompts = args.slots // args.group
+    make = functools.partial(state, model, prompts=prompts, group=args.group, block=BLOCK)
+    place = SingleDeviceSharding(device)
+    shapes = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        (model.param_shapes(), *jax.eval_shape(make)),
+    )
+    turn = jax.jit(lambda *given: forward(model, *given, platform="tpu"))
+    return turn.lower(*shapes).compile()
+
+
+def cycles(computation: str) -> int:
+    """The compiler's estimates of a computation's own instructions, added."""
+    return sum(int(number) for number in re.findall(r'"estimated_cycles":"(\d+)"', computation))
+
+
+def read_text(text: str, *, ring_rows: int, store_rows: int) -> dict[str, Any]:
+    """Cycles outside the loops, of a body of each loop, and whether slices are fused."""
+    parts = dict(
+        (match[1], part)
+        for part in re.split(r"\n(?=%|ENTRY )", text)
+        if (match := re.match(r"(?:ENTRY )?%([\w.-]+) \(", part))
+    )
+    entry = next(part for part in parts.values() if part.startswith("ENTRY"))
+    bodies = {name: parts[name] for name in re.findall(r" while\(.*body=%([\w.-]+)", text)}
+
+    def body_of(rows: int) -> str:
+        reads = re.compile(rf"bf16\[1,\d+,{rows},\d+,\d+,\d+\]")
+        return next(body for body in bodies.values() if reads.search(body))
+
+    loops = {"ring": body_of(ring_rows), "prompt": body_of(store_rows)}
+    slices = [
+        line
+        for body in loops.values()
+        for line in body.splitlines()
+        if re.search(r"= bf16\[\d+,\d+,\d+,\d+\]\S* (copy|fusion|dynamic-slice)\(", line)
+    ]
+    found: dict[str, Any] = {f"{name}_cycles": cycles(body) for name, body in loops.items()}
+    return found | {"layer_cycles": cycles(entry), "blocks_copied": len(slices)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="Qwen/Qwen2.5-Math-1.5B")
+    parser.add_argument("--topology", default="v5e:2x2", help="whose chip; one of them is used")
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--group", type=int, default=8, help="rows that share a prompt")
+    parser.add_argument("--prompt", type=int, default=256, help="tokens")
+    parser.add_argument("--written", type=int, default=2048, help="tokens of each completion")
+    parser.add_argument("--clock", type=float, default=1.5, help="GHz of the chip (v5e: 1.5)")
+    args = parser.parse_args()
+    target = find_target(args.topology)
+    assert target.devices is not None
+    program = compiled(args, target.devices[0])
+    parts = read_text(program.as_text(), ring_rows=args.slots, store_rows=args.slots // args.group)
+    model = Decoder(architecture(args.model), dtype="bfloat16", param_dtype="bfloat16")
+    config, chip = model.config, target.chip
+    cost = turn_cost(
+        model,
+        slots=args.slots,
+        prompt_tokens=args.prompt,
+        completion_tokens=args.written,
+        group_size=args.group,
+    )
+    limit = cost.seconds(
+        flops_per_second=chip.flops_per_second, bytes_per_second=chip.bytes_per_second
+    )
+    head = 2 * config.hidden_size * config.vocab_size
+    layer = (cost.weight_bytes - head) / config.num_layers
+
+    def seconds(count: float, amount: float) -> float:
+        return max(count / (args.clock * 1e9), amount / chip.bytes_per_second)
+
+    block = 2 * 2 * config.num_kv_heads * config.head_dim * BLOCK  # bytes for one row
+    turn = head / chip.bytes_per_second + config.num_layers * (
+        seconds(parts["layer_cycles"], layer)
+        + args.written / BLOCK * seconds(parts["ring_cycles"], args.slots * block)
+        + args.prompt / BLOCK * seconds(parts["prompt_cycles"], args.slots / args.group * block)
+    )
+    small = dataclasses.replace(config, num_layers=1, windows=config.windows[:1], vocab_size=VOCAB)
+    # The compiler counts the body of each loop once: one block of each cache.
+    once = turn_cost(
+        Decoder(small, dtype="bfloat16", param_dtype="bfloat16"),
+        slots=args.slots,
+        prompt_tokens=BLOCK,
+        completion_tokens=BLOCK,
+        group_size=args.group,
+    )
+    result = {
+        "chip": chip.name,
+        "model": args.model,
+        "slots": args.slots,
+        **parts,
+        "operations_of_one_layer": {
+            "compiler": program.cost_analysis()["flops"],
+            "formula": once.flops,
+        },
+        "turn_ms": {"compiler": 1e3 * turn, "formula": 1e3 * limit, "share": limit / turn},
+    }
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Updates of a run: which rows have a gradient, what they cost, and when not to trust them."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from echorl_jax.core import active_coef
+from echorl_jax.parallel import place_whole
+from echorl_jax.training.dumps import begin_dump, finish_dump, room_for_dump
+from echorl_jax.training.micro_batches import trainable_rows
+from echorl_jax.training.optimizer import TrainState
+from echorl_jax.training.run import Run
+from echorl_jax.training.step import UpdateStats, add_stats, require_healthy, score_batch
+from echorl_jax.types import PyTree, TrainBatch
+
+# Largest accepted gap between sampler and trainer log-probabilities, by the narrowest type in use,
+# computation's or cache's (nats).
+LOGPROB_GAP = {"float32": 1e-2, "bfloat16": 0.5}
+
+
+def improve(
+    run: Run, state: TrainState, batches: Sequence[TrainBatch], step: int
+) -> tuple[TrainState, UpdateStats, np.ndarray]:
+    """One update for each batch (NumPy), ``objective.epochs`` times over; donates ``state``.
+
+    Returns:
+      The new state, what was done (NumPy, added up over updates), and which rows had a
+      gradient, bool ``[N]`` over all batches.
+
+    Raises:
+      RunStopped: the run cannot be trusted any more.
+    """
+    config = run.session.config
+    window = {"start_step": config.echo.start_step, "end_step": config.echo.end_step}
+    coef = float(active_coef(step - 1, config.echo.coef, **window)) * config.echo.enabled
+    batches = [run.faults.spoil(batches[0], step), *batches[1:]]
+    ready = [_ready(run, state.params, batch, echo_active=coef != 0) for batch in batches]
+    done: list[UpdateStats] = []
+    for epoch in range(config.objective.epochs):
+        for number, (batch, rows) in enumerate(ready):
+            state, stats = _apply(run, state, batch, rows, coef, step=step, number=len(done))
+            done.append(stats)
+            first = epoch == 0 and number == 0
+            _require_healthy(run, state, done[-1], step, check_gap=first)
+    run.faults.reach("update", step)
+    done_steps = place_whole(np.int32(step), run.session.mesh)
+    state = dataclasses.replace(state, step=done_steps)
+    return state, add_stats(done), np.concatenate([rows for _, rows in ready])
+
+
+def _apply(
+    run: Run,
+    state: TrainState,
+    batch: TrainBatch,
+    rows: np.ndarray,
+    coef: float,
+    *,
+    step: int,
+    number: int,
+) -> tuple[TrainState, UpdateStats]:
+    """One update; dumped if asked for or not finite, when the parameters stay as they were."""
+    debug = run.session.config.debug
+
+    def pieces() -> Iterator[TrainBatch]:
+        return (micro for _, micro in run.session.micro_batches(batch, rows))
+
+    dump = None
+    if number == 0 and step == debug.dump_step:
+        dump = begin_dump(run.directory, step, number, state.params)
+    state, stats = run.update(state, pieces(), echo_coef=coef)
+    done: UpdateStats = jax.device_get(stats)
+    if dump is None and not done.finite and room_for_dump(run.directory, debug.max_dumps):
+        dump = begin_dump(run.directory, step, number, state.params)
+    if dump is not None:
+        path = finish_dump(dump, run.session, pieces(), done, echo_coef=coef)
+        run.log.say(f"step {step}: update written to {path} for `echorl replay`")
+    return state, done
+
+
+def _ready(
+    run: Run, params: PyTree, batch: TrainBatch, *, echo_active: bool
+) -> tuple[TrainBatch, np.ndarray]:
+    """Leaves out rows without a gradient and fills in what other forward passes compute."""
+    objective = run.objective
+    if not echo_active:
+        batch = dataclasses.replace(batch, echo_weights=np.zeros_like(batch.echo_weights))
+    every_row = (
+        objective.kl_coef != 0
+        or objective.entropy_coef != 0
+        or not objective.zero_without_advantage
+    )
+    batch, rows = trainable_rows(batch, every_row=every_row)
+
+    def score(weights: PyTree) -> np.ndarray:
+        return score_batch(
+            run.session.model,
+            weights,
+            run.session.micro_batches(batch, rows),
+            shape=batch.loss_mask.shape,
+            temperature=run.update.temperature,
+            mesh=run.session.mesh,
+        )
+
+    if run.session.config.objective.old_logprobs == "trainer" and not objective.supervised:
+        batch = dataclasses.replace(batch, old_logprobs=score(params))
+    if run.reference is not None:
+        batch = dataclasses.replace(batch, ref_logprobs=score(run.reference))
+    return batch, rows
+
+
+def _require_healthy(
+    run: Run, state: TrainState, done: UpdateStats, step: int, *, check_gap: bool
+) -> None:
+    config = run.session.config
+    every = config.rollout.check_every
+    check_gap &= bool(every) and (step - 1) % max(every, 1) == 0
+    check_gap &= not run.objective.supervised
+    exact = config.model.dtype == "float32" and config.rollout.kv_dtype in (None, "float32")
+    bound = config.rollout.max_logprob_gap or LOGPROB_GAP["float32" if exact else "bfloat16"]
+    require_healthy(
+        state,
+        done,
+        step=step,
+        max_gap=bound if check_gap else float("inf"),
+        max_bad_updates=config.optim.max_bad_updates,
+    )

@@ -1,0 +1,208 @@
+"""Opening a run: workdir, model, data and checkpoints, new or where it stopped."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from echorl_jax.config import Config
+from echorl_jax.core import Objective
+from echorl_jax.data import PromptStream, Rows, load_rows
+from echorl_jax.errors import RunStopped
+from echorl_jax.parallel import is_first, smallest
+from echorl_jax.rewards import GraderPool
+from echorl_jax.rollout.memory import device_bytes
+from echorl_jax.training.checkpoints import Checkpoints, Restored
+from echorl_jax.training.evaluator import Evaluator
+from echorl_jax.training.faults import Faults
+from echorl_jax.training.logs import RunLog
+from echorl_jax.training.metrics import CompileCounter
+from echorl_jax.training.optimizer import TrainState, init_state
+from echorl_jax.training.overview import overview, title
+from echorl_jax.training.preemption import stop_on_signal
+from echorl_jax.training.programs import Job, job_held
+from echorl_jax.training.run import Run
+from echorl_jax.training.session import Session, configured_objective, start_session
+from echorl_jax.training.slots import fitting_slots
+from echorl_jax.training.step import Update
+from echorl_jax.training.workdir import open_workdir, require_new, rewind
+
+
+@contextmanager
+def open_run(
+    config: Config,
+    workdir: str | Path,
+    *,
+    prompts_per_step: int,
+    devices: Sequence[Any] | None = None,
+) -> Iterator[tuple[Run, TrainState]]:
+    """Opens a workdir, builds what a run needs and restores the newest checkpoint, if there is one.
+
+    A new run is evaluated before its first step.
+
+    Raises:
+      UserError: config, data, model or workdir that cannot be used.
+      RunStopped: a file cannot be written, such as on a full disk.
+    """
+    faults = Faults.parse(config.debug.inject, Path(workdir))
+    if config.checkpoint.resume == "none":
+        require_new(workdir)
+    objective = configured_objective(config)
+    directory, steps_before = open_workdir(workdir, config)
+    compiles = CompileCounter()
+    session, params = start_session(config, devices=devices)
+    rows = load_rows(config.data.train, on_bad_row=config.data.on_bad_row)
+    stream = _stream(session, rows, prompts_per_step)
+    # A copy: the state's own buffers are given away at the first update.
+    reference = jax.jit(session.model.cast)(params) if objective.kl_coef else None
+    checkpoints = Checkpoints.open(directory, config, faults)
+    state = init_state(params, session.optimizer, session.mesh)
+    restored = checkpoints.restore(state, _warn)
+    if restored is not None:
+        state = restored.state
+        stream.set_state(restored.data_position)
+        _tell_of_other_steps(config, objective, steps_before)
+    first = int(state.step)
+    _rewind(directory, restored)
+    grader, log = _pool(config, faults), _log(directory, config, first)
+    job = _job(session, objective)
+    with _file_errors(directory, checkpoints), grader, log, stop_on_signal() as stop:
+        run = Run(
+            directory=directory,
+            session=session,
+            update=_update(session, objective),
+            stream=stream,
+            checkpoints=checkpoints,
+            grader=grader,
+            log=log,
+            evaluator=Evaluator.load(session, grader),
+            compiles=compiles,
+            stop=stop,
+            faults=faults,
+            reference=reference,
+            first_step=first,
+            slots=job.slots,
+        )
+        _present(run, job, state)
+        if rows.bad:
+            log.say(f"data.train: {len(rows.bad)} bad rows left out, the first: {rows.bad[0]}")
+        if restored is None and run.evaluator.due(0):
+            log.write({"step": 0, **run.evaluate(0, state.params)})
+        yield run, state
+
+
+def _tell_of_other_steps(config: Config, objective: Objective, before: int) -> None:
+    """Warns where a run that goes on to another step than planned changes course by that."""
+    courses = []
+    if config.optim.schedule != "constant":
+        courses.append(f"optim.schedule = {config.optim.schedule}")
+    if objective.hints and not config.objective.hint_steps:
+        courses.append("objective.hint_steps = 0")
+    if courses and before != config.steps:
+        _warn(
+            f"warning: config.steps = {config.steps}, not {before} as before: from here on "
+            f"{' and '.join(courses)} follows the new length"
+        )
+
+
+def _stream(session: Session, rows: Rows, prompts_per_step: int) -> PromptStream:
+    data = session.config.data
+    return PromptStream(
+        rows,
+        session.tokenizer,
+        prompts_per_step=prompts_per_step,
+        max_prompt_tokens=data.max_prompt_tokens,
+        template=data.template,
+        seed=session.config.seed,
+    )
+
+
+def _update(session: Session, objective: Objective) -> Update:
+    return Update(
+        session.model,
+        objective,
+        session.optimizer,
+        session.schedule,
+        session.mesh,
+        session.config.rollout.temperature,
+    )
+
+
+def _pool(config: Config, faults: Faults) -> GraderPool:
+    return GraderPool(
+        config.data.grader,
+        workers=config.data.grader_workers,
+        timeout_s=config.data.grader_timeout_s,
+        faults=faults.rewards,
+    )
+
+
+def _log(directory: Path, config: Config, first_step: int) -> RunLog:
+    return RunLog(
+        directory,
+        first_step=first_step,
+        total_steps=config.steps,
+        tensorboard=config.log.tensorboard,
+        wandb_project=config.log.wandb_project,
+    )
+
+
+def _present(run: Run, job: Job, state: TrainState) -> None:
+    rows = rows_per_step(run.session.config, run.objective)
+    lines = overview(
+        job, rows_per_step=rows, first_step=run.first_step, device_bytes=device_bytes()
+    )
+    run.log.present(title(job, state.params), lines)
+
+
+def _job(session: Session, objective: Objective) -> Job:
+    """The run as a plan sees it, with slots that fit on every process's devices."""
+    config, mesh = session.config, session.mesh
+    job = Job(config, session.model, objective, mesh, slots=session.data_devices)
+    if objective.supervised:
+        return job
+    slots = fitting_slots(
+        config, session.model, objective, mesh, job_held(job), device_bytes=device_bytes()
+    )
+    return dataclasses.replace(job, slots=smallest(slots))
+
+
+def rows_per_step(config: Config, objective: Objective) -> int:
+    """Rows that a step learns from, at most."""
+    if objective.supervised:
+        return config.optim.sft_rows_per_step
+    rounds = config.objective.max_rounds if objective.dynamic_sampling else 1
+    return config.rollout.prompts_per_step * config.rollout.group_size * rounds
+
+
+@contextmanager
+def _file_errors(directory: Path, checkpoints: Checkpoints) -> Iterator[None]:
+    """Turns a file that cannot be written into one line; a checkpoint on its way is finished."""
+    try:
+        yield
+    except (RunStopped, OSError) as error:
+        with suppress(RunStopped):  # the first error is the one to tell
+            checkpoints.close()
+        if isinstance(error, RunStopped):
+            raise
+        raise RunStopped(
+            f"{error.filename or directory}: {error.strerror or error}; the last checkpoint stays"
+        ) from error
+
+
+def _rewind(directory: Path, restored: Restored | None) -> None:
+    """Forgets what came after the checkpoint; tells if what came before is not all there."""
+    lines = rewind(directory, -1 if restored is None else int(restored.state.step))
+    if restored is not None and is_first() and lines < restored.metrics_lines:
+        _warn(
+            f"warning: {directory / 'metrics.jsonl'} has {lines} of the {restored.metrics_lines} "
+            "lines that were there at the checkpoint"
+        )
+
+
+def _warn(line: str) -> None:
+    print(f"echorl: {line}", file=sys.stderr)

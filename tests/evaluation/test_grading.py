@@ -1,0 +1,123 @@
+"""Grading while rows are still being written: what comes out is what grading afterwards gives."""
+
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from echorl_jax.data import encode_prompt, load_rows, load_tokenizer
+from echorl_jax.data.tokens import BUILTIN
+from echorl_jax.evaluation.evaluate import end_tokens
+from echorl_jax.evaluation.grading import Grading, grade_rollouts
+from echorl_jax.models import init_params, load_decoder
+from echorl_jax.rewards import GraderPool, PoolError
+from echorl_jax.rollout import generate
+
+GROUP = 3
+
+
+@pytest.fixture(scope="module")
+def sampler() -> dict[str, Any]:
+    """A random model, few slots and many looks, so that rows end at very different times."""
+    tokenizer = load_tokenizer("builtin:countdown")
+    model = load_decoder(str(BUILTIN["builtin:countdown"]), dtype="float32")
+    rows = list(load_rows("countdown:count=8"))
+    prompts = [encode_prompt(tokenizer, row, "chat") for row in rows]
+
+    def sample(**settings: Any):
+        return jax.device_get(
+            generate(
+                model,
+                init_params(model, jax.random.key(0)),
+                prompts,
+                jax.random.key(1),
+                group_size=GROUP,
+                max_new_tokens=40,
+                temperature=0.7,
+                eos_ids=end_tokens(tokenizer, model),
+                row_limits=[1 + 5 * row % 37 for row in range(len(rows) * GROUP)],
+                slots=8,
+                turns_per_visit=4,
+                **settings,
+            )
+        )
+
+    return {"sample": sample, "tokenizer": tokenizer, "rollouts": sample()}
+
+
+def judged_rows(hang_on: str | None = None) -> list[dict[str, Any]]:
+    return [{"number": number, "hang_on": hang_on if number == 2 else None} for number in range(8)]
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_verdicts_are_those_of_grading_afterwards(sampler: dict[str, Any], hangs: bool) -> None:
+    tokenizer, rollouts = sampler["tokenizer"], sampler["rollouts"]
+    length = rollouts.completion_length[7]
+    text = tokenizer.decode(rollouts.completion_ids[7, :length], skip_special_tokens=True)
+    rows = judged_rows(hang_on=text if hangs else None)
+    with GraderPool("slow_graders:slow", workers=2, timeout_s=1.0) as grader:
+        after = grade_rollouts(rollouts, rows, tokenizer=tokenizer, grader=grader)
+        grading = Grading(
+            [row for row in rows for _ in range(GROUP)], tokenizer=tokenizer, grader=grader
+        )
+        takes: list[list[int]] = []
+
+        def finished(places, completions) -> None:
+            takes.append(list(places))
+            grading.take(places, completions)
+
+        again = sampler["sample"](finished=finished)
+        overlapped = grading.result()
+    assert overlapped == after
+    assert [v.reason.startswith("no verdict within 1 s") for v in after.verdicts] == [
+        hangs and row == 7 for row in range(24)
+    ]
+    # Each row once, not in their order, and most before the end.
+    assert sorted(sum(takes, [])) == list(range(24)) != sum(takes, [])
+    assert len(takes) > 5
+    for ours, others in zip(jax.tree.leaves(again), jax.tree.leaves(rollouts), strict=True):
+        np.testing.assert_array_equal(ours, others)
+
+
+def test_grading_goes_on_while_rows_are_written(sampler: dict[str, Any]) -> None:
+    """All but the last rows' verdicts are there when the last rows are."""
+    rows = [{"number": 0} for _ in range(24)]
+    with GraderPool("slow_graders:slow", workers=2) as grader:
+        grader.grade(["ready"], rows[:1])
+        grading = Grading(rows, tokenizer=sampler["tokenizer"], grader=grader)
+
+        def finished(places, completions) -> None:
+            grading.take(places, completions)
+            time.sleep(0.1)  # a device that needs this long for the next tokens
+
+        sampler["sample"](finished=finished)
+        begin = time.perf_counter()
+        grading.result()
+        waited = time.perf_counter() - begin
+    # One after the other they take 2 s and more.
+    assert waited < 0.5
+
+
+def test_fillers_are_nobodys_and_a_missing_row_is_not_made_up(sampler: dict[str, Any]) -> None:
+    tokenizer = sampler["tokenizer"]
+    tokens = np.array(tokenizer.encode("1+2=3", add_special_tokens=False), np.int32)
+    with GraderPool("slow_graders:slow", workers=0) as grader:
+        grading = Grading([{"number": 1}, {"number": 2}], tokenizer=tokenizer, grader=grader)
+        grading.take([3, 1, 2], [tokens] * 3)
+        with pytest.raises(KeyError):
+            grading.result()
+        grading.take([0], [tokens])
+        assert grading.result().responses == ("1+2=3", "1+2=3")
+
+
+def test_what_fails_while_rows_are_written_is_raised_with_the_verdicts(
+    sampler: dict[str, Any],
+) -> None:
+    grader = GraderPool("slow_graders:slow", workers=1)
+    grading = Grading([{"number": 1}] * 24, tokenizer=sampler["tokenizer"], grader=grader)
+    grader.close()
+    sampler["sample"](finished=grading.take)
+    with pytest.raises(PoolError, match="closed"):
+        grading.result()

@@ -1,0 +1,52 @@
+"""Opening a run again: what may have changed, and what is said about it."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from echorl_jax.config import Config
+from echorl_jax.parallel import place_whole
+from echorl_jax.training.opening import open_run
+from tests.integration.conftest import small_config
+
+
+@pytest.mark.parametrize(
+    "sections,told",
+    [
+        ({"optim": {"schedule": "cosine"}}, "optim.schedule = cosine"),
+        ({"objective": {"name": "uft"}}, "objective.hint_steps = 0"),
+        ({"objective": {"name": "uft", "hint_steps": 5}}, None),
+        ({"optim": {"schedule": "constant", "warmup_steps": 2}}, None),
+    ],
+)
+def test_other_steps_are_told_where_they_change_the_course(
+    sections: dict[str, Any], told: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(steps=4, **sections)
+    again = dataclasses.replace(config, steps=8)
+    opened(config, tmp_path)
+    opened(config, tmp_path)
+    assert "warning" not in capsys.readouterr().err
+    opened(again, tmp_path)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    if told is None:
+        assert not warnings
+    else:
+        (warning,) = warnings
+        assert warning.startswith("echorl: warning: config.steps = 8, not 4 as before")
+        assert told in warning
+    opened(again, tmp_path)
+    assert "warning" not in capsys.readouterr().err
+
+
+def opened(config: Config, workdir: Path) -> None:
+    """Opens a run and ends one step in which nothing is learnt."""
+    with open_run(config, workdir, prompts_per_step=4, devices=jax.devices()[:1]) as (run, state):
+        step = run.first_step + 1
+        state = dataclasses.replace(state, step=place_whole(np.int32(step), run.session.mesh))
+        run.end_step(step, state, {})
+        run.finish(state)
