@@ -26,12 +26,13 @@ from echorl_jax.models import Decoder
 from echorl_jax.models.published import architecture
 from echorl_jax.rollout import turn_cost
 from echorl_jax.rollout.cache import empty_cache
+from echorl_jax.rollout.generate import BLOCK as BLOCKS
 from echorl_jax.rollout.slots import Queue, first_slots
 from echorl_jax.rollout.step import forward
 from echorl_jax.training.plan import find_target
 
-# Positions in a block of the caches, as the sampler has them, and a vocabulary that costs nothing.
-BLOCK, VOCAB = 64, 1024
+# A vocabulary that costs nothing, and positions in a block of the caches, as the sampler has them.
+VOCAB, BLOCK = 1024, BLOCKS["tpu"]
 
 
 def state(model: Decoder, *, prompts: int, group: int, block: int) -> Any:
