@@ -1,6 +1,7 @@
 """Eight virtual CPU devices and JAX's strictest settings, chosen before anything imports JAX."""
 
 import gc
+import importlib.metadata
 import importlib.util
 import os
 import subprocess
@@ -31,6 +32,23 @@ def torch_python() -> str:
         install = [sys.executable, "-m", "pip", "install", "--quiet", "torch==2.13.0"]
         subprocess.run(install, check=True)
     return sys.executable
+
+
+@pytest.fixture(scope="session")
+def libtpu(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with the libtpu that this JAX asks for, apart from this environment.
+
+    Installed, it would make every JAX process look for a TPU. ``ECHORL_LIBTPU`` names a ready one.
+    """
+    given = os.environ.get("ECHORL_LIBTPU")
+    if given:
+        return given
+    wanted = next(r for r in importlib.metadata.requires("jax") or [] if r.startswith("libtpu"))
+    target = str(tmp_path_factory.mktemp("libtpu"))
+    requirement = wanted.split(";")[0].strip()
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target]
+    subprocess.run([*pip, requirement], check=True)
+    return target
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -111,14 +111,12 @@ def as_blocks(new: Cache, *, axis: int, block: int) -> Cache:
     return Cache(jnp.swapaxes(blocks.k, -1, -2), blocks.v, blocks.k_scale, blocks.v_scale)
 
 
-def read_block(
-    cache: Cache, layer: Array, index: Array, *, first: Array | int = 0, rows: int | None = None
-) -> Cache:
-    """Block ``index`` of ``layer``, without the two leading axes: all rows, or some of them."""
+def read_block(cache: Cache, layer: Array, index: Array) -> Cache:
+    """Block ``index`` of ``layer``, without the two leading axes."""
 
     def read(x: Array) -> Array:
-        at = (layer, index, first) + (0,) * (x.ndim - 3)
-        return lax.dynamic_slice(x, at, (1, 1, rows or x.shape[2], *x.shape[3:]))[0, 0]
+        at = (layer, index) + (0,) * (x.ndim - 2)
+        return lax.dynamic_slice(x, at, (1, 1, *x.shape[2:]))[0, 0]
 
     return jax.tree.map(read, cache)
 

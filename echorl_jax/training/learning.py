@@ -15,8 +15,8 @@ from echorl_jax.training.run import Run
 from echorl_jax.training.step import UpdateStats, add_stats, require_healthy, score_batch
 from echorl_jax.types import PyTree, TrainBatch
 
-# Largest accepted gap between sampler and trainer log-probabilities (nats), by the narrowest type in
-# use, computation's or cache's. Measured largest gaps: docs/performance.md.
+# Largest accepted gap between sampler and trainer log-probabilities (nats), by the narrowest type
+# in use, computation's or cache's. Measured largest gaps: docs/performance.md.
 LOGPROB_GAP = {"float32": 1e-2, "bfloat16": 0.5, "int8": 2.0}
 
 

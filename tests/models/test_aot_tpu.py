@@ -1,6 +1,5 @@
 """The training step's model, compiled for TPU by libtpu on this machine: it fits, with splash."""
 
-import importlib.metadata
 import json
 import os
 import subprocess
@@ -11,23 +10,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
-
-
-@pytest.fixture(scope="session")
-def libtpu(tmp_path_factory) -> str:
-    """A directory with the libtpu that this JAX asks for, apart from this environment.
-
-    Installed, it would make every JAX process look for a TPU. ``ECHORL_LIBTPU`` names a ready one.
-    """
-    given = os.environ.get("ECHORL_LIBTPU")
-    if given:
-        return given
-    wanted = next(r for r in importlib.metadata.requires("jax") or [] if r.startswith("libtpu"))
-    target = str(tmp_path_factory.mktemp("libtpu"))
-    requirement = wanted.split(";")[0].strip()
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target]
-    subprocess.run([*pip, requirement], check=True)
-    return target
 
 
 @pytest.mark.slow

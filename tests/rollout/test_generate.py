@@ -22,7 +22,6 @@ from echorl_jax.models import init_params
 from echorl_jax.rollout import generate, generate_with_progress, score_rollouts
 
 engine = sys.modules["echorl_jax.rollout.generate"]
-step = sys.modules["echorl_jax.rollout.step"]
 SETTINGS = {"group_size": 3, "max_new_tokens": 20, "eos_ids": EOS}
 KEY = jax.random.key(1)
 
@@ -235,14 +234,13 @@ def test_slots_stay_busy_with_long_tailed_lengths(model, params):
 
 @pytest.mark.parametrize("slots", [5, 8])
 def test_what_each_platform_runs_gives_the_same(model, params, monkeypatch, slots):
-    """A CPU's slots attend in pieces; a GPU chooses the number of blocks once a turn."""
+    """A GPU chooses the number of blocks once a turn."""
     settings = {"group_size": 2, "max_new_tokens": 40, "eos_ids": EOS, "slots": slots}
     monkeypatch.setattr(engine, "BLOCK", dict.fromkeys(("cpu", "gpu", "tpu"), 16))
-    monkeypatch.setattr(step, "PIECE_BYTES", 1)
-    pieces = generate(model, params, PROMPTS, KEY, **settings)
+    counted = generate(model, params, PROMPTS, KEY, **settings)
     for platform in ("gpu", "tpu"):
         monkeypatch.setattr(jax, "default_backend", lambda name=platform: name)
-        check_equal(generate(model, params, PROMPTS, KEY, **settings), pieces)
+        check_equal(generate(model, params, PROMPTS, KEY, **settings), counted)
 
 
 def test_a_second_call_of_the_same_shapes_compiles_nothing(model, params, base, caplog):

@@ -1,6 +1,5 @@
 """`echorl plan` as a user runs it for TPUs that are not here: the compiler's own figures."""
 
-import importlib.util
 import json
 import os
 import subprocess
@@ -36,12 +35,9 @@ CHIPS, CHIP_BYTES = 4, 16 * GB  # v5e:2x2
 
 
 @pytest.fixture(scope="module")
-def search_path() -> str:
+def search_path(libtpu: str) -> str:
     """Where a command finds this package and libtpu."""
-    given = os.environ.get("ECHORL_LIBTPU")
-    if given is None and importlib.util.find_spec("libtpu") is None:
-        pytest.skip("no libtpu: install it, or name a directory that holds it in ECHORL_LIBTPU")
-    return os.pathsep.join(filter(None, [str(ROOT), given]))
+    return os.pathsep.join([str(ROOT), libtpu])
 
 
 @pytest.fixture(scope="module")
