@@ -26,13 +26,13 @@ from echorl_jax.models import Decoder
 from echorl_jax.models.published import architecture
 from echorl_jax.rollout import turn_cost
 from echorl_jax.rollout.cache import empty_cache
-from echorl_jax.rollout.generate import BLOCK as BLOCKS
+from echorl_jax.rollout.generate import BLOCK
 from echorl_jax.rollout.slots import Queue, first_slots
 from echorl_jax.rollout.step import forward
 from echorl_jax.training.plan import find_target
 
-# A vocabulary that costs nothing, and positions in a block of the caches, as the sampler has them.
-VOCAB, BLOCK = 1024, BLOCKS["tpu"]
+# A vocabulary that costs nothing.
+VOCAB = 1024
 
 
 def state(model: Decoder, *, prompts: int, group: int, block: int) -> Any:
@@ -70,7 +70,7 @@ def compiled(args: argparse.Namespace, device: Any) -> Any:
     )
     model = Decoder(config, dtype="bfloat16", param_dtype="bfloat16")
     prompts = args.slots // args.group
-    make = functools.partial(state, model, prompts=prompts, group=args.group, block=BLOCK)
+    make = functools.partial(state, model, prompts=prompts, group=args.group, block=args.block)
     place = SingleDeviceSharding(device)
     shapes = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--group", type=int, default=8, help="rows that share a prompt")
     parser.add_argument("--prompt", type=int, default=256, help="tokens")
     parser.add_argument("--written", type=int, default=2048, help="tokens of each completion")
+    parser.add_argument("--block", type=int, default=BLOCK["tpu"], help="positions in a block")
     parser.add_argument("--clock", type=float, default=1.5, help="GHz of the chip (v5e: 1.5)")
     args = parser.parse_args()
     target = find_target(args.topology)
@@ -144,19 +145,20 @@ def main() -> None:
     def seconds(count: float, amount: float) -> float:
         return max(count / (args.clock * 1e9), amount / chip.bytes_per_second)
 
-    block = 2 * 2 * config.num_kv_heads * config.head_dim * BLOCK  # bytes for one row
+    row = 2 * 2 * config.num_kv_heads * config.head_dim * args.block  # bytes of a block for one row
+    prompt_bytes = args.slots / args.group * row
     turn = head / chip.bytes_per_second + config.num_layers * (
         seconds(parts["layer_cycles"], layer)
-        + args.written / BLOCK * seconds(parts["ring_cycles"], args.slots * block)
-        + args.prompt / BLOCK * seconds(parts["prompt_cycles"], args.slots / args.group * block)
+        + args.written / args.block * seconds(parts["ring_cycles"], args.slots * row)
+        + args.prompt / args.block * seconds(parts["prompt_cycles"], prompt_bytes)
     )
     small = dataclasses.replace(config, num_layers=1, windows=config.windows[:1], vocab_size=VOCAB)
     # The compiler counts the body of each loop once: one block of each cache.
     once = turn_cost(
         Decoder(small, dtype="bfloat16", param_dtype="bfloat16"),
         slots=args.slots,
-        prompt_tokens=BLOCK,
-        completion_tokens=BLOCK,
+        prompt_tokens=args.block,
+        completion_tokens=args.block,
         group_size=args.group,
     )
     result = {
