@@ -14,8 +14,9 @@ import numpy as np
 
 from echorl_jax.types import HostArray, TrainBatch
 
-# Rows of a micro-batch, for each data-parallel device, that are worth a program of their own.
-SMALLEST_ROWS = 32
+# A micro-batch of fewer rows than these, for each data-parallel device, is padded to them: a rest is
+# worth one program of half the rows of a full micro-batch, but no more.
+SMALLEST_ROWS = (4, 32)
 
 
 def length_buckets(longest: int) -> tuple[int, ...]:
@@ -137,18 +138,22 @@ def _cut(
 def _row_count(rows: int, multiple: int, *, most: int) -> int:
     """``multiple`` times a power of two, without much padding: a rest comes in a smaller one.
 
-    Below 32 rows, padding costs less than another compiled program.
-
     >>> [_row_count(rows, 1, most=256) for rows in (1, 60, 85, 185, 250)]
     [32, 64, 64, 128, 256]
+    >>> [_row_count(rows, 1, most=17) for rows in (1, 8, 9, 14, 20)]
+    [8, 8, 8, 16, 16]
     >>> _row_count(1, 1, most=5)
     4
     """
-    count = multiple
-    while 2 * count <= most and (count < rows or count < SMALLEST_ROWS * multiple):
+    full = multiple
+    while 2 * full <= most:
+        full *= 2
+    least, enough = (multiple * rows for rows in SMALLEST_ROWS)
+    smallest = min(full, max(least, min(full // 2, enough)))
+    count = smallest
+    while count < min(rows, full):
         count *= 2
-    small = count <= SMALLEST_ROWS * multiple
-    return count if small or count - rows <= count // 8 else count // 2
+    return count if count == smallest or count - rows <= count // 8 else count // 2
 
 
 def _used_tokens(weights: HostArray) -> np.ndarray:
