@@ -357,10 +357,12 @@ def _run(
                     occupancy=tokens / computed,
                 )
             )
+        if status.next_row < rows:
+            continue
         if not status.active:
             watch.tell()
             return output
-        if status.next_row >= rows and status.needed <= shrink_at:
+        if status.needed <= shrink_at:
             program = dataclasses.replace(program, refill=False)
             # One level at a time, so that the moves are as few programs as the levels.
             while level + 1 < len(sizes) and sizes[level + 1] >= status.needed:

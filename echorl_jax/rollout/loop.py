@@ -110,10 +110,13 @@ def decode(
         slots, _, turns, _ = carry
         size = needed(slots.row < queue.rows, shards=program.shards)
         wanted = (slots.next_row < queue.count) | (size > shrink_at)
-        return (turns < program.turns) & (size > 0) & wanted
+        return (turns < program.turns) & wanted
 
     def body(carry: tuple[Slots, _Turn, Array, Array]) -> tuple[Slots, _Turn, Array, Array]:
         slots, log, turns, tokens = carry
+        if program.refill:
+            # Before the prompts are read: what is read first and changed later is copied whole.
+            slots = refill(queue, slots)
         busy = (slots.row < queue.rows).sum(dtype=jnp.int32)
         slots, entry = _turn(model, params, queue, slots, program)
         log = jax.tree.map(
@@ -138,7 +141,7 @@ def decode(
 def _turn(
     model: Decoder, params: PyTree, queue: Queue, slots: Slots, program: Program
 ) -> tuple[Slots, _Turn]:
-    """One token for every slot, and new rows for the slots whose rows are over."""
+    """One token for every slot; those whose rows are over become idle."""
     logits, new = forward(model, params, queue, slots, platform=program.platform)
     number = queue.number[jnp.minimum(slots.row, queue.rows - 1)]
     uniforms = token_uniforms(queue.key, number, slots.position)
@@ -148,8 +151,9 @@ def _turn(
     row, position = slots.row, slots.position
     slots = dataclasses.replace(slots, ring=ring)
     slots, over, stopped = append(queue, slots, drawn.token, program.sampling)
-    slots = (refill if program.refill else retire)(queue, slots, over)
-    return slots, _Turn(drawn.token, drawn.logprob, drawn.entropy, row, position, stopped)
+    return retire(queue, slots, over), _Turn(
+        drawn.token, drawn.logprob, drawn.entropy, row, position, stopped
+    )
 
 
 def _empty_log(turns: int, slots: int, idle: int) -> _Turn:

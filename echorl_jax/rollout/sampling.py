@@ -4,6 +4,9 @@ Drawing by the largest of V Gumbel variates would need V random numbers a token.
 number is looked up in the cumulative distribution, in two levels: which block of the vocabulary,
 then which token of the block. Only block sums and one block are scanned, and with the vocabulary
 split over devices only block sums and one block travel.
+
+The vocabulary comes first inside, the rows last: on CPU the product with the output matrix, which
+lies by tokens where embeddings are tied, is faster into that order.
 """
 
 import math
@@ -64,18 +67,18 @@ def sample(
       sampling: the settings.
       forced: i32 ``[M]``, a token to take whatever was drawn; -1 leaves the draw.
     """
-    z = logits.astype(jnp.float32)
+    z = logits.astype(jnp.float32).T
     if sampling.scale != 1:
         z = z / sampling.scale
-    z = z - z.max(-1, keepdims=True)
-    rows, vocab = z.shape
+    z = z - z.max(0, keepdims=True)
+    vocab, rows = z.shape
     blocks, width = vocabulary_blocks(vocab, shards=_vocabulary_shards())
-    z = jnp.pad(z, ((0, 0), (0, blocks * width - vocab)), constant_values=_NEVER)
-    z = constrain(z.reshape(rows, blocks, width), "batch", "vocab", None)
+    z = jnp.pad(z, ((0, blocks * width - vocab), (0, 0)), constant_values=_NEVER)
+    z = constrain(z.reshape(blocks, width, rows), "vocab", None, "batch")
     weight = jnp.exp(z)
-    block_sums = weight.sum(-1)
-    total = block_sums.sum(-1)
-    entropy = jnp.log(total) - (weight * z).sum((-2, -1)) / total
+    block_sums = weight.sum(1)
+    total = block_sums.sum(0)
+    entropy = jnp.log(total) - (weight * z).sum((0, 1)) / total
     if sampling.greedy:
         token = _greedy(z, sampling.banned_ids)
     else:
@@ -83,7 +86,7 @@ def sample(
         token = _draw(weight, block_sums, uniforms)
     if forced is not None:
         token = jnp.where(forced >= 0, forced, token)
-    chosen = jnp.take_along_axis(z.reshape(rows, -1), token[:, None], axis=1)[:, 0]
+    chosen = jnp.take_along_axis(z.reshape(-1, rows), token[None], axis=0)[0]
     return Sampled(token=token, logprob=chosen - jnp.log(total), entropy=jnp.maximum(entropy, 0.0))
 
 
@@ -119,35 +122,35 @@ def _vocabulary_shards() -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get("tensor", 1)
 
 
-def _banned(shape: tuple[int, ...], banned_ids: tuple[int, ...]) -> np.ndarray:
-    mask = np.zeros(math.prod(shape), bool)
+def _banned(blocks: int, width: int, banned_ids: tuple[int, ...]) -> np.ndarray:
+    mask = np.zeros(blocks * width, bool)
     mask[list(banned_ids)] = True
-    return mask.reshape((1, *shape))
+    return mask.reshape(blocks, width, 1)
 
 
 def _greedy(z: Array, banned_ids: tuple[int, ...]) -> Array:
     if banned_ids:
-        z = jnp.where(_banned(z.shape[1:], banned_ids), _NEVER, z)
-    return jnp.argmax(z.reshape(z.shape[0], -1), axis=-1).astype(jnp.int32)
+        z = jnp.where(_banned(*z.shape[:2], banned_ids), _NEVER, z)
+    return jnp.argmax(z.reshape(-1, z.shape[2]), axis=0).astype(jnp.int32)
 
 
 def _truncate(
     z: Array, weight: Array, block_sums: Array, sampling: Sampling
 ) -> tuple[Array, Array]:
-    """Weights ``[M, blocks, width]``, 0 where a token may not be drawn, and their block sums."""
+    """Weights ``[blocks, width, M]``, 0 where a token may not be drawn, and their block sums."""
     if sampling.banned_ids:
         # The maximum again, of what is allowed: nearly all the mass may lie on banned tokens.
-        z = jnp.where(_banned(z.shape[1:], sampling.banned_ids), _NEVER, z)
-        weight = jnp.exp(z - z.max((-2, -1), keepdims=True))
+        z = jnp.where(_banned(*z.shape[:2], sampling.banned_ids), _NEVER, z)
+        weight = jnp.exp(z - z.max((0, 1), keepdims=True))
     if sampling.top_k:
-        weight = _keep_likeliest(weight, lambda kept: (kept > 0).sum((-2, -1)) >= sampling.top_k)
+        weight = _keep_likeliest(weight, lambda kept: (kept > 0).sum((0, 1)) >= sampling.top_k)
     if sampling.top_p < 1:
-        wanted = sampling.top_p * weight.sum((-2, -1))
-        weight = _keep_likeliest(weight, lambda kept: kept.sum((-2, -1)) >= wanted)
+        wanted = sampling.top_p * weight.sum((0, 1))
+        weight = _keep_likeliest(weight, lambda kept: kept.sum((0, 1)) >= wanted)
     if sampling.min_p:
         weight = jnp.where(weight >= sampling.min_p, weight, 0.0)  # the likeliest weighs 1
     changed = sampling.banned_ids or sampling.top_k or sampling.top_p < 1 or sampling.min_p
-    return weight, weight.sum(-1) if changed else block_sums
+    return weight, weight.sum(1) if changed else block_sums
 
 
 def _keep_likeliest(weight: Array, enough: Callable[[Array], Array]) -> Array:
@@ -159,7 +162,7 @@ def _keep_likeliest(weight: Array, enough: Callable[[Array], Array]) -> Array:
     bits = lax.bitcast_convert_type(weight, jnp.int32)
 
     def kept(threshold: Array) -> Array:
-        return jnp.where(bits >= threshold[:, None, None], weight, 0.0)
+        return jnp.where(bits >= threshold[None, None], weight, 0.0)
 
     def halve(_: int, bounds: tuple[Array, Array]) -> tuple[Array, Array]:
         low, high = bounds
@@ -168,17 +171,17 @@ def _keep_likeliest(weight: Array, enough: Callable[[Array], Array]) -> Array:
         return jnp.where(good, middle, low), jnp.where(good, high, middle - 1)
 
     largest = int(np.float32(1.0).view(np.int32))  # the likeliest token's weight
-    rows = weight.shape[:1]
+    rows = weight.shape[2]
     bounds = jnp.zeros(rows, jnp.int32), jnp.full(rows, largest, jnp.int32)
     low, _ = lax.fori_loop(0, largest.bit_length() + 1, halve, bounds)
     return kept(low)
 
 
 def _draw(weight: Array, block_sums: Array, uniforms: Array) -> Array:
-    block = _search(constrain(block_sums, "batch", None), uniforms[:, 0])
-    inside = jnp.take_along_axis(weight, block[:, None, None], axis=1)[:, 0]
-    token = _search(constrain(inside, "batch", None), uniforms[:, 1])
-    return (block * weight.shape[2] + token).astype(jnp.int32)
+    block = _search(constrain(block_sums.T, "batch", None), uniforms[:, 0])
+    inside = jnp.take_along_axis(weight, block[None, None, :], axis=0)[0]
+    token = _search(constrain(inside.T, "batch", None), uniforms[:, 1])
+    return (block * weight.shape[1] + token).astype(jnp.int32)
 
 
 def _search(weight: Array, uniform: Array) -> Array:

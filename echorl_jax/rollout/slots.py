@@ -140,11 +140,11 @@ def retire(queue: Queue, slots: Slots, over: Array) -> Slots:
     return _whole(idle)
 
 
-def refill(queue: Queue, slots: Slots, over: Array) -> Slots:
-    """Gives the next rows of the queue to the slots whose rows are over, in order of slots."""
-    slots = retire(queue, slots, over)
-    candidate = slots.next_row + jnp.cumsum(over) - 1
-    takes = over & (candidate < queue.count)
+def refill(queue: Queue, slots: Slots) -> Slots:
+    """Gives the next rows of the queue to idle slots, in order of slots."""
+    idle = slots.row >= queue.rows
+    candidate = slots.next_row + jnp.cumsum(idle) - 1
+    takes = idle & (candidate < queue.count)
     group = queue.group[jnp.where(takes, candidate, 0)]
     takers = jnp.nonzero(takes, size=takes.shape[0], fill_value=0)[0]
     taken = takes.sum(dtype=jnp.int32)
