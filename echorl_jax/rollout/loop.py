@@ -115,7 +115,8 @@ def decode(
     def body(carry: tuple[Slots, _Turn, Array, Array]) -> tuple[Slots, _Turn, Array, Array]:
         slots, log, turns, tokens = carry
         if program.refill:
-            # Before the prompts are read: what is read first and changed later is copied whole.
+            # Before the prompts are read, or a call without EOS copies all of them at every turn:
+            # nothing there tells the compiler that reading comes first.
             slots = refill(queue, slots)
         busy = (slots.row < queue.rows).sum(dtype=jnp.int32)
         slots, entry = _turn(model, params, queue, slots, program)

@@ -72,6 +72,7 @@ def _forward(
     prompt, filled = slots.prompt, slots.cached
     if prompt is None:
         prompt, filled = queue.store, queue.cached
+    counted &= prompt.blocks > 1
     prompt_blocks = -(-filled.max() // prompt.block) if counted else prompt.blocks
     positions = (slots.cached + slots.position)[:, None]
     tables = model.rotary(positions)

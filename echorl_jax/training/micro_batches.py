@@ -14,8 +14,8 @@ import numpy as np
 
 from echorl_jax.types import HostArray, TrainBatch
 
-# A micro-batch of fewer rows than these, for each data-parallel device, is padded to them: a rest is
-# worth one program of half the rows of a full micro-batch, but no more.
+# Fewest rows of a micro-batch for each data-parallel device: half of a full one, but between these.
+# Padding costs less than more compiled programs.
 SMALLEST_ROWS = (4, 32)
 
 

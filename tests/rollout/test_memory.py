@@ -10,6 +10,7 @@ from conftest import EOS, PROMPTS, decoder
 from echorl_jax.models import init_params
 from echorl_jax.parallel import make_mesh
 from echorl_jax.rollout import choose_slots, generate, rollout_memory
+from echorl_jax.rollout.ahead import lower_decode, lower_prefill
 from echorl_jax.rollout.generate import rollout_params
 
 SIZES = {"slots": 8, "prompts": 4, "group_size": 4, "prompt_tokens": 32, "max_new_tokens": 64}
@@ -82,6 +83,18 @@ def test_memory_does_not_change_samples(model, params, monkeypatch):
     monkeypatch.setattr(memory, "device_bytes", lambda: 150_000)
     scarce = generate(model, params, PROMPTS, jax.random.key(1), **settings)
     assert jnp.array_equal(whole.completion_ids, scarce.completion_ids)
+
+
+def test_a_refilled_slot_copies_its_own_prompt_only(model):
+    mesh = make_mesh(devices=jax.devices()[:1])
+    sizes = {"prompts": 8, "group_size": 4, "prompt_tokens": 2048, "max_new_tokens": 16}
+    prefill = lower_prefill(model, mesh, **sizes, slots=8)
+    # Without EOS a row's end does not depend on what is read, so neither does the new prompt.
+    decode = lower_decode(model, mesh, prefill.compile(), prefill, eos_ids=(), temperature=1.0)
+    temporary = decode.compile().memory_analysis().temp_size_in_bytes
+    memory = rollout_memory(model, **sizes, slots=8)
+    assert memory.prompts == 8 * 2048 * 2 * 2 * 2 * 8 * 4  # the slots' copies need as much
+    assert temporary < memory.prompts / 4
 
 
 def test_fresh_weights_need_no_cast(model):
