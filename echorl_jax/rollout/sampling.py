@@ -122,7 +122,9 @@ def _vocabulary_shards() -> int:
     return dict(jax.sharding.get_abstract_mesh().shape).get("tensor", 1)
 
 
-def _banned(blocks: int, width: int, banned_ids: tuple[int, ...]) -> np.ndarray:
+def _banned(shape: tuple[int, ...], banned_ids: tuple[int, ...]) -> np.ndarray:
+    """True for banned tokens, to be broadcast to ``[blocks, width, M]``."""
+    blocks, width, _ = shape
     mask = np.zeros(blocks * width, bool)
     mask[list(banned_ids)] = True
     return mask.reshape(blocks, width, 1)
@@ -130,7 +132,7 @@ def _banned(blocks: int, width: int, banned_ids: tuple[int, ...]) -> np.ndarray:
 
 def _greedy(z: Array, banned_ids: tuple[int, ...]) -> Array:
     if banned_ids:
-        z = jnp.where(_banned(*z.shape[:2], banned_ids), _NEVER, z)
+        z = jnp.where(_banned(z.shape, banned_ids), _NEVER, z)
     return jnp.argmax(z.reshape(-1, z.shape[2]), axis=0).astype(jnp.int32)
 
 
@@ -140,7 +142,7 @@ def _truncate(
     """Weights ``[blocks, width, M]``, 0 where a token may not be drawn, and their block sums."""
     if sampling.banned_ids:
         # The maximum again, of what is allowed: nearly all the mass may lie on banned tokens.
-        z = jnp.where(_banned(*z.shape[:2], sampling.banned_ids), _NEVER, z)
+        z = jnp.where(_banned(z.shape, sampling.banned_ids), _NEVER, z)
         weight = jnp.exp(z - z.max((0, 1), keepdims=True))
     if sampling.top_k:
         weight = _keep_likeliest(weight, lambda kept: (kept > 0).sum((0, 1)) >= sampling.top_k)
