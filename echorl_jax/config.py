@@ -214,6 +214,9 @@ class CheckpointConfig:
     resume: str = "auto"
     # Write the Hugging Face directory `export/` at the end.
     export: bool = True
+    # Keep compiled programs in `compiled/`: a restart begins sooner, and on GPU with the kernels
+    # that were chosen before. auto keeps those for accelerators, unless JAX has a cache already.
+    compiled: Literal["auto", "on", "off"] = "auto"
 
 
 @dataclasses.dataclass(frozen=True)

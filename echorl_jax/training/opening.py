@@ -17,6 +17,7 @@ from echorl_jax.parallel import is_first, smallest
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout.memory import device_bytes
 from echorl_jax.training.checkpoints import Checkpoints, Restored
+from echorl_jax.training.compiled import keep_compiled
 from echorl_jax.training.evaluator import Evaluator
 from echorl_jax.training.faults import Faults
 from echorl_jax.training.logs import RunLog
@@ -53,46 +54,47 @@ def open_run(
         require_new(workdir)
     objective = configured_objective(config)
     directory, steps_before = open_workdir(workdir, config)
-    compiles = CompileCounter()
-    session, params = start_session(config, devices=devices)
-    rows = load_rows(config.data.train, on_bad_row=config.data.on_bad_row)
-    stream = _stream(session, rows, prompts_per_step)
-    # A copy: the state's own buffers are given away at the first update.
-    reference = jax.jit(session.model.cast)(params) if objective.kl_coef else None
-    checkpoints = Checkpoints.open(directory, config, faults)
-    state = init_state(params, session.optimizer, session.mesh)
-    restored = checkpoints.restore(state, _warn)
-    if restored is not None:
-        state = restored.state
-        stream.set_state(restored.data_position)
-        _tell_of_other_steps(config, objective, steps_before)
-    first = int(state.step)
-    _rewind(directory, restored)
-    grader, log = _pool(config, faults), _log(directory, config, first)
-    job = _job(session, objective)
-    with _file_errors(directory, checkpoints), grader, log, stop_on_signal() as stop:
-        run = Run(
-            directory=directory,
-            session=session,
-            update=_update(session, objective),
-            stream=stream,
-            checkpoints=checkpoints,
-            grader=grader,
-            log=log,
-            evaluator=Evaluator.load(session, grader),
-            compiles=compiles,
-            stop=stop,
-            faults=faults,
-            reference=reference,
-            first_step=first,
-            slots=job.slots,
-        )
-        _present(run, job, state)
-        if rows.bad:
-            log.say(f"data.train: {len(rows.bad)} bad rows left out, the first: {rows.bad[0]}")
-        if restored is None and run.evaluator.due(0):
-            log.write({"step": 0, **run.evaluate(0, state.params)})
-        yield run, state
+    with keep_compiled(directory, config.checkpoint.compiled):
+        compiles = CompileCounter()
+        session, params = start_session(config, devices=devices)
+        rows = load_rows(config.data.train, on_bad_row=config.data.on_bad_row)
+        stream = _stream(session, rows, prompts_per_step)
+        # A copy: the state's own buffers are given away at the first update.
+        reference = jax.jit(session.model.cast)(params) if objective.kl_coef else None
+        checkpoints = Checkpoints.open(directory, config, faults)
+        state = init_state(params, session.optimizer, session.mesh)
+        restored = checkpoints.restore(state, _warn)
+        if restored is not None:
+            state = restored.state
+            stream.set_state(restored.data_position)
+            _tell_of_other_steps(config, objective, steps_before)
+        first = int(state.step)
+        _rewind(directory, restored)
+        grader, log = _pool(config, faults), _log(directory, config, first)
+        job = _job(session, objective)
+        with _file_errors(directory, checkpoints), grader, log, stop_on_signal() as stop:
+            run = Run(
+                directory=directory,
+                session=session,
+                update=_update(session, objective),
+                stream=stream,
+                checkpoints=checkpoints,
+                grader=grader,
+                log=log,
+                evaluator=Evaluator.load(session, grader),
+                compiles=compiles,
+                stop=stop,
+                faults=faults,
+                reference=reference,
+                first_step=first,
+                slots=job.slots,
+            )
+            _present(run, job, state)
+            if rows.bad:
+                log.say(f"data.train: {len(rows.bad)} bad rows left out, the first: {rows.bad[0]}")
+            if restored is None and run.evaluator.due(0):
+                log.write({"step": 0, **run.evaluate(0, state.params)})
+            yield run, state
 
 
 def _tell_of_other_steps(config: Config, objective: Objective, before: int) -> None:

@@ -203,6 +203,17 @@ LONG: dict[str, Any] = {
 }
 
 
+def test_a_restart_with_the_programs_that_were_kept(tmp_path: Path) -> None:
+    kept = {"every": 1, "export": False, "compiled": "on"}
+    train(small_config(steps=1, checkpoint=kept), tmp_path / "run")
+    before = {path.name for path in (tmp_path / "run" / "compiled").iterdir()}
+    jax.clear_caches()
+    train(small_config(steps=2, checkpoint=kept), tmp_path / "run")
+    train(small_config(steps=2), tmp_path / "whole")
+    assert any("decode" in name for name in before)
+    require_same_run(tmp_path / "run", tmp_path / "whole")
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six steps by the command; it fills the compile cache that the killed runs use."""
