@@ -7,6 +7,7 @@ response might do to this process can reach the pool's unpickler.
 import json
 import os
 import sys
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from echorl_jax.rewards.faults import misbehave
@@ -27,14 +28,12 @@ def serve(connection: Connection) -> None:
         connection.send_bytes(json.dumps({"failed": one_line(str(error))}).encode())
         return
     connection.send_bytes(json.dumps({"ready": True}).encode())
-    while True:
-        try:
+    with suppress(EOFError, ConnectionError):  # the pool has gone, killed perhaps
+        while True:
             response, row = connection.recv()
-        except EOFError:
-            return
-        verdict = judge(grader, response, row)
-        answer = [verdict.score, verdict.correct, verdict.reason]
-        connection.send_bytes(json.dumps(answer).encode())
+            verdict = judge(grader, response, row)
+            answer = [verdict.score, verdict.correct, verdict.reason]
+            connection.send_bytes(json.dumps(answer).encode())
 
 
 def _limit_memory(memory_mb: int) -> None:

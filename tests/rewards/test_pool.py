@@ -2,10 +2,12 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from multiprocessing.connection import Connection
 
 import pytest
 
@@ -180,3 +182,16 @@ def test_a_script_without_main_guard_or_close_ends_by_itself(tmp_path):
         env={**os.environ, "PYTHONPATH": os.getcwd()},
     )
     assert (run.stdout, run.stderr, run.returncode) == ("run\nTrue\n", "", 0)
+
+
+def test_workers_of_a_killed_pool_go_without_a_word():
+    """With a verdict on its way that nobody reads, the socket is reset instead of closed."""
+    ours, theirs = socket.socketpair()
+    command = [sys.executable, "-m", "echorl_jax.rewards.worker", str(theirs.fileno())]
+    worker = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE)
+    theirs.close()
+    with Connection(ours.detach()) as connection:
+        connection.send((sys.path, "hostile_graders:obey", 100, ""))
+        assert connection.poll(60)  # it is ready, which stays unread
+    assert worker.communicate(timeout=60)[1] == b""
+    assert worker.returncode == 0
