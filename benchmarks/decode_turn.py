@@ -22,13 +22,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import SingleDeviceSharding
 
-from echorl_jax.models import Decoder
+from echorl_jax.models import Decoder, DecoderConfig
 from echorl_jax.models.published import architecture
-from echorl_jax.rollout import turn_cost
+from echorl_jax.rollout import TurnCost, turn_cost
 from echorl_jax.rollout.cache import empty_cache
 from echorl_jax.rollout.generate import BLOCK
 from echorl_jax.rollout.slots import Queue, first_slots
 from echorl_jax.rollout.step import forward
+from echorl_jax.training.chips import Chip
 from echorl_jax.training.plan import find_target
 
 # A vocabulary that costs nothing.
@@ -110,6 +111,31 @@ def read_text(text: str, *, ring_rows: int, store_rows: int) -> dict[str, Any]:
     return found | {"layer_cycles": cycles(entry), "blocks_copied": len(slices)}
 
 
+def turn_seconds(
+    args: argparse.Namespace,
+    config: DecoderConfig,
+    chip: Chip,
+    cost: TurnCost,
+    parts: dict[str, Any],
+) -> float:
+    """A whole turn from the compiler's cycles for a layer, a block of the ring and one of a prompt;
+    each takes at least as long as its bytes do.
+    """
+    head = 2 * config.hidden_size * config.vocab_size
+    layer = (cost.weight_bytes - head) / config.num_layers
+    row = 2 * 2 * config.num_kv_heads * config.head_dim * args.block  # bytes of a block for one row
+    prompt_bytes = args.slots / args.group * row
+
+    def seconds(cycles: float, amount: float) -> float:
+        return max(cycles / (args.clock * 1e9), amount / chip.bytes_per_second)
+
+    return head / chip.bytes_per_second + config.num_layers * (
+        seconds(parts["layer_cycles"], layer)
+        + args.written / args.block * seconds(parts["ring_cycles"], args.slots * row)
+        + args.prompt / args.block * seconds(parts["prompt_cycles"], prompt_bytes)
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -139,19 +165,7 @@ def main() -> None:
     limit = cost.seconds(
         flops_per_second=chip.flops_per_second, bytes_per_second=chip.bytes_per_second
     )
-    head = 2 * config.hidden_size * config.vocab_size
-    layer = (cost.weight_bytes - head) / config.num_layers
-
-    def seconds(count: float, amount: float) -> float:
-        return max(count / (args.clock * 1e9), amount / chip.bytes_per_second)
-
-    row = 2 * 2 * config.num_kv_heads * config.head_dim * args.block  # bytes of a block for one row
-    prompt_bytes = args.slots / args.group * row
-    turn = head / chip.bytes_per_second + config.num_layers * (
-        seconds(parts["layer_cycles"], layer)
-        + args.written / args.block * seconds(parts["ring_cycles"], args.slots * row)
-        + args.prompt / args.block * seconds(parts["prompt_cycles"], prompt_bytes)
-    )
+    turn = turn_seconds(args, config, chip, cost, parts)
     small = dataclasses.replace(config, num_layers=1, windows=config.windows[:1], vocab_size=VOCAB)
     # The compiler counts the body of each loop once: one block of each cache.
     once = turn_cost(

@@ -6,6 +6,7 @@ take ``--share`` of the time that sampling takes. Prints JSON, medians of ``--re
 """
 
 import argparse
+import functools
 import json
 import statistics
 import time
@@ -35,20 +36,11 @@ def seconds(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - begin, result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--prompts", type=int, default=32)
-    parser.add_argument("--group", type=int, default=8)
-    parser.add_argument("--longest", type=int, default=1024)
-    parser.add_argument("--slots", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--share", type=float, default=0.5)
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
-
-    tokenizer = load_tokenizer("builtin:countdown")
+def sampler(
+    options: argparse.Namespace, tokenizer: Any, rows: list[dict[str, Any]]
+) -> Callable[..., Any]:
+    """Samples the same rollouts at each call, handing rows to its argument as they end."""
     model, params = load_model(BUILTIN["builtin:countdown"], dtype="float32")
-    rows = list(load_rows(f"countdown:count={options.prompts}"))
     prompts = [encode_prompt(tokenizer, row, "chat") for row in rows]
     count = options.prompts * options.group
     drawn = np.random.default_rng(0).lognormal(np.log(options.longest / 4) - 0.32, 0.8, count)
@@ -69,52 +61,56 @@ def main() -> None:
         )
         return jax.device_get(rollouts)
 
+    return sample
+
+
+def measure(options: argparse.Namespace) -> dict[str, float]:
+    """Medians in seconds: sampling alone, sampling while grading, and the wait for the grader."""
+    tokenizer = load_tokenizer("builtin:countdown")
+    rows = list(load_rows(f"countdown:count={options.prompts}"))
+    sample = sampler(options, tokenizer, rows)
     sample(lambda places, completions: None)  # compiles
     alone = statistics.median(seconds(sample)[0] for _ in range(options.repeats))
-    each = alone * options.share * options.workers / count
+    each = alone * options.share * options.workers / (options.prompts * options.group)
     judged = [{"seconds": each} for _ in rows]
-    found: dict[str, list[float]] = {
-        "afterwards": [],
-        "as_they_end": [],
-        "sampling": [],
-    }
+    found: dict[str, list[float]] = {"afterwards": [], "as_they_end": [], "sampling": []}
     with GraderPool("grading:sleep", workers=options.workers) as grader:
         grader.grade(["ready"] * options.workers, [{"seconds": 0.5}] * options.workers)
         for _ in range(options.repeats):
             rollouts = sample()
-            grading = Grading(
-                [row for row in judged for _ in range(options.group)],
-                tokenizer=tokenizer,
-                grader=grader,
-            )
-            took, _ = seconds(lambda grading=grading: sample(grading.take))
-            found["sampling"].append(took)
+            every = [row for row in judged for _ in range(options.group)]
+            grading = Grading(every, tokenizer=tokenizer, grader=grader)
+            found["sampling"].append(seconds(lambda take=grading.take: sample(take))[0])
             took, early = seconds(grading.result)
             found["as_they_end"].append(took)
-            took, late = seconds(
-                lambda rollouts=rollouts: grade_rollouts(
-                    rollouts, judged, tokenizer=tokenizer, grader=grader
-                )
+            grade = functools.partial(
+                grade_rollouts, rollouts, judged, tokenizer=tokenizer, grader=grader
             )
+            took, late = seconds(grade)
             found["afterwards"].append(took)
             assert early == late
-    medians = {name: statistics.median(values) for name, values in found.items()}
-    hidden = 1 - medians["as_they_end"] / medians["afterwards"]
-    print(
-        json.dumps(
-            {
-                "sampling_s": round(alone, 2),
-                "sampling_while_grading_s": round(medians["sampling"], 2),
-                "waiting_s": {
-                    "afterwards": round(medians["afterwards"], 3),
-                    "as_they_end": round(medians["as_they_end"], 3),
-                },
-                "hidden": round(hidden, 3),
-                "options": vars(options),
-            },
-            indent=2,
-        )
-    )
+    return {"alone": alone} | {name: statistics.median(took) for name, took in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--prompts", type=int, default=32)
+    parser.add_argument("--group", type=int, default=8)
+    parser.add_argument("--longest", type=int, default=1024)
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--share", type=float, default=0.5)
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    took = measure(options)
+    result = {
+        "sampling_s": round(took["alone"], 2),
+        "sampling_while_grading_s": round(took["sampling"], 2),
+        "waiting_s": {name: round(took[name], 3) for name in ("afterwards", "as_they_end")},
+        "hidden": round(1 - took["as_they_end"] / took["afterwards"], 3),
+        "options": vars(options),
+    }
+    print(json.dumps(result, indent=2))
 
 
 if __name__ == "__main__":
