@@ -103,6 +103,15 @@ def test_processes_are_recycled(monkeypatch):
     assert [len(set(pids[a:b])) for a, b in [(0, 3), (3, 6), (6, 8), (0, 8)]] == [1, 1, 1, 3]
 
 
+@pytest.fixture
+def interruptible():
+    # A shell starts commands in the background with SIGINT ignored, and Python keeps that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupted_caller_leaves_no_stale_verdicts(obedient):
     timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
