@@ -83,10 +83,13 @@ def _sample_round(run: Run, params: PyTree, key: Array, *, step: int) -> Experie
             )
             for prompt in prompts
         ]
+    each = [prompt for prompt in prompts for _ in range(config.rollout.group_size)]
     grading = Grading(
-        [prompt.row for prompt in prompts for _ in range(config.rollout.group_size)],
+        [prompt.row for prompt in each],
         tokenizer=session.tokenizer,
         grader=run.grader,
+        # A solution that goes on from a hint is right or wrong together with it.
+        openings=[prompt.ids[len(prompt.ids) - prompt.hint_tokens :] for prompt in each],
     )
     with timed(seconds, "rollout"):
         rollouts, on_policy, progress = sample(run, params, prompts, key, finished=grading.take)

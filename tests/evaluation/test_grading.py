@@ -121,3 +121,20 @@ def test_what_fails_while_rows_are_written_is_raised_with_the_verdicts(
     sampler["sample"](finished=grading.take)
     with pytest.raises(PoolError, match="closed"):
         grading.result()
+
+
+def test_a_hint_is_judged_with_what_goes_on_from_it() -> None:
+    tokenizer = load_tokenizer("builtin:countdown")
+    truth = {"numbers": [15, 17, 23], "target": 136}
+    rows = [{"reward_model": {"ground_truth": truth}}] * 3
+
+    def ids(text: str) -> list[int]:
+        return tokenizer.encode(text, add_special_tokens=False)
+
+    openings = [ids("23-15=8\n"), ids("23-15=8\n17*8=136"), []]
+    completions = [ids("17*8=136"), [], ids("17*8=136")]
+    with GraderPool("countdown", workers=0) as grader:
+        grading = Grading(rows, tokenizer=tokenizer, grader=grader, openings=openings)
+        grading.take([2, 0, 1], [np.array(completions[i], np.int32) for i in (2, 0, 1)])
+        verdicts = grading.result().verdicts
+    assert [verdict.correct for verdict in verdicts] == [True, True, False]
