@@ -55,6 +55,7 @@ class Hub:
         self._hellos: dict[int, Message] = {}
         self._events: queue.Queue[_Event] = queue.Queue()
         self._ended: set[int] = set()
+        self._refusal = Ending(2, "all processes of this run have come already")
         self._complete = threading.Event()
         self._done = threading.Event()
 
@@ -81,11 +82,9 @@ class Hub:
         try:
             hello = wire.receive(timeout_s=10.0)
             if hello is None or not _is_hello(hello):
-                wire.close()
                 return
             if self._complete.is_set():
-                wire.send(code=2, line="all processes of this run have come already")
-                wire.close()
+                wire.send(code=self._refusal.code, line=self._refusal.line)
                 return
             process = hello["process"]
             hello["wire"] = wire
@@ -100,30 +99,36 @@ class Hub:
             self._events.put(_Event(process, None, silent=True))
         except OSError:
             self._events.put(_Event(process, None))
+        finally:
+            wire.close()
 
     def _preside(self) -> None:
         ending = self._assemble()
+        self._refusal = ending or self._refusal
         self._complete.set()
         if ending is None:
             self._tell(address=self._address())
             ending = self._watch()
         self._tell(code=ending.code, line=ending.line)
-        self._take_leave()
+        self._take_leave(ending)
         self._listener.close()
         self._done.set()
 
     def _assemble(self) -> Ending | None:
-        """Waits for all hellos; an ending if the run cannot start."""
+        """Waits for all hellos; an ending if the run cannot start.
+
+        Process 0, which the hub belongs to, always comes: an ending waits for it to be told there.
+        """
         deadline = time.monotonic() + self._start_timeout_s
-        while len(self._hellos) < self._processes:
+        ending: Ending | None = None
+        while 0 not in self._hellos or (ending is None and len(self._hellos) < self._processes):
             try:
                 event = self._events.get(timeout=max(0.0, deadline - time.monotonic()))
             except queue.Empty:
-                return Ending(1, self._absent())
-            ending = self._greet(event)
-            if ending is not None:
-                return ending
-        return self._disagreement()
+                return ending or Ending(1, self._absent())
+            found = self._greet(event)
+            ending = ending or found
+        return ending or self._disagreement()
 
     def _greet(self, event: _Event) -> Ending | None:
         """Takes down who has come; an ending if somebody has left again, or should not be here."""
@@ -205,15 +210,24 @@ class Hub:
             with contextlib.suppress(OSError):
                 wire.send(**message)
 
-    def _take_leave(self) -> None:
-        """Waits until the others have hung up; process 0 itself is the one that waits."""
+    def _take_leave(self, ending: Ending) -> None:
+        """Waits until the others have hung up; process 0 itself is the one that waits.
+
+        Who came too late to be told with the rest is told now.
+        """
         deadline = time.monotonic() + FAREWELL_S
-        left = {0}
-        while len(left) < len(self._hellos) and time.monotonic() < deadline:
-            with contextlib.suppress(queue.Empty):
+        left = 0
+        while time.monotonic() < deadline:
+            if left >= len(self._wires.keys() - {0}) and self._events.empty():
+                return
+            with contextlib.suppress(queue.Empty, OSError):
                 event = self._events.get(timeout=0.1)
                 if event.message is None:
-                    left.add(event.process)
+                    left += event.process != 0
+                elif "wire" in event.message:
+                    wire = event.message["wire"]
+                    self._wires[-1 - len(self._wires)] = wire
+                    wire.send(code=ending.code, line=ending.line)
 
     def _name(self, process: int) -> str:
         hello = self._hellos[process]
