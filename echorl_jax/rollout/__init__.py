@@ -1,7 +1,8 @@
 """The sampler: prompts in, completions with their log-probabilities and entropies out."""
 
 from echorl_jax.rollout.cost import TurnCost, turn_cost
-from echorl_jax.rollout.generate import Progress, generate, generate_with_progress, rollout_params
+from echorl_jax.rollout.generate import generate, generate_with_progress, rollout_params
+from echorl_jax.rollout.lanes import Progress
 from echorl_jax.rollout.memory import RolloutMemory, choose_slots, rollout_memory
 from echorl_jax.rollout.request import pad_lists
 from echorl_jax.rollout.scoring import join_rows, score, score_rollouts, score_rows

@@ -9,7 +9,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from echorl_jax.models import Decoder, param_shardings
 from echorl_jax.rollout.buckets import bucket
 from echorl_jax.rollout.cache import KVDtype
-from echorl_jax.rollout.generate import BLOCK, _begin, _decode, _Shape
+from echorl_jax.rollout.generate import BLOCK, _begin, _Shape
+from echorl_jax.rollout.lanes import _decode
 from echorl_jax.rollout.loop import Program
 from echorl_jax.rollout.memory import cache_dtype
 from echorl_jax.rollout.request import PROMPT_MULTIPLE

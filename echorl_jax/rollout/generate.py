@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -14,14 +13,15 @@ from jax.sharding import Mesh
 
 from echorl_jax.models import Decoder, param_shardings
 from echorl_jax.parallel import constrain, place_whole, smallest
-from echorl_jax.rollout.buckets import greatest_divisor, levels
+from echorl_jax.rollout.buckets import greatest_divisor
 from echorl_jax.rollout.cache import KVDtype, empty_cache, place
-from echorl_jax.rollout.loop import Output, Program, decode, empty_output
+from echorl_jax.rollout.lanes import Lane, Progress, choose_lanes, lane_slots, run
+from echorl_jax.rollout.loop import Output, Program, empty_output
 from echorl_jax.rollout.memory import cache_dtype, choose_slots
 from echorl_jax.rollout.prefill import prefill
 from echorl_jax.rollout.request import Request, make_request
 from echorl_jax.rollout.settings import make_sampling
-from echorl_jax.rollout.slots import Queue, Slots, compact, first_slots
+from echorl_jax.rollout.slots import Queue, Slots, first_slots
 from echorl_jax.rollout.step import platform_of
 from echorl_jax.rollout.watch import Finished, Watch
 from echorl_jax.types import Array, PyTree, Rollouts
@@ -32,24 +32,6 @@ BLOCK = {"cpu": 64, "gpu": 128, "tpu": 128}
 # Most positions, and most prompts times positions, of one prefill piece.
 PREFILL_CHUNK = 512
 PREFILL_TOKENS = 8192
-# Fewest slots that get a program of their own when the work runs out.
-SMALLEST_LEVEL = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Progress:
-    """How far a call is, each time the host looks."""
-
-    rows: int
-    rows_done: int
-    tokens: int
-    seconds: float
-    slots: int  # of the program that ran last
-    occupancy: float  # tokens / computed tokens so far: the share that somebody wanted
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +66,7 @@ def generate(
     row_ids: Sequence[int] | None = None,
     prefixes: Sequence[Sequence[int]] | None = None,
     slots: int = 0,
+    lanes: int = 0,
     kv_dtype: KVDtype | None = None,
     pad_id: int = 0,
     prompt_tokens: int = 0,
@@ -119,6 +102,9 @@ def generate(
       prefixes: N token lists that the completions have to begin with. They count as completion,
         with log-probabilities and entropies.
       slots: rows decoded at once; 0 takes all rows, or as many as memory allows.
+      lanes: parts of the rows that are decoded side by side, each by a loop with its share of the
+        slots; 0 takes one for each core on CPU if the model is small, else one. On a mesh of
+        several devices there is one.
       kv_dtype: type of the cache; the model's unless given. "int8" has a scale for each head.
       pad_id: fills ``completion_ids`` past the end.
       prompt_tokens: pads prompts to at least this, so that calls whose longest prompts differ share
@@ -149,6 +135,10 @@ def generate(
         banned_ids=banned_ids,
     )
     shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+    _check(slots=slots, lanes=lanes, turns_per_visit=turns_per_visit, mesh=mesh)
+    lanes = min(lanes, len(prompts)) or choose_lanes(
+        model, prompts=len(prompts), slots=slots or len(prompts) * group_size, mesh=mesh
+    )
     request = make_request(
         prompts,
         group_size=group_size,
@@ -158,9 +148,9 @@ def generate(
         prefixes=prefixes,
         prompt_tokens=prompt_tokens,
         vocab_size=vocab_size,
-        multiple=shards,
+        multiple=shards * lanes,
     )
-    _check(model, request, slots=slots, turns_per_visit=turns_per_visit, length=max_new_tokens)
+    _check_context(model, request, length=max_new_tokens)
     rows, kv_dtype = len(request.group), cache_dtype(model, kv_dtype)
     if not slots:
         slots = choose_slots(
@@ -173,7 +163,7 @@ def generate(
         )
         if mesh is not None and mesh.is_multi_process:
             slots = smallest(slots)  # hosts may have different memory, but run one program
-    slots = min(rows, -(-slots // shards) * shards)
+    slots = lane_slots(rows, slots, lanes=lanes, shards=shards)
     platform = platform_of(mesh)
     shape = _Shape(
         slots, max_new_tokens, sampling.memory, BLOCK[platform], pad_id, kv_dtype, shards
@@ -181,17 +171,28 @@ def generate(
     program = Program(
         sampling=sampling,
         turns=turns_per_visit,
-        refill=rows > slots,
+        refill=rows > slots * lanes,
         platform=platform,
         shards=shards,
     )
+
+    def lane(number: int, weights: PyTree) -> Lane:
+        own = request.deal(lanes, number)
+        queue, state, output = _begin(model, weights, *_on_device(own, key, mesh), shape=shape)
+        names = request.places(lanes, number)[: own.count]
+        watch = Watch(finished, names=names, limit=queue.limit)
+        return Lane(queue, state, output, rows=own.count, program=program, watch=watch)
+
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         weights = rollout_params(model, params, mesh)
-        arrays = _on_device(request, key, mesh)
-        queue, state, output = _begin(model, weights, *arrays, shape=shape)
-        watch = Watch(finished, limit=queue.limit, rows=request.count)
-        output = _run(model, weights, queue, state, output, program, request.count, progress, watch)
-        return _finish(*arrays[:3], output, prompts=len(prompts), rows=request.count)
+        work = [lane(number, weights) for number in range(lanes)]
+        run(model, weights, work, mesh=mesh, progress=progress)
+        return _finish(
+            *_on_device(request, key, mesh)[:3],
+            [lane.output for lane in work],
+            prompts=len(prompts),
+            group_size=group_size,
+        )
 
 
 def generate_with_progress(*args: Any, **settings: Any) -> tuple[Rollouts, Progress]:
@@ -208,13 +209,18 @@ def generate_with_progress(*args: Any, **settings: Any) -> tuple[Rollouts, Progr
     return rollouts, last[0]
 
 
-def _check(
-    model: Decoder, request: Request, *, slots: int, turns_per_visit: int, length: int
-) -> None:
+def _check(*, slots: int, lanes: int, turns_per_visit: int, mesh: Mesh | None) -> None:
     if slots < 0:
         raise ValueError(f"slots={slots}: must be 0 (chosen) or positive")
+    if lanes < 0:
+        raise ValueError(f"lanes={lanes}: must be 0 (chosen) or positive")
+    if lanes > 1 and mesh is not None and mesh.size > 1:
+        raise ValueError(f"lanes={lanes}: a mesh of {mesh.size} devices has one")
     if turns_per_visit < 1:
         raise ValueError(f"turns_per_visit={turns_per_visit}: must be at least 1")
+
+
+def _check_context(model: Decoder, request: Request, *, length: int) -> None:
     config = model.config
     longest = int(request.length.max()) + length
     if config.rope.kind == "dynamic" and longest > config.max_position_embeddings:
@@ -316,73 +322,32 @@ def _begin(
     return queue, slots, empty_output(group.shape[0], shape.length, shape.pad_id)
 
 
-_decode = jax.jit(decode, static_argnames=("model", "program"), donate_argnames=("slots", "output"))
-_compact = jax.jit(compact, static_argnames=("size", "shards"))
-
-
-def _run(
-    model: Decoder,
-    params: PyTree,
-    queue: Queue,
-    slots: Slots,
-    output: Output,
-    program: Program,
-    rows: int,
-    progress: Callable[[Progress], None] | None,
-    watch: Watch,
-) -> Output:
-    """Calls the decode loop until all is written; moves to smaller programs as work runs out."""
-    begin = time.perf_counter()
-    sizes = levels(slots.row.shape[0], smallest=max(SMALLEST_LEVEL, program.shards))
-    tokens, computed, level = 0, 0, 0
-    while True:
-        shrink_at = np.int32(sizes[level + 1] if level + 1 < len(sizes) else 0)
-        slots, output, status = _decode(
-            model, params, queue, slots, output, shrink_at, program=program
-        )
-        ended = watch.ended(output)
-        watch.tell()
-        status, ended = jax.device_get((status, ended))
-        watch.copy(ended, output)
-        tokens += int(status.tokens)
-        computed += int(status.turns) * sizes[level]
-        if progress is not None:
-            progress(
-                Progress(
-                    rows=rows,
-                    rows_done=int(status.next_row) - int(status.active),
-                    tokens=tokens,
-                    seconds=time.perf_counter() - begin,
-                    slots=sizes[level],
-                    occupancy=tokens / computed,
-                )
-            )
-        if status.next_row < rows:
-            continue
-        if not status.active:
-            watch.tell()
-            return output
-        if status.needed <= shrink_at:
-            program = dataclasses.replace(program, refill=False)
-            # One level at a time, so that the moves are as few programs as the levels.
-            while level + 1 < len(sizes) and sizes[level + 1] >= status.needed:
-                level += 1
-                slots = _compact(queue, slots, size=sizes[level], shards=program.shards)
-
-
-@functools.partial(jax.jit, static_argnames=("prompts", "rows"))
+@functools.partial(jax.jit, static_argnames=("prompts", "group_size"))
 def _finish(
-    tokens: Array, length: Array, group: Array, output: Output, *, prompts: int, rows: int
+    tokens: Array,
+    length: Array,
+    group: Array,
+    outputs: Sequence[Output],
+    *,
+    prompts: int,
+    group_size: int,
 ) -> Rollouts:
-    """The written rows, without the padding of the shape bucket, whole on every device."""
+    """The rows as they came, without the padding of the shape bucket, whole on every device."""
+    rows = prompts * group_size
+
+    def undeal(*parts: Array) -> Array:
+        groups = [part.reshape(-1, group_size, *part.shape[1:]) for part in parts]
+        return jnp.stack(groups, axis=1).reshape(-1, *parts[0].shape[1:])[:rows]
+
+    output = jax.tree.map(undeal, *outputs)
     rollouts = Rollouts(
         prompt_ids=tokens[:prompts],
         prompt_length=length[:prompts],
         group=group[:rows],
-        completion_ids=output.token[:rows],
-        completion_length=output.length[:rows],
-        rollout_logprobs=output.logprob[:rows],
-        token_entropy=output.entropy[:rows],
-        truncated=~output.stopped[:rows],
+        completion_ids=output.token,
+        completion_length=output.length,
+        rollout_logprobs=output.logprob,
+        token_entropy=output.entropy,
+        truncated=~output.stopped,
     )
     return jax.tree.map(lambda x: constrain(x, *(None,) * x.ndim), rollouts)

@@ -68,7 +68,7 @@ def rollout_memory(
     vocab = config.vocab_size // tensor if config.vocab_size % tensor == 0 else config.vocab_size
     local_slots = -(-slots // rows)
     return RolloutMemory(
-        weights=_weight_bytes(model, mesh),
+        weights=weight_bytes(model, mesh),
         prompts=prompts * prompt_tokens * per_position,
         slots=local_slots * (prompt_tokens + max_new_tokens) * per_position,
         outputs=prompts * group_size * max_new_tokens * 12,
@@ -141,7 +141,8 @@ def position_bytes(model: Decoder, kv_dtype: KVDtype | None, tensor: int = 1) ->
     return 2 * config.num_layers * heads * vector
 
 
-def _weight_bytes(model: Decoder, mesh: Mesh | None) -> int:
+def weight_bytes(model: Decoder, mesh: Mesh | None) -> int:
+    """Weights as sampling holds them, on one device."""
     shapes = jax.eval_shape(model.cast, model.param_shapes())
 
     def size(shape: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> int:

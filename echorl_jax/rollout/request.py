@@ -26,6 +26,28 @@ class Request:
     prompts: int
     count: int
 
+    def places(self, lanes: int, lane: int) -> np.ndarray:
+        """A lane's rows: those of every ``lanes``-th prompt, so that padding is shared too."""
+        group_size = len(self.group) // len(self.length)
+        first = np.arange(lane, len(self.length), lanes) * group_size
+        return (first[:, None] + np.arange(group_size)).reshape(-1)
+
+    def deal(self, lanes: int, lane: int) -> "Request":
+        """The request of a lane; P is a multiple of ``lanes``."""
+        rows = self.places(lanes, lane)
+        prompts = len(range(lane, self.prompts, lanes))
+        return Request(
+            tokens=self.tokens[lane::lanes],
+            length=self.length[lane::lanes],
+            number=self.number[rows],
+            group=self.group[: len(rows)],
+            limit=self.limit[rows],
+            forced=self.forced[rows],
+            forced_length=self.forced_length[rows],
+            prompts=prompts,
+            count=self.count // self.prompts * prompts,
+        )
+
 
 def make_request(
     prompts: Sequence[Sequence[int]],

@@ -24,14 +24,15 @@ class Watch:
 
     Args:
       finished: is told each row once, in any order.
+      names: the caller's numbers of the rows that are not padding.
       limit: i32 ``[N]``, longest completion of each row.
-      rows: those that are not padding.
     """
 
-    def __init__(self, finished: Finished | None, *, limit: Array, rows: int) -> None:
+    def __init__(self, finished: Finished | None, *, names: HostArray, limit: Array) -> None:
         self._finished = finished
+        self._names = names
         self._limit = limit
-        self._known = np.zeros(rows, bool)
+        self._known = np.zeros(len(names), bool)
         self._found: list[tuple[HostArray, Array, Array]] = []
 
     def ended(self, output: Output) -> Array | None:
@@ -57,7 +58,7 @@ class Watch:
             token, length = jax.device_get(arrays)
             completions = [token[i, : length[i]] for i in range(len(rows))]
             assert self._finished is not None
-            self._finished(rows.tolist(), completions)
+            self._finished(self._names[rows].tolist(), completions)
         self._found.clear()
 
 

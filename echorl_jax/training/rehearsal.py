@@ -14,7 +14,7 @@ import numpy as np
 
 from echorl_jax.config import ConfigError
 from echorl_jax.rollout.buckets import levels
-from echorl_jax.rollout.generate import SMALLEST_LEVEL
+from echorl_jax.rollout.lanes import SMALLEST_LEVEL, choose_lanes, lane_slots
 from echorl_jax.training.batch import Assembled
 from echorl_jax.training.collect import Experience, join_rounds, sample
 from echorl_jax.training.micro_batches import micro_batch_shapes, take_rows
@@ -93,7 +93,7 @@ def slot_limits(rows: int, slots: int, *, shards: int, longest: int) -> list[int
     Slot i first holds row i. At each level the slots that stay are the first of every shard, so
     their rows are the longest; by then the rows that wait have passed through the others.
     """
-    slots = min(rows, -(-slots // shards) * shards)
+    slots = lane_slots(rows, slots, lanes=1, shards=shards)
     sizes = levels(slots, smallest=max(SMALLEST_LEVEL, shards))
     waiting = 1 + -(-2 * (rows - slots) // slots) if rows > slots else 0
     limits = np.ones(rows, np.int64)
@@ -110,14 +110,28 @@ def _experience(run: Run, params: PyTree, key: Array) -> Experience:
     run.stream.set_state(position)
     config = run.session.config
     group = config.rollout.group_size - run.objective.expert_rows
-    limits = slot_limits(
-        len(prompts) * group,
-        run.slots,
-        shards=run.session.data_devices,
-        longest=config.rollout.max_new_tokens,
+    limits = np.empty((len(prompts), group), np.int64)
+    lanes = choose_lanes(
+        run.session.model, prompts=len(prompts), slots=run.slots, mesh=run.session.mesh
     )
+    for lane in range(lanes):
+        own = limits[lane::lanes]
+        own[:] = np.reshape(
+            slot_limits(
+                own.size,
+                -(-run.slots // lanes),
+                shards=run.session.data_devices,
+                longest=config.rollout.max_new_tokens,
+            ),
+            own.shape,
+        )
     rollouts, on_policy, _ = sample(
-        run, params, prompts, key, finished=lambda rows, completions: None, row_limits=limits
+        run,
+        params,
+        prompts,
+        key,
+        finished=lambda rows, completions: None,
+        row_limits=limits.reshape(-1).tolist(),
     )
     rows = len(on_policy)
     zero: HostArray = np.zeros(rows, np.float32)

@@ -203,7 +203,8 @@ def test_long_rows_wrap_the_ring_and_windows_cut(model):
     check_scores(windowed, params, prompts, rollouts)
 
 
-def test_slots_stay_busy_with_long_tailed_lengths(model, params):
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_slots_stay_busy_with_long_tailed_lengths(model, params, lanes):
     """Log-normal lengths with mean a quarter of the maximum; the smaller programs take the tail."""
     rng = np.random.default_rng(0)
     limits = np.clip(rng.lognormal(np.log(24) - 0.32, 0.8, 192), 1, 96).astype(int)
@@ -217,13 +218,14 @@ def test_slots_stay_busy_with_long_tailed_lengths(model, params):
         max_new_tokens=96,
         row_limits=limits,
         eos_ids=(),
-        slots=32,
+        slots=32 * lanes,
+        lanes=lanes,
         turns_per_visit=16,
         progress=seen.append,
     )
     np.testing.assert_array_equal(rollouts.completion_length, limits)
     assert last.occupancy >= 0.85
-    assert {step.slots for step in seen} >= {32, 16, 8}
+    assert {step.slots for step in seen} >= {32 * lanes, 8 * lanes}
     done = [step.rows_done for step in seen]
     assert done == sorted(done) and done[-1] == 192 == last.rows
     assert last.tokens == limits.sum() and last.tokens_per_second > 0
@@ -283,6 +285,7 @@ HOSTILE = {
     "group_size": [0],
     "max_new_tokens": [0],
     "slots": [-1],
+    "lanes": [-1],
     "turns_per_visit": [0],
     "prompt_tokens": [-1],
     "kv_dtype": ["float16"],

@@ -1,0 +1,242 @@
+"""The host's part: it starts programs, looks at what they say, and moves work to smaller ones.
+
+A lane is a part of the rows with slots of its own. An accelerator has one. On CPU, XLA splits each
+operation over the cores, and with a small model they spend more time waiting for each other than
+computing; there each core gets a lane, and lanes wait for nobody.
+"""
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from echorl_jax.models import Decoder
+from echorl_jax.rollout.buckets import levels
+from echorl_jax.rollout.loop import Output, Program, Status, decode
+from echorl_jax.rollout.memory import weight_bytes
+from echorl_jax.rollout.slots import Queue, Slots, compact
+from echorl_jax.rollout.step import platform_of
+from echorl_jax.rollout.watch import Watch
+from echorl_jax.types import Array, HostArray, PyTree
+
+# Fewest slots that get a program of their own when the work runs out, and fewest of a lane.
+SMALLEST_LEVEL = 8
+# More lanes have not been tried.
+MOST_LANES = 8
+# Every lane reads all weights; past this size one lane is as fast or faster (docs/performance.md).
+LANE_WEIGHT_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a call is, each time the host looks."""
+
+    rows: int
+    rows_done: int
+    tokens: int
+    seconds: float
+    slots: int  # of the programs that ran last
+    occupancy: float  # tokens / computed tokens so far: the share that somebody wanted
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+
+def choose_lanes(model: Decoder, *, prompts: int, slots: int, mesh: Mesh | None) -> int:
+    """One for each core on a CPU that is one device, if weights are small; else one.
+
+    Args:
+      model: the decoder.
+      prompts: P; a group is not split.
+      slots: M; a lane has at least ``SMALLEST_LEVEL`` of them.
+      mesh: where it runs; one device unless given.
+    """
+    several = mesh is not None and mesh.size > 1
+    if several or platform_of(mesh) != "cpu" or weight_bytes(model, None) > LANE_WEIGHT_BYTES:
+        return 1
+    return max(1, min(_cores(), MOST_LANES, prompts, slots // SMALLEST_LEVEL))
+
+
+def lane_slots(rows: int, slots: int, *, lanes: int, shards: int = 1) -> int:
+    """Slots of each lane: their share, for each shard as many, and not more than rows.
+
+    Args:
+      rows: N, padding included.
+      slots: M.
+      lanes: N / G is a multiple of it.
+      shards: parts that a lane's slots are split into on a mesh.
+    """
+    return min(rows // lanes, -(-slots // (lanes * shards)) * shards)
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Lane:
+    """The rows of one queue, and how far they are.
+
+    Args:
+      queue: the work.
+      slots: filled with its first rows.
+      output: nothing yet.
+      rows: those that are not padding.
+      program: what is fixed when the loop is compiled.
+      watch: hears what ends.
+    """
+
+    def __init__(
+        self,
+        queue: Queue,
+        slots: Slots,
+        output: Output,
+        *,
+        rows: int,
+        program: Program,
+        watch: Watch,
+    ) -> None:
+        self.output = output
+        self.rows, self.rows_done, self.tokens, self.computed = rows, 0, 0, 0
+        self._queue, self._slots, self._program, self._watch = queue, slots, program, watch
+        self._sizes = levels(slots.row.shape[0], smallest=max(SMALLEST_LEVEL, program.shards))
+        self._level = 0
+        self._said: tuple[Status, Array | None]
+
+    @property
+    def slots(self) -> int:
+        """Of the program that runs, or ran last."""
+        return self._sizes[self._level]
+
+    @property
+    def _shrink_at(self) -> int:
+        below = self._level + 1
+        return self._sizes[below] if below < len(self._sizes) else 0
+
+    def start(self, model: Decoder, params: PyTree) -> None:
+        """Starts the next program."""
+        self._slots, self.output, status = _decode(
+            model,
+            params,
+            self._queue,
+            self._slots,
+            self.output,
+            np.int32(self._shrink_at),
+            program=self._program,
+        )
+        self._said = status, self._watch.ended(self.output)
+
+    def wait(self) -> None:
+        """Waits until the program has ended."""
+        self._said = jax.device_get(self._said)
+
+    def look(self) -> bool:
+        """Takes down what the program said, which has ended; true if work is left."""
+        status, ended = self._said
+        self._watch.copy(ended, self.output)
+        self.tokens += int(status.tokens)
+        self.computed += int(status.turns) * self.slots
+        self.rows_done = int(status.next_row) - int(status.active)
+        if status.next_row < self.rows:
+            return True
+        # One level at a time, so that the moves are as few programs as the levels.
+        while 0 < status.active and status.needed <= self._shrink_at:
+            self._level += 1
+            self._program = dataclasses.replace(self._program, refill=False)
+            shards = self._program.shards
+            self._slots = _compact(self._queue, self._slots, size=self.slots, shards=shards)
+        return bool(status.active)
+
+    def tell(self) -> None:
+        """Tells who had ended at the last look; the next program may run meanwhile."""
+        self._watch.tell()
+
+
+_decode = jax.jit(decode, static_argnames=("model", "program"), donate_argnames=("slots", "output"))
+_compact = jax.jit(compact, static_argnames=("size", "shards"))
+
+
+def run(
+    model: Decoder,
+    params: PyTree,
+    lanes: Sequence[Lane],
+    *,
+    mesh: Mesh | None,
+    progress: Callable[[Progress], None] | None,
+) -> None:
+    """Writes all rows of all lanes.
+
+    Args:
+      model: the decoder.
+      params: its weights, in the rollout layout.
+      lanes: side by side on the device; each is looked at when its program has ended.
+      mesh: in force.
+      progress: called after each look.
+    """
+    begin = time.perf_counter()
+
+    def report() -> None:
+        if progress is not None:
+            progress(_progress(lanes, time.perf_counter() - begin))
+
+    if len(lanes) > 1:
+        return _side_by_side(model, params, lanes, mesh, report)
+    (lane,) = lanes
+    work_is_left = True
+    while work_is_left:
+        lane.start(model, params)
+        lane.tell()
+        lane.wait()
+        work_is_left = lane.look()
+        report()
+    lane.tell()
+
+
+def _side_by_side(
+    model: Decoder,
+    params: PyTree,
+    lanes: Sequence[Lane],
+    mesh: Mesh | None,
+    report: Callable[[], None],
+) -> None:
+    """A thread for each lane: on CPU the programs that one thread starts run after each other.
+
+    What the caller hears, it hears from its own thread.
+    """
+
+    def advance(lane: Lane) -> None:
+        with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+            lane.start(model, params)
+            lane.wait()
+
+    with ThreadPoolExecutor(len(lanes), "lane") as pool:
+        running = {pool.submit(advance, lane): lane for lane in lanes}
+        while running:
+            ended, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in ended:
+                lane = running.pop(future)
+                future.result()
+                if lane.look():
+                    running[pool.submit(advance, lane)] = lane
+                lane.tell()
+                report()
+
+
+def _progress(lanes: Sequence[Lane], seconds: float) -> Progress:
+    tokens = sum(lane.tokens for lane in lanes)
+    return Progress(
+        rows=sum(lane.rows for lane in lanes),
+        rows_done=sum(lane.rows_done for lane in lanes),
+        tokens=tokens,
+        seconds=seconds,
+        slots=sum(lane.slots for lane in lanes),
+        occupancy=tokens / max(1, sum(lane.computed for lane in lanes)),
+    )
