@@ -23,7 +23,7 @@ from echorl_jax.rollout.memory import weight_bytes
 from echorl_jax.rollout.slots import Queue, Slots, compact
 from echorl_jax.rollout.step import platform_of
 from echorl_jax.rollout.watch import Watch
-from echorl_jax.types import Array, HostArray, PyTree
+from echorl_jax.types import Array, PyTree
 
 # Fewest slots that get a program of their own when the work runs out, and fewest of a lane.
 SMALLEST_LEVEL = 8
