@@ -50,6 +50,7 @@ def lower_prefill(
         length=max_new_tokens,
         memory=0,
         block=BLOCK[platform_of(mesh)],
+        ring_block=BLOCK[platform_of(mesh)],
         pad_id=0,
         kv_dtype=cache_dtype(model, kv_dtype),
         shards=shards,

@@ -20,15 +20,18 @@ from echorl_jax.rollout.loop import Output, Program, empty_output
 from echorl_jax.rollout.memory import cache_dtype, choose_slots
 from echorl_jax.rollout.prefill import prefill
 from echorl_jax.rollout.request import Request, make_request
+from echorl_jax.rollout.sampling import row_keys
 from echorl_jax.rollout.settings import make_sampling
 from echorl_jax.rollout.slots import Queue, Slots, first_slots
 from echorl_jax.rollout.step import platform_of
 from echorl_jax.rollout.watch import Finished, Watch
 from echorl_jax.types import Array, PyTree, Rollouts
 
-# Positions in a cache block. A TPU computes with 128 lanes, filled or not, and there as on a GPU a
+# Positions in a block of the cache. A TPU computes with 128 lanes, filled or not, and there as on a GPU a
 # block has a price of its own; on CPU a block has to stay in the caches (docs/performance.md).
 BLOCK = {"cpu": 64, "gpu": 128, "tpu": 128}
+# Of completions in lanes: where no thread has to be woken for each block, short ones waste less.
+LANE_BLOCK = 32
 # Most positions, and most prompts times positions, of one prefill piece.
 PREFILL_CHUNK = 512
 PREFILL_TOKENS = 8192
@@ -41,7 +44,8 @@ class _Shape:
     slots: int
     length: int  # T
     memory: int  # R
-    block: int  # positions in a cache block
+    block: int  # positions in a block of the prompts' cache
+    ring_block: int  # positions in a block of the completions' cache
     pad_id: int
     kv_dtype: KVDtype
     shards: int
@@ -166,7 +170,14 @@ def generate(
     slots = lane_slots(rows, slots, lanes=lanes, shards=shards)
     platform = platform_of(mesh)
     shape = _Shape(
-        slots, max_new_tokens, sampling.memory, BLOCK[platform], pad_id, kv_dtype, shards
+        slots=slots,
+        length=max_new_tokens,
+        memory=sampling.memory,
+        block=BLOCK[platform],
+        ring_block=BLOCK[platform] if lanes == 1 else LANE_BLOCK,
+        pad_id=pad_id,
+        kv_dtype=kv_dtype,
+        shards=shards,
     )
     program = Program(
         sampling=sampling,
@@ -181,7 +192,15 @@ def generate(
         queue, state, output = _begin(model, weights, *_on_device(own, key, mesh), shape=shape)
         names = request.places(lanes, number)[: own.count]
         watch = Watch(finished, names=names, limit=queue.limit)
-        return Lane(queue, state, output, rows=own.count, program=program, watch=watch)
+        return Lane(
+            queue,
+            state,
+            output,
+            rows=own.count,
+            program=program,
+            watch=watch,
+            alone=lanes == 1,
+        )
 
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
         weights = rollout_params(model, params, mesh)
@@ -305,9 +324,8 @@ def _begin(
         chunk=chunk,
     )
     queue = Queue(
-        key=key,
+        key=row_keys(key, number),
         count=count,
-        number=number,
         group=group,
         limit=limit,
         cached=length - 1,
@@ -316,7 +334,7 @@ def _begin(
         forced_length=forced_length,
         store=place(store, None),
     )
-    block = min(shape.block, shape.length)
+    block = min(shape.ring_block, shape.length)
     ring = cache(blocks=-(-shape.length // block), rows=shape.slots, block=block)
     slots = first_slots(queue, slots=shape.slots, memory=shape.memory, ring=ring)
     return queue, slots, empty_output(group.shape[0], shape.length, shape.pad_id)

@@ -7,7 +7,9 @@ computing; there each core gets a lane, and lanes wait for nobody.
 
 import contextlib
 import dataclasses
+import functools
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -92,6 +94,7 @@ class Lane:
       rows: those that are not padding.
       program: what is fixed when the loop is compiled.
       watch: hears what ends.
+      alone: there is no other lane.
     """
 
     def __init__(
@@ -103,7 +106,9 @@ class Lane:
         rows: int,
         program: Program,
         watch: Watch,
+        alone: bool,
     ) -> None:
+        self._alone = alone
         self.output = output
         self.rows, self.rows_done, self.tokens, self.computed = rows, 0, 0, 0
         self._queue, self._slots, self._program, self._watch = queue, slots, program, watch
@@ -123,7 +128,8 @@ class Lane:
 
     def start(self, model: Decoder, params: PyTree) -> None:
         """Starts the next program."""
-        self._slots, self.output, status = _decode(
+        decode = _decode if self._alone else _decode_in_order()
+        self._slots, self.output, status = decode(
             model,
             params,
             self._queue,
@@ -161,6 +167,28 @@ class Lane:
 
 
 _decode = jax.jit(decode, static_argnames=("model", "program"), donate_argnames=("slots", "output"))
+
+
+@functools.cache
+def _decode_in_order() -> Callable[..., tuple[Slots, Output, Status]]:
+    """For a lane among others, whose operations one thread computes one after the other.
+
+    XLA's schedule for CPU brings operations forward that could run beside others, so that a layer's
+    weights are read long before they are used; here they would have left the caches by then.
+    """
+    options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+    try:
+        jax.jit(lambda: 0, compiler_options=options)()
+    except jax.errors.JaxRuntimeError:  # a JAX that does not know the option
+        return _decode
+    return jax.jit(
+        decode,
+        static_argnames=("model", "program"),
+        donate_argnames=("slots", "output"),
+        compiler_options=options,
+    )
+
+
 _compact = jax.jit(compact, static_argnames=("size", "shards"))
 
 
@@ -212,10 +240,12 @@ def _side_by_side(
     What the caller hears, it hears from its own thread.
     """
 
+    starting = threading.Lock()  # who comes second finds the program compiled
+
     def advance(lane: Lane) -> None:
-        with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        with starting, jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
             lane.start(model, params)
-            lane.wait()
+        lane.wait()
 
     with ThreadPoolExecutor(len(lanes), "lane") as pool:
         running = {pool.submit(advance, lane): lane for lane in lanes}

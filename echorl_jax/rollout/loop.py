@@ -144,8 +144,7 @@ def _turn(
 ) -> tuple[Slots, _Turn]:
     """One token for every slot; those whose rows are over become idle."""
     logits, new = forward(model, params, queue, slots, platform=program.platform)
-    number = queue.number[jnp.minimum(slots.row, queue.rows - 1)]
-    uniforms = token_uniforms(queue.key, number, slots.position)
+    uniforms = token_uniforms(queue.key[jnp.minimum(slots.row, queue.rows - 1)], slots.position)
     drawn = sample(logits, uniforms, program.sampling, forced=forced_tokens(queue, slots))
     drawn = jax.tree.map(lambda x: constrain(x, None), drawn)  # whole on every device from here on
     ring = write_column(slots.ring, new, slots.turn % slots.ring.length)

@@ -34,22 +34,31 @@ class Sampled:
     entropy: Array  # f32 [M], likewise
 
 
-def token_uniforms(key: Array, row: Array, position: Array) -> Array:
-    """The two uniform numbers of token ``position`` of row ``row``, whatever slot computes it.
+def row_keys(key: Array, number: Array) -> Array:
+    """The keys ``fold_in(key, number)`` of rows, ``[N]``.
 
     Args:
       key: one PRNG key for the call.
-      row: i32 ``[M]``.
+      number: i32 ``[N]``.
+    """
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, number)
+
+
+def token_uniforms(keys: Array, position: Array) -> Array:
+    """The two uniform numbers of the tokens at ``position``, whatever slots compute them.
+
+    Args:
+      keys: ``[M]`` from :func:`row_keys`.
       position: i32 ``[M]``.
 
     Returns:
-      f32 ``[M, 2]`` in ``[0, 1)``, from the key ``fold_in(fold_in(key, row), position)``.
+      f32 ``[M, 2]`` in ``[0, 1)``, from the keys ``fold_in(row's key, position)``.
     """
 
-    def bits(row: Array, position: Array) -> Array:
-        return jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, row), position), (2,))
+    def bits(key: Array, position: Array) -> Array:
+        return jax.random.bits(jax.random.fold_in(key, position), (2,))
 
-    return (jax.vmap(bits)(row, position) >> 8).astype(jnp.float32) * jnp.float32(2**-24)
+    return (jax.vmap(bits)(keys, position) >> 8).astype(jnp.float32) * jnp.float32(2**-24)
 
 
 def sample(

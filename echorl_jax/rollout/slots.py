@@ -23,9 +23,8 @@ from echorl_jax.types import Array, pytree
 class Queue:
     """What every row starts from. Read only."""
 
-    key: Array  # PRNG key of the call
+    key: Array  # PRNG keys [N] of the rows
     count: Array  # i32 [], rows to be written; rows from there on are padding
-    number: Array  # i32 [N], stands for the row in the keys
     group: Array  # i32 [N], prompt of the row
     limit: Array  # i32 [N], longest completion of the row
     cached: Array  # i32 [P], positions of the prompt in `store`: all but the last token

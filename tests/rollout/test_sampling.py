@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from echorl_jax.rollout.sampling import sample, token_uniforms, vocabulary_blocks
+from echorl_jax.rollout.sampling import row_keys, sample, token_uniforms, vocabulary_blocks
 from echorl_jax.rollout.settings import make_sampling
 
 DRAWS = 40_000
@@ -24,7 +24,7 @@ def draw(logits, seed=0, **options):
     """Many independent draws from one row of logits."""
     sampling = make_sampling(vocab_size=len(logits), **options)
     rows = jnp.arange(DRAWS)
-    uniforms = token_uniforms(jax.random.key(seed), rows, jnp.zeros(DRAWS, jnp.int32))
+    uniforms = token_uniforms(row_keys(jax.random.key(seed), rows), jnp.zeros(DRAWS, jnp.int32))
     many = jnp.broadcast_to(jnp.asarray(logits, jnp.float32)[None, :], (DRAWS, len(logits)))
     return jax.device_get(_sample(many, uniforms, sampling=sampling))
 
@@ -131,8 +131,8 @@ def test_uniforms_belong_to_row_and_position():
     """From the documented key, whatever else is in the batch; no two alike."""
     key = jax.random.key(5)
     rows, positions = jnp.array([0, 1, 1, 900]), jnp.array([0, 0, 1, 77])
-    uniforms = token_uniforms(key, rows, positions)
-    alone = token_uniforms(key, rows[2:3], positions[2:3])
+    uniforms = token_uniforms(row_keys(key, rows), positions)
+    alone = token_uniforms(row_keys(key, rows[2:3]), positions[2:3])
     np.testing.assert_array_equal(uniforms[2:3], alone)
     bits = jax.random.bits(jax.random.fold_in(jax.random.fold_in(key, 900), 77), (2,))
     np.testing.assert_array_equal(uniforms[3], np.asarray(bits >> 8) / 2.0**24)
