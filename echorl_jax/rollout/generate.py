@@ -27,8 +27,8 @@ from echorl_jax.rollout.step import platform_of
 from echorl_jax.rollout.watch import Finished, Watch
 from echorl_jax.types import Array, PyTree, Rollouts
 
-# Positions in a block of the cache. A TPU computes with 128 lanes, filled or not, and there as on a GPU a
-# block has a price of its own; on CPU a block has to stay in the caches (docs/performance.md).
+# Positions in a block of the cache. A TPU computes with 128 lanes, filled or not, and there as on a
+# GPU a block has a price of its own; on CPU it has to stay in the caches (docs/performance.md).
 BLOCK = {"cpu": 64, "gpu": 128, "tpu": 128}
 # Of completions in lanes: where no thread has to be woken for each block, short ones waste less.
 LANE_BLOCK = 32

@@ -26,9 +26,8 @@ def queue_and_slots(prompts: int, group_size: int, width: int, length: int):
     rows = prompts * group_size
     numbers = jnp.zeros(prompts, jnp.int32)
     queue = Queue(
-        key=jax.random.key(0),
+        key=jax.random.split(jax.random.key(0), rows),
         count=jnp.int32(rows),
-        number=jnp.arange(rows),
         group=jnp.repeat(jnp.arange(prompts), group_size),
         limit=jnp.full(rows, length),
         cached=numbers,
