@@ -108,7 +108,8 @@ def generate(
       slots: rows decoded at once; 0 takes all rows, or as many as memory allows.
       lanes: parts of the rows that are decoded side by side, each by a loop with its share of the
         slots; 0 takes one for each core on CPU if the model is small, else one. On a mesh of
-        several devices there is one.
+        several devices there is one. Several are started from threads, where JAX's context
+        managers do not hold, but for the mesh.
       kv_dtype: type of the cache; the model's unless given. "int8" has a scale for each head.
       pad_id: fills ``completion_ids`` past the end.
       prompt_tokens: pads prompts to at least this, so that calls whose longest prompts differ share
