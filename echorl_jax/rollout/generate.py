@@ -208,7 +208,7 @@ def generate(
         work = [lane(number, weights) for number in range(lanes)]
         run(model, weights, work, mesh=mesh, progress=progress)
         return _finish(
-            *_on_device(request, key, mesh)[:3],
+            *_placed((request.tokens, request.length, request.group), mesh),
             [lane.output for lane in work],
             prompts=len(prompts),
             group_size=group_size,
@@ -280,10 +280,13 @@ def _on_device(request: Request, key: Array, mesh: Mesh | None) -> tuple[Array, 
         np.int32(request.count),
     )
     if mesh is None:
-        return (*map(jnp.asarray, host), key)
-    data = place_whole(np.asarray(jax.random.key_data(key)), mesh)
-    key = jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
-    return (*place_whole(host, mesh), key)
+        return (*_placed(host, mesh), key)
+    (data,) = _placed((np.asarray(jax.random.key_data(key)),), mesh)
+    return (*_placed(host, mesh), jax.random.wrap_key_data(data, impl=jax.random.key_impl(key)))
+
+
+def _placed(host: tuple[Any, ...], mesh: Mesh | None) -> tuple[Array, ...]:
+    return tuple(map(jnp.asarray, host)) if mesh is None else place_whole(host, mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "shape"))

@@ -225,7 +225,7 @@ def test_slots_stay_busy_with_long_tailed_lengths(model, params, lanes):
     )
     np.testing.assert_array_equal(rollouts.completion_length, limits)
     assert last.occupancy >= 0.85
-    assert {step.slots for step in seen} >= {32 * lanes, 8 * lanes}
+    assert {step.slots for step in seen} >= ({32, 16, 8} if lanes == 1 else {64, 16})
     done = [step.rows_done for step in seen]
     assert done == sorted(done) and done[-1] == 192 == last.rows
     assert last.tokens == limits.sum() and last.tokens_per_second > 0
