@@ -48,9 +48,8 @@ def state(model: Decoder, *, prompts: int, group: int, block: int) -> Any:
     }
     numbers = jnp.zeros(prompts, jnp.int32)
     queue = Queue(
-        key=jax.random.key(0),
+        key=jax.random.split(jax.random.key(0), rows),
         count=jnp.int32(rows),
-        number=jnp.arange(rows),
         group=jnp.repeat(jnp.arange(prompts), group),
         limit=jnp.full(rows, 2 * block),
         cached=numbers,

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -36,19 +37,32 @@ def torch_python() -> str:
 
 @pytest.fixture(scope="session")
 def libtpu(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A directory with the libtpu that this JAX asks for, apart from this environment.
-
-    Installed, it would make every JAX process look for a TPU. ``ECHORL_LIBTPU`` names a ready one.
-    """
+    """A directory with the libtpu that this JAX asks for. ``ECHORL_LIBTPU`` names a ready one."""
     given = os.environ.get("ECHORL_LIBTPU")
     if given:
         return given
     wanted = next(r for r in importlib.metadata.requires("jax") or [] if r.startswith("libtpu"))
-    target = str(tmp_path_factory.mktemp("libtpu"))
-    requirement = wanted.split(";")[0].strip()
-    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", target]
-    subprocess.run([*pip, requirement], check=True)
-    return target
+    return _installed_apart(tmp_path_factory.mktemp("libtpu"), wanted.split(";")[0].strip())
+
+
+@pytest.fixture(scope="session")
+def cuda_plugin(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with XLA's compiler for NVIDIA GPUs, of this JAX's version.
+    ``ECHORL_CUDA_PLUGIN`` names a ready one.
+    """
+    given = os.environ.get("ECHORL_CUDA_PLUGIN")
+    if given:
+        return given
+    names = ("jax-cuda13-plugin", "jax-cuda13-pjrt")
+    wanted = [f"{name}=={jax.__version__}" for name in names]
+    return _installed_apart(tmp_path_factory.mktemp("cuda"), *wanted)
+
+
+def _installed_apart(directory: Path, *requirements: str) -> str:
+    """Installed in this environment they would make every JAX process look for a device."""
+    pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
+    subprocess.run([*pip, str(directory), *requirements], check=True)
+    return str(directory)
 
 
 @pytest.fixture(scope="module", autouse=True)

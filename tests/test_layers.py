@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "echorl_jax"
 LAYERS = {
     "errors": 0,
+    "precision": 0,
     "types": 0,
     "config": 0,
     "config_file": 0,

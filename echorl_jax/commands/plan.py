@@ -2,7 +2,7 @@
 
 Compiles the programs of a training step (prompt prefill, decode loop, scoring, gradient of a
 micro-batch, optimizer) from shapes alone: for a TPU topology through libtpu, with no TPU here, or
-for this machine. For GPUs (a100, h100, 80 GB) the figures are estimated by formula. No weights are
+for this machine. For GPUs (a100, h100, h200) the figures are estimated by formula. No weights are
 read. If a program does not fit, other settings are tried and the best is printed. Exit code 1 when
 nothing fits.
 

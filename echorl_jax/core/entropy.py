@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from echorl_jax.precision import wide_einsum
 from echorl_jax.types import Array
 
 
@@ -170,10 +171,8 @@ def _backward(temperature: float, data_shards: int, residuals, cotangents):
         slope = d_logprob[..., None] + d_entropy[..., None] * (logp + h[..., None])
         picked = jnp.where(_is_token(logp, token), d_logprob[..., None], 0.0)
         d_logits = ((picked - jnp.exp(logp) * slope) / temperature).astype(x.dtype)
-        d_x = jnp.einsum("btv,dv->btd", d_logits, weight, preferred_element_type=jnp.float32)
-        d_head += jnp.einsum(
-            "sbtd,sbtv->sdv", by_shard(x), by_shard(d_logits), preferred_element_type=jnp.float32
-        )
+        d_x = wide_einsum("btv,dv->btd", d_logits, weight)
+        d_head += wide_einsum("sbtd,sbtv->sdv", by_shard(x), by_shard(d_logits))
         return d_head, d_x.astype(x.dtype)
 
     d_head, d_hidden = lax.scan(
@@ -195,7 +194,7 @@ def _scale(logits: Array, temperature: float) -> Array:
 
 
 def _logits(x: Array, head: Array, temperature: float) -> Array:
-    logits = jnp.einsum("btd,dv->btv", x, head, preferred_element_type=jnp.float32)
+    logits = wide_einsum("btd,dv->btv", x, head)
     return logits / temperature
 
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from echorl_jax.models.blockwise import HIDDEN, blockwise_attention
 from echorl_jax.models.config import ModelError
-from echorl_jax.models.precision import precision_of
 from echorl_jax.models.splash import splash_attention
+from echorl_jax.precision import precision_of, wide_einsum
 from echorl_jax.types import Array
 
 Kernel = Literal["auto", "xla", "splash", "cudnn"]
@@ -126,13 +126,12 @@ def _direct(
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, width)
-    precision = precision_of(q.dtype)
-    scores = jnp.einsum(
-        "bqngk,bsnk->bngqs", grouped, k, precision=precision, preferred_element_type=jnp.float32
-    )
+    scores = wide_einsum("bqngk,bsnk->bngqs", grouped, k)
     visible = _visible(length, lengths, segment_ids, window)[:, None, None]
     weights = jax.nn.softmax(jnp.where(visible, scores * width**-0.5, HIDDEN), axis=-1)
-    out = jnp.einsum("bngqs,bsnk->bqngk", weights.astype(v.dtype), v, precision=precision)
+    out = jnp.einsum(
+        "bngqs,bsnk->bqngk", weights.astype(v.dtype), v, precision=precision_of(v.dtype)
+    )
     return out.reshape(q.shape)
 
 

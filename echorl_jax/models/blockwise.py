@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from echorl_jax.models.precision import precision_of
+from echorl_jax.precision import wide_einsum
 from echorl_jax.types import Array
 
 # A finite "minus infinity": a row without a single visible key gives an average instead of NaN.
@@ -81,7 +81,7 @@ def _scores(q: Array, k: Array, mask: _Mask, i: Array, j: Array, window: int | N
         visible &= key < mask.lengths[:, None, None]
     if mask.segments is not None:
         visible &= mask.segments[i][:, :, None] == mask.segments[j][:, None, :]
-    scores = _product("bngqk,bnsk->bngqs", q, k)
+    scores = wide_einsum("bngqk,bnsk->bngqs", q, k)
     return jnp.where(visible[:, None, None], scores * q.shape[-1] ** -0.5, HIDDEN)
 
 
@@ -100,7 +100,7 @@ def _forward(q: Array, k: Array, v: Array, mask: _Mask, window: int | None):
             new_peak = jnp.maximum(peak, scores.max(axis=-1))
             shrink = jnp.exp(peak - new_peak)
             weights = jnp.exp(scores - new_peak[..., None])
-            part = _product("bngqs,bnsk->bngqk", weights.astype(v.dtype), v[j])
+            part = wide_einsum("bngqs,bnsk->bngqk", weights.astype(v.dtype), v[j])
             norm = norm * shrink + weights.sum(axis=-1)
             return total * shrink[..., None] + part, new_peak, norm
 
@@ -130,13 +130,13 @@ def _backward(window: int | None, saved, d_out: Array):
             dq, dk, dv = state
             scores = _scores(q[i], k[j], mask, i, j, window)
             weights = jnp.exp(scores - log_norm[i][..., None])
-            d_weights = _product("bngqk,bnsk->bngqs", d_out[i], v[j])
+            d_weights = wide_einsum("bngqk,bnsk->bngqs", d_out[i], v[j])
             d_scores = (weights * (d_weights - dot[..., None]) * scale).astype(q.dtype)
             # A KV head gathers from all query heads that share it.
             weights = weights.astype(v.dtype)
-            dv = dv.at[j].add(_product("bngqs,bngqk->bnsk", weights, d_out[i]))
-            dk = dk.at[j].add(_product("bngqs,bngqk->bnsk", d_scores, q[i]))
-            dq += _product("bngqs,bnsk->bngqk", d_scores, k[j])
+            dv = dv.at[j].add(wide_einsum("bngqs,bngqk->bnsk", weights, d_out[i]))
+            dk = dk.at[j].add(wide_einsum("bngqs,bngqk->bnsk", d_scores, q[i]))
+            dq += wide_einsum("bngqs,bnsk->bngqk", d_scores, k[j])
             return dq, dk, dv
 
         start = (jnp.zeros(q.shape[1:], jnp.float32), *sums)
@@ -147,13 +147,6 @@ def _backward(window: int | None, saved, d_out: Array):
     zeros = jnp.zeros(k.shape, jnp.float32)
     (dk, dv), dq = jax.lax.scan(queries, (zeros, zeros), jnp.arange(q.shape[0]))
     return dq, dk.astype(k.dtype), dv.astype(v.dtype), None
-
-
-def _product(subscripts: str, a: Array, b: Array) -> Array:
-    """A matrix product with an f32 result."""
-    return jnp.einsum(
-        subscripts, a, b, precision=precision_of(a.dtype), preferred_element_type=jnp.float32
-    )
 
 
 _attend.defvjp(_forward, _backward)

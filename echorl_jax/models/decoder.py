@@ -11,9 +11,9 @@ from flax import nnx
 from echorl_jax.models.attention import Kernel, attend
 from echorl_jax.models.config import DecoderConfig, ModelError
 from echorl_jax.models.modules import Trunk
-from echorl_jax.models.precision import precision_of
 from echorl_jax.models.rope import Rotary, rotary
 from echorl_jax.parallel import constrain
+from echorl_jax.precision import precision_of
 from echorl_jax.types import Array, PyTree
 
 Remat = Literal["layer", "dots", "none"]

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from echorl_jax.models.config import DecoderConfig
-from echorl_jax.models.precision import precision_of
 from echorl_jax.models.rope import Rotary, rotate
 from echorl_jax.parallel import constrain
+from echorl_jax.precision import precision_of
 from echorl_jax.types import Array
 
 

@@ -1,15 +1,13 @@
 """The sampler's programs without weights or prompts: lowered from shapes alone."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from echorl_jax.models import Decoder, param_shardings
+from echorl_jax.models import Decoder
 from echorl_jax.rollout.buckets import bucket
 from echorl_jax.rollout.cache import KVDtype
-from echorl_jax.rollout.generate import BLOCK, _begin, _Shape
+from echorl_jax.rollout.generate import _begin, _Shape, block_sizes, rollout_layout
 from echorl_jax.rollout.lanes import _decode
 from echorl_jax.rollout.loop import Program
 from echorl_jax.rollout.memory import cache_dtype
@@ -45,12 +43,13 @@ def lower_prefill(
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     padded = bucket(prompts, multiple=shards)
     rows, width = padded * group_size, bucket(prompt_tokens, multiple=PROMPT_MULTIPLE)
+    block, ring_block = block_sizes(width, max_new_tokens, platform=platform_of(mesh))
     shape = _Shape(
         slots=min(slots, rows),
         length=max_new_tokens,
         memory=0,
-        block=BLOCK[platform_of(mesh)],
-        ring_block=BLOCK[platform_of(mesh)],
+        block=block,
+        ring_block=ring_block,
         pad_id=0,
         kv_dtype=cache_dtype(model, kv_dtype),
         shards=shards,
@@ -111,9 +110,9 @@ def lower_decode(
 
 def sampling_weights(model: Decoder, mesh: Mesh) -> PyTree:
     """Shapes, types and places of the weights that sampling reads."""
-    shapes = jax.eval_shape(functools.partial(model.cast), model.param_shapes())
+    make, shardings = rollout_layout(model, mesh)
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        shapes,
-        param_shardings(model, mesh, layout="rollout"),
+        jax.eval_shape(make, model.param_shapes()),
+        shardings,
     )

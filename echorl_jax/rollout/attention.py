@@ -6,11 +6,12 @@ never repeated in memory. Source of the merge: Milakov and Gimelshein, arXiv 180
 
 import jax.numpy as jnp
 
+from echorl_jax.precision import wide_einsum
 from echorl_jax.rollout.cache import Cache
 from echorl_jax.types import Array, pytree
 
 # Score of a key that must not be seen: exp of its distance to any real score is exactly 0.
-_NEVER = -1e30
+NEVER = -1e30
 
 
 @pytree
@@ -39,7 +40,7 @@ def own_position(q: Array, k: Array, v: Array) -> Partial:
       k: ``[M, KV, K]``.
       v: ``[M, KV, K]``.
     """
-    scores = jnp.einsum("mhrk,mhk->mhr", q, k, preferred_element_type=jnp.float32)
+    scores = wide_einsum("mhrk,mhk->mhr", q, k)
     return Partial(
         mixed=jnp.broadcast_to(v[:, :, None, :].astype(jnp.float32), q.shape),
         mass=jnp.ones_like(scores),
@@ -60,19 +61,17 @@ def merge_block(partial: Partial, q: Array, block: Cache, valid: Array) -> Parti
       valid: bool, broadcasts to ``[M, KV, R, block]``.
     """
     k, v = block.k.astype(q.dtype), block.v.astype(q.dtype)
-    scores = jnp.einsum("mhrk,mhkb->mhrb", q, k, preferred_element_type=jnp.float32)
+    scores = wide_einsum("mhrk,mhkb->mhrb", q, k)
     if block.k_scale is not None:
         scores = scores * block.k_scale[:, :, None, :]
-    scores = jnp.where(valid, scores * q.shape[-1] ** -0.5, _NEVER)
+    scores = jnp.where(valid, scores * q.shape[-1] ** -0.5, NEVER)
     top = jnp.maximum(partial.top, scores.max(-1))
     weight = jnp.exp(scores - top[..., None])
     shrink = jnp.exp(partial.top - top)
     mass = partial.mass * shrink + weight.sum(-1)
     if block.v_scale is not None:
         weight = weight * block.v_scale[:, :, None, :]
-    mixed = jnp.einsum(
-        "mhrb,mhbk->mhrk", weight.astype(v.dtype), v, preferred_element_type=jnp.float32
-    )
+    mixed = wide_einsum("mhrb,mhbk->mhrk", weight.astype(v.dtype), v)
     return Partial(mixed=partial.mixed * shrink[..., None] + mixed, mass=mass, top=top)
 
 

@@ -9,27 +9,28 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.models import Decoder, param_shardings
 from echorl_jax.parallel import constrain, place_whole, smallest
 from echorl_jax.rollout.buckets import greatest_divisor
 from echorl_jax.rollout.cache import KVDtype, empty_cache, place
 from echorl_jax.rollout.lanes import Lane, Progress, choose_lanes, lane_slots, run
+from echorl_jax.rollout.layers import split_layers, split_shardings
 from echorl_jax.rollout.loop import Output, Program, empty_output
-from echorl_jax.rollout.memory import cache_dtype, choose_slots
+from echorl_jax.rollout.memory import cache_dtype, choose_slots, shares_weights
 from echorl_jax.rollout.prefill import prefill
 from echorl_jax.rollout.request import Request, make_request
 from echorl_jax.rollout.sampling import row_keys
 from echorl_jax.rollout.settings import make_sampling
 from echorl_jax.rollout.slots import Queue, Slots, first_slots
-from echorl_jax.rollout.step import platform_of
+from echorl_jax.rollout.step import Platform, platform_of
 from echorl_jax.rollout.watch import Finished, Watch
 from echorl_jax.types import Array, PyTree, Rollouts
 
 # Positions in a block of the cache. A TPU computes with 128 lanes, filled or not, and there as on a
 # GPU a block has a price of its own; on CPU it has to stay in the caches (docs/performance.md).
-BLOCK = {"cpu": 64, "gpu": 128, "tpu": 128}
+BLOCK = {"cpu": 64, "gpu": 64, "tpu": 128}
 # Of completions in lanes: where no thread has to be woken for each block, short ones waste less.
 LANE_BLOCK = 32
 # Most positions, and most prompts times positions, of one prefill piece.
@@ -170,12 +171,15 @@ def generate(
             slots = smallest(slots)  # hosts may have different memory, but run one program
     slots = lane_slots(rows, slots, lanes=lanes, shards=shards)
     platform = platform_of(mesh)
+    block, ring_block = block_sizes(
+        request.tokens.shape[1], max_new_tokens, platform=platform, lanes=lanes
+    )
     shape = _Shape(
         slots=slots,
         length=max_new_tokens,
         memory=sampling.memory,
-        block=BLOCK[platform],
-        ring_block=BLOCK[platform] if lanes == 1 else LANE_BLOCK,
+        block=block,
+        ring_block=ring_block,
         pad_id=pad_id,
         kv_dtype=kv_dtype,
         shards=shards,
@@ -229,6 +233,23 @@ def generate_with_progress(*args: Any, **settings: Any) -> tuple[Rollouts, Progr
     return rollouts, last[0]
 
 
+def block_sizes(
+    prompt_tokens: int, length: int, *, platform: Platform, lanes: int = 1
+) -> tuple[int, int]:
+    """Positions in a block of the prompts' cache and of the completions'.
+
+    >>> block_sizes(192, 96, platform="tpu"), block_sizes(192, 96, platform="gpu")
+    ((96, 96), (64, 128))
+    """
+    most = BLOCK[platform]
+    if platform == "gpu":  # powers of two, as its kernel wants them
+        return min(most, prompt_tokens & -prompt_tokens), min(
+            most, max(16, 1 << (length - 1).bit_length())
+        )
+    most_of_ring = most if lanes == 1 else LANE_BLOCK
+    return greatest_divisor(prompt_tokens, most=most), min(length, most_of_ring)
+
+
 def _check(*, slots: int, lanes: int, turns_per_visit: int, mesh: Mesh | None) -> None:
     if slots < 0:
         raise ValueError(f"slots={slots}: must be 0 (chosen) or positive")
@@ -252,17 +273,36 @@ def _check_context(model: Decoder, request: Request, *, length: int) -> None:
 
 
 def rollout_params(model: Decoder, params: PyTree, mesh: Mesh | None) -> PyTree:
-    """The weights as sampling wants them: in the compute dtype, and on a mesh in its layout."""
-    alone = mesh is None or mesh.size == 1
-    if alone and model.dtype == model.param_dtype:
+    """The weights as sampling wants them: in the compute dtype, and on a mesh in its layout; on GPU
+    layer by layer.
+    """
+    devices = 1 if mesh is None else mesh.size
+    if shares_weights(model, devices=devices, platform=platform_of(mesh)):
         return params
     return _placer(model, mesh)(params)
 
 
+def rollout_layout(model: Decoder, mesh: Mesh | None) -> tuple[Callable[[PyTree], PyTree], PyTree]:
+    """What makes weights ready for sampling, to be compiled, and where it puts them on the mesh."""
+    shardings = None if mesh is None else param_shardings(model, mesh, layout="rollout")
+    if platform_of(mesh) != "gpu":
+        return model.cast, shardings
+    alone = mesh is None or mesh.size == 1
+
+    def make(params: PyTree) -> PyTree:
+        return split_layers(model.cast(params), join=alone)
+
+    if mesh is not None and alone:
+        whole = NamedSharding(mesh, PartitionSpec())
+        shapes = jax.eval_shape(make, model.param_shapes())
+        return make, jax.tree.map(lambda _: whole, shapes)
+    return make, shardings and split_shardings(shardings, model.config.num_layers)
+
+
 @functools.cache
 def _placer(model: Decoder, mesh: Mesh | None) -> Callable[[PyTree], PyTree]:
-    shardings = None if mesh is None else param_shardings(model, mesh, layout="rollout")
-    return jax.jit(model.cast, out_shardings=shardings)
+    make, shardings = rollout_layout(model, mesh)
+    return jax.jit(make, out_shardings=shardings)
 
 
 def _on_device(request: Request, key: Array, mesh: Mesh | None) -> tuple[Array, ...]:
@@ -315,7 +355,7 @@ def _begin(
         dtype=shape.kv_dtype,
     )
     prompts, width = tokens.shape
-    block = greatest_divisor(width, most=shape.block)
+    block = shape.block
     chunk = block * greatest_divisor(width // block, most=PREFILL_CHUNK // block)
     most = max(1, PREFILL_TOKENS // (chunk * shape.shards))
     store = prefill(
@@ -338,8 +378,8 @@ def _begin(
         forced_length=forced_length,
         store=place(store, None),
     )
-    block = min(shape.ring_block, shape.length)
-    ring = cache(blocks=-(-shape.length // block), rows=shape.slots, block=block)
+    ring_blocks = -(-shape.length // shape.ring_block)
+    ring = cache(blocks=ring_blocks, rows=shape.slots, block=shape.ring_block)
     slots = first_slots(queue, slots=shape.slots, memory=shape.memory, ring=ring)
     return queue, slots, empty_output(group.shape[0], shape.length, shape.pad_id)
 

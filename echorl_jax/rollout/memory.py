@@ -11,6 +11,7 @@ from echorl_jax.models import Decoder
 from echorl_jax.parallel import partition_spec
 from echorl_jax.rollout.buckets import bucket_below
 from echorl_jax.rollout.cache import KV_BYTES, KVDtype
+from echorl_jax.rollout.step import Platform
 from echorl_jax.types import PyTree
 
 # Part of a device's memory that slots may take unless told otherwise: in training, weights,
@@ -139,6 +140,13 @@ def position_bytes(model: Decoder, kv_dtype: KVDtype | None, tensor: int = 1) ->
     heads = heads // tensor if heads % tensor == 0 else heads
     vector = config.head_dim * KV_BYTES[dtype] + (4 if dtype == "int8" else 0)
     return 2 * config.num_layers * heads * vector
+
+
+def shares_weights(model: Decoder, *, devices: int, platform: Platform) -> bool:
+    """Whether sampling reads the trainer's weights themselves: they have its type, are on one
+    device, and that is no GPU, where layers are taken apart.
+    """
+    return devices == 1 and model.dtype == model.param_dtype and platform != "gpu"
 
 
 def weight_bytes(model: Decoder, mesh: Mesh | None) -> int:

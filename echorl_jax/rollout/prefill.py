@@ -9,6 +9,7 @@ from echorl_jax.models import Decoder
 from echorl_jax.parallel import constrain
 from echorl_jax.rollout import attention
 from echorl_jax.rollout.cache import Cache, as_blocks, encode, read_block, write_piece
+from echorl_jax.rollout.layers import over_layers
 from echorl_jax.types import Array, PyTree
 
 # Stands for "no sliding window": longer than any sequence.
@@ -76,8 +77,8 @@ def _prefill_piece(
         return model.finish_layer(weights, x, out), new
 
     x = constrain(model.embed(params, tokens), "batch", "length", "feature")
-    layers = jnp.arange(model.config.num_layers)
-    _, new = lax.scan(layer, x, (model.layers(params), jnp.asarray(windows(model)), layers))
+    layers = np.arange(model.config.num_layers)
+    _, new = over_layers(model, layer, x, params, windows(model), layers)
     return write_piece(store, new, row, position)
 
 

@@ -6,14 +6,17 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
 from echorl_jax.models import Decoder
 from echorl_jax.parallel import constrain
-from echorl_jax.rollout import attention
+from echorl_jax.precision import wide_einsum
+from echorl_jax.rollout import attention, kernel
 from echorl_jax.rollout.attention import Partial
 from echorl_jax.rollout.cache import Cache, encode, read_block
+from echorl_jax.rollout.layers import over_layers
 from echorl_jax.rollout.prefill import windows
 from echorl_jax.rollout.slots import Queue, Slots
 from echorl_jax.types import Array, PyTree
@@ -25,6 +28,11 @@ def platform_of(mesh: Mesh | None) -> Platform:
     """What programs for the mesh are compiled for; without one, for this machine's default."""
     name = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return name if name in ("cpu", "gpu") else "tpu"
+
+
+# Attention of a layer's queries [M, KV, R, K] to their own keys and values [M, KV, K] and to both
+# caches, [M, KV, R, K]: (q, k, v, layer, window).
+Attend = Callable[[Array, Array, Array, Array, Array | None], Array]
 
 
 def forward(
@@ -40,40 +48,13 @@ def forward(
       params: its weights.
       queue: the work.
       slots: M of them.
-      platform: that it is compiled for. Blocks to read are counted while running; on ``gpu``, whose
-        host looks at the condition of every such loop each time, one of several loops of known
-        lengths 1, 2, 4, ... is chosen once a turn.
+      platform: that it is compiled for; on ``gpu`` a kernel reads the caches if it can.
 
     Returns:
       Logits f32 ``[M, V]``; keys and values ``[L, M, KV, K]``.
     """
-    filled = _filled_blocks(slots)
-    if platform != "gpu":
-        return _forward(model, params, queue, slots, ring_blocks=filled, counted=True)
-    lengths = [2**power for power in range((slots.ring.blocks - 1).bit_length())]
-    lengths.append(slots.ring.blocks)
-    branches = [
-        functools.partial(_forward, model, ring_blocks=length, counted=False) for length in lengths
-    ]
-    which = jnp.searchsorted(jnp.array(lengths), filled)
-    return lax.switch(which, branches, params, queue, slots)
-
-
-def _forward(
-    model: Decoder,
-    params: PyTree,
-    queue: Queue,
-    slots: Slots,
-    *,
-    ring_blocks: Array | int,
-    counted: bool,
-) -> tuple[Array, Cache]:
-    # With a slot for each row, slots of a group lie side by side and share the store's prompt.
-    prompt, filled = slots.prompt, slots.cached
-    if prompt is None:
-        prompt, filled = queue.store, queue.cached
-    counted &= prompt.blocks > 1
-    prompt_blocks = -(-filled.max() // prompt.block) if counted else prompt.blocks
+    by_kernel = platform == "gpu" and kernel.fits(model.config.head_dim)
+    attend = (_by_kernel if by_kernel else _by_blocks)(queue, slots)
     positions = (slots.cached + slots.position)[:, None]
     tables = model.rotary(positions)
     window = jnp.asarray(windows(model)) if any(model.config.windows) else None
@@ -83,19 +64,54 @@ def _forward(
         q, k, v = model.qkv(weights, x, positions, tables)
         rows, _, heads, width = q.shape
         q, k, v = q.reshape(rows, k.shape[2], -1, width), k[:, 0], v[:, 0]
-        reach = None if window is None else window[index]
-        partial = attention.own_position(q, k, v)
-        partial = _attend_ring(partial, q, slots, index, reach, ring_blocks)
-        read = functools.partial(read_block, prompt, index)
-        partial = _attend_prompt(partial, q, read, filled, positions[:, 0], reach, prompt_blocks)
-        out = attention.finish(partial).reshape(rows, 1, heads, width).astype(x.dtype)
+        out = attend(q, k, v, index, None if window is None else window[index])
+        out = out.reshape(rows, 1, heads, width).astype(x.dtype)
         return model.finish_layer(weights, x, out), encode(k, v, like=slots.ring)
 
     x = constrain(model.embed(params, slots.token[:, None]), "batch", "length", "feature")
-    x, new = lax.scan(layer, x, (model.layers(params), jnp.arange(model.config.num_layers)))
+    x, new = over_layers(model, layer, x, params, np.arange(model.config.num_layers))
     hidden = model.final_norm(params, x)[:, 0]
-    logits = jnp.matmul(hidden, model.head(params), preferred_element_type=jnp.float32)
+    logits = wide_einsum("md,dv->mv", hidden, model.head(params).astype(hidden.dtype))
     return constrain(logits, "batch", "vocab"), new
+
+
+def _by_kernel(queue: Queue, slots: Slots) -> Attend:
+    """Every row reads what it has filled."""
+    ring, prompt, row = slots.ring, slots.prompt, None
+    if prompt is None:
+        prompt = queue.store
+        row = jnp.arange(slots.row.shape[0]) // (slots.row.shape[0] // prompt.v.shape[2])
+
+    def attend(q: Array, k: Array, v: Array, layer: Array, window: Array | None) -> Array:
+        written, unseen = slots.position, jnp.zeros_like(slots.cached)
+        if window is not None:
+            written = jnp.minimum(written, window - 1)
+            unseen = jnp.clip(slots.cached + slots.position - window + 1, 0, slots.cached)
+        latest = kernel.Span((slots.turn - written) % ring.length, written)
+        early = kernel.Span(unseen, slots.cached - unseen, row)
+        return kernel.attend(q, k, v, layer, (prompt, ring), (early, latest))
+
+    return attend
+
+
+def _by_blocks(queue: Queue, slots: Slots) -> Attend:
+    """All rows read as many blocks as the longest of them has filled."""
+    # With a slot for each row, slots of a group lie side by side and share the store's prompt.
+    prompt, filled = slots.prompt, slots.cached
+    if prompt is None:
+        prompt, filled = queue.store, queue.cached
+    prompt_blocks = -(-filled.max() // prompt.block) if prompt.blocks > 1 else 1
+    ring_blocks = _filled_blocks(slots) if slots.ring.blocks > 1 else 1
+    positions = slots.cached + slots.position
+
+    def attend(q: Array, k: Array, v: Array, layer: Array, window: Array | None) -> Array:
+        partial = attention.own_position(q, k, v)
+        partial = _attend_ring(partial, q, slots, layer, window, ring_blocks)
+        read = functools.partial(read_block, prompt, layer)
+        partial = _attend_prompt(partial, q, read, filled, positions, window, prompt_blocks)
+        return attention.finish(partial)
+
+    return attend
 
 
 def _filled_blocks(slots: Slots) -> Array:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from echorl_jax.config import ConfigError
+from echorl_jax.rollout.step import Platform, platform_of
 
 GB = 10**9
 
@@ -24,6 +25,7 @@ class Chip:
     link_bytes_per_second: float | None = None
     libtpu_name: str = ""  # accelerator type as libtpu counts it, with {} for its number
     cores: int = 1  # that the number counts
+    platform: Platform = "tpu"
 
 
 # Sources: cloud.google.com/tpu/docs (v5e, v5p, v6e system pages); NVIDIA's data sheets. Both give
@@ -34,8 +36,9 @@ TPUS = {
     "v6e": Chip("TPU v6e", 32 * GB, 918e12, 1640e9, 400e9, "v6e-{}"),
 }
 GPUS = {
-    "a100": Chip("A100 80 GB", 80 * GB, 312e12, 2039e9, 300e9),
-    "h100": Chip("H100 80 GB", 80 * GB, 989e12, 3350e9, 450e9),
+    "a100": Chip("A100 80 GB", 80 * GB, 312e12, 2039e9, 300e9, platform="gpu"),
+    "h100": Chip("H100 80 GB", 80 * GB, 989e12, 3350e9, 450e9, platform="gpu"),
+    "h200": Chip("H200 141 GB", 141 * GB, 989e12, 4800e9, 450e9, platform="gpu"),
 }
 # Part of a chip's memory that a plan may fill: the rest is the runtime's, and fragmentation's.
 USABLE = 0.95
@@ -77,7 +80,8 @@ def local_chip() -> Chip:
         if word in kind or (word == "v5e" and "v5 lite" in kind):
             return dataclasses.replace(chip, memory_bytes=int(limit))
     flops, speed = _measure()
-    return Chip(f"{device.device_kind} (peaks measured)", int(limit), flops, speed)
+    name = f"{device.device_kind} (peaks measured)"
+    return Chip(name, int(limit), flops, speed, platform=platform_of(None))
 
 
 def _measure() -> tuple[float, float]:

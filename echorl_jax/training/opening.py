@@ -16,6 +16,7 @@ from echorl_jax.errors import RunStopped
 from echorl_jax.parallel import is_first, smallest
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout.memory import device_bytes
+from echorl_jax.rollout.step import platform_of
 from echorl_jax.training.checkpoints import Checkpoints, Restored
 from echorl_jax.training.compiled import keep_compiled
 from echorl_jax.training.evaluator import Evaluator
@@ -164,7 +165,8 @@ def _present(run: Run, job: Job, state: TrainState) -> None:
 def _job(session: Session, objective: Objective) -> Job:
     """The run as a plan sees it, with slots that fit on every process's devices."""
     config, mesh = session.config, session.mesh
-    job = Job(config, session.model, objective, mesh, slots=session.data_devices)
+    slots, platform = session.data_devices, platform_of(mesh)
+    job = Job(config, session.model, objective, mesh, slots=slots, platform=platform)
     if objective.supervised:
         return job
     slots = fitting_slots(

@@ -180,7 +180,7 @@ def make_job(config: Config, target: Target) -> Job:
     )
     objective = configured_objective(config)
     mesh = _mesh(config, target)
-    job = Job(config, model, objective, mesh, slots=1)
+    job = Job(config, model, objective, mesh, slots=1, platform=target.chip.platform)
     held = job_held(job)
     try:
         slots = fitting_slots(

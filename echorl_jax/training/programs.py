@@ -16,7 +16,8 @@ from echorl_jax.core import Objective
 from echorl_jax.models import Decoder
 from echorl_jax.parallel import partition_spec
 from echorl_jax.rollout.ahead import lower_decode, lower_prefill
-from echorl_jax.rollout.memory import position_bytes
+from echorl_jax.rollout.memory import position_bytes, shares_weights
+from echorl_jax.rollout.step import Platform
 from echorl_jax.training.micro_batches import micro_batch_shapes
 from echorl_jax.training.optimizer import abstract_state
 from echorl_jax.training.session import configured_optimizer
@@ -59,6 +60,7 @@ class Job:
     objective: Objective
     mesh: Mesh | AbstractMesh
     slots: int
+    platform: Platform
 
     @property
     def shards(self) -> int:
@@ -90,7 +92,7 @@ class Job:
     @property
     def shares_weights(self) -> bool:
         """Whether the sampler reads the master weights themselves, with no copy."""
-        return self.mesh.size == 1 and self.model.dtype == self.model.param_dtype
+        return shares_weights(self.model, devices=self.mesh.size, platform=self.platform)
 
 
 @dataclasses.dataclass(frozen=True)

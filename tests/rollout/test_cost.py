@@ -45,7 +45,7 @@ def test_operations_are_those_of_the_compiled_turn():
     queue, slots = queue_and_slots(4, 8, 64, 128)
 
     def turn(params, queue, slots):
-        return forward(model, params, queue, slots, platform="gpu")
+        return forward(model, params, queue, slots, platform="cpu")
 
     compiled = jax.jit(turn).lower(model.param_shapes(), queue, slots).compile()
     counted = compiled.cost_analysis()["flops"]

@@ -236,7 +236,7 @@ def test_slots_stay_busy_with_long_tailed_lengths(model, params, lanes):
 
 @pytest.mark.parametrize("slots", [5, 8])
 def test_what_each_platform_runs_gives_the_same(model, params, monkeypatch, slots):
-    """A GPU chooses the number of blocks once a turn."""
+    """Heads too small for the GPU's kernel: there too blocks are read in a loop."""
     settings = {"group_size": 2, "max_new_tokens": 40, "eos_ids": EOS, "slots": slots}
     monkeypatch.setattr(engine, "BLOCK", dict.fromkeys(("cpu", "gpu", "tpu"), 16))
     counted = generate(model, params, PROMPTS, KEY, **settings)

@@ -9,7 +9,7 @@ from conftest import EOS, PROMPTS, decoder
 
 from echorl_jax.models import init_params
 from echorl_jax.parallel import make_mesh
-from echorl_jax.rollout import choose_slots, generate, rollout_memory
+from echorl_jax.rollout import choose_slots, generate, rollout_memory, shares_weights
 from echorl_jax.rollout.ahead import lower_decode, lower_prefill
 from echorl_jax.rollout.generate import rollout_params
 
@@ -100,3 +100,7 @@ def test_a_refilled_slot_copies_its_own_prompt_only(model):
 def test_fresh_weights_need_no_cast(model):
     params = init_params(model, jax.random.key(0))
     assert rollout_params(model, params, None) is params
+    assert shares_weights(model, devices=1, platform="cpu")
+    assert not shares_weights(model, devices=8, platform="cpu")
+    assert not shares_weights(model, devices=1, platform="gpu")
+    assert not shares_weights(decoder(dtype="bfloat16"), devices=1, platform="cpu")

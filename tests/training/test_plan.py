@@ -69,7 +69,7 @@ def test_the_update_is_counted_like_the_compiler() -> None:
     )
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     model = Decoder(ONE_LAYER, dtype="float32", remat="none")
-    job = Job(config, model, OBJECTIVES["dr_grpo"], mesh, slots=32)
+    job = Job(config, model, OBJECTIVES["dr_grpo"], mesh, slots=32, platform="cpu")
     assert job.micro_batch == (32, 32)
     from echorl_jax.training.programs import _update_program
 
@@ -91,7 +91,7 @@ def test_communication_is_that_of_the_sharding_table() -> None:
     )
     mesh = AbstractMesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
     model = Decoder(ONE_LAYER, dtype="bfloat16", remat="layer")
-    job = Job(config, model, OBJECTIVES["dr_grpo"], mesh, slots=16)
+    job = Job(config, model, OBJECTIVES["dr_grpo"], mesh, slots=16, platform="tpu")
     assert job.micro_batch == (16, 32)  # 128 tokens on each of 4; so 2 for 32 rows
     # Half of table, head, q, k and v, o, three of the MLP and biases in bfloat16; norms in float32.
     matrices = 2 * 1000 * 256 + 2 * 256 * 8 * 32 + 2 * 256 * 2 * 32 + 3 * 256 * 512 + 12 * 32

@@ -1,0 +1,207 @@
+"""Attention of a turn on GPU: one kernel that reads the caches where they lie.
+
+XLA copies each block out of a cache before it multiplies, and starts some ten kernels for it. Here
+a program of the grid takes one key head of one row, walks over the blocks that hold a key for it,
+and keeps the running softmax in registers (``attention.merge_block``, in Triton through Pallas).
+What a row has not filled is not read, and the host need not know how much that is. Rows of a group
+read the same prompt, so that all but one find it in the GPU's cache.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.sharding import PartitionSpec
+
+from echorl_jax.parallel import mesh_in_force, partition_spec
+from echorl_jax.precision import wide_einsum
+from echorl_jax.rollout.attention import NEVER, Partial
+from echorl_jax.rollout.cache import Cache
+from echorl_jax.types import Array, pytree
+
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # a JAX without it
+    triton = None
+
+# Programs that keep a large GPU busy; with fewer rows and heads than that, blocks are dealt out.
+PROGRAMS = 128
+# Bytes of keys and values on their way to a program: half of the fast memory of a multiprocessor.
+IN_FLIGHT = 96 << 10
+# Smallest side of a matrix product in Triton.
+SMALLEST = 16
+# Python runs the kernel, for tests where there is no GPU.
+INTERPRET = False
+
+
+@pytree
+class Span:
+    """What each of M rows sees of a cache: ``count`` columns from ``start`` on, around its end."""
+
+    start: Array  # i32 [M], in [0, length)
+    count: Array  # i32 [M], up to the length
+    # i32 [M], whose columns, in a cache that is whole on every device. None: the row's own, in a
+    # cache of M rows that is split as the queries are.
+    row: Array | None = None
+
+
+def fits(head_dim: int) -> bool:
+    """Whether there is a kernel for heads of this size: Triton's blocks are powers of two."""
+    return triton is not None and head_dim >= SMALLEST and head_dim & (head_dim - 1) == 0
+
+
+def attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    layer: Array | int,
+    caches: tuple[Cache, ...],
+    spans: tuple[Span, ...],
+) -> Array:
+    """Attention of each row to its own position and to its span of each cache.
+
+    Args:
+      q: ``[M, KV, R, K]``.
+      k: ``[M, KV, K]``, of the own position.
+      v: ``[M, KV, K]``.
+      layer: of the caches.
+      caches: positions in blocks of a power of two, 16 or more.
+      spans: one for each cache.
+
+    Returns:
+      ``[M, KV, R, K]``, in q's type or f32.
+    """
+    layer = jnp.full(1, layer, jnp.int32)
+    mesh = mesh_in_force()
+    if mesh is None or mesh.size == 1:
+        return _attend(q, k, v, layer, caches, spans)
+    rows, heads, *_ = partition_spec(("batch", "kv_heads", None, None), q.shape, mesh)
+    split = PartitionSpec(rows, heads)
+    places = tuple(
+        PartitionSpec(None, None, rows if span.row is None else None, heads) for span in spans
+    )
+    return jax.shard_map(
+        _attend,
+        mesh=mesh,
+        in_specs=(split, split, split, PartitionSpec(), places, PartitionSpec(rows)),
+        out_specs=split,
+        check_vma=False,
+    )(q, k, v, layer, caches, spans)
+
+
+def _attend(
+    q: Array,
+    k: Array,
+    v: Array,
+    layer: Array,
+    caches: tuple[Cache, ...],
+    spans: tuple[Span, ...],
+) -> Array:
+    """The kernel over the rows and heads of one device."""
+    assert triton is not None
+    rows, heads, group, width = q.shape
+    parts = max(1, min(max(cache.blocks for cache in caches), PROGRAMS // (rows * heads)))
+    block = max(cache.block for cache in caches)
+    stages = max(1, min(4, IN_FLIGHT // (2 * block * width * q.dtype.itemsize)))
+    shape = (parts, rows, heads, group)
+    out, mass = pl.pallas_call(
+        functools.partial(_kernel, group=group, parts=parts),
+        grid=(rows, heads, parts),
+        out_shape=(
+            jax.ShapeDtypeStruct((*shape, width), q.dtype if parts == 1 else jnp.float32),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+        ),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=stages),
+        interpret=INTERPRET,
+        name="attend",
+    )(layer, q, k, v, caches, spans)
+    if parts == 1:
+        return out[0]
+    weight = jax.nn.softmax(mass, axis=0)
+    return (out * weight[..., None]).sum(0)
+
+
+def _kernel(
+    layer_ref: Any,
+    q_ref: Any,
+    k_ref: Any,
+    v_ref: Any,
+    caches: tuple[Any, ...],
+    spans: tuple[Any, ...],
+    out_ref: Any,
+    mass_ref: Any,
+    *,
+    group: int,
+    parts: int,
+) -> None:
+    """One key head of one row, and every ``parts``-th of its blocks: attention to them, and the
+    logarithm of the sum of exp(score), by which parts are weighed.
+    """
+    row, head, part = (pl.program_id(axis) for axis in range(3))
+    # Past the last query, it again: what is computed twice is written twice, the same.
+    queries = pl.next_power_of_2(max(SMALLEST, group))
+    query = jnp.minimum(lax.iota(jnp.int32, queries), group - 1)
+    q = q_ref[row, head, query, :]
+    # The own position belongs to the first part.
+    own = jnp.sum(q.astype(jnp.float32) * k_ref[row, head, :].astype(jnp.float32)[None, :], axis=1)
+    value = jnp.broadcast_to(v_ref[row, head, :].astype(jnp.float32)[None, :], q.shape)
+    partial = Partial(
+        mixed=jnp.where(part == 0, value, 0.0),
+        mass=jnp.where(part == 0, jnp.ones_like(own), 0.0),
+        top=jnp.where(part == 0, own * q.shape[1] ** -0.5, 2 * NEVER),
+    )
+    for cache, span in zip(caches, spans, strict=True):
+        place = row if span.row is None else span.row[row]
+        columns = span.start[row], span.count[row]
+        partial = _walk(partial, q, cache, (layer_ref[0], place, head), columns, (part, parts))
+    mass = jnp.maximum(partial.mass, jnp.finfo(jnp.float32).tiny)  # of a part without a key
+    out_ref[part, row, head, query, :] = (partial.mixed / mass[:, None]).astype(out_ref.dtype)
+    mass_ref[part, row, head, query] = partial.top + jnp.log(mass)
+
+
+def _walk(
+    partial: Partial,
+    q: Array,
+    cache: Any,
+    place: tuple[Array, Array, Array],
+    columns: tuple[Array, Array],
+    share: tuple[Array, int],
+) -> Partial:
+    """Adds the keys of one span.
+
+    Args:
+      partial: what has been seen, without the axes of rows and heads.
+      q: ``[queries, K]``.
+      cache: references to a cache.
+      place: layer, row and key head.
+      columns: the first one and their number.
+      share: which of how many parts of the blocks.
+    """
+    (layer, row, head), (start, count), (part, parts) = place, columns, share
+    _, blocks, _, _, block, _ = cache.v.shape
+
+    def merge(step: Array, partial: Partial) -> Partial:
+        index = start // block + part + step * parts
+        index = jnp.where(index >= blocks, index - blocks, index)
+        at = layer, index, row, head
+        distance = index * block + lax.iota(jnp.int32, block) - start
+        distance = jnp.where(distance < 0, distance + blocks * block, distance)
+        keys, values = (x[*at, :, :].astype(q.dtype) for x in (cache.k, cache.v))
+        scores = wide_einsum("qk,kb->qb", q, keys) * q.shape[1] ** -0.5
+        if cache.k_scale is not None:
+            scores *= cache.k_scale[*at, :][None, :]
+        scores = jnp.where((distance < count)[None, :], scores, NEVER)
+        top = jnp.maximum(partial.top, jnp.max(scores, axis=1))
+        weight, shrink = jnp.exp(scores - top[:, None]), jnp.exp(partial.top - top)
+        mass = partial.mass * shrink + jnp.sum(weight, axis=1)
+        if cache.v_scale is not None:
+            weight *= cache.v_scale[*at, :][None, :]
+        mixed = wide_einsum("qb,bk->qk", weight.astype(q.dtype), values)
+        return Partial(mixed=partial.mixed * shrink[:, None] + mixed, mass=mass, top=top)
+
+    filled = jnp.where(count > 0, (start % block + count + block - 1) // block, 0)
+    steps = (jnp.minimum(filled, blocks) - part + parts - 1) // parts
+    return lax.fori_loop(0, steps, merge, partial)
