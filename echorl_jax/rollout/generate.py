@@ -239,7 +239,7 @@ def block_sizes(
     """Positions in a block of the prompts' cache and of the completions'.
 
     >>> block_sizes(192, 96, platform="tpu"), block_sizes(192, 96, platform="gpu")
-    ((96, 96), (64, 128))
+    ((96, 96), (64, 64))
     """
     most = BLOCK[platform]
     if platform == "gpu":  # powers of two, as its kernel wants them
