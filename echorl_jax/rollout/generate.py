@@ -194,14 +194,11 @@ def generate(
 
     def lane(number: int, weights: PyTree) -> Lane:
         own = request.deal(lanes, number)
-        queue, state, output = _begin(model, weights, *_on_device(own, key, mesh), shape=shape)
-        names = request.places(lanes, number)[: own.count]
-        watch = Watch(finished, names=names, limit=queue.limit)
+        watch = Watch(finished, names=request.places(lanes, number)[: own.count])
         return Lane(
-            queue,
-            state,
-            output,
+            lambda: _begin(model, weights, *_on_device(own, key, mesh), shape=shape),
             rows=own.count,
+            slots=slots,
             program=program,
             watch=watch,
             alone=lanes == 1,

@@ -88,10 +88,9 @@ class Lane:
     """The rows of one queue, and how far they are.
 
     Args:
-      queue: the work.
-      slots: filled with its first rows.
-      output: nothing yet.
+      begin: makes the queue, slots with its first rows, and an output of nothing yet.
       rows: those that are not padding.
+      slots: M.
       program: what is fixed when the loop is compiled.
       watch: hears what ends.
       alone: there is no other lane.
@@ -99,20 +98,18 @@ class Lane:
 
     def __init__(
         self,
-        queue: Queue,
-        slots: Slots,
-        output: Output,
+        begin: Callable[[], tuple[Queue, Slots, Output]],
         *,
         rows: int,
+        slots: int,
         program: Program,
         watch: Watch,
         alone: bool,
     ) -> None:
-        self._alone = alone
-        self.output = output
         self.rows, self.rows_done, self.tokens, self.computed = rows, 0, 0, 0
-        self._queue, self._slots, self._program, self._watch = queue, slots, program, watch
-        self._sizes = levels(slots.row.shape[0], smallest=max(SMALLEST_LEVEL, program.shards))
+        self._begin, self._program, self._watch, self._alone = begin, program, watch, alone
+        self._work: tuple[Queue, Slots, Output] | None = None
+        self._sizes = levels(slots, smallest=max(SMALLEST_LEVEL, program.shards))
         self._level = 0
         self._said: tuple[Status, Array | None]
 
@@ -126,19 +123,21 @@ class Lane:
         below = self._level + 1
         return self._sizes[below] if below < len(self._sizes) else 0
 
+    @property
+    def output(self) -> Output:
+        """Of a lane that has been started."""
+        assert self._work is not None
+        return self._work[2]
+
     def start(self, model: Decoder, params: PyTree) -> None:
-        """Starts the next program."""
+        """Starts the next program, the first time after the one that prefills."""
         decode = _decode if self._alone else _decode_in_order()
-        self._slots, self.output, status = decode(
-            model,
-            params,
-            self._queue,
-            self._slots,
-            self.output,
-            np.int32(self._shrink_at),
-            program=self._program,
+        queue, slots, output = self._work or self._begin()
+        slots, output, status = decode(
+            model, params, queue, slots, output, np.int32(self._shrink_at), program=self._program
         )
-        self._said = status, self._watch.ended(self.output)
+        self._work = queue, slots, output
+        self._said = status, self._watch.ended(queue.limit, output)
 
     def wait(self) -> None:
         """Waits until the program has ended."""
@@ -146,6 +145,7 @@ class Lane:
 
     def look(self) -> bool:
         """Takes down what the program said, which has ended; true if work is left."""
+        assert self._work is not None
         status, ended = self._said
         self._watch.copy(ended, self.output)
         self.tokens += int(status.tokens)
@@ -157,8 +157,9 @@ class Lane:
         while 0 < status.active and status.needed <= self._shrink_at:
             self._level += 1
             self._program = dataclasses.replace(self._program, refill=False)
-            shards = self._program.shards
-            self._slots = _compact(self._queue, self._slots, size=self.slots, shards=shards)
+            queue, slots, output = self._work
+            slots = _compact(queue, slots, size=self.slots, shards=self._program.shards)
+            self._work = queue, slots, output
         return bool(status.active)
 
     def tell(self) -> None:

@@ -112,6 +112,14 @@ def decode(
         wanted = (slots.next_row < queue.count) | (size > shrink_at)
         return (turns < program.turns) & wanted
 
+    ahead = None
+    if not program.refill:
+        # A slot keeps its row, which fits the ring: the numbers of all its turns, drawn at once.
+        most = min(program.turns, slots.ring.length)
+        ahead = jax.vmap(lambda turn: _uniforms(queue, slots.row, slots.position + turn))(
+            jnp.arange(most, dtype=jnp.int32)
+        )
+
     def body(carry: tuple[Slots, _Turn, Array, Array]) -> tuple[Slots, _Turn, Array, Array]:
         slots, log, turns, tokens = carry
         if program.refill:
@@ -119,7 +127,11 @@ def decode(
             # nothing there tells the compiler that reading comes first.
             slots = refill(queue, slots)
         busy = (slots.row < queue.rows).sum(dtype=jnp.int32)
-        slots, entry = _turn(model, params, queue, slots, program)
+        if ahead is None:
+            uniforms = _uniforms(queue, slots.row, slots.position)
+        else:
+            uniforms = lax.dynamic_index_in_dim(ahead, turns, keepdims=False)
+        slots, entry = _turn(model, params, queue, slots, uniforms, program)
         log = jax.tree.map(
             lambda whole, part: lax.dynamic_update_index_in_dim(whole, part, turns, 0), log, entry
         )
@@ -139,12 +151,21 @@ def decode(
     return slots, _collect(output, log), status
 
 
+def _uniforms(queue: Queue, row: Array, position: Array) -> Array:
+    """f32 ``[M, 2]``, for tokens of the rows; idle slots get numbers that nobody uses."""
+    return token_uniforms(queue.key[jnp.minimum(row, queue.rows - 1)], position)
+
+
 def _turn(
-    model: Decoder, params: PyTree, queue: Queue, slots: Slots, program: Program
+    model: Decoder,
+    params: PyTree,
+    queue: Queue,
+    slots: Slots,
+    uniforms: Array,
+    program: Program,
 ) -> tuple[Slots, _Turn]:
     """One token for every slot; those whose rows are over become idle."""
     logits, new = forward(model, params, queue, slots, platform=program.platform)
-    uniforms = token_uniforms(queue.key[jnp.minimum(slots.row, queue.rows - 1)], slots.position)
     drawn = sample(logits, uniforms, program.sampling, forced=forced_tokens(queue, slots))
     drawn = jax.tree.map(lambda x: constrain(x, None), drawn)  # whole on every device from here on
     ring = write_column(slots.ring, new, slots.turn % slots.ring.length)

@@ -25,21 +25,19 @@ class Watch:
     Args:
       finished: is told each row once, in any order.
       names: the caller's numbers of the rows that are not padding.
-      limit: i32 ``[N]``, longest completion of each row.
     """
 
-    def __init__(self, finished: Finished | None, *, names: HostArray, limit: Array) -> None:
+    def __init__(self, finished: Finished | None, *, names: HostArray) -> None:
         self._finished = finished
         self._names = names
-        self._limit = limit
         self._known = np.zeros(len(names), bool)
         self._found: list[tuple[HostArray, Array, Array]] = []
 
-    def ended(self, output: Output) -> Array | None:
-        """Bool ``[N]``, to be read together with the status."""
+    def ended(self, limit: Array, output: Output) -> Array | None:
+        """Bool ``[N]``, to be read together with the status; ``limit`` is the queue's."""
         if self._finished is None:
             return None
-        return _ended(self._limit, output.length, output.stopped)
+        return _ended(limit, output.length, output.stopped)
 
     def copy(self, ended: HostArray | None, output: Output) -> None:
         """Starts to fetch what has ended since the last time."""
