@@ -28,8 +28,9 @@ from echorl_jax.rollout.step import Platform, platform_of
 from echorl_jax.rollout.watch import Finished, Watch
 from echorl_jax.types import Array, PyTree, Rollouts
 
-# Positions in a block of the cache. A TPU computes with 128 lanes, filled or not, and there as on a
-# GPU a block has a price of its own; on CPU it has to stay in the caches (docs/performance.md).
+# Positions in a block of the cache. A TPU computes with 128 lanes, filled or not, and a block has a
+# price of its own there; on CPU it has to stay in the caches (docs/performance.md), on GPU three of
+# them in a multiprocessor's fast memory.
 BLOCK = {"cpu": 64, "gpu": 64, "tpu": 128}
 # Of completions in lanes: where no thread has to be woken for each block, short ones waste less.
 LANE_BLOCK = 32
@@ -240,9 +241,8 @@ def block_sizes(
     """
     most = BLOCK[platform]
     if platform == "gpu":  # powers of two, as its kernel wants them
-        return min(most, prompt_tokens & -prompt_tokens), min(
-            most, max(16, 1 << (length - 1).bit_length())
-        )
+        no_shorter = 1 << (length - 1).bit_length()
+        return min(most, prompt_tokens & -prompt_tokens), min(most, max(16, no_shorter))
     most_of_ring = most if lanes == 1 else LANE_BLOCK
     return greatest_divisor(prompt_tokens, most=most), min(length, most_of_ring)
 
