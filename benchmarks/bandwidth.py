@@ -44,6 +44,32 @@ def copy_bandwidth(size: int = 4 << 30) -> float:
     return 2 * size / seconds(lambda: copy(source), 7)
 
 
+def measured(model: Decoder, params: Any, args: argparse.Namespace, new: int) -> dict[str, float]:
+    """A turn's time and bytes with ``new`` tokens in every row."""
+    rows = args.groups * args.group
+    shape = args.groups, args.prompt
+    prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, shape).tolist()
+    sizes = {"group_size": args.group, "kv_dtype": args.kv_dtype}
+
+    def call(limit: int) -> Any:
+        limits = {"max_new_tokens": new, "row_limits": [limit] * rows, "eos_ids": ()}
+        return generate(model, params, prompts, jax.random.key(1), **sizes, **limits)
+
+    compilation = seconds(lambda: call(min(8, new)), 1)
+    turn = seconds(lambda: call(new), args.repeats) / new
+    lengths = {"prompt_tokens": args.prompt, "completion_tokens": new / 2}
+    cost = turn_cost(model, slots=rows, **sizes, **lengths)
+    return {
+        "new": new,
+        "tokens_per_second": rows / turn,
+        "turn_ms": 1e3 * turn,
+        "weights_GB": cost.weight_bytes / 1e9,
+        "cache_GB": cost.cache_bytes / 1e9,
+        "GB_per_s": cost.bytes / turn / 1e9,
+        "seconds_of_compilation": compilation,
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -59,53 +85,19 @@ def main() -> None:
         "--bandwidth", type=float, help="GB/s of the device; measured by a copy unless given"
     )
     args = parser.parse_args()
-    bandwidth = 1e9 * args.bandwidth if args.bandwidth else copy_bandwidth()
-    config = architecture(args.model)
-    model = Decoder(config, dtype="bfloat16", param_dtype="bfloat16")
+    device = jax.devices()[0]
+    bandwidth = args.bandwidth or copy_bandwidth() / 1e9
+    model = Decoder(architecture(args.model), dtype="bfloat16", param_dtype="bfloat16")
     params = init_params(model, jax.random.key(0))
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (args.groups, args.prompt))
-    rows = args.groups * args.group
     for new in map(int, args.new.split(",")):
-
-        def call(limit: int, new: int = new) -> Any:
-            return generate(
-                model,
-                params,
-                tokens.tolist(),
-                jax.random.key(1),
-                group_size=args.group,
-                max_new_tokens=new,
-                row_limits=[limit] * rows,
-                eos_ids=(),
-                kv_dtype=args.kv_dtype,
-            )
-
-        begin = time.perf_counter()
-        jax.block_until_ready(call(8))
-        compiled = time.perf_counter() - begin
-        turn = seconds(lambda new=new: call(new), args.repeats) / new
-        cost = turn_cost(
-            model,
-            slots=rows,
-            prompt_tokens=args.prompt,
-            completion_tokens=new / 2,
-            group_size=args.group,
-            kv_dtype=args.kv_dtype,
+        found = measured(model, params, args, new)
+        peak = (device.memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9
+        share = found["GB_per_s"] / bandwidth
+        whole = {"device": device.device_kind, "jax": jax.__version__, **found}
+        print(
+            json.dumps({**whole, "copy_GB_per_s": bandwidth, "share": share, "peak_GB": peak}),
+            flush=True,
         )
-        result = {
-            "device": jax.devices()[0].device_kind,
-            "jax": jax.__version__,
-            "new": new,
-            "tokens_per_second": rows / turn,
-            "turn_ms": 1e3 * turn,
-            "weights_GB": cost.weight_bytes / 1e9,
-            "cache_GB": cost.cache_bytes / 1e9,
-            "copy_GB_per_s": bandwidth / 1e9,
-            "share": cost.bytes / turn / bandwidth,
-            "seconds_of_compilation": compiled,
-            "peak_GB": (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) / 1e9,
-        }
-        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from echorl_jax.parallel.layout import (
     sharding_of,
     tree_shardings,
 )
-from echorl_jax.parallel.mesh import AXES, ShardingError, make_mesh
+from echorl_jax.parallel.mesh import AXES, Platform, ShardingError, make_mesh, platform_of
 from echorl_jax.parallel.processes import (
     any_process,
     from_first,
@@ -29,6 +29,7 @@ __all__ = [
     "AXES",
     "TABLE",
     "Layout",
+    "Platform",
     "ShardingError",
     "any_process",
     "constrain",
@@ -43,6 +44,7 @@ __all__ = [
     "partition_spec",
     "place_rows",
     "place_whole",
+    "platform_of",
     "sharding_of",
     "smallest",
     "texts_from_shares",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -10,6 +10,7 @@ from jax.sharding import AxisType, Mesh
 from echorl_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+Platform = Literal["cpu", "gpu", "tpu"]
 
 
 class ShardingError(UserError):
@@ -56,3 +57,9 @@ def make_mesh(
     return jax.make_mesh(
         tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
     )
+
+
+def platform_of(mesh: Mesh | None) -> Platform:
+    """What programs for the mesh are compiled for; without one, for this machine's default."""
+    name = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+    return name if name in ("cpu", "gpu") else "tpu"

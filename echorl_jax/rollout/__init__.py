@@ -3,7 +3,7 @@
 from echorl_jax.rollout.cost import TurnCost, turn_cost
 from echorl_jax.rollout.generate import generate, generate_with_progress, rollout_params
 from echorl_jax.rollout.lanes import Progress
-from echorl_jax.rollout.memory import RolloutMemory, choose_slots, rollout_memory, shares_weights
+from echorl_jax.rollout.memory import RolloutMemory, choose_slots, rollout_memory
 from echorl_jax.rollout.request import pad_lists
 from echorl_jax.rollout.scoring import join_rows, score, score_rollouts, score_rows
 from echorl_jax.rollout.watch import Finished
@@ -23,6 +23,5 @@ __all__ = [
     "score",
     "score_rollouts",
     "score_rows",
-    "shares_weights",
     "turn_cost",
 ]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.models import Decoder
+from echorl_jax.parallel import platform_of
 from echorl_jax.rollout.buckets import bucket
 from echorl_jax.rollout.cache import KVDtype
 from echorl_jax.rollout.generate import _begin, _Shape, block_sizes, rollout_layout
@@ -13,7 +14,6 @@ from echorl_jax.rollout.loop import Program
 from echorl_jax.rollout.memory import cache_dtype
 from echorl_jax.rollout.request import PROMPT_MULTIPLE
 from echorl_jax.rollout.settings import make_sampling
-from echorl_jax.rollout.step import platform_of
 from echorl_jax.types import PyTree
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.models import Decoder, param_shardings
-from echorl_jax.parallel import constrain, place_whole, smallest
+from echorl_jax.parallel import Platform, constrain, place_whole, platform_of, smallest
 from echorl_jax.rollout.buckets import greatest_divisor
 from echorl_jax.rollout.cache import KVDtype, empty_cache, place
 from echorl_jax.rollout.lanes import Lane, Progress, choose_lanes, lane_slots, run
@@ -24,7 +24,6 @@ from echorl_jax.rollout.request import Request, make_request
 from echorl_jax.rollout.sampling import row_keys
 from echorl_jax.rollout.settings import make_sampling
 from echorl_jax.rollout.slots import Queue, Slots, first_slots
-from echorl_jax.rollout.step import Platform, platform_of
 from echorl_jax.rollout.watch import Finished, Watch
 from echorl_jax.types import Array, PyTree, Rollouts
 
@@ -289,11 +288,13 @@ def rollout_layout(model: Decoder, mesh: Mesh | None) -> tuple[Callable[[PyTree]
     def make(params: PyTree) -> PyTree:
         return split_layers(model.cast(params), join=alone)
 
-    if mesh is not None and alone:
+    if mesh is None:
+        return make, None
+    if alone:
         whole = NamedSharding(mesh, PartitionSpec())
         shapes = jax.eval_shape(make, model.param_shapes())
         return make, jax.tree.map(lambda _: whole, shapes)
-    return make, shardings and split_shardings(shardings, model.config.num_layers)
+    return make, split_shardings(shardings, model.config.num_layers)
 
 
 @functools.cache

@@ -29,7 +29,7 @@ except ImportError:  # a JAX without it
 
 # Programs that keep a large GPU busy; with fewer rows and heads than that, blocks are dealt out.
 PROGRAMS = 128
-# Bytes of keys and values on their way to a program: half of the fast memory of a multiprocessor.
+# Bytes of keys and values on their way to a program, so that two fit a multiprocessor.
 IN_FLIGHT = 96 << 10
 # Smallest side of a matrix product in Triton.
 SMALLEST = 16
@@ -107,7 +107,7 @@ def _attend(
     block = max(cache.block for cache in caches)
     stages = max(1, min(4, IN_FLIGHT // (2 * block * width * q.dtype.itemsize)))
     shape = (parts, rows, heads, group)
-    out, mass = pl.pallas_call(
+    out, log_mass = pl.pallas_call(
         functools.partial(_kernel, group=group, parts=parts),
         grid=(rows, heads, parts),
         out_shape=(
@@ -120,7 +120,7 @@ def _attend(
     )(layer, q, k, v, caches, spans)
     if parts == 1:
         return out[0]
-    weight = jax.nn.softmax(mass, axis=0)
+    weight = jax.nn.softmax(log_mass, axis=0)
     return (out * weight[..., None]).sum(0)
 
 
@@ -132,7 +132,7 @@ def _kernel(
     caches: tuple[Any, ...],
     spans: tuple[Any, ...],
     out_ref: Any,
-    mass_ref: Any,
+    log_mass_ref: Any,
     *,
     group: int,
     parts: int,
@@ -159,7 +159,7 @@ def _kernel(
         partial = _walk(partial, q, cache, (layer_ref[0], place, head), columns, (part, parts))
     mass = jnp.maximum(partial.mass, jnp.finfo(jnp.float32).tiny)  # of a part without a key
     out_ref[part, row, head, query, :] = (partial.mixed / mass[:, None]).astype(out_ref.dtype)
-    mass_ref[part, row, head, query] = partial.top + jnp.log(mass)
+    log_mass_ref[part, row, head, query] = partial.top + jnp.log(mass)
 
 
 def _walk(

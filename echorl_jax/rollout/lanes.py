@@ -19,11 +19,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from echorl_jax.models import Decoder
+from echorl_jax.parallel import platform_of
 from echorl_jax.rollout.buckets import levels
 from echorl_jax.rollout.loop import Output, Program, Status, decode
 from echorl_jax.rollout.memory import weight_bytes
 from echorl_jax.rollout.slots import Queue, Slots, compact
-from echorl_jax.rollout.step import platform_of
 from echorl_jax.rollout.watch import Watch
 from echorl_jax.types import Array, PyTree
 

@@ -51,19 +51,31 @@ def over_layers(
     params: PyTree,
     *others: PyTree,
 ) -> tuple[_Carry, PyTree]:
-    """``lax.scan`` over a stack of layers and over ``others``; a loop in Python over a tuple."""
+    """``lax.scan`` over a stack of layers and over ``others``; a loop in Python over a tuple.
+
+    Args:
+      model: the decoder.
+      body: as of ``lax.scan``; it gets a layer's weights as the model knows them.
+      carry: what the first layer gets.
+      params: the weights, stacked or from :func:`split_layers`.
+      others: arrays ``[L, ...]``.
+
+    Returns:
+      What the last layer hands on, and the results of all, ``[L, ...]``.
+    """
     layers = model.layers(params)
     if not isinstance(layers, tuple):
         return lax.scan(body, carry, (layers, *others))
     results = []
     for index, layer in enumerate(layers):
         at = jax.tree.map(operator.itemgetter(index), others)
-        carry, result = body(carry, (_part(model, layer), *at))
+        carry, result = body(carry, (_unjoin(model, layer), *at))
         results.append(result)
     return carry, jax.tree.map(lambda *parts: jnp.stack(parts), *results)
 
 
 def _join(layer: PyTree) -> PyTree:
+    """Matrices of one input as one, ``[D, sum of their outputs]``."""
     joined = {name: {**part} for name, part in layer.items()}
     for part, names in _TOGETHER.items():
         matrices = [layer[part][name]["kernel"] for name in names]
@@ -74,7 +86,7 @@ def _join(layer: PyTree) -> PyTree:
     return joined
 
 
-def _part(model: Decoder, layer: PyTree) -> PyTree:
+def _unjoin(model: Decoder, layer: PyTree) -> PyTree:
     """A layer as the model knows it. The compiler sees one product of the parts of a matrix."""
     shapes = model.param_shapes()["layers"]
     parted = {name: {**part} for name, part in layer.items()}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from echorl_jax.models import Decoder
-from echorl_jax.parallel import constrain
+from echorl_jax.parallel import Platform, constrain
 from echorl_jax.rollout.cache import write_column
 from echorl_jax.rollout.sampling import sample, token_uniforms
 from echorl_jax.rollout.settings import Sampling
@@ -24,7 +24,7 @@ from echorl_jax.rollout.slots import (
     refill,
     retire,
 )
-from echorl_jax.rollout.step import Platform, forward
+from echorl_jax.rollout.step import forward
 from echorl_jax.types import Array, PyTree, pytree
 
 
@@ -112,13 +112,7 @@ def decode(
         wanted = (slots.next_row < queue.count) | (size > shrink_at)
         return (turns < program.turns) & wanted
 
-    ahead = None
-    if not program.refill:
-        # A slot keeps its row, which fits the ring: the numbers of all its turns, drawn at once.
-        most = min(program.turns, slots.ring.length)
-        ahead = jax.vmap(lambda turn: _uniforms(queue, slots.row, slots.position + turn))(
-            jnp.arange(most, dtype=jnp.int32)
-        )
+    ahead = None if program.refill else _uniforms_ahead(queue, slots, program.turns)
 
     def body(carry: tuple[Slots, _Turn, Array, Array]) -> tuple[Slots, _Turn, Array, Array]:
         slots, log, turns, tokens = carry
@@ -154,6 +148,14 @@ def decode(
 def _uniforms(queue: Queue, row: Array, position: Array) -> Array:
     """f32 ``[M, 2]``, for tokens of the rows; idle slots get numbers that nobody uses."""
     return token_uniforms(queue.key[jnp.minimum(row, queue.rows - 1)], position)
+
+
+def _uniforms_ahead(queue: Queue, slots: Slots, turns: int) -> Array:
+    """Those of all turns, f32 ``[turns, M, 2]``, where a slot keeps its row until the end. A row
+    fits the ring, so there are no more turns than that.
+    """
+    turn = jnp.arange(min(turns, slots.ring.length), dtype=jnp.int32)
+    return jax.vmap(lambda later: _uniforms(queue, slots.row, slots.position + later))(turn)
 
 
 def _turn(

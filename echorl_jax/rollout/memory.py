@@ -8,10 +8,9 @@ import jax
 from jax.sharding import Mesh
 
 from echorl_jax.models import Decoder
-from echorl_jax.parallel import partition_spec
+from echorl_jax.parallel import Platform, partition_spec
 from echorl_jax.rollout.buckets import bucket_below
 from echorl_jax.rollout.cache import KV_BYTES, KVDtype
-from echorl_jax.rollout.step import Platform
 from echorl_jax.types import PyTree
 
 # Part of a device's memory that slots may take unless told otherwise: in training, weights,

@@ -2,16 +2,14 @@
 
 import functools
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
 
 from echorl_jax.models import Decoder
-from echorl_jax.parallel import constrain
+from echorl_jax.parallel import Platform, constrain
 from echorl_jax.precision import wide_einsum
 from echorl_jax.rollout import attention, kernel
 from echorl_jax.rollout.attention import Partial
@@ -20,15 +18,6 @@ from echorl_jax.rollout.layers import over_layers
 from echorl_jax.rollout.prefill import windows
 from echorl_jax.rollout.slots import Queue, Slots
 from echorl_jax.types import Array, PyTree
-
-Platform = Literal["cpu", "gpu", "tpu"]
-
-
-def platform_of(mesh: Mesh | None) -> Platform:
-    """What programs for the mesh are compiled for; without one, for this machine's default."""
-    name = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    return name if name in ("cpu", "gpu") else "tpu"
-
 
 # Attention of a layer's queries [M, KV, R, K] to their own keys and values [M, KV, K] and to both
 # caches, [M, KV, R, K]: (q, k, v, layer, window).
@@ -71,7 +60,7 @@ def forward(
     x = constrain(model.embed(params, slots.token[:, None]), "batch", "length", "feature")
     x, new = over_layers(model, layer, x, params, np.arange(model.config.num_layers))
     hidden = model.final_norm(params, x)[:, 0]
-    logits = wide_einsum("md,dv->mv", hidden, model.head(params).astype(hidden.dtype))
+    logits = wide_einsum("md,dv->mv", hidden, model.head(params))
     return constrain(logits, "batch", "vocab"), new
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from echorl_jax.config import ConfigError
-from echorl_jax.rollout.step import Platform, platform_of
+from echorl_jax.parallel import Platform, platform_of
 
 GB = 10**9
 

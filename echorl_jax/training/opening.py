@@ -13,10 +13,9 @@ from echorl_jax.config import Config
 from echorl_jax.core import Objective
 from echorl_jax.data import PromptStream, Rows, load_rows
 from echorl_jax.errors import RunStopped
-from echorl_jax.parallel import is_first, smallest
+from echorl_jax.parallel import is_first, platform_of, smallest
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout.memory import device_bytes
-from echorl_jax.rollout.step import platform_of
 from echorl_jax.training.checkpoints import Checkpoints, Restored
 from echorl_jax.training.compiled import keep_compiled
 from echorl_jax.training.evaluator import Evaluator

@@ -14,10 +14,9 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from echorl_jax.config import Config
 from echorl_jax.core import Objective
 from echorl_jax.models import Decoder
-from echorl_jax.parallel import partition_spec
+from echorl_jax.parallel import Platform, partition_spec
 from echorl_jax.rollout.ahead import lower_decode, lower_prefill
 from echorl_jax.rollout.memory import position_bytes, shares_weights
-from echorl_jax.rollout.step import Platform
 from echorl_jax.training.micro_batches import micro_batch_shapes
 from echorl_jax.training.optimizer import abstract_state
 from echorl_jax.training.session import configured_optimizer
