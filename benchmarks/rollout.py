@@ -147,6 +147,9 @@ def limit(directory: str, case: str, repeats: int) -> dict[str, Any]:
 
 def work(name: str, directory: str, case: str, repeats: int, lanes: int) -> None:
     """One measurement as a line of JSON."""
+    from echorl_jax import xla
+
+    xla.set_flags()
     if name == "engine":
         result = engine(directory, case, repeats, lanes)
     else:

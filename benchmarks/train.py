@@ -157,6 +157,9 @@ def temporary_bytes(args: argparse.Namespace) -> int:
 
 def work(args: argparse.Namespace) -> None:
     """One measurement as a line of JSON."""
+    from echorl_jax import xla
+
+    xla.set_flags()
     if args.worker == "temporary":
         print(json.dumps({"bytes": temporary_bytes(args)}))
         return

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from echorl_jax import __version__
+from echorl_jax import __version__, xla
 from echorl_jax.cluster.worker import assignment, tell
 from echorl_jax.errors import RunStopped, UserError, one_line
 
@@ -38,6 +38,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command and exits."""
+    xla.set_flags()
     try:
         sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
     except UserError as error:

@@ -10,6 +10,7 @@ LAYERS = {
     "errors": 0,
     "precision": 0,
     "types": 0,
+    "xla": 0,
     "config": 0,
     "config_file": 0,
     "core": 1,
