@@ -108,8 +108,8 @@ def generate(
         with log-probabilities and entropies.
       slots: rows decoded at once; 0 takes all rows, or as many as memory allows.
       lanes: parts of the rows that are decoded side by side, each by a loop with its share of the
-        slots; 0 takes one for each core on CPU if the model is small, else one. On a mesh of
-        several devices there is one. Several are started from threads, where JAX's context
+        slots; 0 takes one for each core on CPU if the model is small or T large, else one. On a
+        mesh of several devices there is one. Several are started from threads, where JAX's context
         managers do not hold, but for the mesh.
       kv_dtype: type of the cache; the model's unless given. "int8" has a scale for each head.
       pad_id: fills ``completion_ids`` past the end.
@@ -143,7 +143,11 @@ def generate(
     shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     _check(slots=slots, lanes=lanes, turns_per_visit=turns_per_visit, mesh=mesh)
     lanes = min(lanes, len(prompts)) or choose_lanes(
-        model, prompts=len(prompts), slots=slots or len(prompts) * group_size, mesh=mesh
+        model,
+        prompts=len(prompts),
+        slots=slots or len(prompts) * group_size,
+        max_new_tokens=max_new_tokens,
+        mesh=mesh,
     )
     request = make_request(
         prompts,

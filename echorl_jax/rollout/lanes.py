@@ -22,7 +22,7 @@ from echorl_jax.models import Decoder
 from echorl_jax.parallel import platform_of
 from echorl_jax.rollout.buckets import levels
 from echorl_jax.rollout.loop import Output, Program, Status, decode
-from echorl_jax.rollout.memory import weight_bytes
+from echorl_jax.rollout.memory import position_bytes, weight_bytes
 from echorl_jax.rollout.slots import Queue, Slots, compact
 from echorl_jax.rollout.watch import Watch
 from echorl_jax.types import Array, PyTree
@@ -31,7 +31,7 @@ from echorl_jax.types import Array, PyTree
 SMALLEST_LEVEL = 8
 # More lanes have not been tried.
 MOST_LANES = 8
-# Every lane reads all weights; past this size one lane is as fast or faster (docs/performance.md).
+# Weights that lanes may read again whatever they read besides (docs/performance.md).
 LANE_WEIGHT_BYTES = 64 << 20
 
 
@@ -51,19 +51,30 @@ class Progress:
         return self.tokens / self.seconds if self.seconds > 0 else 0.0
 
 
-def choose_lanes(model: Decoder, *, prompts: int, slots: int, mesh: Mesh | None) -> int:
-    """One for each core on a CPU that is one device, if weights are small; else one.
+def choose_lanes(
+    model: Decoder, *, prompts: int, slots: int, max_new_tokens: int, mesh: Mesh | None
+) -> int:
+    """One for each core on a CPU that is one device, if what they read again is little; else one.
+
+    Every lane reads all weights for itself. Large ones are worth that when completions are long,
+    since a lane's attention is faster: if all lanes but one read no more bytes of weights than a
+    turn in the middle of the longest completions reads of their cache.
 
     Args:
       model: the decoder.
       prompts: P; a group is not split.
       slots: M; a lane has at least ``SMALLEST_LEVEL`` of them.
+      max_new_tokens: T.
       mesh: where it runs; one device unless given.
     """
-    several = mesh is not None and mesh.size > 1
-    if several or platform_of(mesh) != "cpu" or weight_bytes(model, None) > LANE_WEIGHT_BYTES:
+    if (mesh is not None and mesh.size > 1) or platform_of(mesh) != "cpu":
         return 1
-    return max(1, min(_cores(), MOST_LANES, prompts, slots // SMALLEST_LEVEL))
+    most = min(_cores(), MOST_LANES, prompts, slots // SMALLEST_LEVEL)
+    weights = weight_bytes(model, None)
+    if weights > LANE_WEIGHT_BYTES:
+        cached = slots * max_new_tokens // 2 * position_bytes(model, None)
+        most = min(most, 1 + cached // weights)
+    return max(1, most)
 
 
 def lane_slots(rows: int, slots: int, *, lanes: int, shards: int = 1) -> int:

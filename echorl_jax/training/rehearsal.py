@@ -112,7 +112,11 @@ def _experience(run: Run, params: PyTree, key: Array) -> Experience:
     group = config.rollout.group_size - run.objective.expert_rows
     limits = np.empty((len(prompts), group), np.int64)
     lanes = choose_lanes(
-        run.session.model, prompts=len(prompts), slots=run.slots, mesh=run.session.mesh
+        run.session.model,
+        prompts=len(prompts),
+        slots=run.slots,
+        max_new_tokens=config.rollout.max_new_tokens,
+        mesh=run.session.mesh,
     )
     for lane in range(lanes):
         own = limits[lane::lanes]

@@ -10,7 +10,7 @@ from conftest import EOS, PROMPTS, check_equal, completions, decoder
 from echorl_jax.parallel import make_mesh
 from echorl_jax.rollout import generate
 from echorl_jax.rollout.lanes import LANE_WEIGHT_BYTES, choose_lanes, lane_slots
-from echorl_jax.rollout.memory import weight_bytes
+from echorl_jax.rollout.memory import position_bytes, weight_bytes
 
 SETTINGS = {
     "group_size": 3,
@@ -78,7 +78,7 @@ def test_what_the_caller_raises_ends_the_call(model, params):
 
 def test_small_models_on_cpu_have_a_lane_for_each_core(model, monkeypatch):
     monkeypatch.setattr(sys.modules["echorl_jax.rollout.lanes"], "_cores", lambda: 6)
-    many = {"prompts": 32, "slots": 256, "mesh": None}
+    many = {"prompts": 32, "slots": 256, "max_new_tokens": 64, "mesh": None}
     assert choose_lanes(model, **many) == 6
     assert choose_lanes(model, **{**many, "prompts": 4}) == 4
     assert choose_lanes(model, **{**many, "slots": 24}) == 3
@@ -88,6 +88,10 @@ def test_small_models_on_cpu_have_a_lane_for_each_core(model, monkeypatch):
     large = decoder(vocab_size=600_000)
     assert weight_bytes(large, None) > LANE_WEIGHT_BYTES > weight_bytes(model, None)
     assert choose_lanes(large, **many) == 1
+    # Half of T is what a slot's cache holds in the middle of a completion.
+    twice = 2 * weight_bytes(large, None) // (256 * position_bytes(large, None))
+    assert choose_lanes(large, **{**many, "max_new_tokens": 2 * twice - 2}) == 2
+    assert choose_lanes(large, **{**many, "max_new_tokens": 2 * twice + 2}) == 3
     monkeypatch.setattr(sys.modules["echorl_jax.rollout.lanes"], "_cores", lambda: 64)
     assert choose_lanes(model, **many) == 8
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
