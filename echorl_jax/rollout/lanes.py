@@ -56,9 +56,9 @@ def choose_lanes(
 ) -> int:
     """One for each core on a CPU that is one device, if what they read again is little; else one.
 
-    Every lane reads all weights for itself. Large ones are worth that when completions are long,
-    since a lane's attention is faster: if all lanes but one read no more bytes of weights than a
-    turn in the middle of the longest completions reads of their cache.
+    Every lane reads all weights for itself. With large ones that pays when completions are long,
+    since a lane's attention is faster: here, when what all lanes but one read of the weights is no
+    more bytes than the cache of the completions has.
 
     Args:
       model: the decoder.
@@ -72,7 +72,7 @@ def choose_lanes(
     most = min(_cores(), MOST_LANES, prompts, slots // SMALLEST_LEVEL)
     weights = weight_bytes(model, None)
     if weights > LANE_WEIGHT_BYTES:
-        cached = slots * max_new_tokens // 2 * position_bytes(model, None)
+        cached = slots * max_new_tokens * position_bytes(model, None)
         most = min(most, 1 + cached // weights)
     return max(1, most)
 
