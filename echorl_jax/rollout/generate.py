@@ -147,6 +147,7 @@ def generate(
         prompts=len(prompts),
         slots=slots or len(prompts) * group_size,
         max_new_tokens=max_new_tokens,
+        kv_dtype=kv_dtype,
         mesh=mesh,
     )
     request = make_request(

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from echorl_jax.models import Decoder
 from echorl_jax.parallel import platform_of
 from echorl_jax.rollout.buckets import levels
+from echorl_jax.rollout.cache import KVDtype
 from echorl_jax.rollout.loop import Output, Program, Status, decode
 from echorl_jax.rollout.memory import position_bytes, weight_bytes
 from echorl_jax.rollout.slots import Queue, Slots, compact
@@ -52,19 +53,26 @@ class Progress:
 
 
 def choose_lanes(
-    model: Decoder, *, prompts: int, slots: int, max_new_tokens: int, mesh: Mesh | None
+    model: Decoder,
+    *,
+    prompts: int,
+    slots: int,
+    max_new_tokens: int,
+    kv_dtype: KVDtype | None = None,
+    mesh: Mesh | None,
 ) -> int:
-    """One for each core on a CPU that is one device, if what they read again is little; else one.
+    """One for each core on a CPU that is one device, fewer if weights are large; else one.
 
     Every lane reads all weights for itself. With large ones that pays when completions are long,
-    since a lane's attention is faster: here, when what all lanes but one read of the weights is no
-    more bytes than the cache of the completions has.
+    since a lane's attention is faster: as long as what all lanes but one read of the weights is no
+    more bytes than the cache of the completions has (measured on two cores, docs/performance.md).
 
     Args:
       model: the decoder.
       prompts: P; a group is not split.
       slots: M; a lane has at least ``SMALLEST_LEVEL`` of them.
       max_new_tokens: T.
+      kv_dtype: type of the cache; the model's unless given.
       mesh: where it runs; one device unless given.
     """
     if (mesh is not None and mesh.size > 1) or platform_of(mesh) != "cpu":
@@ -72,7 +80,7 @@ def choose_lanes(
     most = min(_cores(), MOST_LANES, prompts, slots // SMALLEST_LEVEL)
     weights = weight_bytes(model, None)
     if weights > LANE_WEIGHT_BYTES:
-        cached = slots * max_new_tokens * position_bytes(model, None)
+        cached = slots * max_new_tokens * position_bytes(model, kv_dtype)
         most = min(most, 1 + cached // weights)
     return max(1, most)
 

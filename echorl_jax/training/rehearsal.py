@@ -116,6 +116,7 @@ def _experience(run: Run, params: PyTree, key: Array) -> Experience:
         prompts=len(prompts),
         slots=run.slots,
         max_new_tokens=config.rollout.max_new_tokens,
+        kv_dtype=config.rollout.kv_dtype,
         mesh=run.session.mesh,
     )
     for lane in range(lanes):

@@ -91,6 +91,7 @@ def test_small_models_on_cpu_have_a_lane_for_each_core(model, monkeypatch):
     twice = 2 * weight_bytes(large, None) // (256 * position_bytes(large, None))
     assert choose_lanes(large, **{**many, "max_new_tokens": twice - 1}) == 2
     assert choose_lanes(large, **{**many, "max_new_tokens": twice + 1}) == 3
+    assert choose_lanes(large, **{**many, "max_new_tokens": twice + 1}, kv_dtype="bfloat16") == 2
     monkeypatch.setattr(sys.modules["echorl_jax.rollout.lanes"], "_cores", lambda: 64)
     assert choose_lanes(model, **many) == 8
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
