@@ -24,7 +24,7 @@ import optax
 from echorl_jax.config_file import load_config
 from echorl_jax.training.collect import collect
 from echorl_jax.training.loop import make_batches
-from echorl_jax.training.micro_batches import trainable_rows
+from echorl_jax.training.micro_batches import micro_batches, trainable_rows
 from echorl_jax.training.opening import open_run
 from echorl_jax.training.run import Run
 from echorl_jax.types import PyTree, TrainBatch
@@ -36,7 +36,7 @@ def gradient(run: Run, params: PyTree, batch: TrainBatch, *, echo_coef: float) -
     """Of the whole batch, on the host in float64."""
     whole, rows = trainable_rows(batch, every_row=False)
     total: PyTree = jax.tree.map(lambda leaf: np.zeros(leaf.shape), params)
-    for _, micro in run.session.micro_batches(whole, rows):
+    for _, micro in micro_batches(whole, rows, run.session.bounds):
         part = run.update.gradient(params, micro, echo_coef=echo_coef).gradient
         total = jax.tree.map(lambda a, b: a + np.asarray(b, np.float64), total, part)
     return total

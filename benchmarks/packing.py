@@ -19,7 +19,7 @@ from echorl_jax.data import encode_prompt, encode_target, load_rows, load_tokeni
 from echorl_jax.data.tokens import BUILTIN
 from echorl_jax.models import load_model
 from echorl_jax.parallel import make_mesh
-from echorl_jax.training.micro_batches import computed_tokens, micro_batches
+from echorl_jax.training.micro_batches import Bounds, computed_tokens, micro_batches
 from echorl_jax.training.optimizer import make_optimizer
 from echorl_jax.training.packing import pack_rows, packed_width
 from echorl_jax.training.step import Update
@@ -63,22 +63,18 @@ def main() -> None:
     small = [[-(-n // options.shrink) for n in lengths] for lengths in (prompts, targets)]
     batch = batch_of(*small)
     lengths = batch.length.tolist()
-    bounds = {
-        "longest": 9216 // options.shrink,
-        "token_budget": 32768 // options.shrink,
-        "row_multiple": 1,
-    }
+    bounds = Bounds(
+        longest=9216 // options.shrink, token_budget=32768 // options.shrink, row_multiple=1
+    )
     mesh = make_mesh(devices=jax.devices()[:1])
     model, params = load_model(BUILTIN["builtin:countdown"], dtype="float32", mesh=mesh)
     optimizer = make_optimizer(beta1=0.9, beta2=0.99, weight_decay=0.0, max_grad_norm=1.0)
     schedule = optax.constant_schedule(1e-3)
     update = Update(model, load_objective("sft"), optimizer, schedule, mesh)
-    packed = pack_rows(batch, width=packed_width(lengths, **bounds))
+    packed = pack_rows(batch, width=packed_width(lengths, bounds))
     result: dict[str, dict[str, float]] = {}
     for name, each in (("single", batch), ("packed", packed)):
-        pieces = [
-            part for _, part in micro_batches(each, np.ones(len(each.length), bool), **bounds)
-        ]
+        pieces = [part for _, part in micro_batches(each, np.ones(len(each.length), bool), bounds)]
         seconds = []
         for _ in range(options.repeats + 1):
             start = time.process_time()
@@ -87,7 +83,7 @@ def main() -> None:
             seconds.append(time.process_time() - start)
         result[name] = {
             "rows": len(each.length),
-            "computed_tokens": computed_tokens(each.length.tolist(), **bounds),
+            "computed_tokens": computed_tokens(each.length.tolist(), bounds),
             "cpu_seconds": round(statistics.median(seconds[1:]), 3),
         }
     result["gain"] = {

@@ -27,10 +27,13 @@ import sys
 import time
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from processes import in_turns, median_of
 from rollout import lognormal_lengths
+
+if TYPE_CHECKING:
+    from echorl_jax.training.micro_batches import Bounds
 
 PROMPT, NEW, GROUP, MEAN = 64, 128, 8, 32
 
@@ -102,7 +105,7 @@ def engine(args: argparse.Namespace) -> dict[str, Any]:
         nonlocal state
         batch, used = ready[case]
         start = time.perf_counter()
-        pieces = micro_batches(batch, used, row_multiple=1, **bounds(args))
+        pieces = micro_batches(batch, used, bounds(args))
         coef = 1e-3 if batch.echo_weights.any() else 0.0
         state, stats = update(state, (piece for _, piece in pieces), echo_coef=jnp.float32(coef))
         loss = [float(stats.loss), float(stats.grad_norm)]
@@ -123,9 +126,12 @@ def engine(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def bounds(args: argparse.Namespace) -> dict[str, int]:
-    """The longest row, and tokens of a micro-batch."""
-    return {"longest": PROMPT + NEW, "token_budget": args.rows * (PROMPT + NEW)}
+def bounds(args: argparse.Namespace) -> "Bounds":
+    """Micro-batches of ``args.rows`` of the longest rows."""
+    from echorl_jax.training.micro_batches import Bounds
+
+    longest = PROMPT + NEW
+    return Bounds(longest=longest, token_budget=args.rows * longest, row_multiple=1)
 
 
 def temporary_bytes(args: argparse.Namespace) -> int:
@@ -149,7 +155,7 @@ def temporary_bytes(args: argparse.Namespace) -> int:
     schedule = optax.constant_schedule(1e-6)
     update = step.Update(model, objective, optimizer, schedule, make_mesh(1, 1, 1))
     batch, used = trainable_rows(batch_of(data, "full"), every_row=False)
-    _, piece = next(micro_batches(batch, used, row_multiple=1, **bounds(args)))
+    _, piece = next(micro_batches(batch, used, bounds(args)))
     lowered = step.lower_accumulate(update, model.param_shapes(), piece)
     compiled = lowered.compile()
     return compiled.memory_analysis().temp_size_in_bytes

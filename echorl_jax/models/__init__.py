@@ -5,13 +5,14 @@ from echorl_jax.models.config import DecoderConfig, ModelError, RopeConfig
 from echorl_jax.models.decoder import Decoder
 from echorl_jax.models.hf import load_decoder, load_model, save_model
 from echorl_jax.models.hf_config import from_hf, read_config, to_hf
-from echorl_jax.models.initialise import init_params, param_shardings
+from echorl_jax.models.initialise import abstract_params, init_params, param_shardings
 
 __all__ = [
     "Decoder",
     "DecoderConfig",
     "ModelError",
     "RopeConfig",
+    "abstract_params",
     "attend",
     "from_hf",
     "init_params",

@@ -22,6 +22,15 @@ def param_shardings(model: Decoder, mesh: Mesh, *, layout: Layout = "train") -> 
     return tree_shardings(model.param_axes(), model.param_shapes(), mesh, layout)
 
 
+def abstract_params(model: Decoder, mesh: Mesh) -> PyTree:
+    """Shapes, types and places of the training weights; no array is made."""
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        model.param_shapes(),
+        param_shardings(model, mesh),
+    )
+
+
 def init_params(model: Decoder, key: Array, mesh: Mesh | None = None) -> PyTree:
     """Draws weights: normal with the config's ``initializer_range``, biases 0, norms 1.
 

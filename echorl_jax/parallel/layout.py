@@ -118,6 +118,29 @@ def tree_shardings(axes: PyTree, shapes: PyTree, mesh: Mesh, layout: Layout = "t
     )
 
 
+def local_bytes(
+    axes: PyTree, shapes: PyTree, mesh: Mesh | AbstractMesh | None, layout: Layout = "train"
+) -> int:
+    """Bytes that a tree of arrays takes on one device.
+
+    Args:
+      axes: tree of tuples of logical names.
+      shapes: the same tree, of anything with a ``shape`` and a ``dtype``.
+      mesh: the mesh; one device unless given.
+      layout: column of the table.
+    """
+
+    def size(names: Axes, leaf: jax.ShapeDtypeStruct) -> int:
+        shape = leaf.shape
+        if mesh is not None:
+            spec = partition_spec(names, shape, mesh, layout)
+            shape = NamedSharding(mesh, spec).shard_shape(shape)
+        return math.prod(shape) * leaf.dtype.itemsize
+
+    sizes = jax.tree.map(size, axes, shapes, is_leaf=lambda node: isinstance(node, tuple))
+    return sum(jax.tree.leaves(sizes))
+
+
 def mesh_in_force() -> AbstractMesh | None:
     """The mesh of ``jax.set_mesh``, if it is one of :func:`make_mesh` and not taken by hand.
 

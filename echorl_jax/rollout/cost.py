@@ -56,7 +56,7 @@ def turn_cost(
       kv_dtype: type of the cache; the model's unless given.
     """
     config = model.config
-    weights = _matrix_weights(model)
+    weights = layer_weights(model) + config.hidden_size * config.vocab_size
     context = prompt_tokens + completion_tokens
     heads = config.num_layers * config.num_heads * config.head_dim
     read = prompt_tokens / group_size + completion_tokens
@@ -69,11 +69,10 @@ def turn_cost(
     )
 
 
-def _matrix_weights(model: Decoder) -> int:
-    """Weights that every token is multiplied with: layers' matrices and the head."""
-    kernels = [
+def layer_weights(model: Decoder) -> int:
+    """Weights in the matrices of all layers."""
+    return sum(
         math.prod(shape.shape)
         for path, shape in jax.tree_util.tree_leaves_with_path(model.layers(model.param_shapes()))
         if path[-1].key == "kernel"
-    ]
-    return sum(kernels) + model.config.hidden_size * model.config.vocab_size
+    )

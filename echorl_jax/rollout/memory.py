@@ -1,17 +1,15 @@
 """What sampling needs of a device's memory, known before anything runs."""
 
 import dataclasses
-import math
 import os
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from echorl_jax.models import Decoder
-from echorl_jax.parallel import Platform, partition_spec
+from echorl_jax.parallel import Platform, local_bytes
 from echorl_jax.rollout.buckets import bucket_below
 from echorl_jax.rollout.cache import KV_BYTES, KVDtype
-from echorl_jax.types import PyTree
 
 # Part of a device's memory that slots may take unless told otherwise: in training, weights,
 # optimizer state and the update's activations live there too.
@@ -24,9 +22,13 @@ class RolloutMemory:
 
     weights: int  # in the rollout layout and compute dtype
     prompts: int  # keys and values of all prompts, on every device that rows are split over
-    slots: int  # keys and values of prompts and completions being written
+    slots: int  # keys and values of completions being written, and of their prompts' copies
     outputs: int  # tokens, log-probabilities and entropies of all rows
     logits: int  # of one turn, with what sampling makes of them
+
+    @property
+    def cache(self) -> int:
+        return self.prompts + self.slots
 
     @property
     def total(self) -> int:
@@ -42,13 +44,13 @@ def rollout_memory(
     prompt_tokens: int,
     max_new_tokens: int,
     kv_dtype: KVDtype | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> RolloutMemory:
     """Memory of one :func:`generate` call.
 
     Cache bytes per position and layer are ``2 * kv_heads * head_dim * bytes`` (int8: 1 byte, and 4
-    for the scale of each head). A slot holds ``prompt_tokens + max_new_tokens`` positions, a prompt
-    ``prompt_tokens``.
+    for the scale of each head). A prompt holds ``prompt_tokens`` positions, a slot
+    ``max_new_tokens``, and a copy of its row's prompt where there are fewer slots than rows.
 
     Args:
       model: the decoder.
@@ -67,10 +69,11 @@ def rollout_memory(
     per_position = position_bytes(model, kv_dtype, tensor)
     vocab = config.vocab_size // tensor if config.vocab_size % tensor == 0 else config.vocab_size
     local_slots = -(-slots // rows)
+    copied = prompt_tokens if slots < prompts * group_size else 0
     return RolloutMemory(
         weights=weight_bytes(model, mesh),
         prompts=prompts * prompt_tokens * per_position,
-        slots=local_slots * (prompt_tokens + max_new_tokens) * per_position,
+        slots=local_slots * (copied + max_new_tokens) * per_position,
         outputs=prompts * group_size * max_new_tokens * 12,
         logits=3 * local_slots * vocab * 4,
     )
@@ -83,7 +86,7 @@ def choose_slots(
     prompt_tokens: int,
     max_new_tokens: int,
     kv_dtype: KVDtype | None = None,
-    mesh: Mesh | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
     slot_bytes: int | None = None,
 ) -> int:
     """All rows at once if their keys and values fit, else the largest allowed number that does.
@@ -103,14 +106,17 @@ def choose_slots(
     axes = dict(mesh.shape) if mesh is not None else {}
     shards = axes.get("data", 1) * axes.get("fsdp", 1)
     budget = int(SLOT_SHARE * device_bytes()) if slot_bytes is None else slot_bytes
-    each = position_bytes(model, kv_dtype, axes.get("tensor", 1)) * (prompt_tokens + max_new_tokens)
+    per_position = position_bytes(model, kv_dtype, axes.get("tensor", 1))
+    if -(-rows // shards) * max_new_tokens * per_position <= budget:
+        return rows  # then no slot has a prompt of its own
+    each = per_position * (prompt_tokens + max_new_tokens)
     fit = budget // each * shards
     if fit < shards:
         raise ValueError(
             f"one slot of {prompt_tokens} + {max_new_tokens} tokens takes {each / 1e9:.2f} GB, "
             f"more than the {budget / 1e9:.2f} GB of each device that slots may take"
         )
-    return rows if fit >= rows else bucket_below(fit, multiple=shards)
+    return bucket_below(fit, multiple=shards)
 
 
 def device_bytes() -> int:
@@ -148,19 +154,7 @@ def shares_weights(model: Decoder, *, devices: int, platform: Platform) -> bool:
     return devices == 1 and model.dtype == model.param_dtype and platform != "gpu"
 
 
-def weight_bytes(model: Decoder, mesh: Mesh | None) -> int:
+def weight_bytes(model: Decoder, mesh: Mesh | AbstractMesh | None) -> int:
     """Weights as sampling holds them, on one device."""
     shapes = jax.eval_shape(model.cast, model.param_shapes())
-
-    def size(shape: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> int:
-        whole = math.prod(shape.shape) * shape.dtype.itemsize
-        if mesh is None:
-            return whole
-        spec = partition_spec(axes, shape.shape, mesh, "rollout")
-        names = [
-            n for entry in spec if entry for n in ([entry] if isinstance(entry, str) else entry)
-        ]
-        return whole // math.prod(mesh.shape[name] for name in names)
-
-    leaves: PyTree = jax.tree.map(size, shapes, model.param_axes())
-    return sum(jax.tree.leaves(leaves))
+    return local_bytes(model.param_axes(), shapes, mesh, "rollout")

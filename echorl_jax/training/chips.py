@@ -1,7 +1,6 @@
 """What accelerators can hold and do: the figures that a plan is measured against."""
 
 import dataclasses
-import os
 import time
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 
 from echorl_jax.config import ConfigError
 from echorl_jax.parallel import Platform, platform_of
+from echorl_jax.rollout.memory import device_bytes
 
 GB = 10**9
 
@@ -40,8 +40,6 @@ GPUS = {
     "h100": Chip("H100 80 GB", 80 * GB, 989e12, 3350e9, 450e9, platform="gpu"),
     "h200": Chip("H200 141 GB", 141 * GB, 989e12, 4800e9, 450e9, platform="gpu"),
 }
-# Part of a chip's memory that a plan may fill: the rest is the runtime's, and fragmentation's.
-USABLE = 0.95
 
 
 def parse_topology(text: str) -> tuple[Chip, int]:
@@ -70,18 +68,14 @@ def parse_topology(text: str) -> tuple[Chip, int]:
 
 def local_chip() -> Chip:
     """This machine's device; of an unknown one the peaks are measured, in a second."""
-    device = jax.local_devices()[0]
-    limit = (device.memory_stats() or {}).get("bytes_limit")
-    if limit is None:
-        whole = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        limit = whole // jax.local_device_count()
+    device, limit = jax.local_devices()[0], device_bytes()
     for word, chip in (TPUS | GPUS).items():
         kind = device.device_kind.lower()
         if word in kind or (word == "v5e" and "v5 lite" in kind):
-            return dataclasses.replace(chip, memory_bytes=int(limit))
+            return dataclasses.replace(chip, memory_bytes=limit)
     flops, speed = _measure()
     name = f"{device.device_kind} (peaks measured)"
-    return Chip(name, int(limit), flops, speed, platform=platform_of(None))
+    return Chip(name, limit, flops, speed, platform=platform_of(None))
 
 
 def _measure() -> tuple[float, float]:

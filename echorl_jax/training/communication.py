@@ -12,8 +12,9 @@ from collections.abc import Iterator
 
 import jax
 
+from echorl_jax.parallel import local_bytes
 from echorl_jax.training.chips import Chip
-from echorl_jax.training.programs import Job, local_bytes
+from echorl_jax.training.job import Job
 from echorl_jax.training.roofline import Lengths, decode_turns
 
 
@@ -80,13 +81,12 @@ def _sampling(job: Job, lengths: Lengths) -> Iterator[Exchange]:
 
 def _learning(job: Job, lengths: Lengths) -> Iterator[Exchange]:
     config, mesh = job.config, job.mesh.shape
-    weights, rows = _weight_bytes(job), config.rollout.prompts_per_step * config.rollout.group_size
-    tokens = rows * (lengths.prompt + lengths.completion)
+    weights = _weight_bytes(job)
+    tokens = job.rows * (lengths.prompt + lengths.completion)
     layers = _layers(job, tokens / job.shards)
     parts = config.objective.mini_batches
     micro = parts * math.ceil(tokens / parts / math.prod(job.micro_batch))
-    passes = int(config.objective.old_logprobs == "trainer") + int(job.objective.kl_coef != 0)
-    if passes and not job.objective.supervised:
+    if passes := job.scoring_passes:
         yield Exchange("score", "fsdp", passes * micro * gathered(weights, mesh["fsdp"]))
         yield Exchange("score", "tensor", passes * layers)
     epochs = config.objective.epochs
@@ -101,7 +101,7 @@ def _learning(job: Job, lengths: Lengths) -> Iterator[Exchange]:
 def _weight_bytes(job: Job) -> int:
     """All weights in the compute type, split over ``tensor`` alone."""
     narrow = jax.eval_shape(job.model.cast, job.model.param_shapes())
-    return local_bytes(job.model, narrow, job.mesh, "rollout")
+    return local_bytes(job.model.param_axes(), narrow, job.mesh, "rollout")
 
 
 def _layers(job: Job, tokens: float) -> float:

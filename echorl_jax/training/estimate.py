@@ -2,8 +2,8 @@
 
 import functools
 
-from echorl_jax.rollout import rollout_memory
-from echorl_jax.training.programs import Job, Memory, job_held
+from echorl_jax.training.job import Job
+from echorl_jax.training.programs import Memory
 
 # Tokens whose logits exist at once in the update; see rollout.scoring.
 LOGIT_CHUNK = 1024
@@ -21,23 +21,13 @@ def estimate(job: Job) -> list[Memory]:
     layer's products are held at once, and of the logits of 1,024 tokens three copies; the head's
     gradient is summed in float32 on every chip.
     """
-    held, config = job_held(job), job.config
-    rollout = rollout_memory(
-        job.model,
-        slots=job.slots,
-        prompts=config.rollout.prompts_per_step,
-        group_size=job.group_size,
-        prompt_tokens=config.data.max_prompt_tokens,
-        max_new_tokens=config.rollout.max_new_tokens,
-        kv_dtype=config.rollout.kv_dtype,
-        mesh=job.mesh,  # pyright: ignore[reportArgumentType]
-    )
+    held, rollout = job.held, job.rollout_memory
     sampling = functools.partial(
         Memory,
         weights=held.master + held.reference + held.sampler,
         optimizer=held.moments,
         gradient=0,
-        cache=rollout.prompts + rollout.slots,
+        cache=rollout.cache,
         batch=rollout.outputs,
         source="formula",
     )
@@ -79,7 +69,7 @@ def activation_bytes(job: Job) -> int:
     logits = 3 * max(LOGIT_CHUNK // job.shards, 1) * vocab * 4
     head = 2 * shape.hidden_size * vocab * 4
     # The new gradient exists beside the sum that it is added to.
-    return kept + layer + logits + head + job_held(job).master
+    return kept + layer + logits + head + job.held.master
 
 
 def _batch_bytes(job: Job) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 from echorl_jax.core import active_coef
 from echorl_jax.parallel import place_whole
 from echorl_jax.training.dumps import begin_dump, finish_dump, room_for_dump
-from echorl_jax.training.micro_batches import trainable_rows
+from echorl_jax.training.micro_batches import micro_batches, trainable_rows
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.run import Run
 from echorl_jax.training.step import UpdateStats, add_stats, require_healthy, score_batch
@@ -64,7 +64,7 @@ def _apply(
     debug = run.session.config.debug
 
     def pieces() -> Iterator[TrainBatch]:
-        return (micro for _, micro in run.session.micro_batches(batch, rows))
+        return (micro for _, micro in micro_batches(batch, rows, run.session.bounds))
 
     dump = None
     if number == 0 and step == debug.dump_step:
@@ -97,7 +97,7 @@ def _ready(
         return score_batch(
             run.session.model,
             weights,
-            run.session.micro_batches(batch, rows),
+            micro_batches(batch, rows, run.session.bounds),
             shape=batch.loss_mask.shape,
             temperature=run.update.temperature,
             mesh=run.session.mesh,

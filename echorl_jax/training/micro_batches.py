@@ -19,6 +19,17 @@ from echorl_jax.types import HostArray, TrainBatch
 SMALLEST_ROWS = (4, 32)
 
 
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What every micro-batch of a run keeps to, so that the compiled programs are few and known."""
+
+    longest: int  # tokens of the longest row
+    # Tokens of a micro-batch on all devices together, padding included; a single row for each
+    # device may exceed it.
+    token_budget: int
+    row_multiple: int  # data-parallel devices; divides every micro-batch
+
+
 def length_buckets(longest: int) -> tuple[int, ...]:
     """Row lengths that are compiled for, each at most twice the one before.
 
@@ -36,18 +47,16 @@ def length_buckets(longest: int) -> tuple[int, ...]:
     return (*(size for size in sizes if longest <= 32 * size and size < 0.85 * longest), longest)
 
 
-def micro_batch_shapes(
-    *, rows: int, longest: int, token_budget: int, row_multiple: int
-) -> list[tuple[int, int]]:
+def micro_batch_shapes(rows: int, bounds: Bounds) -> list[tuple[int, int]]:
     """Every (rows, length) that :func:`micro_batches` makes of a batch, the largest first.
 
     Args:
       rows: N of the batch; any part of it may have a gradient.
-      longest, token_budget, row_multiple: as in :func:`micro_batches`.
+      bounds: of the run.
     """
     shapes = {
-        (_row_count(left, row_multiple, most=max(1, token_budget // width)), width)
-        for width in length_buckets(longest)
+        (_row_count(left, width, bounds), width)
+        for width in length_buckets(bounds.longest)
         for left in range(1, rows + 1)
     }
     return sorted(shapes, key=lambda shape: (-shape[0] * shape[1], shape))
@@ -82,21 +91,17 @@ def trainable_rows(batch: TrainBatch, *, every_row: bool) -> tuple[TrainBatch, n
 
 
 def micro_batches(
-    batch: TrainBatch, rows: np.ndarray, *, longest: int, token_budget: int, row_multiple: int
+    batch: TrainBatch, rows: np.ndarray, bounds: Bounds
 ) -> Iterator[tuple[np.ndarray, TrainBatch]]:
-    """Yields the chosen rows, longest first, in micro-batches of at most ``token_budget`` tokens.
+    """Yields the chosen rows, longest first, in micro-batches within the bounds.
 
-    Row counts are ``row_multiple`` times a power of two and lengths come from
-    :func:`length_buckets`, so the number of compiled programs is small and known. Missing rows are
-    padding with zero weights.
+    Row counts are ``bounds.row_multiple`` times a power of two and lengths come from
+    :func:`length_buckets`. Missing rows are padding with zero weights.
 
     Args:
       batch: NumPy arrays.
       rows: bool ``[N]``, from :func:`trainable_rows`.
-      longest: a bound on row lengths that holds for the whole run.
-      token_budget: tokens of a micro-batch on all devices together, padding included; a single row
-        per device may exceed it.
-      row_multiple: data-parallel devices; divides every micro-batch.
+      bounds: of the run.
 
     Yields:
       The places of its rows in the batch, and the micro-batch, which may have more rows.
@@ -104,48 +109,41 @@ def micro_batches(
     lengths = np.asarray(batch.length)
     order = np.flatnonzero(rows)
     order = order[np.argsort(-lengths[order], kind="stable")]
-    bounds = {"longest": longest, "token_budget": token_budget, "row_multiple": row_multiple}
-    for count, width in _cut(lengths[order], **bounds):
+    for count, width in _cut(lengths[order], bounds):
         yield order[:count], take_rows(batch, order[:count], count=count, width=width)
         order = order[count:]
 
 
-def computed_tokens(
-    lengths: Sequence[int], *, longest: int, token_budget: int, row_multiple: int
-) -> int:
+def computed_tokens(lengths: Sequence[int], bounds: Bounds) -> int:
     """Tokens that :func:`micro_batches` computes for rows of these lengths, padding included.
 
-    >>> computed_tokens([30] * 60, longest=40, token_budget=4096, row_multiple=1)
+    >>> computed_tokens([30] * 60, Bounds(longest=40, token_budget=4096, row_multiple=1))
     2048
     """
     ordered = np.sort(np.asarray(lengths))[::-1]
-    bounds = {"longest": longest, "token_budget": token_budget, "row_multiple": row_multiple}
-    return sum(count * width for count, width in _cut(ordered, **bounds))
+    return sum(count * width for count, width in _cut(ordered, bounds))
 
 
-def _cut(
-    lengths: np.ndarray, *, longest: int, token_budget: int, row_multiple: int
-) -> Iterator[tuple[int, int]]:
+def _cut(lengths: np.ndarray, bounds: Bounds) -> Iterator[tuple[int, int]]:
     """Rows and length of each micro-batch; ``lengths`` is sorted, the longest first."""
-    buckets = np.array(length_buckets(longest))
+    buckets = np.array(length_buckets(bounds.longest))
     while lengths.size:
         width = int(buckets[np.searchsorted(buckets, lengths[0])])
-        count = _row_count(lengths.size, row_multiple, most=max(1, token_budget // width))
+        count = _row_count(lengths.size, width, bounds)
         yield count, width
         lengths = lengths[count:]
 
 
-def _row_count(rows: int, multiple: int, *, most: int) -> int:
-    """``multiple`` times a power of two, without much padding: a rest comes in a smaller one.
+def _row_count(rows: int, width: int, bounds: Bounds) -> int:
+    """``row_multiple`` times a power of two, without much padding: a rest comes in a smaller one.
 
-    >>> [_row_count(rows, 1, most=256) for rows in (1, 60, 85, 185, 250)]
-    [32, 64, 64, 128, 256]
-    >>> [_row_count(rows, 1, most=17) for rows in (1, 8, 9, 14, 20)]
-    [8, 8, 8, 16, 16]
-    >>> _row_count(1, 1, most=5)
-    4
+    >>> def counts(token_budget, *rows):
+    ...     return [_row_count(n, 10, Bounds(10, token_budget, 1)) for n in rows]
+    >>> counts(2560, 1, 60, 85, 185, 250), counts(170, 1, 8, 9, 14, 20), counts(50, 1)
+    ([32, 64, 64, 128, 256], [8, 8, 8, 16, 16], [4])
     """
-    full = multiple
+    full = multiple = bounds.row_multiple
+    most = max(1, bounds.token_budget // width)
     while 2 * full <= most:
         full *= 2
     least, enough = (multiple * rows for rows in SMALLEST_ROWS)

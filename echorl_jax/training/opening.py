@@ -20,15 +20,14 @@ from echorl_jax.training.checkpoints import Checkpoints, Restored
 from echorl_jax.training.compiled import keep_compiled
 from echorl_jax.training.evaluator import Evaluator
 from echorl_jax.training.faults import Faults
+from echorl_jax.training.job import Job, with_slots
 from echorl_jax.training.logs import RunLog
 from echorl_jax.training.metrics import CompileCounter
 from echorl_jax.training.optimizer import TrainState, init_state
 from echorl_jax.training.overview import overview, title
 from echorl_jax.training.preemption import stop_on_signal
-from echorl_jax.training.programs import Job, job_held
 from echorl_jax.training.run import Run
 from echorl_jax.training.session import Session, configured_objective, start_session
-from echorl_jax.training.slots import fitting_slots
 from echorl_jax.training.step import Update
 from echorl_jax.training.workdir import open_workdir, require_new, rewind
 
@@ -154,32 +153,24 @@ def _log(directory: Path, config: Config, first_step: int) -> RunLog:
 
 
 def _present(run: Run, job: Job, state: TrainState) -> None:
-    rows = rows_per_step(run.session.config, run.objective)
-    lines = overview(
-        job, rows_per_step=rows, first_step=run.first_step, device_bytes=device_bytes()
-    )
+    lines = overview(job, first_step=run.first_step, device_bytes=device_bytes())
     run.log.present(title(job, state.params), lines)
 
 
 def _job(session: Session, objective: Objective) -> Job:
     """The run as a plan sees it, with slots that fit on every process's devices."""
-    config, mesh = session.config, session.mesh
-    slots, platform = session.data_devices, platform_of(mesh)
-    job = Job(config, session.model, objective, mesh, slots=slots, platform=platform)
+    job = Job(
+        config=session.config,
+        model=session.model,
+        objective=objective,
+        mesh=session.mesh,
+        slots=session.bounds.row_multiple,
+        platform=platform_of(session.mesh),
+    )
     if objective.supervised:
         return job
-    slots = fitting_slots(
-        config, session.model, objective, mesh, job_held(job), device_bytes=device_bytes()
-    )
-    return dataclasses.replace(job, slots=smallest(slots))
-
-
-def rows_per_step(config: Config, objective: Objective) -> int:
-    """Rows that a step learns from, at most."""
-    if objective.supervised:
-        return config.optim.sft_rows_per_step
-    rounds = config.objective.max_rounds if objective.dynamic_sampling else 1
-    return config.rollout.prompts_per_step * config.rollout.group_size * rounds
+    job = with_slots(job, device_bytes=device_bytes())
+    return dataclasses.replace(job, slots=smallest(job.slots))
 
 
 @contextmanager

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 import jax
 
-from echorl_jax.training.micro_batches import micro_batch_shapes
-from echorl_jax.training.programs import Job, cache_bytes, job_held
+from echorl_jax.training.job import Job
 from echorl_jax.types import PyTree
 
 
@@ -20,14 +19,11 @@ def title(job: Job, params: PyTree) -> str:
     )
 
 
-def overview(
-    job: Job, *, rows_per_step: int, first_step: int, device_bytes: int
-) -> list[tuple[str, str]]:
+def overview(job: Job, *, first_step: int, device_bytes: int) -> list[tuple[str, str]]:
     """Named lines for people.
 
     Args:
       job: the run's.
-      rows_per_step: rows that a step learns from, over its mini-batches.
       first_step: steps done.
       device_bytes: memory of one device.
     """
@@ -37,14 +33,14 @@ def overview(
     lines = [("method", f"{config.objective.name}{echo}, {config.steps} steps, {start}")]
     if not job.objective.supervised:
         lines.append(("rollouts", _rollouts(job)))
-    lines.append(("update", _update(job, rows_per_step)))
+    lines.append(("update", _update(job)))
     lines.append(("memory", ", ".join(_memory(job, device_bytes))))
     return lines
 
 
 def _rollouts(job: Job) -> str:
     rollout, experts = job.config.rollout, job.objective.expert_rows
-    rows = rollout.prompts_per_step * job.group_size
+    rows = job.sampled_rows
     beside = f" (and {experts} expert row(s) a prompt)" if experts else ""
     return (
         f"{rollout.prompts_per_step} prompts x {job.group_size} = {rows} rows a step{beside}, "
@@ -53,29 +49,20 @@ def _rollouts(job: Job) -> str:
     )
 
 
-def _update(job: Job, rows: int) -> str:
+def _update(job: Job) -> str:
     objective, optim = job.config.objective, job.config.optim
-    count = len(run_shapes(job, rows))
-    most = job.micro_batch
+    shapes = job.micro_batch_shapes
+    rows, width = shapes[0]
+    each = job.most_rows // objective.mini_batches
     return (
-        f"{objective.mini_batches} mini-batch(es) of {rows // objective.mini_batches} rows x "
-        f"{objective.epochs} epoch(s); micro-batches of up to {optim.micro_batch_tokens:,} tokens "
-        f"a device in {count} shapes, the largest {most[0]} rows x {most[1]} tokens"
-    )
-
-
-def run_shapes(job: Job, rows: int) -> list[tuple[int, int]]:
-    """Every shape of micro-batch of a run whose steps have at most ``rows`` rows."""
-    return micro_batch_shapes(
-        rows=max(rows // job.config.objective.mini_batches, 1),
-        longest=job.longest,
-        token_budget=job.config.optim.micro_batch_tokens * job.shards,
-        row_multiple=job.shards,
+        f"{objective.mini_batches} mini-batch(es) of {each} rows x {objective.epochs} epoch(s); "
+        f"micro-batches of up to {optim.micro_batch_tokens:,} tokens a device in {len(shapes)} "
+        f"shapes, the largest {rows} rows x {width} tokens"
     )
 
 
 def _memory(job: Job, device_bytes: int) -> Iterator[str]:
-    held = job_held(job)
+    held = job.held
     yield f"each device: weights {size(held.master)}"
     yield f"optimizer {size(held.moments)}"
     yield f"gradient {size(held.master)}"
@@ -83,7 +70,7 @@ def _memory(job: Job, device_bytes: int) -> Iterator[str]:
         yield f"reference {size(held.reference)}"
     if not job.objective.supervised:
         yield f"sampler's weights {size(held.sampler)}"
-        yield f"cache {size(cache_bytes(job))}"
+        yield f"cache {size(job.rollout_memory.cache)}"
     yield f"of {size(device_bytes)}; activations: see `echorl plan`"
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from echorl_jax.training.micro_batches import computed_tokens, length_buckets
+from echorl_jax.training.micro_batches import Bounds, computed_tokens, length_buckets
 from echorl_jax.types import TrainBatch
 
 
@@ -60,25 +60,21 @@ def pack_rows(batch: TrainBatch, *, width: int) -> TrainBatch:
     )
 
 
-def packed_width(
-    lengths: Sequence[int], *, longest: int, token_budget: int, row_multiple: int
-) -> int:
+def packed_width(lengths: Sequence[int], bounds: Bounds) -> int:
     """The row length, up to twice the longest sequence's, with which the least is computed.
 
     Longer rows fill up better but cost more attention, so no length beyond that is tried.
 
     Args:
       lengths: of the sequences.
-      longest, token_budget, row_multiple: as :func:`micro_batches` takes them.
+      bounds: of the run's micro-batches.
     """
     most = max(lengths)
-    sizes = [size for size in length_buckets(longest) if size >= most]
+    sizes = [size for size in length_buckets(bounds.longest) if size >= most]
 
     def cost(width: int) -> int:
         rows = [sum(lengths[i] for i in members) for members in first_fit(lengths, width)]
-        return computed_tokens(
-            rows, longest=longest, token_budget=token_budget, row_multiple=row_multiple
-        )
+        return computed_tokens(rows, bounds)
 
     return min([size for size in sizes if size <= 2 * sizes[0]], key=cost)
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import jax
@@ -13,12 +14,12 @@ from echorl_jax.data.tokens import BUILTIN
 from echorl_jax.models import Decoder
 from echorl_jax.models.published import architecture
 from echorl_jax.parallel import AXES, ShardingError, make_mesh
-from echorl_jax.training.chips import GPUS, USABLE, Chip, local_chip, parse_topology
+from echorl_jax.training.chips import GPUS, Chip, local_chip, parse_topology
 from echorl_jax.training.estimate import estimate
-from echorl_jax.training.programs import PROGRAMS, Job, Memory, compile_programs, job_held
+from echorl_jax.training.job import USABLE, Job, with_slots
+from echorl_jax.training.programs import PROGRAMS, Memory, compile_programs
 from echorl_jax.training.roofline import Lengths, step_phases
 from echorl_jax.training.session import configured_objective
-from echorl_jax.training.slots import fitting_slots
 
 Say = Callable[[str], None]
 _SAMPLING = ("prefill", "decode")
@@ -151,8 +152,7 @@ def _plan(
     if target.devices is None:
         memory = estimate(job)
     else:
-        scores = config.objective.old_logprobs == "trainer" or job.objective.kl_coef != 0
-        wanted = PROGRAMS if scores else tuple(n for n in PROGRAMS if n != "score")
+        wanted = PROGRAMS if job.scoring_passes else tuple(n for n in PROGRAMS if n != "score")
         if job.objective.supervised:
             wanted = ("accumulate", "apply")
         missing = tuple(name for name in wanted if name not in known)
@@ -181,13 +181,10 @@ def make_job(config: Config, target: Target) -> Job:
     objective = configured_objective(config)
     mesh = _mesh(config, target)
     job = Job(config, model, objective, mesh, slots=1, platform=target.chip.platform)
-    held = job_held(job)
-    try:
-        slots = fitting_slots(
-            config, model, objective, mesh, held, device_bytes=target.chip.memory_bytes
-        )
-    except ConfigError:  # then the plan shows by how much one slot for each device is too large
-        slots = job.shards
+    slots = job.shards
+    # Without room for one slot on each device the plan shows by how much it is too large.
+    with suppress(ConfigError):
+        slots = with_slots(job, device_bytes=target.chip.memory_bytes).slots
     return dataclasses.replace(job, slots=max(slots // job.shards, 1) * job.shards)
 
 
@@ -227,7 +224,7 @@ def _variants(config: Config, target: Target) -> Iterator[dict[str, Any]]:
     shape, given = own.model.config, dict(own.mesh.shape)
     remats = dict.fromkeys((config.model.remat, "layer"))
     budgets, most = [], config.optim.micro_batch_tokens
-    while not budgets or most >= own.longest:
+    while not budgets or most >= own.bounds.longest:
         budgets.append(most)
         most //= 2
     for tensor in (2**power for power in range(target.count.bit_length())):
@@ -261,6 +258,6 @@ def describe(changes: dict[str, Any]) -> str:
 
 def chips_needed(plan: Plan) -> int:
     """Chips over which the state alone has to be split, by its bytes."""
-    held = job_held(plan.job)
+    held = plan.job.held
     copies = plan.job.mesh.shape["fsdp"] * plan.job.mesh.shape["tensor"]
     return math.ceil((held.always + held.master) * copies / plan.target.usable_bytes)

@@ -1,27 +1,21 @@
 """The programs of a training step, compiled from shapes alone, and what each needs of a chip."""
 
 import dataclasses
-import math
 import re
 import time
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from echorl_jax.config import Config
-from echorl_jax.core import Objective
-from echorl_jax.models import Decoder
-from echorl_jax.parallel import Platform, partition_spec
+from echorl_jax.models import abstract_params
 from echorl_jax.rollout.ahead import lower_decode, lower_prefill
-from echorl_jax.rollout.memory import position_bytes, shares_weights
-from echorl_jax.training.micro_batches import micro_batch_shapes
+from echorl_jax.training.job import Job
 from echorl_jax.training.optimizer import abstract_state
 from echorl_jax.training.session import configured_optimizer
 from echorl_jax.training.step import Update, lower_accumulate, lower_apply, lower_score
-from echorl_jax.types import PyTree, TrainBatch
+from echorl_jax.types import TrainBatch
 
 # The order in which a step runs them.
 PROGRAMS = ("prefill", "decode", "score", "accumulate", "apply")
@@ -48,117 +42,6 @@ class Memory:
     def total(self) -> int:
         parts = (self.weights, self.optimizer, self.gradient, self.cache, self.batch)
         return sum(parts) + self.temporaries
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """One way to run a config's step: what a plan may change is in here."""
-
-    config: Config
-    model: Decoder
-    objective: Objective
-    mesh: Mesh | AbstractMesh
-    slots: int
-    platform: Platform
-
-    @property
-    def shards(self) -> int:
-        """Devices that rows are split over."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-
-    @property
-    def group_size(self) -> int:
-        """Rows of a prompt that are sampled."""
-        return self.config.rollout.group_size - self.objective.expert_rows
-
-    @property
-    def longest(self) -> int:
-        """Tokens in the longest row."""
-        return self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens
-
-    @property
-    def micro_batch(self) -> tuple[int, int]:
-        """The largest micro-batch: rows on all chips, and their length."""
-        config = self.config
-        rows = config.rollout.prompts_per_step * config.rollout.group_size
-        return micro_batch_shapes(
-            rows=rows // config.objective.mini_batches,
-            longest=self.longest,
-            token_budget=config.optim.micro_batch_tokens * self.shards,
-            row_multiple=self.shards,
-        )[0]
-
-    @property
-    def shares_weights(self) -> bool:
-        """Whether the sampler reads the master weights themselves, with no copy."""
-        return shares_weights(self.model, devices=self.mesh.size, platform=self.platform)
-
-
-@dataclasses.dataclass(frozen=True)
-class Held:
-    """Bytes per chip of what lives through a whole run."""
-
-    master: int
-    moments: int
-    sampler: int  # while sampling only
-    reference: int
-
-    @property
-    def always(self) -> int:
-        return self.master + self.moments + self.reference
-
-
-def held_bytes(
-    model: Decoder,
-    mesh: Mesh | AbstractMesh,
-    *,
-    moment_bytes: int,
-    reference: bool,
-    shares_weights: bool,
-) -> Held:
-    """Weights and moments on one chip, from shapes and the sharding table alone.
-
-    Args:
-      model: the decoder.
-      mesh: its axes.
-      moment_bytes: of both moments of one parameter.
-      reference: whether a KL term keeps a copy in the compute type.
-      shares_weights: see :class:`Job`.
-    """
-    shapes = model.param_shapes()
-    narrow = jax.eval_shape(model.cast, shapes)
-    master = local_bytes(model, shapes, mesh, "train")
-    width = jnp.dtype(model.param_dtype).itemsize
-    return Held(
-        master=master,
-        moments=master * moment_bytes // width,
-        sampler=0 if shares_weights else local_bytes(model, narrow, mesh, "rollout"),
-        reference=local_bytes(model, narrow, mesh, "train") if reference else 0,
-    )
-
-
-def local_bytes(model: Decoder, shapes: PyTree, mesh: Mesh | AbstractMesh, layout) -> int:
-    """Bytes of a parameter tree on one chip."""
-
-    def size(leaf: jax.ShapeDtypeStruct, axes: tuple[str | None, ...]) -> int:
-        spec = partition_spec(axes, leaf.shape, mesh, layout)
-        names = [n for e in spec if e for n in ((e,) if isinstance(e, str) else e)]
-        split = math.prod(mesh.shape[name] for name in names)
-        return math.prod(leaf.shape) * leaf.dtype.itemsize // split
-
-    return sum(jax.tree.leaves(jax.tree.map(size, shapes, model.param_axes())))
-
-
-def job_held(job: Job) -> Held:
-    """:func:`held_bytes` of a job."""
-    first = 2 if job.config.optim.moment_dtype == "bfloat16" else 4
-    return held_bytes(
-        job.model,
-        job.mesh,
-        moment_bytes=first + 4,
-        reference=job.objective.kl_coef != 0,
-        shares_weights=job.shares_weights,
-    )
 
 
 def compile_programs(
@@ -256,19 +139,6 @@ def _update_program(job: Job, name: str) -> jax.stages.Lowered:
     return lower_accumulate(update, params, micro)
 
 
-def abstract_params(model: Decoder, mesh: Mesh) -> PyTree:
-    """Shapes, types and places of the master weights."""
-    return jax.tree.map(
-        lambda leaf, axes: jax.ShapeDtypeStruct(
-            leaf.shape,
-            leaf.dtype,
-            sharding=NamedSharding(mesh, partition_spec(axes, leaf.shape, mesh)),
-        ),
-        model.param_shapes(),
-        model.param_axes(),
-    )
-
-
 def abstract_batch(job: Job) -> TrainBatch:
     """The largest micro-batch, with the fields that the objective has."""
     assert isinstance(job.mesh, Mesh)
@@ -309,7 +179,7 @@ class Refused:
 
 def _memory(job: Job, name: str, compiled: jax.stages.Compiled | Refused, seconds: float) -> Memory:
     """What is held, and the rest of what the compiler counts."""
-    held = job_held(job)
+    held = job.held
     sampling = name in ("prefill", "decode")
     weights = held.master + held.reference + (held.sampler if sampling else 0)
     gradient = held.master if name in ("accumulate", "apply") else 0
@@ -319,7 +189,7 @@ def _memory(job: Job, name: str, compiled: jax.stages.Compiled | Refused, second
         arguments = held.master + held.moments + gradient
     else:
         arguments = held.master + gradient
-    cache = cache_bytes(job) if sampling else 0
+    cache = job.rollout_memory.cache if sampling else 0
     if isinstance(compiled, Refused):
         batch = whole = 0
         given = arguments + cache if compiled.with_arguments else 0
@@ -342,16 +212,6 @@ def _memory(job: Job, name: str, compiled: jax.stages.Compiled | Refused, second
         compile_s=round(seconds, 1),
         arguments=whole,
     )
-
-
-def cache_bytes(job: Job) -> int:
-    """Keys and values on one chip: all prompts, and the slots."""
-    rollout, rows = job.config.rollout, job.config.rollout.prompts_per_step * job.group_size
-    each = position_bytes(job.model, rollout.kv_dtype, job.mesh.shape["tensor"])
-    prompt = job.config.data.max_prompt_tokens
-    own_prompts = job.slots < rows
-    per_slot = rollout.max_new_tokens + (prompt if own_prompts else 0)
-    return each * (rollout.prompts_per_step * prompt + -(-job.slots // job.shards) * per_slot)
 
 
 def refused_bytes(message: str) -> Refused | None:

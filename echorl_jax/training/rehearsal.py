@@ -71,7 +71,7 @@ def _timed(run: Run) -> Iterator[None]:
 
 
 def _every_shape(run: Run, params: PyTree, batch: TrainBatch, rows: int) -> None:
-    shapes = _shapes(run, rows)
+    shapes = micro_batch_shapes(rows, run.session.bounds)
     for number, (count, width) in enumerate(shapes, 1):
         shape = f"{count} x {width} tokens"
         run.log.say(f"compiling ahead: micro-batch {number}/{len(shapes)}, {shape}")
@@ -125,7 +125,7 @@ def _experience(run: Run, params: PyTree, key: Array) -> Experience:
             slot_limits(
                 own.size,
                 -(-run.slots // lanes),
-                shards=run.session.data_devices,
+                shards=run.session.bounds.row_multiple,
                 longest=config.rollout.max_new_tokens,
             ),
             own.shape,
@@ -158,16 +158,6 @@ def _as_trained(run: Run, batch: TrainBatch) -> TrainBatch:
     if run.reference is None:
         return batch
     return dataclasses.replace(batch, ref_logprobs=np.zeros(batch.loss_mask.shape, np.float32))
-
-
-def _shapes(run: Run, rows: int) -> list[tuple[int, int]]:
-    config, devices = run.session.config, run.session.data_devices
-    return micro_batch_shapes(
-        rows=rows,
-        longest=config.data.max_prompt_tokens + config.rollout.max_new_tokens,
-        token_budget=config.optim.micro_batch_tokens * devices,
-        row_multiple=devices,
-    )
 
 
 def _learn_nothing(run: Run, params: PyTree, batch: TrainBatch, rows: int, width: int) -> None:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from echorl_jax.config_file import from_dict
 from echorl_jax.errors import UserError
-from echorl_jax.models import load_decoder, param_shardings
+from echorl_jax.models import abstract_params, load_decoder
 from echorl_jax.parallel import make_mesh
 from echorl_jax.training.dumps import MODEL, PARAMS, Dump, read_dump
 from echorl_jax.training.optimizer import init_state
@@ -118,12 +118,7 @@ def _mesh(sizes: dict[str, int]) -> tuple[Mesh, bool]:
 
 
 def _read_params(directory: Path, update: Update) -> PyTree:
-    shardings = param_shardings(update.model, update.mesh)
-    like = jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-        update.model.param_shapes(),
-        shardings,
-    )
+    like = abstract_params(update.model, update.mesh)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore((directory / PARAMS).resolve(), like)

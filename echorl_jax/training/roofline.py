@@ -12,8 +12,9 @@ import jax
 
 from echorl_jax.models import Decoder
 from echorl_jax.rollout import turn_cost
+from echorl_jax.rollout.cost import layer_weights
 from echorl_jax.training.chips import Chip
-from echorl_jax.training.programs import Job
+from echorl_jax.training.job import Job
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +37,6 @@ class Phase:
         return max(self.flops / chip.flops_per_second, self.bytes / chip.bytes_per_second)
 
 
-def layer_weights(model: Decoder) -> int:
-    """Weights in the matrices of all layers."""
-    return sum(
-        math.prod(shape.shape)
-        for path, shape in jax.tree_util.tree_leaves_with_path(model.layers(model.param_shapes()))
-        if path[-1].key == "kernel"
-    )
-
-
 def forward_flops(model: Decoder, *, length: float, targets: float) -> float:
     """Operations of one row's forward pass.
 
@@ -62,14 +54,13 @@ def step_phases(job: Job, lengths: Lengths) -> list[Phase]:
     """Sampling, scoring if the config asks for it, and learning, all rows with a gradient."""
     config, chips = job.config, job.mesh.size
     rollout, objective = config.rollout, config.objective
-    sampled = rollout.prompts_per_step * job.group_size
-    rows = rollout.prompts_per_step * rollout.group_size
+    rows = job.rows
     length = lengths.prompt + lengths.completion
     whole = forward_flops(job.model, length=length, targets=lengths.completion)
     layers = forward_flops(job.model, length=length, targets=0)
-    passes = int(objective.old_logprobs == "trainer") + int(job.objective.kl_coef != 0)
     # Backward costs two forward passes; logits are always computed again, layers as remat says.
     learn = 3 * whole + (whole - layers) + (layers if job.model.remat == "layer" else 0)
+    passes = job.scoring_passes
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(job.model.param_shapes()))
     updates = objective.mini_batches * objective.epochs
     # Parameters, both moments: read and written; gradient: read. Float32.
@@ -82,7 +73,7 @@ def step_phases(job: Job, lengths: Lengths) -> list[Phase]:
             / chips,
             0.0,
         ),
-        _decode(job, lengths, sampled),
+        _decode(job, lengths),
         *([Phase("score", whole * rows * passes / chips, 0.0)] if passes else []),
         Phase("accumulate", learn * rows * objective.epochs / chips, 0.0),
         apply,
@@ -91,16 +82,16 @@ def step_phases(job: Job, lengths: Lengths) -> list[Phase]:
 
 def decode_turns(job: Job, lengths: Lengths) -> float:
     """Of the decode loop in a step, all slots busy: R rows of c tokens in M slots take R c / M."""
-    return job.config.rollout.prompts_per_step * job.group_size * lengths.completion / job.slots
+    return job.sampled_rows * lengths.completion / job.slots
 
 
-def _decode(job: Job, lengths: Lengths, rows: int) -> Phase:
+def _decode(job: Job, lengths: Lengths) -> Phase:
     cost = turn_cost(
         job.model,
         slots=job.slots,
         prompt_tokens=lengths.prompt,
         completion_tokens=lengths.completion / 2,
-        group_size=job.group_size if job.slots >= rows else 1,
+        group_size=job.group_size if job.slots >= job.sampled_rows else 1,
         kv_dtype=job.config.rollout.kv_dtype,
     )
     turns = decode_turns(job, lengths)

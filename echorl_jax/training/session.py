@@ -1,7 +1,7 @@
 """What a run needs before its first step, built from the config: mesh, model, text, optimizer."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -16,9 +16,10 @@ from echorl_jax.data.tokens import BUILTIN
 from echorl_jax.evaluation.evaluate import end_tokens
 from echorl_jax.models import Decoder, init_params, load_decoder, load_model
 from echorl_jax.parallel import make_mesh
-from echorl_jax.training.micro_batches import micro_batches
+from echorl_jax.training.job import run_bounds
+from echorl_jax.training.micro_batches import Bounds
 from echorl_jax.training.optimizer import learning_rate_schedule, make_optimizer
-from echorl_jax.types import PyTree, TrainBatch
+from echorl_jax.types import PyTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -42,21 +43,9 @@ class Session:
         return end_tokens(self.tokenizer, self.model)
 
     @property
-    def data_devices(self) -> int:
-        """Devices that hold different rows of a micro-batch."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-
-    def micro_batches(
-        self, batch: TrainBatch, rows: np.ndarray
-    ) -> Iterator[tuple[np.ndarray, TrainBatch]]:
-        """:func:`micro_batches` with this run's bounds."""
-        return micro_batches(
-            batch,
-            rows,
-            longest=self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens,
-            token_budget=self.config.optim.micro_batch_tokens * self.data_devices,
-            row_multiple=self.data_devices,
-        )
+    def bounds(self) -> Bounds:
+        """What every micro-batch keeps to."""
+        return run_bounds(self.config, self.mesh)
 
 
 def start_session(

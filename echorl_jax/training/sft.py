@@ -100,12 +100,7 @@ def _packed(run: Run, batch: TrainBatch) -> TrainBatch:
         return batch
     return pack_rows(
         batch,
-        width=packed_width(
-            batch.length.tolist(),
-            longest=session.config.data.max_prompt_tokens + session.config.rollout.max_new_tokens,
-            token_budget=session.config.optim.micro_batch_tokens * session.data_devices,
-            row_multiple=session.data_devices,
-        ),
+        width=packed_width(batch.length.tolist(), session.bounds),
     )
 
 

@@ -23,7 +23,8 @@ def bytes_on_first_device(tree) -> int:
 
 @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("shape", [None, (2, 2, 2)])
-def test_estimate_is_what_is_allocated(model, params, kv_dtype, shape, monkeypatch):
+@pytest.mark.parametrize("slots", [8, 16])  # of 16 rows
+def test_estimate_is_what_is_allocated(model, params, kv_dtype, shape, slots, monkeypatch):
     mesh = None if shape is None else make_mesh(*shape)
     engine = sys.modules["echorl_jax.rollout.generate"]
     held = {}
@@ -43,15 +44,18 @@ def test_estimate_is_what_is_allocated(model, params, kv_dtype, shape, monkeypat
             group_size=4,
             max_new_tokens=64,
             eos_ids=EOS,
-            slots=8,
+            slots=slots,
+            lanes=1,
             kv_dtype=kv_dtype,
             mesh=mesh,
         )
-    memory = rollout_memory(model, **SIZES, kv_dtype=kv_dtype, mesh=mesh)
+    sizes = {**SIZES, "slots": slots}
+    memory = rollout_memory(model, **sizes, kv_dtype=kv_dtype, mesh=mesh)
     assert memory.weights == bytes_on_first_device(rollout_params(model, params, mesh))
     assert memory.prompts == bytes_on_first_device(held["queue"].store)
     caches = held["slots"].prompt, held["slots"].ring
     assert memory.slots == bytes_on_first_device(caches)
+    assert (held["slots"].prompt is None) == (slots == 16)
     output = held["output"]
     assert memory.outputs == bytes_on_first_device((output.token, output.logprob, output.entropy))
     assert memory.total > memory.weights + memory.slots
@@ -66,10 +70,13 @@ def test_a_bf16_model_halves_matrices_and_keeps_norms():
 
 def test_slots_are_all_rows_or_what_fits(model):
     sizes = {"prompt_tokens": 32, "max_new_tokens": 64, "kv_dtype": "float32"}
-    each = (32 + 64) * 2 * 2 * 2 * 8 * 4  # positions, k and v, layers, heads, head size, bytes
+    position = 2 * 2 * 2 * 8 * 4  # k and v, layers, heads, head size, bytes
+    alone, each = 64 * position, (32 + 64) * position
     assert choose_slots(model, rows=100, **sizes) == 100
-    assert choose_slots(model, rows=100, **sizes, slot_bytes=100 * each) == 100
-    assert choose_slots(model, rows=100, **sizes, slot_bytes=100 * each - 1) == 96
+    # With a slot for each row no slot has a copy of a prompt: as many fit as 66 with one.
+    assert choose_slots(model, rows=100, **sizes, slot_bytes=100 * alone) == 100
+    assert choose_slots(model, rows=100, **sizes, slot_bytes=100 * alone - 1) == 64
+    assert choose_slots(model, rows=150, **sizes, slot_bytes=96 * each) == 96
     assert choose_slots(model, rows=100, **sizes, slot_bytes=each) == 1
     with pytest.raises(ValueError, match="more than the"):
         choose_slots(model, rows=100, **sizes, slot_bytes=each - 1)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echorl_jax.training.micro_batches import (
+    Bounds,
     length_buckets,
     micro_batch_shapes,
     micro_batches,
@@ -59,9 +60,9 @@ def test_buckets_are_few_and_end_with_the_bound() -> None:
 def test_each_chosen_row_comes_once(seed: int, rows: int, budget: int, multiple: int) -> None:
     batch, chosen = trainable_rows(make_batch(seed, rows), every_row=False)
     seen: list[int] = []
-    bounds = {"longest": S + T, "token_budget": budget, "row_multiple": multiple}
-    closed = micro_batch_shapes(rows=rows, **bounds)
-    for places, micro in micro_batches(batch, chosen, **bounds):
+    bounds = Bounds(longest=S + T, token_budget=budget, row_multiple=multiple)
+    closed = micro_batch_shapes(rows, bounds)
+    for places, micro in micro_batches(batch, chosen, bounds):
         count, width = micro.tokens.shape
         assert (count, width) in closed
         assert count % multiple == 0 and width in length_buckets(S + T)

@@ -16,9 +16,10 @@ from echorl_jax.models import Decoder, DecoderConfig, init_params
 from echorl_jax.parallel import AXES, make_mesh
 from echorl_jax.training.chips import GB, GPUS, TPUS, parse_topology
 from echorl_jax.training.communication import Exchange, exchanges
+from echorl_jax.training.job import Job, held_bytes
 from echorl_jax.training.optimizer import init_state, make_optimizer
 from echorl_jax.training.plan import Target, candidates, find_target, make_job, make_plan
-from echorl_jax.training.programs import Job, compile_programs, held_bytes
+from echorl_jax.training.programs import compile_programs
 from echorl_jax.training.roofline import Lengths, forward_flops, step_phases
 from tests.integration.conftest import small_config
 
@@ -130,6 +131,20 @@ def test_local_programs_compile_and_fit() -> None:
     position = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 4
     assert found[1].cache == (16 * 24 + 4 * 32) * position
     assert found[1].batch < 1e6 < found[1].total
+
+
+def test_micro_batches_are_those_of_the_run() -> None:
+    """DAPO may learn from several rounds at once, supervised learning has a number of its own."""
+    target = Target(TPUS["v5p"], 1, None, None)
+    sizes = {"rollout": {"prompts_per_step": 8, "group_size": 8, "max_new_tokens": 96}}
+    sizes |= {"data": {"max_prompt_tokens": 32}, "optim": {"micro_batch_tokens": 32768}}
+    grpo = make_job(small_config(**sizes), target)
+    assert (grpo.rows, grpo.most_rows, grpo.micro_batch) == (64, 64, (64, 128))
+    dapo = make_job(small_config(**sizes, objective={"name": "dapo", "max_rounds": 3}), target)
+    assert (dapo.rows, dapo.most_rows, dapo.micro_batch) == (64, 192, (128, 128))
+    sizes["optim"]["sft_rows_per_step"] = 16
+    sft = make_job(small_config(**sizes, objective={"name": "sft"}), target)
+    assert (sft.rows, sft.most_rows, sft.micro_batch) == (16, 16, (32, 128))
 
 
 def test_topologies() -> None:
