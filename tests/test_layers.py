@@ -23,6 +23,7 @@ LAYERS = {
     "evaluation": 4,
     "training": 5,
     "analysis": 6,
+    "planning": 6,
     "commands": 7,
     "cli": 7,
     "__main__": 7,

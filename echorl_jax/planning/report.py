@@ -6,9 +6,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from echorl_jax.training.communication import exchanges
-from echorl_jax.training.plan import Plan, chips_needed, describe
-from echorl_jax.training.programs import Memory
+from echorl_jax.planning.communication import exchanges
+from echorl_jax.planning.plan import Plan, chips_needed, describe
+from echorl_jax.planning.programs import Memory
 
 _GB = 1e9
 _MB = 1e6

@@ -11,9 +11,9 @@ import math
 import jax
 
 from echorl_jax.models import Decoder
+from echorl_jax.planning.chips import Chip
 from echorl_jax.rollout import turn_cost
 from echorl_jax.rollout.cost import layer_weights
-from echorl_jax.training.chips import Chip
 from echorl_jax.training.job import Job
 
 

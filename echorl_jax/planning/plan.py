@@ -14,11 +14,11 @@ from echorl_jax.data.tokens import BUILTIN
 from echorl_jax.models import Decoder
 from echorl_jax.models.published import architecture
 from echorl_jax.parallel import AXES, ShardingError, make_mesh
-from echorl_jax.training.chips import GPUS, Chip, local_chip, parse_topology
-from echorl_jax.training.estimate import estimate
+from echorl_jax.planning.chips import GPUS, Chip, local_chip, parse_topology
+from echorl_jax.planning.estimate import estimate
+from echorl_jax.planning.programs import PROGRAMS, Memory, compile_programs
+from echorl_jax.planning.roofline import Lengths, step_phases
 from echorl_jax.training.job import USABLE, Job, with_slots
-from echorl_jax.training.programs import PROGRAMS, Memory, compile_programs
-from echorl_jax.training.roofline import Lengths, step_phases
 from echorl_jax.training.session import configured_objective
 
 Say = Callable[[str], None]

@@ -2,8 +2,8 @@
 
 import functools
 
+from echorl_jax.planning.programs import Memory
 from echorl_jax.training.job import Job
-from echorl_jax.training.programs import Memory
 
 # Tokens whose logits exist at once in the update; see rollout.scoring.
 LOGIT_CHUNK = 1024

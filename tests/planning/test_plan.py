@@ -14,13 +14,13 @@ from echorl_jax.config_file import load_config
 from echorl_jax.core import OBJECTIVES
 from echorl_jax.models import Decoder, DecoderConfig, init_params
 from echorl_jax.parallel import AXES, make_mesh
-from echorl_jax.training.chips import GB, GPUS, TPUS, parse_topology
-from echorl_jax.training.communication import Exchange, exchanges
+from echorl_jax.planning.chips import GB, GPUS, TPUS, parse_topology
+from echorl_jax.planning.communication import Exchange, exchanges
+from echorl_jax.planning.plan import Target, candidates, find_target, make_job, make_plan
+from echorl_jax.planning.programs import compile_programs
+from echorl_jax.planning.roofline import Lengths, forward_flops, step_phases
 from echorl_jax.training.job import Job, held_bytes
 from echorl_jax.training.optimizer import init_state, make_optimizer
-from echorl_jax.training.plan import Target, candidates, find_target, make_job, make_plan
-from echorl_jax.training.programs import compile_programs
-from echorl_jax.training.roofline import Lengths, forward_flops, step_phases
 from tests.integration.conftest import small_config
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +72,7 @@ def test_the_update_is_counted_like_the_compiler() -> None:
     model = Decoder(ONE_LAYER, dtype="float32", remat="none")
     job = Job(config, model, OBJECTIVES["dr_grpo"], mesh, slots=32, platform="cpu")
     assert job.micro_batch == (32, 32)
-    from echorl_jax.training.programs import _update_program
+    from echorl_jax.planning.programs import _update_program
 
     compiled = _update_program(job, "accumulate").compile()
     counted = (compiled.cost_analysis() or {})["flops"]

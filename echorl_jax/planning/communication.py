@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import jax
 
 from echorl_jax.parallel import local_bytes
-from echorl_jax.training.chips import Chip
+from echorl_jax.planning.chips import Chip
+from echorl_jax.planning.roofline import Lengths, decode_turns
 from echorl_jax.training.job import Job
-from echorl_jax.training.roofline import Lengths, decode_turns
 
 
 @dataclasses.dataclass(frozen=True)
