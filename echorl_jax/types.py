@@ -7,6 +7,13 @@ Axes:
   L  whole sequence, padded        K  clips per prompt
   V  vocabulary                    D  hidden size
 
+In ``models/`` and ``rollout/`` there are more letters, and three have another meaning:
+  L  layers, as the first axis     K  head size
+  T  whole sequence, in ``models/`` only
+  H  query heads                   KV key (and value) heads
+  R  query heads per key head      M  slots, rows decoded at once
+  F  forced first tokens           W  latest tokens, for stop sequences
+
 Rows are padded on the right. Lengths are in tokens, entropies and log-probabilities in nats. Mesh
 axes are words: ``data``, ``fsdp``, ``tensor``.
 """

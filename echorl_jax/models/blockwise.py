@@ -44,7 +44,7 @@ def blockwise_attention(
     grouped = q.reshape(batch, length, kv_heads, heads // kv_heads, width)
     segments = None if segment_ids is None else _blocks(segment_ids, padded, block)
     out: Array = _attend(
-        _blocks(grouped, padded, block).transpose(0, 1, 3, 4, 2, 5),  # [n, B, KV, G, block, K]
+        _blocks(grouped, padded, block).transpose(0, 1, 3, 4, 2, 5),  # [n, B, KV, R, block, K]
         _blocks(k, padded, block).transpose(0, 1, 3, 2, 4),  # [n, B, KV, block, K]
         _blocks(v, padded, block).transpose(0, 1, 3, 2, 4),
         _Mask(lengths, segments),
@@ -70,7 +70,7 @@ def _first_block(i: Array, block: int, window: int | None) -> Array:
 
 
 def _scores(q: Array, k: Array, mask: _Mask, i: Array, j: Array, window: int | None) -> Array:
-    """f32 ``[B, KV, G, block, block]`` of queries i and keys j, hidden ones at ``HIDDEN``."""
+    """f32 ``[B, KV, R, block, block]`` of queries i and keys j, hidden ones at ``HIDDEN``."""
     block = q.shape[-2]
     query = (i * block + jnp.arange(block))[None, :, None]
     key = (j * block + jnp.arange(block))[None, None, :]

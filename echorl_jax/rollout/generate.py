@@ -44,7 +44,7 @@ class _Shape:
 
     slots: int
     length: int  # T
-    memory: int  # R
+    memory: int  # W
     block: int  # positions in a block of the prompts' cache
     ring_block: int  # positions in a block of the completions' cache
     pad_id: int

@@ -46,7 +46,7 @@ class Slots:
     row: Array  # i32 [M], row of the queue; N where idle
     position: Array  # i32 [M], tokens that the row has; so many columns of `ring` are its own
     token: Array  # i32 [M], latest token: the next input
-    recent: Array  # i32 [M, R], latest tokens, for stop sequences; -1 where none
+    recent: Array  # i32 [M, W], latest tokens, for stop sequences; -1 where none
     cached: Array  # i32 [M], positions of `prompt` that are filled
     prompt: Cache | None  # M rows; None while slot i holds row i: then the queue's store serves
     ring: Cache  # M rows
@@ -72,7 +72,7 @@ def first_slots(queue: Queue, *, slots: int, memory: int, ring: Cache) -> Slots:
     Args:
       queue: the work.
       slots: M.
-      memory: R.
+      memory: W.
       ring: an empty cache of M rows.
     """
     row = jnp.arange(slots, dtype=jnp.int32)
