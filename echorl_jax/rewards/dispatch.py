@@ -33,7 +33,7 @@ class PoolError(RuntimeError):
     """The pool itself does not work: its processes cannot be started. Never due to one response."""
 
 
-class Job:
+class Submission:
     """Items that were handed in together; ``future`` has their verdicts once all are there."""
 
     def __init__(self, items: Sequence[Item]) -> None:
@@ -48,7 +48,7 @@ class Job:
         self._finish_if_complete()
 
     def fail(self, error: Exception) -> None:
-        """Ends the job without its verdicts."""
+        """Ends the submission without its verdicts."""
         # Who has been interrupted does not wait any more.
         with contextlib.suppress(InvalidStateError):
             self.future.set_exception(error)
@@ -66,7 +66,7 @@ class Worker:
         self.process = process
         self.connection = connection
         self.ready = False
-        self.item: tuple[Job, int] | None = None
+        self.item: tuple[Submission, int] | None = None
         self.deadline = time.monotonic() + START_LIMIT_S
         self.done = 0
 
@@ -99,11 +99,11 @@ class Worker:
             os.killpg(self.process.pid, signal.SIGKILL)
         return self.process.wait()
 
-    def send(self, job: Job, place: int, timeout_s: float) -> None:
+    def send(self, submission: Submission, place: int, timeout_s: float) -> None:
         """Gives it an item; OSError if it is dead."""
-        response, row = job.items[place]
+        response, row = submission.items[place]
         # From here on, so that no item pays for those that it waited behind.
-        self.item, self.deadline = (job, place), time.monotonic() + timeout_s
+        self.item, self.deadline = (submission, place), time.monotonic() + timeout_s
         sent = {name: value for name, value in row.items() if name not in UNSENT}
         self.connection.send((response, sent))
 
@@ -125,7 +125,7 @@ class Dispatcher:
         self._start = start
         self._count = workers
         self._timeout_s = timeout_s
-        self._waiting: collections.deque[tuple[Job, int]] = collections.deque()
+        self._waiting: collections.deque[tuple[Submission, int]] = collections.deque()
         self._lost_starts = 0
         self._lock = threading.Lock()  # of `_closed`, so that nothing is added after the end
         self._closed = False
@@ -136,8 +136,8 @@ class Dispatcher:
         self._thread = threading.Thread(target=self._serve, name="grading", daemon=True)
         self._thread.start()
 
-    def add(self, job: Job) -> None:
-        """Queues the items of a job.
+    def add(self, submission: Submission) -> None:
+        """Queues the items of a submission.
 
         Raises:
           PoolError: closed.
@@ -145,7 +145,7 @@ class Dispatcher:
         with self._lock:
             if self._closed:
                 raise PoolError("the grading pool is closed")
-            self._waiting.extend((job, place) for place in range(len(job.items)))
+            self._waiting.extend((submission, place) for place in range(len(submission.items)))
             self._ring()
 
     def close(self) -> None:
@@ -204,14 +204,14 @@ class Dispatcher:
     def _hand_out(self, worker: Worker) -> bool:
         """Sends the next item, if any; False if the process died while it had nothing to do."""
         while self._waiting:
-            job, place = self._waiting.popleft()
-            if job.future.done():  # given up by who asked
+            submission, place = self._waiting.popleft()
+            if submission.future.done():  # given up by who asked
                 continue
             try:
-                worker.send(job, place, self._timeout_s)
+                worker.send(submission, place, self._timeout_s)
             except OSError:
                 worker.item = None
-                self._waiting.appendleft((job, place))
+                self._waiting.appendleft((submission, place))
                 self._count_lost_start(worker)
                 return False
             break
@@ -230,10 +230,10 @@ class Dispatcher:
             worker.ready, self._lost_starts = True, 0
             return True
         assert worker.item is not None
-        job, place = worker.item
+        submission, place = worker.item
         worker.item = None
         worker.done += 1
-        job.settle(place, Verdict(*message))
+        submission.settle(place, Verdict(*message))
         return worker.done < MAX_ITEMS
 
     def _lose(self, worker: Worker, reason: str) -> None:
@@ -241,8 +241,8 @@ class Dispatcher:
         if worker.item is None:
             self._count_lost_start(worker)
         else:
-            job, place = worker.item
-            job.settle(place, Verdict.wrong(reason))
+            submission, place = worker.item
+            submission.settle(place, Verdict.wrong(reason))
 
     def _count_lost_start(self, worker: Worker) -> None:
         self._lost_starts += 1
@@ -260,12 +260,12 @@ class Dispatcher:
             self._workers.append(self._start())
 
     def _fail(self, error: Exception) -> None:
-        """Tells all who wait, and begins anew: no verdict can reach a later job."""
-        jobs = [worker.item[0] for worker in self._workers if worker.item is not None]
+        """Tells all who wait, and begins anew: no verdict can reach a later submission."""
+        submissions = [worker.item[0] for worker in self._workers if worker.item is not None]
         while self._workers:
             self._workers.pop().stop()
         self._lost_starts = 0
         while self._waiting:
-            jobs.append(self._waiting.popleft()[0])
-        for job in jobs:
-            job.fail(error)
+            submissions.append(self._waiting.popleft()[0])
+        for submission in submissions:
+            submission.fail(error)

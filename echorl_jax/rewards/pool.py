@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from echorl_jax.rewards.dispatch import Dispatcher, Job, PoolError, Worker
+from echorl_jax.rewards.dispatch import Dispatcher, PoolError, Submission, Worker
 from echorl_jax.rewards.loading import judge, load_grader
 from echorl_jax.rewards.verdict import Verdict
 
@@ -100,10 +100,10 @@ class GraderPool:
         if self._closed:
             raise PoolError("the grading pool is closed")
         items = list(zip(responses, rows, strict=True))
-        job = Job(items)
+        submission = Submission(items)
         if self._dispatcher is not None:
-            self._dispatcher.add(job)
+            self._dispatcher.add(submission)
         else:
             for place, (response, row) in enumerate(items):
-                job.settle(place, judge(self._grader, response, row))
-        return job.future
+                submission.settle(place, judge(self._grader, response, row))
+        return submission.future

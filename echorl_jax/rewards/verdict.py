@@ -29,7 +29,7 @@ class Verdict:
     @classmethod
     def wrong(cls, reason: str) -> "Verdict":
         """A response that is wrong or cannot be judged: score 0."""
-        return cls(0.0, False, one_line(reason))
+        return cls(0.0, False, clean_reason(reason))
 
 
 def grading_failed(reason: str) -> bool:
@@ -37,7 +37,7 @@ def grading_failed(reason: str) -> bool:
     return reason.startswith((HUNG, DIED, RAISED))
 
 
-def one_line(text: str) -> str:
+def clean_reason(text: str) -> str:
     """Text without line ends and control characters, cut to :data:`MAX_REASON`."""
     start = text[: 2 * MAX_REASON]
     clean = "".join(sign if sign.isprintable() else " " for sign in start)
@@ -58,7 +58,8 @@ def as_verdict(result: Any) -> Verdict:
     Verdict(score=-1.0, correct=False, reason='scored -1')
     """
     if isinstance(result, Verdict):
-        score, correct, reason = float(result.score), bool(result.correct), one_line(result.reason)
+        score, correct = float(result.score), bool(result.correct)
+        reason = clean_reason(result.reason)
     else:
         given: Any = result if isinstance(result, Mapping) else {"score": result}
         score = _number(given["score"]) if "score" in given else _number(result)

@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 
 from echorl_jax.rewards.faults import misbehave
 from echorl_jax.rewards.loading import judge, load_grader
-from echorl_jax.rewards.verdict import one_line
+from echorl_jax.rewards.verdict import clean_reason
 
 
 def serve(connection: Connection) -> None:
@@ -25,7 +25,7 @@ def serve(connection: Connection) -> None:
             grader = misbehave(grader, faults)
         _limit_memory(memory_mb)
     except Exception as error:
-        connection.send_bytes(json.dumps({"failed": one_line(str(error))}).encode())
+        connection.send_bytes(json.dumps({"failed": clean_reason(str(error))}).encode())
         return
     connection.send_bytes(json.dumps({"ready": True}).encode())
     with suppress(EOFError, ConnectionError):  # the pool has gone, killed perhaps

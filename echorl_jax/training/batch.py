@@ -50,7 +50,7 @@ class Assembled:
 
 
 @functools.partial(jax.jit, static_argnames=("objective",))
-def score(rollouts: Rollouts, graded: Graded, *, objective: Objective) -> Array:
+def step_advantages(rollouts: Rollouts, graded: Graded, *, objective: Objective) -> Array:
     """Advantages ``[N]`` f32 over the whole batch of a step."""
     return objective.advantages(
         graded.rewards,
@@ -80,7 +80,7 @@ def assemble(
     Args:
       rollouts: as sampled, with P prompts and N rows.
       graded: their verdicts.
-      advantages: f32 ``[N]``, from :func:`score`.
+      advantages: f32 ``[N]``, from :func:`step_advantages`.
       in_policy: bool ``[N]``, rows of the policy loss.
       in_echo: bool ``[N]``, rows that may give clips.
       is_delimiter: bool ``[V]``, tokens that end a reasoning step.

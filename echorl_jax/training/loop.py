@@ -10,7 +10,7 @@ import numpy as np
 
 from echorl_jax.config import Config
 from echorl_jax.rewards import grading_failed
-from echorl_jax.training.batch import Assembled, assemble, join_assembled, score
+from echorl_jax.training.batch import Assembled, assemble, join_assembled, step_advantages
 from echorl_jax.training.collect import Experience, collect, split
 from echorl_jax.training.experts import learn_hints
 from echorl_jax.training.learning import improve
@@ -92,7 +92,7 @@ def train(
 def make_batches(run: Run, found: Experience, key: Array) -> list[Assembled]:
     """Advantages over the whole step; then clips and final weights for each mini-batch (NumPy)."""
     config, objective = run.session.config, run.objective
-    advantages = np.asarray(score(found.rollouts, found.graded, objective=objective))
+    advantages = np.asarray(step_advantages(found.rollouts, found.graded, objective=objective))
     parts = split(found, config.objective.mini_batches)
     made = []
     for number, (part, own) in enumerate(zip(parts, np.split(advantages, len(parts)), strict=True)):
