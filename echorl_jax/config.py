@@ -35,8 +35,9 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    # Training rows: files (parquet, JSONL), or "countdown:operands=3&max_number=29&..." for
-    # generated ones; a comma separates several.
+    # Training rows: files (parquet, JSONL), "countdown:operands=3&max_number=29&..." for generated
+    # ones, "tfds:NAME?split=train" or "hf:OWNER/NAME?split=train"; a comma separates several. Rows
+    # are filtered as in "FILE?level=3-5&limit=100" and mixed as in "A@0.7,B@0.3" (docs/data.md).
     train: str = "countdown:"
     # Held-out rows for the periodic evaluation, in the same form; "" evaluates nothing.
     eval: str = ""
@@ -79,7 +80,8 @@ class RolloutConfig:
     # Steps between checks that sampler and trainer agree on log-probabilities, the first step
     # included; 0 never stops a run for it.
     check_every: int = 50
-    # Largest accepted gap between the two (nats); 0 takes the bound of the model's dtype.
+    # Largest accepted gap between the two (nats); 0 takes the bound of the narrower type of
+    # model.dtype and rollout.kv_dtype (docs/performance.md).
     max_logprob_gap: float = 0.0
 
 

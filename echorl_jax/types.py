@@ -117,9 +117,8 @@ class TrainBatch:
     token_weights: Array  # f32 [B, T]: sum(token_weights * token_loss) is the policy loss
     echo_weights: Array  # f32 [B, T]: sum(echo_weights * -logprobs) is L_echo
     on_policy: Array  # bool [B]
-    nll_weights: Array | None = (
-        None  # f32 [B, T]: sum(nll_weights * -logprobs), hints (UFT) and demonstrations (SFT)
-    )
+    # f32 [B, T]: sum(nll_weights * -logprobs) is the likelihood term of hints (UFT)
+    nll_weights: Array | None = None
     ref_logprobs: Array | None = None  # f32 [B, T], only with a KL term
     selected: Array | None = None  # bool [B, T], tokens picked out by KL-Cov or Clip-Cov
     segment_ids: Array | None = None  # i32 [B, L], several sequences packed into a row (SFT)

@@ -1,4 +1,4 @@
-"""What a finished run leaves for others: the model in Hugging Face format, and the report."""
+"""What a finished run leaves for others: the model in Hugging Face format."""
 
 import shutil
 from pathlib import Path

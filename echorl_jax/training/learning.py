@@ -1,4 +1,4 @@
-"""Updates of a run: which rows have a gradient, what they cost, and when not to trust them."""
+"""Updates of a run: which rows have a gradient, and when a run must not be trusted."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence

@@ -45,7 +45,7 @@ class Run:
 
     @property
     def objective(self) -> Objective:
-        """What the run maximises."""
+        """The objective whose loss the run minimises."""
         return self.update.objective
 
     def steps(self) -> Iterator[int]:
