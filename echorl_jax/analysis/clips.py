@@ -45,9 +45,8 @@ class ClipStatistics:
     whole_share: float  # clips that are the whole response
     first_step_share: float  # clips that end with the response's first step
     steps_mean: float  # steps in a clip
-    endings: tuple[
-        tuple[str, int], ...
-    ]  # commonest last tokens of clips that are not whole, with their counts
+    # Commonest last tokens of clips that are not the whole response, with their counts.
+    endings: tuple[tuple[str, int], ...]
 
 
 def clip_of(row: dict[str, Any]) -> Clip | None:

@@ -19,9 +19,8 @@ def group_advantages(
     """Scores each rollout against the others drawn for its prompt (GRPO, Dr.GRPO, LUFFY).
 
     A_i = (r_i - mean_g) / (std_g + eps), with the sample deviation (n - 1). A group whose rewards
-    are all equal yields exactly
-    zero: the degenerate case that the echo loss exists for. A group of one has mean 0 and deviation
-      1 by convention, so A = r.
+    are all equal yields exactly zero: the degenerate case that the echo loss exists for. A group of
+    one has mean 0 and deviation 1 by convention, so A = r.
 
     With ``on_policy``, mean and deviation are those of the rows the policy wrote, and every row is
     scored against them (LUFFY's split); if these rows agree, the deviation counts as 1, so that an

@@ -72,8 +72,7 @@ def read_file(path: Path, *, skip_bad: bool) -> CheckedRows:
 
     Raises:
       DataError: no such file, another suffix, contents that are not of the format, no usable row,
-        or (without ``skip_bad``) the
-        first bad row.
+        or (without ``skip_bad``) the first bad row.
     """
     if path.suffix not in (".parquet", ".jsonl"):
         raise DataError(f"{path}: unknown kind of file; rows are read from .parquet and .jsonl")

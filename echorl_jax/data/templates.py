@@ -97,16 +97,17 @@ def _without_system(messages: Messages) -> list[dict[str, str]]:
     return [message for message in messages if message["role"] != "system"]
 
 
-# chat: the tokenizer's chat template. plain: the contents, joined. luffy: chat with the authors'
-# system prompt in place of the
-# row's. qwen-math: Qwen's chat format with its instruction to box the answer. boxed: the question
-# and that instruction, for
-# base models. uft: UFT's conversation for base models.
 TEMPLATES: dict[str, Callable[["PreTrainedTokenizerBase", Messages], str]] = {
+    # The tokenizer's chat template.
     "chat": _chat,
+    # The contents, joined.
     "plain": _plain,
+    # chat with the authors' system prompt in place of the row's.
     "luffy": _luffy,
+    # Qwen's chat format with its instruction to box the answer.
     "qwen-math": _qwen_math,
+    # The question and that instruction, for base models.
     "boxed": _boxed,
+    # UFT's conversation for base models.
     "uft": _uft,
 }

@@ -27,9 +27,8 @@ def join_rows(rollouts: Rollouts) -> tuple[Array, Array]:
     both = jnp.concatenate([prompt, rollouts.completion_ids], axis=1)
     column = jnp.arange(both.shape[1])[None, :]
     length = before + rollouts.completion_length
-    skipped = (
-        prompt.shape[1] - before[:, None]
-    )  # the prompt's padding, which the completion closes up over
+    # The completion moves left over the prompt's padding.
+    skipped = prompt.shape[1] - before[:, None]
     source = jnp.where(column < before[:, None], column, column + skipped)
     tokens = jnp.take_along_axis(both, jnp.minimum(source, both.shape[1] - 1), axis=1)
     return jnp.where(column < length[:, None], tokens, 0), length
