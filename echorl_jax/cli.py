@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _fail(code: int, line: str, *, certain: bool = True) -> NoReturn:
-    """Says why, and exits; one process of several leaves the word to its supervisor."""
+    """Prints the line and exits; under a supervisor, hands the line to it instead."""
     if tell(line, certain=certain):
         sys.stdout.flush()
         sys.stderr.flush()

@@ -1,4 +1,4 @@
-"""The process that a launcher starts: it meets the others, runs the training process, and tells.
+"""The process that a launcher starts: it meets the others, runs training, reports how that ended.
 
 Each of several processes is a pair. This one holds a connection to its peers and nothing else; its
 child trains. When a child dies, its supervisor knows at once, and how; all others then end their

@@ -12,7 +12,7 @@ MAX_BYTES = 1 << 20
 
 
 class WireError(OSError):
-    """What came in is no message."""
+    """The bytes received are not a message."""
 
 
 class Wire:

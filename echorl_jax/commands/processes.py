@@ -1,4 +1,4 @@
-"""What a command does first that may be one process of several: it finds out whether it is."""
+"""A command that may be one process of several first finds out here whether it is."""
 
 import argparse
 import os

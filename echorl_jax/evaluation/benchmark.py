@@ -63,7 +63,7 @@ class Benchmark:
         return cls(**{**preset(preset_name), **chosen}).validated()
 
     def validated(self) -> "Benchmark":
-        """Itself.
+        """Checks the options; returns them unchanged.
 
         Raises:
           UserError: the first option out of its range.

@@ -63,7 +63,7 @@ class Grading:
         self._parts: list[tuple[Sequence[int], Future[list[Verdict]]]] = []
 
     def take(self, places: Sequence[int], completions: Sequence[HostArray]) -> None:
-        """Starts on some of the completions; places from N on are fillers, and nobody's.
+        """Starts on some of the completions; places from N on are padding and are ignored.
 
         Args:
           places: their numbers among the rows.

@@ -49,7 +49,7 @@ class EvaluationProgress:
         )
 
     def look(self, now: Progress) -> None:
-        """What the sampler says of its present call."""
+        """Shows how far the sampler's present call is."""
         self._last = now
         self._sampler = (
             f"{now.rows_done} of {now.rows} rows of this call, "

@@ -67,7 +67,7 @@ def score_by_source(outcomes: Iterable[tuple[str, int, bool]]) -> dict[str, Scor
 
 
 def length_stats(tokens: Sequence[int], truncated: Sequence[bool]) -> Lengths:
-    """Of at least one completion.
+    """Statistics of the lengths of at least one completion.
 
     >>> length_stats([1, 2, 9], [False, False, True]).median
     2.0

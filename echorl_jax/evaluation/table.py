@@ -24,7 +24,7 @@ class SourceResult:
 
     @property
     def main(self) -> Score:
-        """The samples' score if there are samples."""
+        """The samples' score, or the greedy one where there are no samples."""
         score = self.sampled or self.greedy
         assert score is not None
         return score

@@ -27,7 +27,7 @@ class Exchange:
     bytes: float  # by one chip in a step
 
     def seconds(self, chip: Chip) -> float | None:
-        """At the chip's links; None where they are not known."""
+        """Time at the speed of the chip's links; None where that is not known."""
         speed = chip.link_bytes_per_second
         return None if speed is None else self.bytes / speed
 

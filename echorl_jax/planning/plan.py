@@ -252,7 +252,7 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
 
 
 def describe(changes: dict[str, Any]) -> str:
-    """As one would type them."""
+    """The changes as options to type."""
     return " ".join(f"--config.{key}={value}" for key, value in changes.items())
 
 

@@ -81,7 +81,7 @@ def step_phases(job: Job, lengths: Lengths) -> list[Phase]:
 
 
 def decode_turns(job: Job, lengths: Lengths) -> float:
-    """Of the decode loop in a step, all slots busy: R rows of c tokens in M slots take R c / M."""
+    """Turns of the decode loop in a step, all slots busy: N rows of c tokens take N c / M."""
     return job.sampled_rows * lengths.completion / job.slots
 
 

@@ -24,7 +24,7 @@ class Partial:
 
 
 def nothing(q: Array) -> Partial:
-    """No key yet, for queries ``[M, KV, R, K]``; the first block must hold a key for each."""
+    """No attention yet, for queries ``[M, KV, R, K]``; the first block must hold a key for each."""
     return Partial(
         mixed=jnp.zeros(q.shape, jnp.float32),
         mass=jnp.zeros(q.shape[:-1], jnp.float32),

@@ -12,7 +12,7 @@ from echorl_jax.rollout.memory import position_bytes
 
 @dataclasses.dataclass(frozen=True)
 class TurnCost:
-    """One token for each of M slots, on all devices together."""
+    """What one token for each of M slots costs, on all devices together."""
 
     matrix_flops: int  # products with weights
     attention_flops: int  # scores and weighted values

@@ -284,7 +284,7 @@ def rollout_params(model: Decoder, params: PyTree, mesh: Mesh | None) -> PyTree:
 
 
 def rollout_layout(model: Decoder, mesh: Mesh | None) -> tuple[Callable[[PyTree], PyTree], PyTree]:
-    """What makes weights ready for sampling, to be compiled, and where it puts them on the mesh."""
+    """The function, not jitted, that prepares weights for sampling, and its output shardings."""
     shardings = None if mesh is None else param_shardings(model, mesh, layout="rollout")
     if platform_of(mesh) != "gpu":
         return model.cast, shardings

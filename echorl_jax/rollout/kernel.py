@@ -39,7 +39,9 @@ INTERPRET = False
 
 @pytree
 class Span:
-    """What each of M rows sees of a cache: ``count`` columns from ``start`` on, around its end."""
+    """For each of M rows, the visible columns of a cache: ``count`` from ``start``, wrapping past
+    its end.
+    """
 
     start: Array  # i32 [M], in [0, length)
     count: Array  # i32 [M], up to the length
@@ -141,7 +143,7 @@ def _kernel(
     logarithm of the sum of exp(score), by which parts are weighed.
     """
     row, head, part = (pl.program_id(axis) for axis in range(3))
-    # Past the last query, it again: what is computed twice is written twice, the same.
+    # Triton needs at least 16 queries: repeat the last one; the duplicates write the same values.
     queries = pl.next_power_of_2(max(SMALLEST, group))
     query = jnp.minimum(lax.iota(jnp.int32, queries), group - 1)
     q = q_ref[row, head, query, :]

@@ -86,7 +86,7 @@ def choose_lanes(
 
 
 def lane_slots(rows: int, slots: int, *, lanes: int, shards: int = 1) -> int:
-    """Slots of each lane: their share, for each shard as many, and not more than rows.
+    """Slots of each lane: an equal share, a multiple of ``shards``, and at most its rows.
 
     Args:
       rows: N, padding included.
@@ -134,7 +134,7 @@ class Lane:
 
     @property
     def slots(self) -> int:
-        """Of the program that runs, or ran last."""
+        """Slots of the program that runs, or ran last."""
         return self._sizes[self._level]
 
     @property
@@ -144,7 +144,7 @@ class Lane:
 
     @property
     def output(self) -> Output:
-        """Of a lane that has been started."""
+        """What has been written; the lane must have been started."""
         assert self._work is not None
         return self._work[2]
 
@@ -163,7 +163,7 @@ class Lane:
         self._said = jax.device_get(self._said)
 
     def look(self) -> bool:
-        """Takes down what the program said, which has ended; true if work is left."""
+        """Reads the finished program's status; True while rows are left."""
         assert self._work is not None
         status, ended = self._said
         self._watch.copy(ended, self.output)
@@ -182,7 +182,10 @@ class Lane:
         return bool(status.active)
 
     def tell(self) -> None:
-        """Tells who had ended at the last look; the next program may run meanwhile."""
+        """Calls ``finished`` for rows that had ended at the last :meth:`look`.
+
+        The next program may run meanwhile.
+        """
         self._watch.tell()
 
 
@@ -191,7 +194,7 @@ _decode = jax.jit(decode, static_argnames=("model", "program"), donate_argnames=
 
 @functools.cache
 def _decode_in_order() -> Callable[..., tuple[Slots, Output, Status]]:
-    """For a lane among others, whose operations one thread computes one after the other.
+    """The decode loop for one of several lanes: one thread computes its operations in order.
 
     XLA's schedule for CPU brings operations forward that could run beside others, so that a layer's
     weights are read long before they are used; here they would have left the caches by then.

@@ -19,7 +19,7 @@ _TOGETHER = {"attention": ("q", "k", "v"), "mlp": ("gate", "up")}
 
 
 def split_layers(params: PyTree, *, join: bool) -> PyTree:
-    """The same weights with a tuple of layers.
+    """The same weights, with a tuple of layers in place of the stack.
 
     On GPU a scan copies each layer's weights out of the stack before it multiplies, which makes
     three reads and writes of one. Compilation takes longer instead.
@@ -36,7 +36,7 @@ def split_layers(params: PyTree, *, join: bool) -> PyTree:
 
 
 def split_shardings(shardings: PyTree, layers: int) -> PyTree:
-    """Where :func:`split_layers` puts, not joined, what lies so in the stack."""
+    """Shardings of ``split_layers(params, join=False)``, from those of the stacked weights."""
 
     def of_one(sharding: NamedSharding) -> NamedSharding:
         return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))

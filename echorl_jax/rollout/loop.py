@@ -151,8 +151,8 @@ def _uniforms(queue: Queue, row: Array, position: Array) -> Array:
 
 
 def _uniforms_ahead(queue: Queue, slots: Slots, turns: int) -> Array:
-    """Those of all turns, f32 ``[turns, M, 2]``, where a slot keeps its row until the end. A row
-    fits the ring, so there are no more turns than that.
+    """The uniforms of all turns, f32 ``[turns, M, 2]``, if every slot keeps its row until the end.
+    A row fits the ring, so there are no more turns than that.
     """
     turn = jnp.arange(min(turns, slots.ring.length), dtype=jnp.int32)
     return jax.vmap(lambda later: _uniforms(queue, slots.row, slots.position + later))(turn)

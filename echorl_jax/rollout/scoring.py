@@ -112,7 +112,7 @@ def score_rollouts(
     rows: int = 32,
     chunk_size: int = 1024,
 ) -> tuple[Array, Array]:
-    """What the trainer computes for these completions: the other side of the sampler's own numbers.
+    """The trainer's log-probabilities and entropies of these completions, beside the sampler's own.
 
     Args:
       model, params: the decoder.

@@ -165,7 +165,7 @@ def refill(queue: Queue, slots: Slots) -> Slots:
 
 
 def needed(busy: Array, *, shards: int) -> Array:
-    """Slots enough for the busy ones; the fullest of ``shards`` equal parts counts for all."""
+    """The fewest slots that hold the busy ones, in ``shards`` parts as large as the fullest."""
     return busy.reshape(shards, -1).sum(-1, dtype=jnp.int32).max() * shards
 
 

@@ -11,7 +11,7 @@ from echorl_jax.types import Array, PyTree
 
 
 def digest(content: Any) -> str:
-    """SHA-256 of what JSON makes of it.
+    """SHA-256 of the JSON text of a value.
 
     >>> digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
     True

@@ -62,7 +62,7 @@ def collect(run: Run, params: PyTree, key: Array, *, step: int) -> Experience:
 
 
 def split(found: Experience, parts: int) -> list[Experience]:
-    """Equal runs of whole groups, in order."""
+    """Cuts into equal mini-batches of whole groups, in order."""
     count = len(found.prompts) // parts
     return [_take(found, np.arange(i * count, (i + 1) * count)) for i in range(parts)]
 
@@ -245,7 +245,7 @@ def _concatenate(parts: Sequence[_T]) -> _T:
 
 
 def _deal(found: Experience, parts: int) -> Experience:
-    """Reorders groups so that equal runs of them share the policy groups evenly."""
+    """Reorders groups so that each mini-batch gets an equal share of those in the policy loss."""
     if parts == 1:
         return found
     size = len(found.reasons) // len(found.prompts)

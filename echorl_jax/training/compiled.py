@@ -11,7 +11,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 @contextmanager
 def keep_compiled(directory: Path, choice: Literal["auto", "on", "off"]) -> Iterator[None]:
-    """Within, what took a second or more to compile goes to ``directory / "compiled"``.
+    """Inside, keeps programs that took a second or more to compile in ``directory / "compiled"``.
 
     Args:
       directory: the workdir.

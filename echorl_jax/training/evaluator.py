@@ -45,7 +45,7 @@ class Evaluator:
         return cls(session, grader, [rows[i] for i in fits], [prompts[i] for i in fits])
 
     def due(self, step: int) -> bool:
-        """Before the first step, every ``eval.every`` steps, and after the last."""
+        """Whether to evaluate: before the first step, at the last, every ``eval.every`` steps."""
         every, last = self.session.config.eval.every, self.session.config.steps
         return bool(self.rows) and (step % every == 0 or step == last)
 
@@ -75,7 +75,7 @@ class Evaluator:
 
 
 def attempt(work: Callable[[], _T], *, name: str, within_s: float) -> tuple[_T | None, str]:
-    """Does work whose failure the run survives; what came of it is the same on all processes.
+    """Runs ``work``; if it fails on any process, all get None and the reason.
 
     The processes meet where no device takes part: one that has failed cannot disturb others that
     are still in a computation in common. They wait for it there for good, so then the run ends.

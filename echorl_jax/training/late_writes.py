@@ -1,4 +1,4 @@
-"""Keeps a checkpoint that cannot be written to the one line that the run itself says about it.
+"""Hides the tracebacks of a checkpoint that cannot be written: the run says so in one line.
 
 When one array's write fails, Orbax raises that error and closes its event loop, while TensorStore
 still has other arrays' writes in hand. Each of those then wants to tell the closed loop that it has
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @functools.cache
 def leave_out_late_writes() -> None:
-    """From now on such tracebacks are left out; all others go where they went before."""
+    """Hides such tracebacks from now on; all others go where they went before."""
     before = sys.unraisablehook
 
     def report(found: "UnraisableHookArgs") -> None:

@@ -25,7 +25,7 @@ class CompileCounter:
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
     def surprised(self) -> bool:
-        """Once, that something was compiled since the first call: the end of the warm-up."""
+        """True once, if anything was compiled since the first call, which ends the warm-up."""
         if self._expected is None:
             self._expected = self.count
         found = self.count > self._expected
@@ -35,7 +35,7 @@ class CompileCounter:
 
     @contextmanager
     def expected(self) -> Iterator[None]:
-        """What is compiled inside surprises nobody, such as at the first evaluation."""
+        """Compilations inside do not count as surprises, such as those of the first evaluation."""
         before = self.count
         yield
         if self._expected is not None:

@@ -97,7 +97,7 @@ def open_run(
 
 
 def _tell_of_other_steps(config: Config, objective: Objective, before: int) -> None:
-    """Warns where a run that goes on to another step than planned changes course by that."""
+    """Warns if ``config.steps`` changed and a schedule depends on it."""
     courses = []
     if config.optim.schedule != "constant":
         courses.append(f"optim.schedule = {config.optim.schedule}")

@@ -154,7 +154,7 @@ def _experience(run: Run, params: PyTree, key: Array) -> Experience:
 
 
 def _as_trained(run: Run, batch: TrainBatch) -> TrainBatch:
-    """With the fields that other forward passes fill in."""
+    """The batch, with the fields that other forward passes fill in."""
     if run.reference is None:
         return batch
     return dataclasses.replace(batch, ref_logprobs=np.zeros(batch.loss_mask.shape, np.float32))

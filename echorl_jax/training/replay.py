@@ -51,7 +51,7 @@ class Replayed:
 
     @property
     def reproduced(self) -> bool:
-        """Bit for bit on the run's mesh, else within rounding."""
+        """Whether the numbers are the run's: bit for bit on its mesh, else within rounding."""
         seen = [float(self.dump.facts[name]) for name in ("loss", "grad_norm")]
         pairs = list(zip((self.loss, self.grad_norm), seen, strict=True))
         if self.same_mesh:

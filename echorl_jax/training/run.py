@@ -100,7 +100,7 @@ class Run:
         return not stop
 
     def evaluate(self, step: int, params: PyTree) -> dict[str, float]:
-        """The scores; of an evaluation that fails only ``eval/failed``, and training goes on."""
+        """The scores; only ``eval/failed`` if the evaluation fails, and training goes on."""
         grader = self.faults.grader(self.grader, step)
         evaluator = dataclasses.replace(self.evaluator, grader=grader)
         with self.compiles.expected():
@@ -115,7 +115,7 @@ class Run:
         return {**scores, "eval/failed": 0.0}
 
     def _score(self, metrics: dict[str, float]) -> float | None:
-        """By which checkpoints are compared."""
+        """The number that checkpoints are ranked by."""
         if not self.evaluator.rows:
             return metrics.get("reward/mean")
         found = [v for k, v in metrics.items() if k.startswith("eval/") and k.endswith("/pass@1")]

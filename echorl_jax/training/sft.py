@@ -83,7 +83,7 @@ def packs(config: Config, model: Decoder) -> bool:
 
 
 def _widest(run: Run) -> TrainBatch:
-    """The rows to come, which stay to come, as wide as any row of the run can be."""
+    """The next rows, as wide as any of the run can be; the stream stays where it is."""
     session = run.session
     position = run.stream.get_state()
     batch = demonstrations(run, next(run.stream))

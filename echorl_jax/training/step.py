@@ -66,7 +66,7 @@ class Update:
     def gradient(
         self, params: PyTree, micro: TrainBatch, *, echo_coef: Array | float
     ) -> "Accumulated":
-        """Of one micro-batch, by the program that adds them up in a run."""
+        """The gradient of one micro-batch, from the program that a run adds them up with."""
         with jax.set_mesh(self.mesh):
             nothing = _nothing(self.model, self.mesh)(params)
             placed = place_rows(micro, self.mesh)
@@ -156,7 +156,7 @@ def _loss(params: PyTree, update: Update, micro: TrainBatch, echo_coef: Array):
 
 @functools.cache
 def _nothing(model: Decoder, mesh: Mesh) -> Callable[[PyTree], Accumulated]:
-    """Makes the sum of no gradients, which lives where the parameters do."""
+    """Makes a gradient sum of zeros, placed as the parameters are."""
 
     def zeros(params: PyTree) -> Accumulated:
         zero = jnp.zeros(())
@@ -252,13 +252,13 @@ def _no_terms() -> LossTerms:
 
 
 def _no_stats() -> UpdateStats:
-    """Of an update without any row to learn from."""
+    """Statistics of an update with no trainable rows: zeros."""
     zero = jnp.zeros(())
     return UpdateStats(zero, _no_terms(), zero, LossTerm(zero, zero), zero, jnp.array(True))
 
 
 def add_stats(parts: Sequence[UpdateStats]) -> UpdateStats:
-    """Over the updates of a step: losses and terms summed; the gap of the first; the worst norm."""
+    """Joins the updates of a step: sums of losses and terms, gap of the first, worst norm."""
     total = jax.tree.map(lambda *values: sum(values), *parts)
     return dataclasses.replace(
         total,
