@@ -9,10 +9,10 @@ from echorl_jax.core.advantages import (
     whitened_advantages,
 )
 from echorl_jax.core.aggregation import aggregation_weights
-from echorl_jax.core.batch_loss import LossTerms, batch_loss
 from echorl_jax.core.clips import active_coef, clip_weights, echo_loss, mine_echo_clips
 from echorl_jax.core.entropy import logprobs_and_entropy, token_entropy, token_logprobs
 from echorl_jax.core.hints import hint_probability
+from echorl_jax.core.loss import LossTerms, batch_loss
 from echorl_jax.core.losses import (
     cispo_loss,
     clipped_tokens,
