@@ -1,5 +1,6 @@
-"""Compiled programs kept in the workdir, so that a restart does not compile them again."""
+"""Compiled programs: counted, and kept in the workdir, so that a restart need not compile them."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -37,3 +38,32 @@ def _use(place: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", place)
     # What JAX has compiled before decided for good whether there is a cache.
     compilation_cache.reset_cache()
+
+
+class CompileCounter:
+    """Counts XLA compilations in this process from its creation on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._expected: int | None = None  # up to which count nobody is surprised
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    def surprised(self) -> bool:
+        """True once, if anything was compiled since the first call, which ends the warm-up."""
+        if self._expected is None:
+            self._expected = self.count
+        found = self.count > self._expected
+        if found:
+            self._expected = sys.maxsize
+        return found
+
+    @contextmanager
+    def expected(self) -> Iterator[None]:
+        """Compilations inside do not count as surprises, such as those of the first evaluation."""
+        before = self.count
+        yield
+        if self._expected is not None:
+            self._expected += self.count - before

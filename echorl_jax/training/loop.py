@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from echorl_jax.config import Config
-from echorl_jax.rewards import grading_failed
 from echorl_jax.training.batch import Assembled, assemble, join_assembled, step_advantages
 from echorl_jax.training.collect import Experience, collect, split
 from echorl_jax.training.experts import learn_hints
@@ -19,6 +18,7 @@ from echorl_jax.training.metrics import (
     batch_metrics,
     covariance_metric,
     learning_metrics,
+    sampling_metrics,
     update_metrics,
 )
 from echorl_jax.training.opening import open_run
@@ -72,17 +72,13 @@ def train(
                 sampled_tokens=int(found.rollouts.completion_length.sum()),
                 seconds=found.seconds,
             )
-            sampling = {
-                "rollout/slot_occupancy": found.slot_occupancy,
-                "rollout/rounds": found.rounds,
-                "group/in_policy_fraction": float(found.in_policy.mean()),
-                "reward/ungraded_fraction": float(np.mean([*map(grading_failed, found.reasons)])),
-            }
-            if run.objective.hints:
-                hints = [prompt.hint_tokens for prompt in found.prompts]
-                sampling["prompt/hint_tokens_mean"] = float(np.mean(hints))
-            outcome = batch_metrics(made.stats) | covariance_metric(made.batch)
-            metrics = outcome | update_metrics(done) | speed | sampling
+            metrics = (
+                batch_metrics(made.stats)
+                | covariance_metric(made.batch)
+                | update_metrics(done)
+                | speed
+                | sampling_metrics(found, hints=run.objective.hints)
+            )
             if not run.end_step(step, state, metrics):
                 break
         run.finish(state)

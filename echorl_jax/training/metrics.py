@@ -1,45 +1,14 @@
-"""One place where numbers get their public names."""
+"""The public names of what a step found and did."""
 
-import resource
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
-import jax
 import numpy as np
 
+from echorl_jax.rewards import grading_failed
 from echorl_jax.training.batch import BatchStats
+from echorl_jax.training.collect import Experience
 from echorl_jax.training.step import UpdateStats
 from echorl_jax.types import LossTerm, TrainBatch
-
-
-class CompileCounter:
-    """Counts XLA compilations in this process from its creation on."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._expected: int | None = None  # up to which count nobody is surprised
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
-
-    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        self.count += event == "/jax/core/compile/backend_compile_duration"
-
-    def surprised(self) -> bool:
-        """True once, if anything was compiled since the first call, which ends the warm-up."""
-        if self._expected is None:
-            self._expected = self.count
-        found = self.count > self._expected
-        if found:
-            self._expected = sys.maxsize
-        return found
-
-    @contextmanager
-    def expected(self) -> Iterator[None]:
-        """Compilations inside do not count as surprises, such as those of the first evaluation."""
-        before = self.count
-        yield
-        if self._expected is not None:
-            self._expected += self.count - before
 
 
 def batch_metrics(stats: BatchStats) -> dict[str, float]:
@@ -92,13 +61,18 @@ def update_metrics(stats: UpdateStats) -> dict[str, float]:
     }
 
 
-def peak_memory_bytes() -> int:
-    """The device's peak where it tells, else this process's largest resident size."""
-    stats = jax.local_devices()[0].memory_stats()
-    if stats and "peak_bytes_in_use" in stats:
-        return int(stats["peak_bytes_in_use"])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+def sampling_metrics(found: Experience, *, hints: bool) -> dict[str, float]:
+    """How the rollouts came about; ``hints``: whether prompts end with a part of a solution."""
+    metrics = {
+        "rollout/slot_occupancy": found.slot_occupancy,
+        "rollout/rounds": found.rounds,
+        "group/in_policy_fraction": float(found.in_policy.mean()),
+        "reward/ungraded_fraction": float(np.mean([*map(grading_failed, found.reasons)])),
+    }
+    if hints:
+        tokens = [prompt.hint_tokens for prompt in found.prompts]
+        metrics["prompt/hint_tokens_mean"] = float(np.mean(tokens))
+    return metrics
 
 
 def learning_metrics(

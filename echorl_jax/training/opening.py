@@ -17,12 +17,11 @@ from echorl_jax.parallel import is_first, platform_of, smallest
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout.memory import device_bytes
 from echorl_jax.training.checkpoints import Checkpoints, Restored
-from echorl_jax.training.compiled import keep_compiled
+from echorl_jax.training.compiled import CompileCounter, keep_compiled
 from echorl_jax.training.evaluator import Evaluator
 from echorl_jax.training.faults import Faults
 from echorl_jax.training.job import Job, with_slots
 from echorl_jax.training.logs import RunLog
-from echorl_jax.training.metrics import CompileCounter
 from echorl_jax.training.optimizer import TrainState, init_state
 from echorl_jax.training.overview import overview, title
 from echorl_jax.training.preemption import stop_on_signal

@@ -1,6 +1,8 @@
 """An open run, as every kind of training has it: its parts, its steps, and the end of a step."""
 
 import dataclasses
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +14,11 @@ from echorl_jax.data import PromptStream
 from echorl_jax.parallel import any_process
 from echorl_jax.rewards import GraderPool
 from echorl_jax.training.checkpoints import Checkpoints
+from echorl_jax.training.compiled import CompileCounter
 from echorl_jax.training.evaluator import Evaluator, attempt
 from echorl_jax.training.export import export_model
 from echorl_jax.training.faults import Faults
 from echorl_jax.training.logs import RunLog
-from echorl_jax.training.metrics import CompileCounter, peak_memory_bytes
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.preemption import StopRequest
 from echorl_jax.training.session import Session
@@ -127,3 +129,12 @@ class Run:
         config = self.session.config
         if config.checkpoint.export and int(state.step) == config.steps:
             export_model(self.directory, self.session, state.params)
+
+
+def peak_memory_bytes() -> int:
+    """The device's peak where it tells, else this process's largest resident size."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return int(stats["peak_bytes_in_use"])
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
