@@ -30,6 +30,9 @@ from echorl_jax.models.tensor_files import (
 from echorl_jax.parallel import Layout
 from echorl_jax.types import Array, PyTree
 
+# Tensors that an error names, of each kind.
+NAMED = 3
+
 
 class Tokenizer(Protocol):
     """Anything that can write itself into a directory, such as a transformers tokenizer."""
@@ -210,9 +213,9 @@ def _redundant(name: str, stored: dict[str, StoredTensor], *, tied: bool) -> boo
     return head.shape == embedding.shape and bool(np.array_equal(head.view(), embedding.view()))
 
 
-def _some(items: list[str], most: int = 3) -> str:
-    rest = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + rest
+def _some(items: list[str]) -> str:
+    rest = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
+    return ", ".join(items[:NAMED]) + rest
 
 
 def _load(name: TensorName, stored: dict[str, StoredTensor], sharding: Any, dtype: Any) -> Array:
