@@ -1,5 +1,8 @@
 """The errors that a command prints as one line, and any other in one line."""
 
+import difflib
+from collections.abc import Iterable
+
 # Characters of an error in one line.
 MOST = 300
 
@@ -21,3 +24,12 @@ def one_line(error: BaseException) -> str:
     'OSError: no room'
     """
     return " ".join(f"{type(error).__name__}: {error}".split())[:MOST]
+
+
+def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """The known word that a mistyped one may have meant, if one is at least so similar.
+
+    >>> nearest("tarin", ["sft", "train"])
+    'train'
+    """
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=cutoff)), None)

@@ -6,7 +6,6 @@ tensor.
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,6 +24,7 @@ from echorl_jax.models.tensor_files import (
     StoredTensor,
     TensorSource,
     stored_tensors,
+    write_json,
     write_tensors,
 )
 from echorl_jax.parallel import Layout
@@ -137,15 +137,11 @@ def save_model(
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory, sources, stored_dtype, shard_bytes=shard_bytes)
     config = to_hf(model.config) | {"torch_dtype": stored_dtype.name}
-    _write_json(directory / "config.json", config)
+    write_json(directory / "config.json", config)
     ends = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(directory / "generation_config.json", ends)
+    write_json(directory / "generation_config.json", ends)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _directory(path: str | Path) -> Path:
