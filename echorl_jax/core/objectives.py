@@ -7,9 +7,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from echorl_jax.choices import Aggregation, KLEstimator
 from echorl_jax.core import advantages as adv
 from echorl_jax.core import losses, selection
-from echorl_jax.core.aggregation import Aggregation
 from echorl_jax.errors import nearest
 from echorl_jax.types import Array, TrainBatch
 
@@ -168,7 +168,7 @@ class Objective:
     dual_clip: float | None = None
     # Weight and estimator of the KL term against the reference policy; 0 needs no reference.
     kl_coef: float = 0.0
-    kl_estimator: losses.KLEstimator = "k3"
+    kl_estimator: KLEstimator = "k3"
     # Weight of the entropy bonus.
     entropy_coef: float = 0.0
     # Weight of the negative log-likelihood of hint tokens.

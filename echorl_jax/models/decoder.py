@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from echorl_jax.models.attention import Kernel, attend
+from echorl_jax.choices import Kernel, Remat
+from echorl_jax.models.attention import attend
 from echorl_jax.models.config import DecoderConfig, ModelError
 from echorl_jax.models.modules import Trunk
 from echorl_jax.models.rope import Rotary, rotary
@@ -16,7 +17,6 @@ from echorl_jax.parallel import constrain
 from echorl_jax.precision import precision_of
 from echorl_jax.types import Array, PyTree
 
-Remat = Literal["layer", "dots", "none"]
 _REMAT_POLICIES = {
     "layer": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from echorl_jax.models.attention import Kernel
+from echorl_jax.choices import Kernel, Remat
 from echorl_jax.models.config import ModelError
-from echorl_jax.models.decoder import Decoder, Remat
+from echorl_jax.models.decoder import Decoder
 from echorl_jax.models.hf_config import read_config, to_hf
 from echorl_jax.models.hf_names import TensorName, tensor_names
 from echorl_jax.models.initialise import param_shardings
