@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from echorl_jax.data import encode_prompt, load_rows, load_tokenizer
-from echorl_jax.data.tokens import BUILTIN
+from echorl_jax.data.tokens import model_path
 from echorl_jax.models import load_model
 from echorl_jax.rollout import generate, score_rollouts
 
@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=64, help="tokens of a random prompt")
     parser.add_argument("--new", type=int, default=32, help="tokens of a completion, at most")
     args = parser.parse_args()
-    path = str(BUILTIN.get(args.model, args.model))
+    path = model_path(args.model)
     for dtype, caches in TYPES.items():
         model, params = load_model(path, dtype=dtype)
         prompts = prompts_of(args, path, model.config.vocab_size)

@@ -4,7 +4,6 @@ Exit codes: 0 done, 2 bad usage, config or input (one line says which), 1 anythi
 """
 
 import argparse
-import difflib
 import importlib
 import os
 import sys
@@ -14,7 +13,7 @@ from typing import NoReturn
 
 from echorl_jax import __version__, xla
 from echorl_jax.cluster.worker import assignment, tell
-from echorl_jax.errors import RunStopped, UserError, one_line
+from echorl_jax.errors import RunStopped, UserError, nearest, one_line
 
 COMMANDS = {
     "train": "reinforcement learning with verifiable rewards, EchoRL on top; resumes by itself",
@@ -79,8 +78,8 @@ def run(argv: list[str]) -> int:
         print(f"echorl {__version__}")
         return 0
     if argv[0] not in COMMANDS:
-        near = difflib.get_close_matches(argv[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(COMMANDS)}"
+        near = nearest(argv[0], COMMANDS)
+        hint = f"did you mean {near}?" if near else f"known: {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {argv[0]!r}; {hint}")
     command = importlib.import_module(f"echorl_jax.commands.{argv[0]}")
     parser = _Parser(

@@ -7,16 +7,21 @@ config_file.py. Nothing here imports JAX, so that ``--help`` and wrong keys answ
 import dataclasses
 from typing import Any, Literal
 
+from echorl_jax.choices import (
+    Aggregation,
+    Kernel,
+    KLEstimator,
+    KVDtype,
+    Normalise,
+    Remat,
+    Select,
+    When,
+)
 from echorl_jax.errors import UserError
 
 
 class ConfigError(UserError):
     """A wrong option: names the key and what is allowed."""
-
-
-Aggregation = Literal[
-    "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
-]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +33,9 @@ class ModelConfig:
     # Type of activations and matrix products. Master weights and optimizer state are float32.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     # What the backward pass recomputes: everything in a layer, all but matrix products, or nothing.
-    remat: Literal["layer", "dots", "none"] = "layer"
+    remat: Remat = "layer"
     # Attention kernel; "auto" takes splash on TPU, cuDNN on GPU, XLA elsewhere.
-    attention: Literal["auto", "xla", "splash", "cudnn"] = "auto"
+    attention: Kernel = "auto"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +81,7 @@ class RolloutConfig:
     slots: int = 0
     # Type of the sampler's keys and values; None takes the model's. int8 halves the memory of
     # bfloat16 and rounds log-probabilities (docs/performance.md).
-    kv_dtype: Literal["float32", "bfloat16", "int8"] | None = None
+    kv_dtype: KVDtype | None = None
     # Steps between checks that sampler and trainer agree on log-probabilities, the first step
     # included; 0 never stops a run for it.
     check_every: int = 50
@@ -99,7 +104,7 @@ class ObjectiveConfig:
     # Weight of the KL term against the reference policy, and its estimator; None takes the
     # objective's own.
     kl_coef: float | None = None
-    kl_estimator: Literal["k1", "k2", "k3"] | None = None
+    kl_estimator: KLEstimator | None = None
     # Weight of the entropy bonus; None takes the objective's own.
     entropy_coef: float | None = None
     # Bound c on the loss of a token with negative advantage, -A c; None takes the objective's own.
@@ -139,15 +144,15 @@ class EchoConfig:
     delimiter_ids: tuple[int, ...] = ()
     # Which step ends the clip: highest entropy (the paper), lowest, the whole rollout, or by
     # chance or place.
-    select: Literal["max", "min", "full", "random", "first", "last"] = "max"
+    select: Select = "max"
     # Clips per prompt, K.
     top_k: int = 1
     # Shorter steps do not compete (tokens).
     min_step_tokens: int = 1
     # Prompts that give clips: any with a success, or only those whose whole group succeeded.
-    when: Literal["any_success", "degenerate_only"] = "any_success"
+    when: When = "any_success"
     # Mean over the prompts with a clip, over all prompts, or over clip tokens.
-    normalise: Literal["prompts_with_clip", "all_prompts", "tokens"] = "prompts_with_clip"
+    normalise: Normalise = "prompts_with_clip"
     # Active in [start_step, end_step); None is open.
     start_step: int = 0
     end_step: int | None = None

@@ -1,7 +1,6 @@
 """From a file under ``configs/`` and ``--config.key=value`` to a validated :class:`Config`."""
 
 import dataclasses
-import difflib
 import importlib.util
 import inspect
 import json
@@ -14,6 +13,7 @@ from typing import Any, Literal
 import ml_collections
 
 from echorl_jax.config import Config, ConfigError, validate
+from echorl_jax.errors import nearest
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -25,6 +25,19 @@ def default_config() -> ml_collections.ConfigDict:
 def to_dict(config: Config) -> dict[str, Any]:
     """The plain nested dict that is saved beside a run; :func:`from_dict` reads it back."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping as a flat one, with dotted keys.
+
+    >>> flatten({"steps": 9, "echo": {"top_k": 1}}, "config.")
+    {'config.steps': 9, 'config.echo.top_k': 1}
+    """
+    flat = {}
+    for name, value in values.items():
+        nested = isinstance(value, Mapping)
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
@@ -84,7 +97,7 @@ def _run_file(spec: str) -> dict[str, Any]:
     path, colon, argument = spec.partition(".py:")
     file = Path(path + ".py" if colon else path)
     if not file.is_file():
-        near = _nearest(file.name, [p.name for p in file.parent.glob("*.py")])
+        near = _hint(file.name, [p.name for p in file.parent.glob("*.py")])
         raise ConfigError(f"config file {file} does not exist{near}")
     module_spec = importlib.util.spec_from_file_location(f"echorl_config_{file.stem}", file)
     if module_spec is None or module_spec.loader is None:
@@ -146,7 +159,7 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
         return float(value)
     if isinstance(kind, type) and type(value) is kind:
         return value
-    near = _nearest(str(original), [str(a) for a in args]) if origin is Literal else ""
+    near = _hint(str(original), [str(a) for a in args]) if origin is Literal else ""
     raise ConfigError(f"config.{key} = {original!r}: must be {_name(kind)}{near}")
 
 
@@ -176,10 +189,10 @@ def _name(kind: Any) -> str:
 def _suggest(prefix: str, name: str) -> str:
     keys = [key for key, _, _ in describe_options()] + [f.name for f in _sections()]
     same_name = [key for key in keys if key.rpartition(".")[2] == name]
-    near = same_name or difflib.get_close_matches(prefix + name, keys, n=1, cutoff=0.0)
-    return f"; did you mean config.{near[0]}?"
+    near = same_name[0] if same_name else nearest(prefix + name, keys, cutoff=0.0)
+    return f"; did you mean config.{near}?"
 
 
-def _nearest(word: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+def _hint(word: str, known: list[str]) -> str:
+    near = nearest(word, known)
+    return f"; did you mean {near}?" if near else ""

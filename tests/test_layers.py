@@ -7,6 +7,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "echorl_jax"
 LAYERS = {
+    "choices": 0,
     "errors": 0,
     "precision": 0,
     "types": 0,

@@ -5,14 +5,17 @@ from pathlib import Path
 
 import pytest
 
+import echorl_jax
 from echorl_jax.config import ConfigError
 from echorl_jax.config_file import load_config
 from echorl_jax.core import OBJECTIVES
-from echorl_jax.models.published import architecture, published_names
+from echorl_jax.models.published import architecture
 from echorl_jax.training.session import configured_objective
 
 FILE = str(Path(__file__).parent.parent / "configs" / "paper.py")
 MODELS = ("qwen2.5-math-1.5b", "qwen2.5-math-7b", "qwen2.5-7b-instruct", "llama-3.1-8b-instruct")
+KNOWN = Path(echorl_jax.__file__).parent / "assets" / "architectures"
+PUBLISHED = {file.stem.replace("--", "/") for file in KNOWN.glob("*.json")}
 METHODS = ("grpo", *sorted(set(OBJECTIVES) - {"grpo"}))
 
 
@@ -20,7 +23,7 @@ METHODS = ("grpo", *sorted(set(OBJECTIVES) - {"grpo"}))
 @pytest.mark.parametrize("method", METHODS)
 def test_every_combination_loads(model: str, method: str) -> None:
     plain = load_config(f"{FILE}:{model},{method}")
-    assert not plain.echo.enabled and plain.model.path in published_names()
+    assert not plain.echo.enabled and plain.model.path in PUBLISHED
     assert architecture(plain.model.path).model_type == ("llama" if "llama" in model else "qwen2")
     objective = configured_objective(plain)
     assert objective.expert_rows == (1 if method == "luffy" else 0)
@@ -66,7 +69,7 @@ def test_a_wrong_word_is_named(argument: str, expected: str) -> None:
 def test_parameter_counts_are_those_of_the_model_cards() -> None:
     """1.54B, 7.61B, 7.61B and 8.03B, by the arithmetic of the published fields."""
     counts = {}
-    for name in published_names():
+    for name in PUBLISHED:
         a = architecture(name)
         attention = a.hidden_size * a.head_dim * (2 * a.num_heads + 2 * a.num_kv_heads)
         bias = a.head_dim * (a.num_heads + 2 * a.num_kv_heads) if a.qkv_bias else 0

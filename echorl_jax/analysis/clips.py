@@ -10,6 +10,8 @@ from echorl_jax.analysis.panels import Panel, Section, Series, rounded
 from echorl_jax.analysis.runs import integer, is_number
 
 BINS = 20
+# Last tokens of clips that are counted one by one.
+ENDINGS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,8 +69,8 @@ def clip_of(row: dict[str, Any]) -> Clip | None:
     )
 
 
-def clip_statistics(clips: Iterable[Clip], *, endings: int = 8) -> ClipStatistics | None:
-    """Summarises clips, keeping the ``endings`` commonest last tokens; None without clips."""
+def clip_statistics(clips: Iterable[Clip]) -> ClipStatistics | None:
+    """Summarises clips, keeping the ``ENDINGS`` commonest last tokens; None without clips."""
     found = list(clips)
     if not found:
         return None
@@ -83,7 +85,7 @@ def clip_statistics(clips: Iterable[Clip], *, endings: int = 8) -> ClipStatistic
         whole_share=sum(clip.whole for clip in found) / count,
         first_step_share=sum(clip.step == 0 for clip in found) / count,
         steps_mean=sum(clip.step + 1 for clip in found) / count,
-        endings=tuple(common.most_common(endings)),
+        endings=tuple(common.most_common(ENDINGS)),
     )
 
 

@@ -63,6 +63,6 @@ def run_colour(number: int) -> str:
     return f"run-{number % RUN_COLOURS}"
 
 
-def rounded(value: float | None, digits: int = 5) -> float | None:
-    """A number with few digits, so that the page stays small; None stays None."""
-    return None if value is None else float(f"{value:.{digits}g}")
+def rounded(value: float | None) -> float | None:
+    """A number with five digits, so that the page stays small; None stays None."""
+    return None if value is None else float(f"{value:.5g}")

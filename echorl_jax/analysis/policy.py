@@ -11,7 +11,7 @@ import numpy as np
 from echorl_jax.analysis.progress import Counter
 from echorl_jax.core import step_ids
 from echorl_jax.data import load_tokenizer, newline_delimiters
-from echorl_jax.data.tokens import BUILTIN
+from echorl_jax.data.tokens import model_path
 from echorl_jax.errors import UserError
 from echorl_jax.evaluation.evaluate import end_tokens
 from echorl_jax.evaluation.grading import GradedTexts, grade_rollouts
@@ -79,7 +79,7 @@ class Policy:
         if temperature <= 0 or rows_at_once < 1:
             raise UserError("--temperature must be above 0 and --batch at least 1")
         tokenizer = load_tokenizer(path)
-        model, params = load_model(str(BUILTIN.get(path, path)), dtype=dtype, remat="none")
+        model, params = load_model(model_path(path), dtype=dtype, remat="none")
         marks = np.zeros(model.config.vocab_size, bool)
         if delimiter_ids and max(delimiter_ids) >= len(marks):
             raise UserError(

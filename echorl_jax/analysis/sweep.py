@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.special import stdtrit  # JAX itself needs scipy
+from scipy.special import stdtrit
 
 from echorl_jax.analysis.curves import bucket, smoothed, span_of
 from echorl_jax.analysis.headline import edges, eval_keys, number, share

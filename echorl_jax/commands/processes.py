@@ -9,14 +9,14 @@ from typing import Any
 
 from echorl_jax.cluster import Limits, assignment, find_place, follow_supervisor, supervise
 from echorl_jax.config import Config
-from echorl_jax.config_file import to_dict
+from echorl_jax.config_file import flatten, to_dict
 
 
 def join(config: Config, arguments: argparse.Namespace) -> int | None:
     """:func:`take_place` in a run that trains: the processes have to agree on its config."""
     return take_place(
         arguments,
-        facts={"--workdir": arguments.workdir, **dict(_flat(to_dict(config), "config"))},
+        facts={"--workdir": arguments.workdir, **flatten(to_dict(config), "config.")},
         limits=Limits(config.mesh.start_timeout_s, config.mesh.lost_after_s),
     )
 
@@ -69,11 +69,3 @@ def take_place(
 def _versions() -> Iterator[tuple[str, str]]:
     for package in ("echorl-jax", "jax", "jaxlib"):
         yield f"{package} version", metadata.version(package)
-
-
-def _flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}.{name}")
-        else:
-            yield f"{prefix}.{name}", value

@@ -1,14 +1,11 @@
 """How token losses become one number: weights that are known before the first micro-batch."""
 
-from typing import Literal, get_args
+from typing import get_args
 
 import jax.numpy as jnp
 
+from echorl_jax.choices import Aggregation
 from echorl_jax.types import Array
-
-Aggregation = Literal[
-    "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
-]
 
 
 def aggregation_weights(loss_mask: Array, *, mode: Aggregation, max_tokens: int) -> Array:

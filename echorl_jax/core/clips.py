@@ -1,17 +1,14 @@
 """EchoClips: which prefixes of verified successes to learn again, and the loss that does it."""
 
-from typing import Literal, get_args
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from echorl_jax.choices import Normalise, Select, When
 from echorl_jax.core.steps import step_entropy
 from echorl_jax.types import Array, EchoClips, LossTerm
-
-Select = Literal["max", "min", "full", "random", "first", "last"]
-When = Literal["any_success", "degenerate_only"]
-Normalise = Literal["prompts_with_clip", "all_prompts", "tokens"]
 
 
 def mine_echo_clips(

@@ -5,14 +5,14 @@ log-ratio is cut to +-20 before it is exponentiated, which no sane ratio reaches
 branch never turns into inf * 0.
 """
 
-from typing import Literal, get_args
+from typing import get_args
 
 import jax.numpy as jnp
 from jax import lax
 
+from echorl_jax.choices import KLEstimator
 from echorl_jax.types import Array
 
-KLEstimator = Literal["k1", "k2", "k3"]
 _MAX_LOG_RATIO = 20.0
 
 

@@ -1,16 +1,16 @@
 """The table of objectives: advantages, token loss, aggregation and the settings of each."""
 
 import dataclasses
-import difflib
 import importlib
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 
+from echorl_jax.choices import Aggregation, KLEstimator
 from echorl_jax.core import advantages as adv
 from echorl_jax.core import losses, selection
-from echorl_jax.core.aggregation import Aggregation
+from echorl_jax.errors import nearest
 from echorl_jax.types import Array, TrainBatch
 
 
@@ -168,7 +168,7 @@ class Objective:
     dual_clip: float | None = None
     # Weight and estimator of the KL term against the reference policy; 0 needs no reference.
     kl_coef: float = 0.0
-    kl_estimator: losses.KLEstimator = "k3"
+    kl_estimator: KLEstimator = "k3"
     # Weight of the entropy bonus.
     entropy_coef: float = 0.0
     # Weight of the negative log-likelihood of hint tokens.
@@ -270,11 +270,11 @@ def load_objective(name: str, **settings: Any) -> Objective:
     """
     objective = _imported(name) if ":" in name else OBJECTIVES.get(name)
     if not isinstance(objective, Objective):
-        raise ValueError(f"no objective {name!r}{_nearest(name, OBJECTIVES)}")
+        raise ValueError(f"no objective {name!r}{_hint(name, OBJECTIVES)}")
     fields = [field.name for field in dataclasses.fields(objective)]
     for setting in settings:
         if setting not in fields:
-            raise ValueError(f"an objective has no setting {setting!r}{_nearest(setting, fields)}")
+            raise ValueError(f"an objective has no setting {setting!r}{_hint(setting, fields)}")
     changes = {key: value for key, value in settings.items() if value is not None}
     return dataclasses.replace(objective, **changes)
 
@@ -287,9 +287,9 @@ def _imported(path: str) -> Any:
         raise ValueError(f"no module {error.name!r} for the objective {path!r}") from error
 
 
-def _nearest(name: str, known: Any) -> str:
-    near = difflib.get_close_matches(name, list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+def _hint(name: str, known: Any) -> str:
+    near = nearest(name, known)
+    return f"; did you mean {near!r}?" if near else f"; known are {', '.join(known)}"
 
 
 def _selected(batch: TrainBatch) -> Array:

@@ -1,6 +1,6 @@
 """Sources of rows, prompts as token ids, and the stream that training reads."""
 
-from echorl_jax.data.countdown import CountdownRows, parse_countdown, solve
+from echorl_jax.data.countdown import CountdownRows, parse_countdown
 from echorl_jax.data.errors import DataError
 from echorl_jax.data.experts import (
     add_hint,
@@ -31,5 +31,4 @@ __all__ = [
     "load_tokenizer",
     "newline_delimiters",
     "parse_countdown",
-    "solve",
 ]

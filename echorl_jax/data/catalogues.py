@@ -8,7 +8,7 @@ TFDS is read through array_record, without TensorFlow: a data set must have been
 import importlib
 from collections.abc import Callable, Mapping, Sequence
 from types import ModuleType
-from typing import Any, overload
+from typing import Any
 
 from echorl_jax.data.errors import DataError
 from echorl_jax.data.files import CheckedRows, check_rows
@@ -25,13 +25,7 @@ class _Converted(Sequence[Mapping[str, Any]]):
     def __len__(self) -> int:
         return len(self._source)
 
-    @overload
-    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Mapping[str, Any]]: ...
-    def __getitem__(self, index: int | slice) -> Mapping[str, Any] | Sequence[Mapping[str, Any]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
         if index >= len(self):
             raise IndexError(index)
         return self._convert(self._source[index])

@@ -10,9 +10,9 @@ import dataclasses
 import functools
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 from echorl_jax.data.errors import DataError
 
@@ -65,51 +65,6 @@ def apply_operator(left: Fraction, operator: str, right: Fraction) -> Fraction |
     if operator == "*":
         return left * right
     return left / right if right else None
-
-
-def solve(
-    numbers: Sequence[int], target: int, *, operators: str = "+-*/", use_all: bool = False
-) -> list[Step] | None:
-    """Finds steps from ``numbers`` to ``target`` by exhaustive search over exact rationals.
-
-    Each number is used at most once, or exactly once with ``use_all``. None when there is no way.
-    Six numbers take some seconds at worst.
-
-    >>> [str(step) for step in solve([1, 5, 9], 46)]
-    ['9*5=45', '45+1=46']
-    >>> solve([1, 1], 7) is None
-    True
-    """
-    dead: set[tuple[Fraction, ...]] = set()
-    goal = Fraction(target)
-
-    def search(values: tuple[Fraction, ...]) -> list[Step] | None:
-        if goal in values and (len(values) == 1 or not use_all):
-            return []
-        if len(values) < 2 or values in dead:
-            return None
-        for step, rest in _moves(values, operators):
-            if (tail := search(tuple(sorted((*rest, step.result))))) is not None:
-                return [step, *tail]
-        dead.add(values)
-        return None
-
-    return search(tuple(sorted(map(Fraction, numbers))))
-
-
-def _moves(
-    values: tuple[Fraction, ...], operators: str
-) -> Iterator[tuple[Step, tuple[Fraction, ...]]]:
-    """Every step two of the sorted values allow, with the values it leaves over."""
-    for i in range(len(values)):
-        for j in range(i + 1, len(values)):
-            rest = values[:i] + values[i + 1 : j] + values[j + 1 :]
-            low, high = values[i], values[j]
-            for operator in operators:
-                pairs = ((high, low),) if operator in "+*" else ((high, low), (low, high))
-                for left, right in pairs:
-                    if (result := apply_operator(left, operator, right)) is not None:
-                        yield Step(left, operator, right, result), rest
 
 
 def is_eval(numbers: Sequence[int], target: int) -> bool:
@@ -169,13 +124,7 @@ class CountdownRows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return self.count
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.count))]
+    def __getitem__(self, index: int) -> dict[str, Any]:
         position = index + self.count if index < 0 else index
         if not 0 <= position < self.count:
             raise IndexError(index)

@@ -43,17 +43,17 @@ def encode_target(tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any]) 
     return [*tokenizer.encode(text, add_special_tokens=False), end]
 
 
-def hint_segments(row: Mapping[str, Any], *, max_segments: int = MAX_SEGMENTS) -> list[str]:
-    """Cuts a row's expert solution into ``min(max_segments, lines)`` even runs of whole lines.
+def hint_segments(row: Mapping[str, Any]) -> list[str]:
+    """Cuts a row's expert solution into ``min(MAX_SEGMENTS, lines)`` even runs of whole lines.
 
     The lines are UFT's column ``hint`` or those of :func:`expert_text`; joined, the segments are
     the text again. Source: UFT, arXiv 2505.16984.
 
-    >>> hint_segments({"hint": ["a\\n", "b\\n", "c"]}, max_segments=2)
-    ['a\\nb\\n', 'c']
+    >>> hint_segments({"hint": list("abcdefg")})
+    ['ab', 'cd', 'e', 'f', 'g']
     """
     lines = _lines(row)
-    count = min(max_segments, len(lines))
+    count = min(MAX_SEGMENTS, len(lines))
     sizes = [len(lines) // count + (k < len(lines) % count) for k in range(count)] if count else []
     ends = np.cumsum([0, *sizes])
     return ["".join(lines[a:b]) for a, b in zip(ends, ends[1:], strict=False)]
@@ -80,8 +80,6 @@ def add_hint(
     seed: int,
     hint_steps: int,
     max_prompt_tokens: int,
-    low: float = 0.05,
-    high: float = 0.95,
 ) -> Prompt:
     """Appends the beginning of the expert solution to a prompt, shorter as training goes on.
 
@@ -94,7 +92,7 @@ def add_hint(
     """
     segments = hint_segments(prompt.row)
     draws = np.random.default_rng((seed, step, prompt.index)).random(len(segments))
-    probability = float(hint_probability(step, horizon=hint_steps, low=low, high=high))
+    probability = float(hint_probability(step, horizon=hint_steps))
     for shown in range(int((draws < probability).sum()), 0, -1):
         hint = tokenizer.encode("".join(segments[:shown]), add_special_tokens=False)
         if len(prompt.ids) + len(hint) <= max_prompt_tokens:

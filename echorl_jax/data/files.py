@@ -4,7 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,13 +31,7 @@ class CheckedRows(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.kept)
 
-    @overload
-    def __getitem__(self, index: int) -> Row: ...
-    @overload
-    def __getitem__(self, index: slice) -> "CheckedRows": ...
-    def __getitem__(self, index: int | slice) -> "Row | CheckedRows":
-        if isinstance(index, slice):
-            return dataclasses.replace(self, kept=self.kept[index])
+    def __getitem__(self, index: int) -> Row:
         return normalise_row(self.raw[self.kept[index]], source=self.name)
 
 
@@ -53,13 +47,7 @@ class _TableRows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return self._table.num_rows
 
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(index, slice):
-            return self._table.take(list(range(len(self)))[index]).to_pylist()
+    def __getitem__(self, index: int) -> dict[str, Any]:
         return self._table.slice(index, 1).to_pylist()[0]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 import bisect
 import dataclasses
-import difflib
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +13,7 @@ from echorl_jax.data.countdown import parse_countdown
 from echorl_jax.data.errors import DataError
 from echorl_jax.data.files import CheckedRows, read_file
 from echorl_jax.data.rows import Row
+from echorl_jax.errors import nearest
 
 # "FILE@0.7": a source and its share of the mixture.
 WEIGHTED = re.compile(r"(?P<name>.*)@(?P<weight>\d+(\.\d*)?|\.\d+)")
@@ -135,7 +135,7 @@ def _load_part(name: str, *, skip_bad: bool) -> Sequence[Row]:
     else:
         path = Path(place).expanduser()
         if not path.exists():
-            raise DataError(f"{place}: no such file{_nearest(path)}")
+            raise DataError(f"{place}: no such file{_hint(path)}")
         rows = read_file(path, skip_bad=skip_bad)
     return _filter(rows, options, name)
 
@@ -186,9 +186,8 @@ def _level(row: Row, name: str) -> int:
     return int(found[0])
 
 
-def _nearest(path: Path) -> str:
+def _hint(path: Path) -> str:
     if not path.parent.is_dir():
         return f" (nor the folder {path.parent})"
-    siblings = [file.name for file in path.parent.iterdir()]
-    close = difflib.get_close_matches(path.name, siblings, n=1)
-    return f"; did you mean {path.parent / close[0]}?" if close else ""
+    close = nearest(path.name, (file.name for file in path.parent.iterdir()))
+    return f"; did you mean {path.parent / close}?" if close else ""

@@ -16,6 +16,15 @@ if TYPE_CHECKING:
 BUILTIN = {"builtin:countdown": Path(__file__).parent.parent / "assets" / "countdown"}
 
 
+def model_path(path: str) -> str:
+    """Where the model of that name lies if it came with the package, else the path itself.
+
+    >>> model_path("runs/1/export")
+    'runs/1/export'
+    """
+    return str(BUILTIN.get(path, path))
+
+
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     """Reads the tokenizer of a Hugging Face directory, a repository id or ``builtin:countdown``.
 
@@ -26,14 +35,13 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from transformers import AutoTokenizer
 
-    source = BUILTIN.get(path, path)
-    looks_local = isinstance(source, Path) or path.startswith(("/", ".", "~"))
-    if looks_local and not Path(source).expanduser().is_dir():
-        raise DataError(f"{path}: no such directory, so no tokenizer")
+    source = model_path(path)
+    if path in BUILTIN or path.startswith(("/", ".", "~")):
+        source = str(Path(source).expanduser())
+        if not Path(source).is_dir():
+            raise DataError(f"{path}: no such directory, so no tokenizer")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(Path(source).expanduser()) if looks_local else path
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise DataError(f"{path}: no tokenizer: {_first_line(error)}") from error
     if tokenizer.eos_token_id is None:

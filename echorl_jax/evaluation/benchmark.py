@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from echorl_jax.data import encode_prompt, load_rows, load_tokenizer
-from echorl_jax.data.tokens import BUILTIN
+from echorl_jax.data.tokens import model_path
 from echorl_jax.errors import UserError
 from echorl_jax.evaluation.evaluate import MOST_SAMPLES, Attempt, attempt_rows, end_tokens
 from echorl_jax.evaluation.generations import (
@@ -123,7 +123,7 @@ def run_benchmark(options: Benchmark, out: Path) -> dict[str, SourceResult]:
     if options.devices and jax.process_count() > 1:
         raise UserError(f"--devices={options.devices}: several processes use all their devices")
     work = _prepare(options)
-    path = str(BUILTIN.get(options.model, options.model))
+    path = model_path(options.model)
     file, order = out / "generations.jsonl", list(work.order())
     done = on_first(lambda: _take_up(options, work, path, file, order))
     if done < len(order):

@@ -36,13 +36,11 @@ def words(text: str) -> tuple[str, ...]:
     return tuple(WORDS.findall(text.casefold()))
 
 
-def find_overlap(
-    train: Iterable[str], held_out: Sequence[str], *, length: int = LENGTH, near: float = NEAR
-) -> list[Overlap]:
+def find_overlap(train: Iterable[str], held_out: Sequence[str]) -> list[Overlap]:
     """The held-out problems that occur in training, in their order.
 
     Memory grows with the held-out set alone; the training problems are read once. Text that many
-    problems share (a prompt's frame) is no sign of overlap, and problems of fewer than ``length``
+    problems share (a prompt's frame) is no sign of overlap, and problems of fewer than ``LENGTH``
     words are only compared word for word.
 
     >>> find_overlap(["What is 2 + 3?"], ["What is 2+4?", "what is $2+3$"])
@@ -52,7 +50,7 @@ def find_overlap(
     whole: dict[tuple[str, ...], list[int]] = collections.defaultdict(list)
     for place, text in enumerate(texts):
         whole[text].append(place)
-    grams = [_grams(text, length) for text in texts]
+    grams = [_grams(text) for text in texts]
     in_held_out = collections.Counter(gram for own in grams for gram in own)
     seen: dict[tuple[str, ...], list[int]] = {gram: [] for gram in in_held_out}
     same: dict[int, int] = {}
@@ -62,7 +60,7 @@ def find_overlap(
         own = words(text)
         for held in whole.get(own, ()):
             same.setdefault(held, place)
-        for gram in _grams(own, length):
+        for gram in _grams(own):
             if (places := seen.get(gram)) is not None:
                 places.append(place)
     rows = (max(FRAME_ROWS, FRAME_SHARE * size) for size in (len(texts), count))
@@ -81,10 +79,10 @@ def find_overlap(
         hits = collections.Counter(place for gram in telling for place in seen[gram])
         if hits:
             place, number = min(hits.items(), key=lambda item: (-item[1], item[0]))
-            if number >= FEWEST and number / len(telling) >= near:
+            if number >= FEWEST and number / len(telling) >= NEAR:
                 found.append(Overlap(held, place, number / len(telling), same=False))
     return found
 
 
-def _grams(text: Sequence[str], length: int) -> set[tuple[str, ...]]:
-    return {tuple(text[i : i + length]) for i in range(len(text) - length + 1)}
+def _grams(text: Sequence[str]) -> set[tuple[str, ...]]:
+    return {tuple(text[i : i + LENGTH]) for i in range(len(text) - LENGTH + 1)}

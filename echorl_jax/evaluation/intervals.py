@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 Z95 = 1.959963984540054
+# Redraws of the units in a bootstrap.
+RESAMPLES = 2000
 
 
 def wilson(successes: float, trials: int) -> tuple[float, float]:
@@ -27,19 +29,15 @@ def wilson(successes: float, trials: int) -> tuple[float, float]:
 
 
 def bootstrap_mean(
-    values: Sequence[float],
-    weights: Sequence[float] | None = None,
-    *,
-    resamples: int = 2000,
-    seed: int = 0,
+    values: Sequence[float], weights: Sequence[float] | None = None
 ) -> tuple[float, float]:
     """Percentile bootstrap 95% interval of a (weighted) mean over independent units.
+
+    The same numbers give the same interval.
 
     Args:
       values: one mean per unit, such as a trajectory.
       weights: how much each unit counts, such as its tokens; all the same by default.
-      resamples: redraws of the units.
-      seed: makes the interval repeatable.
 
     Raises:
       ValueError: there are no values, or no weight.
@@ -51,7 +49,7 @@ def bootstrap_mean(
     weight = np.ones_like(unit) if weights is None else np.asarray(weights, np.float64)
     if unit.size == 0 or weight.sum() <= 0:
         raise ValueError("bootstrap_mean: nothing to average")
-    draws = np.random.default_rng(seed).integers(0, unit.size, (resamples, unit.size))
+    draws = np.random.default_rng(0).integers(0, unit.size, (RESAMPLES, unit.size))
     totals = weight[draws].sum(axis=1)
     means = (weight * unit)[draws].sum(axis=1)[totals > 0] / totals[totals > 0]
     low, high = np.quantile(means, [0.025, 0.975])

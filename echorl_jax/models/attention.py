@@ -5,13 +5,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
+from echorl_jax.choices import Kernel
 from echorl_jax.models.blockwise import HIDDEN, blockwise_attention
 from echorl_jax.models.config import ModelError
 from echorl_jax.models.splash import splash_attention
 from echorl_jax.precision import precision_of, wide_einsum
 from echorl_jax.types import Array
-
-Kernel = Literal["auto", "xla", "splash", "cudnn"]
 
 
 def attend(

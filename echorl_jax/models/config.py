@@ -79,8 +79,3 @@ class DecoderConfig:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
         if len(self.windows) != self.num_layers:
             raise ModelError(f"{len(self.windows)} layer_types for {self.num_layers} layers")
-
-    @property
-    def group(self) -> int:
-        """Query heads that share a KV head."""
-        return self.num_heads // self.num_kv_heads

@@ -2,13 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from echorl_jax.models.attention import Kernel, attend
+from echorl_jax.choices import Kernel, Remat
+from echorl_jax.models.attention import attend
 from echorl_jax.models.config import DecoderConfig, ModelError
 from echorl_jax.models.modules import Trunk
 from echorl_jax.models.rope import Rotary, rotary
@@ -16,7 +17,6 @@ from echorl_jax.parallel import constrain
 from echorl_jax.precision import precision_of
 from echorl_jax.types import Array, PyTree
 
-Remat = Literal["layer", "dots", "none"]
 _REMAT_POLICIES = {
     "layer": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -84,7 +84,7 @@ class Decoder:
 
         def body(x: Array, scanned: tuple[PyTree, Array]) -> tuple[Array, None]:
             layer, kind = scanned
-            q, k, v = self.qkv(layer, x, positions, tables)
+            q, k, v = self.qkv(layer, x, tables)
             if len(kernels) == 1:
                 attended = kernels[0](q, k, v)
             else:
@@ -142,21 +142,17 @@ class Decoder:
         """Tables for :meth:`qkv`, the same in every layer."""
         return rotary(self.config, positions)
 
-    def qkv(
-        self, layer: PyTree, x: Array, positions: Array, tables: Rotary | None = None
-    ) -> tuple[Array, Array, Array]:
+    def qkv(self, layer: PyTree, x: Array, tables: Rotary) -> tuple[Array, Array, Array]:
         """First half of a layer: norm, projections, biases, query/key norms, rotary embedding.
 
         Args:
           layer: one layer's weights.
           x: ``[B, T, D]``.
-          positions: i32 ``[B, T]``.
-          tables: ``rotary(positions)``, where it has been computed already.
+          tables: :meth:`rotary` of the positions.
 
         Returns:
           q ``[B, T, H, K]``, k and v ``[B, T, KV, K]``.
         """
-        tables = self.rotary(positions) if tables is None else tables
         return self._part("layers", layer).qkv(x, tables)
 
     def finish_layer(self, layer: PyTree, x: Array, attended: Array) -> Array:
@@ -214,8 +210,6 @@ def _graphs(config: DecoderConfig) -> dict[str, Any]:
     """The static half of each part."""
     trunk = _trunk(config)
     parts = {"embed": trunk.embed, "layers": trunk.layers, "final_norm": trunk.final_norm}
-    if not config.tied_embeddings:
-        parts["head"] = trunk.head
     return {name: nnx.split(part)[0] for name, part in parts.items()}
 
 

@@ -6,7 +6,6 @@ tensor.
 """
 
 import functools
-import json
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from echorl_jax.models.attention import Kernel
+from echorl_jax.choices import Kernel, Remat
 from echorl_jax.models.config import ModelError
-from echorl_jax.models.decoder import Decoder, Remat
+from echorl_jax.models.decoder import Decoder
 from echorl_jax.models.hf_config import read_config, to_hf
 from echorl_jax.models.hf_names import TensorName, tensor_names
 from echorl_jax.models.initialise import param_shardings
@@ -25,10 +24,14 @@ from echorl_jax.models.tensor_files import (
     StoredTensor,
     TensorSource,
     stored_tensors,
+    write_json,
     write_tensors,
 )
 from echorl_jax.parallel import Layout
 from echorl_jax.types import Array, PyTree
+
+# Tensors that an error names, of each kind.
+NAMED = 3
 
 
 class Tokenizer(Protocol):
@@ -134,15 +137,11 @@ def save_model(
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory, sources, stored_dtype, shard_bytes=shard_bytes)
     config = to_hf(model.config) | {"torch_dtype": stored_dtype.name}
-    _write_json(directory / "config.json", config)
+    write_json(directory / "config.json", config)
     ends = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _write_json(directory / "generation_config.json", ends)
+    write_json(directory / "generation_config.json", ends)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _directory(path: str | Path) -> Path:
@@ -210,9 +209,9 @@ def _redundant(name: str, stored: dict[str, StoredTensor], *, tied: bool) -> boo
     return head.shape == embedding.shape and bool(np.array_equal(head.view(), embedding.view()))
 
 
-def _some(items: list[str], most: int = 3) -> str:
-    rest = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + rest
+def _some(items: list[str]) -> str:
+    rest = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
+    return ", ".join(items[:NAMED]) + rest
 
 
 def _load(name: TensorName, stored: dict[str, StoredTensor], sharding: Any, dtype: Any) -> Array:

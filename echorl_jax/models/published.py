@@ -12,17 +12,8 @@ from echorl_jax.models.hf_config import from_hf, read_config
 _DIRECTORY = Path(__file__).parent.parent / "assets" / "architectures"
 
 
-def published_names() -> tuple[str, ...]:
-    """Repository ids, sorted.
-
-    >>> published_names()[-1]
-    'meta-llama/Llama-3.1-8B-Instruct'
-    """
-    return tuple(sorted(file.stem.replace("--", "/") for file in _DIRECTORY.glob("*.json")))
-
-
 def architecture(path: str) -> DecoderConfig:
-    """The architecture of a model directory, or of a repository in :func:`published_names`.
+    """The architecture of a model directory, or of one of those repositories.
 
     Raises:
       ModelError: neither a directory with a ``config.json`` that we implement, nor known.

@@ -135,7 +135,11 @@ def write_tensors(
         weight_map = {name: file for file, names in weights for name in names}
         total = sum(_bytes(source, dtype) for source in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_json(directory / _INDEX, index)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _bytes(source: TensorSource, dtype: np.dtype) -> int:

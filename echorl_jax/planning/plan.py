@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from echorl_jax.config import Config, ConfigError
-from echorl_jax.data.tokens import BUILTIN
+from echorl_jax.data.tokens import model_path
 from echorl_jax.models import Decoder
 from echorl_jax.models.published import architecture
 from echorl_jax.parallel import AXES, ShardingError, make_mesh
@@ -173,7 +173,7 @@ def make_job(config: Config, target: Target) -> Job:
       ConfigError: the mesh does not suit the chips or the model.
     """
     model = Decoder(
-        architecture(str(BUILTIN.get(config.model.path, config.model.path))),
+        architecture(model_path(config.model.path)),
         dtype=config.model.dtype,
         remat=config.model.remat,
         attention=target.attention or config.model.attention,  # pyright: ignore[reportArgumentType]

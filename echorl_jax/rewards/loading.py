@@ -1,12 +1,12 @@
 """Graders by name, and those written for other libraries."""
 
-import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from echorl_jax.config import ConfigError
+from echorl_jax.errors import nearest
 from echorl_jax.rewards.verdict import RAISED, Verdict, as_verdict
 
 Grader = Callable[[str, Mapping[str, Any]], Verdict]
@@ -59,8 +59,8 @@ def load_grader(name: str) -> Grader:
 def _import(path: str) -> Callable[..., Any]:
     module_name, colon, attribute = path.partition(":")
     if not colon or not attribute:
-        close = difflib.get_close_matches(path, GRADERS, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
+        close = nearest(path, GRADERS)
+        hint = f"; did you mean {close}?" if close else ""
         known = ", ".join(GRADERS)
         raise ConfigError(f"grader {path!r}: one of {known}, or package.module:function{hint}")
     try:

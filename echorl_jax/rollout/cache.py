@@ -6,16 +6,14 @@ they lie in memory. Rotary positions are in the keys already, so where a key lie
 that makes the ring possible (see ``slots.py``).
 """
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from echorl_jax.choices import KVDtype
 from echorl_jax.parallel import constrain
 from echorl_jax.types import Array, pytree
 
-KVDtype = Literal["float32", "bfloat16", "int8"]
 KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
 
 

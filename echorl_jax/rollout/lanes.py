@@ -18,10 +18,10 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from echorl_jax.choices import KVDtype
 from echorl_jax.models import Decoder
 from echorl_jax.parallel import platform_of
 from echorl_jax.rollout.buckets import levels
-from echorl_jax.rollout.cache import KVDtype
 from echorl_jax.rollout.loop import Output, Program, Status, decode
 from echorl_jax.rollout.memory import position_bytes, weight_bytes
 from echorl_jax.rollout.slots import Queue, Slots, compact

@@ -71,7 +71,7 @@ def _prefill_piece(
 
     def layer(x: Array, scanned: tuple[PyTree, Array, Array]) -> tuple[Array, Cache]:
         weights, window, index = scanned
-        q, k, v = model.qkv(weights, x, positions, tables)
+        q, k, v = model.qkv(weights, x, tables)
         new = encode(k, v, like=store)  # [rows, chunk, KV, K]
         out = _attend_piece(q, new, store, index, window, row, position)
         return model.finish_layer(weights, x, out), new

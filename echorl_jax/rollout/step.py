@@ -44,13 +44,12 @@ def forward(
     """
     by_kernel = platform == "gpu" and kernel.fits(model.config.head_dim)
     attend = (_by_kernel if by_kernel else _by_blocks)(queue, slots)
-    positions = (slots.cached + slots.position)[:, None]
-    tables = model.rotary(positions)
+    tables = model.rotary((slots.cached + slots.position)[:, None])
     window = jnp.asarray(windows(model)) if any(model.config.windows) else None
 
     def layer(x: Array, scanned: tuple[PyTree, Array]) -> tuple[Array, Cache]:
         weights, index = scanned
-        q, k, v = model.qkv(weights, x, positions, tables)
+        q, k, v = model.qkv(weights, x, tables)
         rows, _, heads, width = q.shape
         q, k, v = q.reshape(rows, k.shape[2], -1, width), k[:, 0], v[:, 0]
         out = attend(q, k, v, index, None if window is None else window[index])

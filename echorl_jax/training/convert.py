@@ -10,7 +10,7 @@ from jax.sharding import SingleDeviceSharding
 
 from echorl_jax.config_file import from_dict
 from echorl_jax.data import load_tokenizer
-from echorl_jax.data.tokens import BUILTIN
+from echorl_jax.data.tokens import model_path
 from echorl_jax.errors import UserError
 from echorl_jax.models import load_decoder, load_model, save_model
 from echorl_jax.training.checkpoints import DIRECTORY, read_params
@@ -32,7 +32,7 @@ def convert(model: str, out: Path, *, step: str = "latest") -> str:
     """
     if out.exists():
         raise UserError(f"{out} exists already")
-    source = Path(BUILTIN.get(model, model))
+    source = Path(model_path(model))
     if (source / WEIGHTS).is_dir():
         return _to_hugging_face(source, out)
     if (source / DIRECTORY).is_dir():
@@ -65,7 +65,7 @@ def _from_workdir(workdir: Path, out: Path, step: str) -> str:
         config = from_dict(json.loads((workdir / "config.json").read_text()))
     except (OSError, ValueError) as error:
         raise UserError(f"{workdir / 'config.json'}: {error}") from error
-    decoder = load_decoder(str(BUILTIN.get(config.model.path, config.model.path)))
+    decoder = load_decoder(model_path(config.model.path))
     here = SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),

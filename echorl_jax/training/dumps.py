@@ -19,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 from echorl_jax.config_file import to_dict
 from echorl_jax.errors import UserError
 from echorl_jax.models import to_hf
+from echorl_jax.models.tensor_files import write_json
 from echorl_jax.parallel import any_process, is_first, wait_for_all
 from echorl_jax.training.session import Session
 from echorl_jax.training.step import UpdateStats
@@ -80,7 +81,7 @@ def finish_dump(
         }
         save_file(arrays, partial / BATCHES)
         (partial / MODEL).mkdir()
-        _write_json(partial / MODEL / "config.json", to_hf(session.model.config))
+        write_json(partial / MODEL / "config.json", to_hf(session.model.config))
         facts = {
             "step": int(step),
             "update": int(update),
@@ -91,7 +92,7 @@ def finish_dump(
             "mesh": dict(session.mesh.shape),
             "config": to_dict(session.config),
         }
-        _write_json(partial / FACTS, facts)
+        write_json(partial / FACTS, facts)
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
     wait_for_all("dump ends")
@@ -120,7 +121,3 @@ def _number(value: Any) -> float | str:
     """JSON has no NaN and no infinity."""
     number = float(value)
     return number if math.isfinite(number) else str(number)
-
-
-def _write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

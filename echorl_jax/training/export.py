@@ -9,7 +9,7 @@ from echorl_jax.training.session import Session
 from echorl_jax.types import PyTree
 
 
-def export_model(workdir: Path, session: Session, params: PyTree) -> Path:
+def export_model(workdir: Path, session: Session, params: PyTree) -> None:
     """Writes ``workdir/export``, a directory that ``transformers`` loads; replaced as a whole.
 
     Every process of a multi-process run calls this; the first one writes.
@@ -18,8 +18,6 @@ def export_model(workdir: Path, session: Session, params: PyTree) -> Path:
     if is_first():
         shutil.rmtree(fresh, ignore_errors=True)
     save_model(fresh, session.model, params, session.tokenizer)
-    if not is_first():
-        return final
-    shutil.rmtree(final, ignore_errors=True)
-    fresh.rename(final)
-    return final
+    if is_first():
+        shutil.rmtree(final, ignore_errors=True)
+        fresh.rename(final)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import Objective, load_objective
 from echorl_jax.data import load_tokenizer, newline_delimiters
-from echorl_jax.data.tokens import BUILTIN
+from echorl_jax.data.tokens import model_path
 from echorl_jax.evaluation.evaluate import end_tokens
 from echorl_jax.models import Decoder, init_params, load_decoder, load_model
 from echorl_jax.parallel import make_mesh
@@ -59,7 +59,7 @@ def start_session(
     sizes = config.mesh
     mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor, devices=devices)
     tokenizer = load_tokenizer(config.model.path)
-    path = str(BUILTIN.get(config.model.path, config.model.path))
+    path = model_path(config.model.path)
     options = model_options(config)
     if config.model.init == "pretrained":
         model, params = load_model(path, mesh=mesh, **options)

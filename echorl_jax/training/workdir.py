@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from echorl_jax.config import Config, ConfigError
-from echorl_jax.config_file import to_dict
+from echorl_jax.config_file import flatten, to_dict
 from echorl_jax.parallel import is_first, wait_for_all
 
 # A run may be continued with other values of these sections and keys: they decide where, how fast
@@ -173,7 +173,7 @@ def environment() -> dict[str, Any]:
 
 def deciding_keys(config: Config) -> dict[str, Any]:
     """The dotted keys that decide what a run computes, with their values."""
-    flat = dict(_flat(to_dict(config)))
+    flat = flatten(to_dict(config))
     return {key: value for key, value in flat.items() if not _may_change(key)}
 
 
@@ -190,7 +190,7 @@ def first_difference(
 
 
 def _require_same(workdir: Path, before: dict, config: Config) -> None:
-    decided = {key: value for key, value in _flat(before) if not _may_change(key)}
+    decided = {key: value for key, value in flatten(before).items() if not _may_change(key)}
     if found := first_difference(decided, deciding_keys(config)):
         key, old, new = found
         raise ConfigError(
@@ -201,14 +201,6 @@ def _require_same(workdir: Path, before: dict, config: Config) -> None:
 
 def _may_change(key: str) -> bool:
     return key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def _write_json(path: Path, content: dict) -> None:

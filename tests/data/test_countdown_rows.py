@@ -1,15 +1,16 @@
-"""The Countdown generator and solver."""
+"""The Countdown generator, and a solver that shows what its problems allow."""
 
 import itertools
 import time
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echorl_jax.data import CountdownRows, DataError, parse_countdown, solve
-from echorl_jax.data.countdown import is_eval
+from echorl_jax.data import CountdownRows, DataError, parse_countdown
+from echorl_jax.data.countdown import Step, apply_operator, is_eval
 
 
 def follow(lines, numbers):
@@ -42,6 +43,51 @@ def reachable(numbers, operators):
     return values
 
 
+def solve(
+    numbers: Sequence[int], target: int, *, operators: str = "+-*/", use_all: bool = False
+) -> list[Step] | None:
+    """Finds steps from ``numbers`` to ``target`` by exhaustive search over exact rationals.
+
+    Each number is used at most once, or exactly once with ``use_all``. None when there is no way.
+    Six numbers take some seconds at worst.
+
+    >>> [str(step) for step in solve([1, 5, 9], 46)]
+    ['9*5=45', '45+1=46']
+    >>> solve([1, 1], 7) is None
+    True
+    """
+    dead: set[tuple[Fraction, ...]] = set()
+    goal = Fraction(target)
+
+    def search(values: tuple[Fraction, ...]) -> list[Step] | None:
+        if goal in values and (len(values) == 1 or not use_all):
+            return []
+        if len(values) < 2 or values in dead:
+            return None
+        for step, rest in _moves(values, operators):
+            if (tail := search(tuple(sorted((*rest, step.result))))) is not None:
+                return [step, *tail]
+        dead.add(values)
+        return None
+
+    return search(tuple(sorted(map(Fraction, numbers))))
+
+
+def _moves(
+    values: tuple[Fraction, ...], operators: str
+) -> Iterator[tuple[Step, tuple[Fraction, ...]]]:
+    """Every step two of the sorted values allow, with the values it leaves over."""
+    for i in range(len(values)):
+        for j in range(i + 1, len(values)):
+            rest = values[:i] + values[i + 1 : j] + values[j + 1 :]
+            low, high = values[i], values[j]
+            for operator in operators:
+                pairs = ((high, low),) if operator in "+*" else ((high, low), (low, high))
+                for left, right in pairs:
+                    if (result := apply_operator(left, operator, right)) is not None:
+                        yield Step(left, operator, right, result), rest
+
+
 @pytest.mark.parametrize("options", ["", "operands=2", "operands=6&max_result=1000&operators=+-*/"])
 def test_every_problem_is_solved_by_its_solution_with_all_numbers(options):
     rows = parse_countdown(f"{options}&count=200&seed=5")
@@ -72,7 +118,7 @@ def test_rows_are_the_same_every_time_and_everywhere():
     assert rows[0]["prompt"][0]["content"] == "Reach 43 with 3, 20, 26."
     assert rows[0]["target"][0]["content"] == "20-3=17\n26+17=43"
     assert rows[4321] == CountdownRows(seed=1)[4321] == rows[4321 - len(rows)]
-    assert rows[:3] == [rows[0], rows[1], rows[2]]
+    assert list(itertools.islice(rows, 3)) == [rows[0], rows[1], rows[2]]
     assert rows[0] != CountdownRows(seed=2)[0]
 
 

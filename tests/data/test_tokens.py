@@ -18,7 +18,7 @@ from echorl_jax.data import (
     load_tokenizer,
     newline_delimiters,
 )
-from echorl_jax.data.tiny_tokenizer import write_directory
+from tests.data.make_tiny_tokenizer import write_directory
 
 ASSETS = Path(echorl_jax.__file__).parent / "assets" / "countdown"
 QWEN = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / "qwen2_5"

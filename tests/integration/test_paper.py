@@ -49,7 +49,7 @@ def tiny_directory(directory: Path, path: str) -> Path:
         hidden_size=32,
         intermediate_size=64,
         num_layers=2,
-        num_heads=known.group,
+        num_heads=known.num_heads // known.num_kv_heads,
         num_kv_heads=1,
         head_dim=8,
         windows=(),

@@ -90,11 +90,11 @@ def test_the_blocks_step_by_step_equal_the_whole(params):
 
     @jax.jit
     def step(cache, column, t):
-        positions = jnp.full((2, 1), t)
+        tables = MODEL.rotary(jnp.full((2, 1), t))
 
         def layer(x, scanned):
             weights, window, k_seen, v_seen = scanned
-            q, k, v = MODEL.qkv(weights, x, positions)
+            q, k, v = MODEL.qkv(weights, x, tables)
             k_seen = jax.lax.dynamic_update_slice_in_dim(k_seen, k, t, axis=1)
             v_seen = jax.lax.dynamic_update_slice_in_dim(v_seen, v, t, axis=1)
             grouped = q.reshape(2, 2, 2, 8)
@@ -112,14 +112,6 @@ def test_the_blocks_step_by_step_equal_the_whole(params):
     for t in range(9):
         cache, out = step(cache, tokens[:, t : t + 1], t)
         np.testing.assert_allclose(out[:, 0], whole[:, t], atol=2e-5)
-
-
-def test_rotary_tables_may_be_shared_between_layers(params):
-    layer = jax.tree.map(lambda leaf: leaf[0], MODEL.layers(params))
-    x = MODEL.embed(params, _tokens(1, 4))
-    positions = jnp.arange(4)[None, :]
-    shared = MODEL.qkv(layer, x, positions, MODEL.rotary(positions))
-    jax.tree.map(np.testing.assert_array_equal, MODEL.qkv(layer, x, positions), shared)
 
 
 @pytest.mark.parametrize("remat", ["layer", "dots"])

@@ -106,7 +106,8 @@ LLAMA_3_2_1B = {
 def test_a_published_llama_config():
     config = from_hf(LLAMA_3_2_1B)
     assert config.eos_ids == (128001, 128008, 128009)
-    assert (config.head_dim, config.group, config.qkv_bias) == (64, 4, False)
+    assert (config.num_heads, config.num_kv_heads, config.head_dim) == (32, 8, 64)
+    assert not config.qkv_bias
     assert config.rope.factor == 32.0 and config.rope.theta == 500000.0
 
 

@@ -1,6 +1,6 @@
 """Makes the tokenizer and the config.json of the tiny model that ships with the package.
 
-``python -m echorl_jax.data.tiny_tokenizer DIR`` writes a Hugging Face directory without weights.
+``python tests/data/make_tiny_tokenizer.py DIR`` writes a Hugging Face directory without weights.
 The tokenizer is byte-level BPE: all 256 bytes are in it, so any text can be encoded (after NFC
 normalisation) and decoded. Digits and newlines are always tokens of their own, and the words of
 Countdown prompts are one token each. Text is split by Qwen2's rule, because transformers builds the
