@@ -94,8 +94,9 @@ class RolloutConfig:
 class ObjectiveConfig:
     # Name in OBJECTIVES, or "package.module:objective".
     name: str = "grpo"
-    # A correctness score from here on counts as verified success.
-    success_threshold: float = 1.0
+    # What counts as verified success: None the grader's own verdict (of a plain score: 1 or more),
+    # a number any score from there on.
+    success_threshold: float | None = None
     # Clip range below and above 1; None takes the objective's own.
     epsilon_low: float | None = None
     epsilon_high: float | None = None
@@ -109,7 +110,8 @@ class ObjectiveConfig:
     entropy_coef: float | None = None
     # Bound c on the loss of a token with negative advantage, -A c; None takes the objective's own.
     dual_clip: float | None = None
-    # Cap C of truncated importance weights against the sampler; None takes the objective's own.
+    # Cap C of truncated importance weights against the sampler, with old_logprobs = "trainer" (else
+    # the ratio itself is against the sampler); None takes the objective's own.
     tis_cap: float | None = None
     # Expert trajectories in each group, of group_size rows; None takes the objective's own.
     expert_rows: int | None = None
@@ -153,7 +155,8 @@ class EchoConfig:
     when: When = "any_success"
     # Mean over the prompts with a clip, over all prompts, or over clip tokens.
     normalise: Normalise = "prompts_with_clip"
-    # Active in [start_step, end_step); None is open.
+    # Active in [start_step, end_step), counted from 0: 0, 100 is the first hundred steps; None is
+    # open.
     start_step: int = 0
     end_step: int | None = None
     # Whether all-right groups that dynamic sampling leaves out of the policy loss give clips.
@@ -190,7 +193,7 @@ class OptimConfig:
     # and gradient. auto packs but on GPU, whose fast attention kernel (cuDNN) takes one a row.
     sft_packing: Literal["auto", "on", "off"] = "auto"
     # Updates skipped for a non-finite gradient before the run stops, in a row.
-    max_bad_updates: int = 3
+    max_bad_steps: int = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -302,14 +305,14 @@ def _rules(c: Config) -> list[tuple[str, bool, str]]:
     positive = ["rollout.prompts_per_step", "rollout.group_size", "rollout.max_new_tokens"]
     positive += ["echo.top_k", "echo.min_step_tokens", "echo.max_steps", "data.max_prompt_tokens"]
     positive += ["objective.max_rounds", "objective.mini_batches", "objective.epochs"]
-    positive += ["optim.micro_batch_tokens", "optim.sft_rows_per_step", "optim.max_bad_updates"]
+    positive += ["optim.micro_batch_tokens", "optim.sft_rows_per_step", "optim.max_bad_steps"]
     positive += ["checkpoint.keep", "eval.samples", "log.samples_groups"]
     at_least_zero = ["steps", "rollout.top_k", "rollout.slots", "rollout.check_every", "eval.every"]
     at_least_zero += ["rollout.max_logprob_gap", "optim.warmup_steps", "optim.weight_decay"]
     at_least_zero += ["checkpoint.every", "eval.rows", "eval.temperature", "log.samples_every"]
     at_least_zero += ["data.grader_workers", "echo.coef", "echo.start_step"]
     at_least_zero += ["checkpoint.keep_best", "checkpoint.keep_every"]
-    at_least_zero += ["debug.dump_step", "debug.max_dumps"]
+    at_least_zero += ["debug.dump_step", "debug.max_dumps", "objective.hint_steps"]
     above_zero = ["optim.learning_rate", "optim.max_grad_norm", "rollout.temperature"]
     above_zero += ["data.grader_timeout_s", "mesh.start_timeout_s"]
     axes = {"data": c.mesh.data, "fsdp": c.mesh.fsdp, "tensor": c.mesh.tensor}
@@ -322,6 +325,25 @@ def _rules(c: Config) -> list[tuple[str, bool, str]]:
             "objective.mini_batches",
             c.rollout.prompts_per_step % c.objective.mini_batches == 0,
             "a divisor of rollout.prompts_per_step",
+        ),
+        (
+            "objective.dual_clip",
+            c.objective.dual_clip is None or c.objective.dual_clip > 1,
+            "None or above 1",
+        ),
+        (
+            "objective.tis_cap",
+            c.objective.tis_cap is None or c.objective.tis_cap > 0,
+            "None or above 0",
+        ),
+        (
+            "objective.overlong_buffer",
+            0 <= (c.objective.overlong_buffer or 0) <= 1,
+            "None or in [0, 1]",
+        ),
+        *(
+            (f"objective.{key}", (_value(c, f"objective.{key}") or 0) >= 0, "None or at least 0")
+            for key in ("epsilon_low", "epsilon_high", "kl_coef")
         ),
         (
             "objective.expert_rows",

@@ -120,5 +120,8 @@ class TrainBatch:
     # f32 [B, T]: sum(nll_weights * -logprobs) is the likelihood term of hints (UFT)
     nll_weights: Array | None = None
     ref_logprobs: Array | None = None  # f32 [B, T], only with a KL term
+    # f32 [B]: sum(entropy_scale * token_weights * H) is the mean entropy; only with its bonus, and
+    # None where token_weights add up to 1
+    entropy_scale: Array | None = None
     selected: Array | None = None  # bool [B, T], tokens picked out by KL-Cov or Clip-Cov
     segment_ids: Array | None = None  # i32 [B, L], several sequences packed into a row (SFT)

@@ -8,7 +8,7 @@ from echorl_jax.core.advantages import (
     rloo_advantages,
     whitened_advantages,
 )
-from echorl_jax.core.aggregation import aggregation_weights
+from echorl_jax.core.aggregation import aggregation_weights, mean_scale
 from echorl_jax.core.clips import active_coef, clip_weights, echo_loss, mine_echo_clips
 from echorl_jax.core.entropy import logprobs_and_entropy, token_entropy, token_logprobs
 from echorl_jax.core.hints import hint_probability
@@ -48,6 +48,7 @@ __all__ = [
     "kl_penalty",
     "load_objective",
     "logprobs_and_entropy",
+    "mean_scale",
     "mine_echo_clips",
     "mixed_groups",
     "opo_advantages",

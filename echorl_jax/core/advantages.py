@@ -134,9 +134,12 @@ def whitened_advantages(
     value = _centred(rewards, group, num_groups)[0] if group_baseline else _checked(rewards, group)
     tokens = lengths.astype(jnp.float32)
     count = jnp.sum(tokens)
-    mean = jnp.sum(tokens * value) / jnp.maximum(count, 1.0)
-    variance = jnp.sum(tokens * (value - mean) ** 2) / jnp.maximum(count - 1.0, 1.0)
-    return jnp.where(count > 1, (value - mean) * lax.rsqrt(variance + 1e-8), value)
+    # From the least reward on, so that equal ones give exactly 0, as in _centred.
+    least = jnp.min(jnp.where(tokens > 0, value, jnp.inf), initial=jnp.inf)
+    above = value - jnp.where(count > 0, least, 0.0)
+    mean = jnp.sum(tokens * above) / jnp.maximum(count, 1.0)
+    variance = jnp.sum(tokens * (above - mean) ** 2) / jnp.maximum(count - 1.0, 1.0)
+    return jnp.where(count > 1, (above - mean) * lax.rsqrt(variance + 1e-8), value)
 
 
 def mixed_groups(correct: Array, group: Array, *, num_groups: int) -> Array:

@@ -50,3 +50,20 @@ def aggregation_weights(loss_mask: Array, *, mode: Aggregation, max_tokens: int)
     if mode == "seq-mean-token-mean":
         return mask / (rows * jnp.maximum(tokens, 1.0))
     return mask / max_tokens
+
+
+def mean_scale(token_weights: Array) -> Array:
+    """What turns a sum under these weights into a mean: one over their sum.
+
+    Args:
+      token_weights: ``[N, T]``, of the whole batch.
+
+    Returns:
+      ``[N]`` float32, the same for every row; 0 where nothing has a weight.
+
+    >>> mean_scale(jnp.array([[0.5, 0.5], [1.0, 0.0]])).tolist()
+    [0.5, 0.5]
+    """
+    total = jnp.sum(token_weights)
+    scale = jnp.where(total > 0, 1.0 / jnp.where(total > 0, total, 1.0), 0.0)
+    return jnp.broadcast_to(scale, token_weights.shape[:1])

@@ -38,9 +38,10 @@ def batch_loss(
 ) -> tuple[Array, LossTerms]:
     """The loss of some rows of a batch; summed over micro-batches it is that of the whole.
 
-    L = sum w l + kl_coef sum w kl - entropy_coef sum w H + echo_coef sum w_echo nll + nll_coef sum
+    L = sum w l + kl_coef sum w kl - entropy_coef mean H + echo_coef sum w_echo nll + nll_coef sum
     w_nll nll, with w the batch's final ``token_weights`` and l the objective's token loss, times
     truncated importance weights on rows that the policy sampled where the objective asks for them.
+    Mean H is the mean entropy with the weights w, over the whole batch (``entropy_scale``).
     Terms whose coefficient is 0 or whose field is None are left out of the program. What has no
     weight anywhere may hold anything, NaN included, and gets exactly zero gradient; a NaN that has
     weight shows in the loss.
@@ -91,7 +92,7 @@ def batch_loss(
         echo=_weighted(batch.echo_weights, -logprobs),
         nll=_nll_term(logprobs, batch, objective),
         kl=_kl_term(logprobs, batch, objective),
-        entropy=_weighted(batch.token_weights, entropy),
+        entropy=_entropy_term(entropy, batch),
         clip_fraction=_clip_term(logprobs, batch, objective),
     )
     total = terms.policy.sum
@@ -133,6 +134,11 @@ def _nll_term(logprobs: Array, batch: TrainBatch, objective: Objective) -> LossT
     if objective.nll_coef == 0 or batch.nll_weights is None:
         return _nothing()
     return _weighted(batch.nll_weights, -logprobs)
+
+
+def _entropy_term(entropy: Array, batch: TrainBatch) -> LossTerm:
+    weights, scale = batch.token_weights, batch.entropy_scale
+    return _weighted(weights if scale is None else weights * scale[:, None], entropy)
 
 
 def _kl_term(logprobs: Array, batch: TrainBatch, objective: Objective) -> LossTerm:

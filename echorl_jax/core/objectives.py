@@ -48,6 +48,16 @@ normalised = from_rewards(adv.group_advantages)
 centred = from_rewards(adv.group_advantages, divide_by_std=False)
 
 
+def above_own(
+    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
+) -> Array:
+    """Rewards above the mean of the rows that the policy wrote (LUFFY's option)."""
+    del lengths
+    return adv.group_advantages(
+        rewards, group, num_groups=num_groups, on_policy=on_policy, divide_by_std=False
+    )
+
+
 def token_ratio(logprobs: Array, batch: TrainBatch) -> Array:
     """:func:`token_log_ratio` of a batch."""
     return losses.token_log_ratio(logprobs, batch.old_logprobs)
@@ -238,6 +248,12 @@ OBJECTIVES: dict[str, Objective] = {
     "opo": Objective(advantages=from_lengths(adv.opo_advantages)),
     "luffy": Objective(
         advantages=centred,
+        token_loss=luffy,
+        aggregation="seq-mean-token-sum-norm",
+        expert_rows=1,
+    ),
+    "luffy_own_mean": Objective(
+        advantages=above_own,
         token_loss=luffy,
         aggregation="seq-mean-token-sum-norm",
         expert_rows=1,

@@ -6,7 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from echorl_jax.config import Config
+from echorl_jax.config import Config, ConfigError
+from echorl_jax.core import load_objective
 from echorl_jax.data import (
     Rows,
     encode_prompt,
@@ -29,8 +30,6 @@ NAMED = 10
 SLOW_S = 1.0
 # A problem that is nearly in both sets counts as wrong from this share of its n-grams on.
 WRONG_SHARE = 0.8
-# Objectives that learn from the expert's text, and cannot without it.
-NEEDS_EXPERT = ("sft", "luffy")
 
 
 def check(config: Config, *, rows: int, show: int) -> bool:
@@ -40,6 +39,11 @@ def check(config: Config, *, rows: int, show: int) -> bool:
       UserError: data, tokenizer or grader that cannot be used.
     """
     tokenizer = load_tokenizer(config.model.path)
+    try:
+        objective = load_objective(config.objective.name)
+    except ValueError as error:
+        raise ConfigError(f"config.objective.name: {error}") from error
+    needed = objective.supervised or objective.expert_rows > 0
     wrong, sets = list[str](), dict[str, Rows]()
     with GraderPool(
         config.data.grader,
@@ -60,8 +64,8 @@ def check(config: Config, *, rows: int, show: int) -> bool:
             prompts = [encode_prompt(tokenizer, row, config.data.template) for row in seen]
             if not _check_lengths(prompts, config.data.max_prompt_tokens):
                 wrong.append(f"{name}: no prompt is short enough")
-            if name == "train" and config.objective.name in (*NEEDS_EXPERT, "uft"):
-                if not _check_experts(config, tokenizer, seen):
+            if name == "train" and (needed or objective.hints):
+                if not _check_experts(config, tokenizer, seen) and needed:
                     wrong.append(f"{name}: {config.objective.name} needs expert texts")
             if not _check_grader(grader, seen):
                 wrong.append(f"{name}: grader and gold answers disagree")
@@ -137,7 +141,7 @@ def _check_experts(
         print(f", median {middle}, longest {max(lengths)} tokens; ", end="")
         print(f"{cut} over rollout.max_new_tokens = {longest} will be cut", end="")
     print()
-    return not missing or config.objective.name not in NEEDS_EXPERT
+    return not missing
 
 
 def _check_overlap(train: Rows, held_out: Rows) -> bool:

@@ -164,6 +164,7 @@ def abstract_batch(job: Job) -> TrainBatch:
         "on_policy": array(rows, dtype=np.bool_),
         "nll_weights": per_token if objective.hints else None,
         "ref_logprobs": per_token if objective.kl_coef else None,
+        "entropy_scale": array(rows) if objective.entropy_coef else None,
         "selected": array(rows, targets, dtype=np.bool_) if objective.select_tokens else None,
     }
     return TrainBatch(**fields)  # pyright: ignore[reportArgumentType]

@@ -18,7 +18,8 @@ LABEL = re.compile(
     r"(?:option|choice|answer)?[\s:]*[(\[]?([A-Za-z1-9])(?:[)\].:,]+(\s.*)?)?", re.I | re.S
 )
 PHRASE = re.compile(
-    r"(?i:answer|option|choice)(?i:\s+is)?(?i:\s+option)?\s*:?\s*[*$]*\s*[(\[]?([A-Z1-9])(?![A-Za-z0-9'’])"
+    r"(?i:answer|option|choice)(?i:\s+is)?(?i:\s+option)?\s*:?\s*[*$]*\s*"
+    r"([(\[][A-Za-z1-9][)\]]|[(\[]?[A-Z1-9](?![A-Za-z0-9'’]))"
 )
 DECORATION = str.maketrans("", "", "$*{}")
 WRAPPERS = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|boxed|bf|rm)\b\s*")
@@ -74,9 +75,10 @@ def find_choice(response: str, options: Mapping[str, str]) -> str | None:
     for marked in (last_boxed(tail), last_answer(tail)):
         if marked is not None:
             return letter_of(marked, options)
-    phrases = PHRASE.findall(tail)
-    if phrases:
-        return phrases[-1]
+    phrases = [letter_of(phrase.lstrip("(["), options) for phrase in PHRASE.findall(tail)]
+    named = [letter for letter in phrases if letter is not None]
+    if named:
+        return named[-1]
     lines = tail.strip().splitlines()
     return letter_of(lines[-1], options) if lines else None
 

@@ -13,6 +13,7 @@ from echorl_jax.core import (
     Objective,
     aggregation_weights,
     clip_weights,
+    mean_scale,
     mine_echo_clips,
     step_entropy,
     step_ids,
@@ -111,6 +112,7 @@ def assemble(
         key=key,
     )
     tokens, length = join_rows(rollouts)
+    weights = aggregation_weights(loss_mask, mode=objective.aggregation, max_tokens=max_tokens)
     batch = TrainBatch(
         tokens=tokens,
         prompt_length=rollouts.prompt_length[rollouts.group],
@@ -119,12 +121,12 @@ def assemble(
         advantages=advantages,
         old_logprobs=rollouts.rollout_logprobs,
         rollout_logprobs=rollouts.rollout_logprobs,
-        token_weights=aggregation_weights(
-            loss_mask, mode=objective.aggregation, max_tokens=max_tokens
-        ),
+        token_weights=weights,
         echo_weights=clip_weights(clips, (num_rows, width), normalise=echo.normalise),
         on_policy=graded.on_policy,
     )
+    if objective.entropy_coef:
+        batch = dataclasses.replace(batch, entropy_scale=mean_scale(weights))
     if objective.select_tokens is not None:
         selected = objective.select_tokens(
             batch.old_logprobs, batch.old_logprobs, advantages, loss_mask, key, objective
@@ -165,20 +167,23 @@ def _stats(
     num_groups: int,
     num_steps: int,
 ) -> BatchStats:
-    size = jax.ops.segment_sum(jnp.ones_like(graded.rewards), rollouts.group, num_groups)
-    hits = jax.ops.segment_sum(graded.correct.astype(jnp.float32), rollouts.group, num_groups)
-    rows = graded.rewards.shape[0]
+    """Over the rows that the policy wrote."""
+    own = graded.on_policy
+    right = own & graded.correct
+    size = jax.ops.segment_sum(own.astype(jnp.float32), rollouts.group, num_groups)
+    hits = jax.ops.segment_sum(right.astype(jnp.float32), rollouts.group, num_groups)
+    rows, mask = own.sum(), mask & own[:, None]
     valid = clips.valid.sum()
     return BatchStats(
-        reward=LossTerm.of(graded.rewards.sum(), rows),
-        correct=LossTerm.of(graded.correct.sum(), rows),
+        reward=LossTerm.of(jnp.where(own, graded.rewards, 0.0).sum(), rows),
+        correct=LossTerm.of(right.sum(), rows),
         all_success=LossTerm.of(((hits == size) & (size > 0)).sum(), num_groups),
         all_failure=LossTerm.of(((hits == 0) & (size > 0)).sum(), num_groups),
-        length=LossTerm.of(rollouts.completion_length.sum(), rows),
-        truncated=LossTerm.of(rollouts.truncated.sum(), rows),
+        length=LossTerm.of(mask.sum(), rows),
+        truncated=LossTerm.of((rollouts.truncated & own).sum(), rows),
         token_entropy=LossTerm.of(jnp.where(mask, rollouts.token_entropy, 0.0).sum(), mask.sum()),
         clips=valid,
         clip_tokens=LossTerm.of(jnp.where(clips.valid, clips.length, 0).sum(), valid),
         clip_entropy=LossTerm.of(jnp.where(clips.valid, clips.entropy, 0.0).sum(), valid),
-        joined_steps=LossTerm.of((steps.max(axis=1) >= num_steps).sum(), rows),
+        joined_steps=LossTerm.of((own & (steps.max(axis=1) >= num_steps)).sum(), rows),
     )

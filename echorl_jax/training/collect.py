@@ -180,7 +180,9 @@ def _graded(
 ) -> Graded:
     """Scores as rewards, with the overlong punishment where the objective has one."""
     scores: HostArray = np.array([verdict.score for verdict in verdicts], np.float32)
-    correct: HostArray = scores >= session.config.objective.success_threshold
+    threshold = session.config.objective.success_threshold
+    right = [v.correct if threshold is None else v.score >= threshold for v in verdicts]
+    correct: HostArray = np.array(right, bool)
     longest = session.config.rollout.max_new_tokens
     buffer_tokens = int(objective.overlong_buffer * longest)
     if buffer_tokens:

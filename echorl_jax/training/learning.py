@@ -26,8 +26,8 @@ def improve(
     """One update for each batch (NumPy), ``objective.epochs`` times over; donates ``state``.
 
     Returns:
-      The new state, what was done (NumPy, added up over updates), and which rows had a
-      gradient, bool ``[N]`` over all batches.
+      The new state, what was done (NumPy, joined over updates), and how many tokens of each row had
+      a gradient, i32 ``[N]`` over all batches; 0 of a row that was left out.
 
     Raises:
       RunStopped: the run cannot be trusted any more.
@@ -47,7 +47,8 @@ def improve(
     run.faults.reach("update", step)
     done_steps = place_whole(np.int32(step), run.session.mesh)
     state = dataclasses.replace(state, step=done_steps)
-    return state, add_stats(done), np.concatenate([rows for _, rows in ready])
+    used = [np.where(rows, batch.length, 0) for batch, rows in ready]
+    return state, add_stats(done), np.concatenate(used)
 
 
 def _apply(
@@ -124,5 +125,5 @@ def _require_healthy(
         done,
         step=step,
         max_gap=bound if check_gap else float("inf"),
-        max_bad_updates=config.optim.max_bad_updates,
+        max_bad_steps=config.optim.max_bad_steps,
     )

@@ -68,8 +68,8 @@ def train(
             )
             speed = learning_metrics(
                 used=used,
-                trained_tokens=int(made.batch.length[used].sum()) * config.objective.epochs,
-                sampled_tokens=int(found.rollouts.completion_length.sum()),
+                trained_tokens=int(used.sum()) * config.objective.epochs,
+                sampled_tokens=int(found.rollouts.completion_length[found.graded.on_policy].sum()),
                 seconds=found.seconds,
             )
             metrics = (

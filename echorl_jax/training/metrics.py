@@ -78,9 +78,16 @@ def sampling_metrics(found: Experience, *, hints: bool) -> dict[str, float]:
 def learning_metrics(
     *, used: np.ndarray, trained_tokens: int, sampled_tokens: int, seconds: Mapping[str, float]
 ) -> dict[str, float]:
-    """How much of the batch had a gradient, and how fast it went."""
+    """How much of the batch had a gradient, and how fast it went.
+
+    Args:
+      used: ``[N]``, tokens of each row that had one.
+      trained_tokens: computed by the updates, padding not counted.
+      sampled_tokens: written by the policy.
+      seconds: by part of the step.
+    """
     return {
-        "train/rows_skipped_fraction": float(1.0 - np.mean(used)) if used.size else 0.0,
+        "train/rows_skipped_fraction": float(np.mean(used == 0)) if used.size else 0.0,
         "rollout/tokens_per_second": sampled_tokens / max(seconds.get("rollout", 0.0), 1e-9),
         "train/tokens_per_second": trained_tokens / max(seconds.get("update", 0.0), 1e-9),
         **{f"time/{name}_s": value for name, value in seconds.items()},

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from echorl_jax.config import Config
+from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import Objective
 from echorl_jax.data import PromptStream, Rows, load_rows
 from echorl_jax.errors import RunStopped
@@ -37,6 +37,7 @@ def open_run(
     workdir: str | Path,
     *,
     prompts_per_step: int,
+    supervised: bool = False,
     devices: Sequence[Any] | None = None,
 ) -> Iterator[tuple[Run, TrainState]]:
     """Opens a workdir, builds what a run needs and restores the newest checkpoint, if there is one.
@@ -51,6 +52,9 @@ def open_run(
     if config.checkpoint.resume == "none":
         require_new(workdir)
     objective = configured_objective(config)
+    if objective.supervised != supervised:
+        command = "echorl sft" if objective.supervised else "echorl train"
+        raise ConfigError(f"config.objective.name = {config.objective.name!r}: use `{command}`")
     directory, steps_before = open_workdir(workdir, config)
     with keep_compiled(directory, config.checkpoint.compiled):
         compiles = CompileCounter()

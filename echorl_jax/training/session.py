@@ -88,9 +88,15 @@ def configured_objective(config: Config) -> Objective:
         if name in {field.name for field in dataclasses.fields(Objective)}
     }
     try:
-        return load_objective(config.objective.name, **settings)
+        objective = load_objective(config.objective.name, **settings)
     except ValueError as error:
         raise ConfigError(f"config.objective.name: {error}") from error
+    if objective.expert_rows >= config.rollout.group_size:
+        raise ConfigError(
+            f"config.rollout.group_size = {config.rollout.group_size}: must be above the "
+            f"{objective.expert_rows} expert row(s) in each group"
+        )
+    return objective
 
 
 def configured_optimizer(config: Config) -> tuple[optax.Schedule, optax.GradientTransformation]:
@@ -117,6 +123,11 @@ def step_delimiters(
     """Marks the tokens that end a reasoning step, ``[V]`` bool."""
     if config.echo.delimiter == "newline":
         return newline_delimiters(tokenizer, vocab_size)
+    ids = config.echo.delimiter_ids
+    if not all(0 <= token < vocab_size for token in ids):
+        raise ConfigError(
+            f"config.echo.delimiter_ids = {ids}: the vocabulary has ids from 0 to {vocab_size - 1}"
+        )
     marks = np.zeros(vocab_size, bool)
-    marks[list(config.echo.delimiter_ids)] = True
+    marks[list(ids)] = True
     return marks

@@ -39,12 +39,10 @@ def train_supervised(
       RunStopped: gradients stay non-finite.
     """
     rows = config.optim.sft_rows_per_step
-    with open_run(config, workdir, prompts_per_step=rows, devices=devices) as opened:
+    with open_run(
+        config, workdir, prompts_per_step=rows, supervised=True, devices=devices
+    ) as opened:
         run, state = opened
-        if not run.objective.supervised:
-            raise ConfigError(
-                f"config.objective.name = {config.objective.name!r}: `echorl sft` needs 'sft'"
-            )
         if config.optim.compile_ahead:
             rehearse_updates(run, state.params, _widest(run), rows=rows)
         for step in run.steps():

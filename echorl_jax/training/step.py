@@ -258,10 +258,16 @@ def _no_stats() -> UpdateStats:
 
 
 def add_stats(parts: Sequence[UpdateStats]) -> UpdateStats:
-    """Joins the updates of a step: sums of losses and terms, gap of the first, worst norm."""
-    total = jax.tree.map(lambda *values: sum(values), *parts)
+    """Joins the updates of a step: mean loss and terms, gap of the first, worst norm.
+
+    The echo term's mean is over the updates that had a clip.
+    """
+    mean = jax.tree.map(lambda *values: sum(values) / len(values), *parts)
+    with_clips = sum(bool(part.terms.echo.count > 0) for part in parts)
+    echo = jax.tree.map(lambda value: value * len(parts) / max(with_clips, 1), mean.terms.echo)
     return dataclasses.replace(
-        total,
+        mean,
+        terms=dataclasses.replace(mean.terms, echo=echo),
         logprob_gap=parts[0].logprob_gap,
         mean_gap=parts[0].mean_gap,
         grad_norm=max(part.grad_norm for part in parts),
@@ -270,7 +276,7 @@ def add_stats(parts: Sequence[UpdateStats]) -> UpdateStats:
 
 
 def require_healthy(
-    state: TrainState, done: UpdateStats, *, step: int, max_gap: float, max_bad_updates: int
+    state: TrainState, done: UpdateStats, *, step: int, max_gap: float, max_bad_steps: int
 ) -> None:
     """Stops a run that cannot be trusted any more.
 
@@ -285,8 +291,8 @@ def require_healthy(
             f"step {step}: sampler and trainer give the same token log-probabilities "
             f"{done.logprob_gap:.3g} nats apart, more than rollout.max_logprob_gap = {max_gap:g}"
         )
-    if not done.finite and int(state.bad_updates) >= max_bad_updates:
+    if not done.finite and int(state.bad_updates) >= max_bad_steps:
         raise RunStopped(
-            f"step {step}: the gradient was not finite for {max_bad_updates} updates in a row "
-            "(optim.max_bad_updates); parameters are as before the first of them"
+            f"step {step}: the gradient was not finite for {max_bad_steps} updates in a row "
+            "(optim.max_bad_steps); parameters are as before the first of them"
         )

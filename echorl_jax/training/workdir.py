@@ -23,7 +23,7 @@ MAY_CHANGE = (
     *("steps", "mesh", "checkpoint", "eval", "log", "debug"),
     *("model.remat", "model.attention", "data.eval", "data.grader_workers"),
     *("rollout.slots", "rollout.check_every", "rollout.max_logprob_gap"),
-    *("optim.micro_batch_tokens", "optim.max_bad_updates", "optim.compile_ahead"),
+    *("optim.micro_batch_tokens", "optim.max_bad_steps", "optim.compile_ahead"),
     "optim.sft_packing",
 )
 # What a run does not use any more, but somebody may want back.

@@ -26,6 +26,12 @@ def test_equal_rewards_are_exactly_zero(name, size):
     assert not estimate(name, rewards, [0] * size + [1] * size, lengths).any()
 
 
+@pytest.mark.parametrize("value, rows", [(0.9, 8), (-0.3, 1024)])
+def test_whitening_equal_rewards_gives_exactly_zero(value, rows):
+    lengths = jnp.arange(rows) % 7
+    assert not estimate("reinforce_pp", [value] * rows, [0] * rows, lengths).any()
+
+
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "opo", "luffy"])
 def test_a_group_of_one_keeps_its_reward(name):
     assert estimate(name, [0.7, 1.0, 0.0], [2, 0, 0])[0] == np.float32(0.7)

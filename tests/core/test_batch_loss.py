@@ -219,6 +219,20 @@ def test_the_sum_of_all_terms_by_hand():
     assert terms.echo.sum == 0.75 and terms.nll.sum == 2.0 and terms.kl.mean() == 0.5
 
 
+@pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"])
+def test_the_entropy_bonus_is_of_the_mean_entropy_whatever_adds_up_token_losses(mode):
+    objective = dataclasses.replace(core.OBJECTIVES["rloo"], aggregation=mode, entropy_coef=0.5)
+    logprobs, entropy, batch = example(objective)
+    batch = dataclasses.replace(batch, entropy_scale=core.mean_scale(batch.token_weights))
+    halves = [
+        jax.tree.map(lambda x, rows=rows: x[rows], (logprobs, entropy, batch))
+        for rows in (np.arange(3), np.arange(3, ROWS))
+    ]
+    terms = [total(*half, objective, 0.0)[1].entropy.sum for half in halves]
+    real = np.asarray(batch.loss_mask) > 0
+    assert sum(terms) == pytest.approx(np.asarray(entropy)[real].mean(), rel=1e-5)
+
+
 def test_terms_that_are_off_need_no_field_and_have_no_gradient():
     objective = core.OBJECTIVES["dapo"]
     logprobs, entropy, batch = example(objective)

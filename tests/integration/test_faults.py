@@ -83,7 +83,7 @@ def test_a_gradient_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFix
     """Skipped, counted, dumped, computed again to the bit, and in the end the run stops."""
     config = small_config(
         steps=4,
-        optim={"max_bad_updates": 2, "micro_batch_tokens": 512},
+        optim={"max_bad_steps": 2, "micro_batch_tokens": 512},
         checkpoint={"keep": 9},
         debug={"inject": "nan@2,nan@3", "dump_step": 1},
     )

@@ -8,8 +8,8 @@ import pytest
 
 from echorl_jax.config import ConfigError
 from echorl_jax.training import loop
-from echorl_jax.training.logs import RunLog
 from echorl_jax.training.compiled import CompileCounter
+from echorl_jax.training.logs import RunLog
 from echorl_jax.training.rehearsal import slot_limits
 from echorl_jax.training.sft import train_supervised
 from echorl_jax.training.workdir import whole_lines

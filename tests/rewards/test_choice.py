@@ -36,10 +36,17 @@ def row(gold="B", options=OPTIONS):
         "It must be this one:\nB.",
         "(B)",
         "Is the answer A? No, the answer is option B",
+        "The answer is (b).",
+        "The answer is I guess the second\nB",
     ],
 )
 def test_right(response):
     assert grade(response, row()).correct
+
+
+@pytest.mark.parametrize("response", ["The answer is 5.", "I think the answer is 5.\n\nB"])
+def test_an_option_that_is_a_digit_is_named_by_its_text(response):
+    assert grade(response, row("B", ["4", "5", "6"])).correct
 
 
 @pytest.mark.parametrize(

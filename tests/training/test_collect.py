@@ -1,6 +1,7 @@
 """Groups for a step: refills, filters, mini-batches, experts, hints."""
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -8,10 +9,13 @@ import numpy as np
 import pytest
 
 from echorl_jax.config import Config, ConfigError
+from echorl_jax.core import OBJECTIVES
 from echorl_jax.data import Prompt, load_rows, load_tokenizer
+from echorl_jax.rewards import Verdict
 from echorl_jax.training import collect
 from echorl_jax.training.experts import append_experts, expert_completions, learn_hints
 from echorl_jax.types import Graded, Rollouts, TrainBatch
+from tests.integration.conftest import small_config
 
 T = 6
 
@@ -151,3 +155,18 @@ def test_prompts_of_many_lengths_make_few_shapes() -> None:
     # Never more than what memory was planned for.
     short = dataclasses.replace(lazily, data=dataclasses.replace(lazily.data, max_prompt_tokens=40))
     assert collect._prompt_tokens(short, 33) == 40
+
+
+def verdicts_as_graded(threshold: float | None) -> list[bool]:
+    config = small_config(objective={"success_threshold": threshold})
+    run: Any = SimpleNamespace(config=config)
+    verdicts = [Verdict(0.9, True, ""), Verdict(1.0, False, ""), Verdict(0.5, False, "")]
+    rollouts = experience([[1, 0, 0]]).rollouts
+    graded = collect._graded(run, OBJECTIVES["grpo"], rollouts, verdicts, np.ones(3, bool))
+    return graded.correct.tolist()
+
+
+def test_success_is_the_graders_verdict_unless_a_score_is_asked_for() -> None:
+    assert verdicts_as_graded(None) == [True, False, False]
+    assert verdicts_as_graded(0.6) == [True, True, False]
+    assert verdicts_as_graded(1.0) == [False, True, False]

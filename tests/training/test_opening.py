@@ -8,10 +8,22 @@ import jax
 import numpy as np
 import pytest
 
-from echorl_jax.config import Config
+from echorl_jax.config import Config, ConfigError
 from echorl_jax.parallel import place_whole
 from echorl_jax.training.opening import open_run
 from tests.integration.conftest import small_config
+
+
+@pytest.mark.parametrize("name,supervised", [("sft", False), ("grpo", True)])
+def test_the_command_for_the_objective_is_named(
+    name: str, supervised: bool, tmp_path: Path
+) -> None:
+    config = small_config(objective={"name": name})
+    wanted = "sft" if name == "sft" else "train"
+    with pytest.raises(ConfigError, match=f"objective.name = '{name}': use `echorl {wanted}`"):
+        with open_run(config, tmp_path / "run", prompts_per_step=4, supervised=supervised):
+            pass
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
