@@ -15,6 +15,7 @@ from echorl_jax.analysis.studies import DELETION, FOLDER, TRAJECTORIES, write_st
 from echorl_jax.analysis.trajectories import entropy_profiles, profile_rows
 from echorl_jax.data import load_rows
 from echorl_jax.errors import UserError
+from echorl_jax.evaluation.evaluate import MOST_SAMPLES
 from echorl_jax.rewards import GraderPool
 
 STUDIES = ("run", "entropy", "deletion")
@@ -103,6 +104,8 @@ def _check(options: Analysis) -> None:
     for name in ("samples", "max_new_tokens", "max_prompt_tokens"):
         if vars(options)[name] < 1:
             raise UserError(f"--{name} must be at least 1")
+    if options.samples > MOST_SAMPLES:
+        raise UserError(f"--samples={options.samples}: at most {MOST_SAMPLES}")
     if options.limit < 0 or min(options.deletions, default=-1) < 0:
         raise UserError("--limit and --deletions must not be negative, and --deletions not empty")
     if options.model is None and (options.data is not None or "deletion" in options.studies):
