@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,11 @@ def analyze(options: Analysis) -> list[Path]:
     if "entropy" in studies and options.model is None:
         files += _stored_entropy(options)
     elif "entropy" in studies:
-        with _grader(options) as grader:
-            files += _entropy(options, _policy(options), grader)
+        with _policy(options) as policy:
+            files += _entropy(options, policy)
     if "deletion" in studies:
-        with _grader(options) as grader:
-            files += _deletion(options, _policy(options), grader)
+        with _policy(options) as policy:
+            files += _deletion(options, policy)
     return [*files, write_report(options.workdir, compare=options.compare)]
 
 
@@ -116,18 +117,21 @@ def _check(options: Analysis) -> None:
         raise UserError("entropy needs --model and --data, or --rollouts with stored entropies")
 
 
-def _policy(options: Analysis) -> Policy:
-    return Policy.load(
-        str(options.model),
-        dtype=options.dtype,
-        delimiter_ids=options.delimiter_ids,
-        temperature=options.temperature,
-        rows_at_once=options.batch,
-    )
-
-
-def _grader(options: Analysis) -> GraderPool:
-    return GraderPool(options.grader, workers=options.workers)
+@contextmanager
+def _policy(options: Analysis) -> Iterator[Policy]:
+    with GraderPool(options.grader, workers=options.workers) as grader:
+        yield Policy.load(
+            str(options.model),
+            dtype=options.dtype,
+            delimiter_ids=options.delimiter_ids,
+            grader=grader,
+            template=options.template,
+            temperature=options.temperature,
+            max_prompt_tokens=options.max_prompt_tokens,
+            max_new_tokens=options.max_new_tokens,
+            rows_at_once=options.batch,
+            seed=options.seed,
+        )
 
 
 def _rows(options: Analysis) -> Sequence[Mapping[str, Any]]:
@@ -140,31 +144,12 @@ def _stored_entropy(options: Analysis) -> list[Path]:
     return _write_entropy(options, rows, f"Rollouts of {options.rollouts.name}.")
 
 
-def _entropy(options: Analysis, policy: Policy, grader: GraderPool) -> list[Path]:
-    expert, used = entropy_study.expert_rows(
-        policy,
-        _rows(options),
-        template=options.template,
-        max_prompt_tokens=options.max_prompt_tokens,
-        max_new_tokens=options.max_new_tokens,
-    )
+def _entropy(options: Analysis, policy: Policy) -> list[Path]:
+    expert, used = entropy_study.expert_rows(policy, _rows(options))
     if options.rollouts is None:
-        own = entropy_study.policy_rows(
-            policy,
-            used,
-            template=options.template,
-            max_new_tokens=options.max_new_tokens,
-            grader=grader,
-            seed=options.seed,
-        )
+        own = entropy_study.policy_rows(policy, used)
     else:
-        own = entropy_study.rescored_rows(
-            policy,
-            options.rollouts,
-            template=options.template,
-            max_new_tokens=options.max_new_tokens,
-            limit=options.limit,
-        )
+        own = entropy_study.rescored_rows(policy, options.rollouts, limit=options.limit)
     return _write_entropy(options, [*expert, *own], _about(options))
 
 
@@ -183,28 +168,12 @@ def _write_entropy(options: Analysis, rows: list[dict[str, Any]], about: str) ->
     ]
 
 
-def _deletion(options: Analysis, policy: Policy, grader: GraderPool) -> list[Path]:
+def _deletion(options: Analysis, policy: Policy) -> list[Path]:
     rows = _rows(options)
     solutions = deletion_study.find_solutions(
-        policy,
-        rows,
-        solver=options.solutions,
-        grader=grader,
-        template=options.template,
-        max_prompt_tokens=options.max_prompt_tokens,
-        max_new_tokens=options.max_new_tokens,
-        samples=options.samples,
-        seed=options.seed,
+        policy, rows, solver=options.solutions, samples=options.samples
     )
-    outcomes = deletion_study.deletion_outcomes(
-        policy,
-        rows,
-        solutions,
-        counts=options.deletions,
-        grader=grader,
-        max_new_tokens=options.max_new_tokens,
-        seed=options.seed,
-    )
+    outcomes = deletion_study.deletion_outcomes(policy, rows, solutions, counts=options.deletions)
     used = len({row["row"] for row in outcomes})
     about = (
         f"{_about(options)} {used} solutions by the {options.solutions} with at least "

@@ -10,7 +10,7 @@ import numpy as np
 
 from echorl_jax.analysis.progress import Counter
 from echorl_jax.core import step_ids
-from echorl_jax.data import load_tokenizer, newline_delimiters
+from echorl_jax.data import encode_prompt, load_tokenizer, newline_delimiters
 from echorl_jax.data.tokens import BUILTIN
 from echorl_jax.errors import UserError
 from echorl_jax.evaluation.evaluate import attempt_rows
@@ -45,14 +45,19 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A model with its tokenizer, and how it is asked."""
+    """A model with its tokenizer, how it is asked, and who judges its answers."""
 
     model: Decoder
     params: PyTree
     tokenizer: "PreTrainedTokenizerBase"
     is_delimiter: np.ndarray  # bool [V]
+    grader: GraderPool
+    template: str
     temperature: float
+    max_prompt_tokens: int
+    max_new_tokens: int
     rows_at_once: int
+    seed: int
 
     @classmethod
     def load(
@@ -60,18 +65,28 @@ class Policy:
         path: str,
         *,
         dtype: str,
-        delimiter_ids: Sequence[int] = (),
-        temperature: float = 1.0,
-        rows_at_once: int = 64,
+        delimiter_ids: Sequence[int],
+        grader: GraderPool,
+        template: str,
+        temperature: float,
+        max_prompt_tokens: int,
+        max_new_tokens: int,
+        rows_at_once: int,
+        seed: int,
     ) -> "Policy":
         """Reads a Hugging Face directory, a repository id or ``builtin:countdown``.
 
         Args:
           path: the model.
           dtype: of activations.
-          delimiter_ids: tokens that end a step; those with a newline unless given.
+          delimiter_ids: tokens that end a step; those with a newline if there is none.
+          grader: judges its answers.
+          template: how a row becomes a prompt.
           temperature: divides the logits in sampling and in entropies; above 0.
+          max_prompt_tokens: rows with longer prompts are left out.
+          max_new_tokens: longest answer.
           rows_at_once: completions in one call.
+          seed: of the sampling.
 
         Raises:
           UserError: there is no such model, or an option is out of its range.
@@ -88,7 +103,23 @@ class Policy:
         marks[list(delimiter_ids)] = True
         if not delimiter_ids:
             marks = newline_delimiters(tokenizer, len(marks))
-        return cls(model, params, tokenizer, marks, temperature, rows_at_once)
+        return cls(
+            model=model,
+            params=params,
+            tokenizer=tokenizer,
+            is_delimiter=marks,
+            grader=grader,
+            template=template,
+            temperature=temperature,
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            rows_at_once=rows_at_once,
+            seed=seed,
+        )
+
+    def prompt(self, row: Mapping[str, Any]) -> list[int]:
+        """The token ids that ask for an answer to ``row``."""
+        return encode_prompt(self.tokenizer, row, self.template)
 
     def score(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], what: str
@@ -114,24 +145,20 @@ class Policy:
         self,
         prompts: Sequence[Sequence[int]],
         rows: Sequence[Mapping[str, Any]],
-        *,
-        grader: GraderPool,
-        max_new_tokens: int,
-        seed: int,
         what: str,
+        *,
         samples: int = 1,
         prefixes: Sequence[Sequence[int]] | None = None,
+        draw: int = 0,
     ) -> list[Sequence[Answer]]:
         """Samples and grades ``samples`` answers to each prompt; one list per prompt.
 
         Args:
           prompts, rows: token ids and the rows that they were made of.
-          grader: judges.
-          max_new_tokens: longest answer, a prefix included.
-          seed: of the sampling.
           what: is counted on the screen.
           samples: answers to a prompt.
           prefixes: how each prompt's answers have to begin.
+          draw: added to the seed, for answers that do not repeat another call's draws.
         """
         with Counter(what, len(prompts)) as counter:
             attempts = []
@@ -140,11 +167,11 @@ class Policy:
                 self.params,
                 rows,
                 prompts,
-                jax.random.key(seed),
+                jax.random.key(self.seed + draw),
                 tokenizer=self.tokenizer,
-                grader=grader,
+                grader=self.grader,
                 samples=samples,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature,
                 prefixes=prefixes,
                 rows_at_once=self.rows_at_once,
