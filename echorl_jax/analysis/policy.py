@@ -8,21 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from echorl_jax.analysis.progress import Counter
 from echorl_jax.core import step_ids
 from echorl_jax.data import encode_prompt, load_tokenizer, newline_delimiters
 from echorl_jax.data.tokens import BUILTIN
 from echorl_jax.errors import UserError
-from echorl_jax.evaluation.evaluate import attempt_rows
+from echorl_jax.evaluation.bar import Bar
+from echorl_jax.evaluation.evaluate import Attempt, attempt_rows
 from echorl_jax.models import Decoder, load_model
 from echorl_jax.rewards import GraderPool
-from echorl_jax.rollout import pad_lists, score
+from echorl_jax.rollout import Progress, pad_lists, score
 from echorl_jax.types import HostArray, PyTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _T = TypeVar("_T")
+LINE_EVERY_SECONDS = 15.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +128,7 @@ class Policy:
         """The policy's entropy at each token of given completions."""
         order = sorted(range(len(completions)), key=lambda i: len(completions[i]))
         found: dict[int, HostArray] = {}
-        with Counter(what, len(order)) as counter:
+        with Bar(what, len(order), every_s=LINE_EVERY_SECONDS) as bar:
             # Rows of like length together: the others' padding costs as much as their tokens.
             for places in _cut(order, self.rows_at_once):
                 _, entropy = score(
@@ -138,7 +139,7 @@ class Policy:
                     temperature=self.temperature,
                 )
                 found.update(zip(places, jax.device_get(entropy), strict=True))
-                counter.add(len(places))
+                _count(bar, what, len(found), len(order))
         return self._trajectories(completions, [found[i] for i in range(len(found))])
 
     def answer(
@@ -160,8 +161,12 @@ class Policy:
           prefixes: how each prompt's answers have to begin.
           draw: added to the seed, for answers that do not repeat another call's draws.
         """
-        with Counter(what, len(prompts)) as counter:
-            attempts = []
+        attempts: list[Attempt] = []
+
+        def count(_: Progress | None = None) -> None:
+            _count(bar, what, len(attempts) // samples, len(prompts))
+
+        with Bar(what, len(prompts), every_s=LINE_EVERY_SECONDS) as bar:
             for attempt in attempt_rows(
                 self.model,
                 self.params,
@@ -175,10 +180,10 @@ class Policy:
                 temperature=self.temperature,
                 prefixes=prefixes,
                 rows_at_once=self.rows_at_once,
-                progress=lambda _: counter.add(0),
+                progress=count,
             ):
                 attempts.append(attempt)
-                counter.add(attempt.sample == samples - 1)
+                count()
         trajectories = self._trajectories([a.ids for a in attempts], [a.entropy for a in attempts])
         answers = [
             Answer(trajectory, attempt.response, attempt.verdict.correct)
@@ -197,6 +202,10 @@ class Policy:
             Trajectory(*(tuple(values[:end].tolist()) for values in of_tokens))
             for end, *of_tokens in zip(length, ids, entropy, steps, strict=True)
         ]
+
+
+def _count(bar: Bar, what: str, done: int, total: int) -> None:
+    bar.show(done, f"{what}: {done} of {total}", now=done == total)
 
 
 def _cut(values: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
