@@ -70,6 +70,8 @@ class Grading:
           completions: their tokens.
         """
         wanted = {i: ids for i, ids in zip(places, completions, strict=True) if i in self._decoded}
+        if not wanted:  # a tokenizer may decode no rows as one empty text
+            return
         own = [i for i in wanted if i in _own(len(self._rows))]
         try:
             ids = [[*self._openings[i], *tokens.tolist()] for i, tokens in wanted.items()]

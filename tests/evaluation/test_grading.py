@@ -109,6 +109,7 @@ def test_fillers_are_nobodys_and_a_missing_row_is_not_made_up(sampler: dict[str,
     with GraderPool("slow_graders:slow", workers=0) as grader:
         grading = Grading([{"number": 1}, {"number": 2}], tokenizer=tokenizer, grader=grader)
         grading.take([3, 1, 2], [tokens] * 3)
+        grading.take([4, 5], [tokens] * 2)
         with pytest.raises(KeyError):
             grading.result()
         grading.take([0], [tokens])
