@@ -18,10 +18,11 @@ import numpy as np
 
 from echorl_jax.data import encode_prompt, load_rows, load_tokenizer
 from echorl_jax.data.tokens import BUILTIN
-from echorl_jax.evaluation.grading import Grading, grade_rollouts
+from echorl_jax.evaluation.grading import GradedTexts, Grading
 from echorl_jax.models import load_model
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout import Finished, generate
+from echorl_jax.types import Rollouts
 
 
 def sleep(response: str, row: Mapping[str, Any]) -> float:
@@ -64,6 +65,14 @@ def sampler(
     return sample
 
 
+def grade(grading: Grading, rollouts: Rollouts) -> GradedTexts:
+    """All at once, when all are there."""
+    ended = zip(rollouts.completion_ids, rollouts.completion_length, strict=True)
+    completions = [ids[:length] for ids, length in ended]
+    grading.take(range(len(completions)), completions)
+    return grading.result()
+
+
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """Medians in seconds: sampling alone, sampling while grading, and the wait for the grader."""
     tokenizer = load_tokenizer("builtin:countdown")
@@ -72,21 +81,17 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     sample(lambda places, completions: None)  # compiles
     alone = statistics.median(seconds(sample)[0] for _ in range(options.repeats))
     each = alone * options.share * options.workers / (options.prompts * options.group)
-    judged = [{"seconds": each} for _ in rows]
+    judged = [{"seconds": each}] * (options.prompts * options.group)
     found: dict[str, list[float]] = {"afterwards": [], "as_they_end": [], "sampling": []}
     with GraderPool("grading:sleep", workers=options.workers) as grader:
         grader.grade(["ready"] * options.workers, [{"seconds": 0.5}] * options.workers)
         for _ in range(options.repeats):
             rollouts = sample()
-            every = [row for row in judged for _ in range(options.group)]
-            grading = Grading(every, tokenizer=tokenizer, grader=grader)
+            grading, other = (Grading(judged, tokenizer=tokenizer, grader=grader) for _ in "12")
             found["sampling"].append(seconds(lambda take=grading.take: sample(take))[0])
             took, early = seconds(grading.result)
             found["as_they_end"].append(took)
-            grade = functools.partial(
-                grade_rollouts, rollouts, judged, tokenizer=tokenizer, grader=grader
-            )
-            took, late = seconds(grade)
+            took, late = seconds(functools.partial(grade, other, rollouts))
             found["afterwards"].append(took)
             assert early == late
     return {"alone": alone} | {name: statistics.median(took) for name, took in found.items()}

@@ -20,3 +20,5 @@ Remat = Literal["layer", "dots", "none"]
 Kernel = Literal["auto", "xla", "splash", "cudnn"]
 # Type of the sampler's keys and values.
 KVDtype = Literal["float32", "bfloat16", "int8"]
+# Rows that a group's mean reward is of.
+Baseline = Literal["all", "on_policy"]

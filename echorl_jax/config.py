@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from echorl_jax.choices import (
     Aggregation,
+    Baseline,
     Kernel,
     KLEstimator,
     KVDtype,
@@ -113,6 +114,9 @@ class ObjectiveConfig:
     # Cap C of truncated importance weights against the sampler, with old_logprobs = "trainer" (else
     # the ratio itself is against the sampler); None takes the objective's own.
     tis_cap: float | None = None
+    # Rows that a group's mean is of: all, or those that the policy wrote, without the expert's
+    # (luffy); None takes the objective's own.
+    baseline: Baseline | None = None
     # Expert trajectories in each group, of group_size rows; None takes the objective's own.
     expert_rows: int | None = None
     # Leave all-right and all-wrong groups out of the policy loss and sample others for them; None

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from echorl_jax.analysis.studies import DELETION, FOLDER, TRAJECTORIES, write_st
 from echorl_jax.analysis.trajectories import entropy_profiles, profile_rows
 from echorl_jax.data import load_rows
 from echorl_jax.errors import UserError
+from echorl_jax.evaluation.evaluate import MOST_SAMPLES
 from echorl_jax.rewards import GraderPool
 
 STUDIES = ("run", "entropy", "deletion")
@@ -71,11 +73,11 @@ def analyze(options: Analysis) -> list[Path]:
     if "entropy" in studies and options.model is None:
         files += _stored_entropy(options)
     elif "entropy" in studies:
-        with _grader(options) as grader:
-            files += _entropy(options, _policy(options), grader)
+        with _policy(options) as policy:
+            files += _entropy(options, policy)
     if "deletion" in studies:
-        with _grader(options) as grader:
-            files += _deletion(options, _policy(options), grader)
+        with _policy(options) as policy:
+            files += _deletion(options, policy)
     return [*files, write_report(options.workdir, compare=options.compare)]
 
 
@@ -103,6 +105,8 @@ def _check(options: Analysis) -> None:
     for name in ("samples", "max_new_tokens", "max_prompt_tokens"):
         if vars(options)[name] < 1:
             raise UserError(f"--{name} must be at least 1")
+    if options.samples > MOST_SAMPLES:
+        raise UserError(f"--samples={options.samples}: at most {MOST_SAMPLES}")
     if options.limit < 0 or min(options.deletions, default=-1) < 0:
         raise UserError("--limit and --deletions must not be negative, and --deletions not empty")
     if options.model is None and (options.data is not None or "deletion" in options.studies):
@@ -113,18 +117,21 @@ def _check(options: Analysis) -> None:
         raise UserError("entropy needs --model and --data, or --rollouts with stored entropies")
 
 
-def _policy(options: Analysis) -> Policy:
-    return Policy.load(
-        str(options.model),
-        dtype=options.dtype,
-        delimiter_ids=options.delimiter_ids,
-        temperature=options.temperature,
-        rows_at_once=options.batch,
-    )
-
-
-def _grader(options: Analysis) -> GraderPool:
-    return GraderPool(options.grader, workers=options.workers)
+@contextmanager
+def _policy(options: Analysis) -> Iterator[Policy]:
+    with GraderPool(options.grader, workers=options.workers) as grader:
+        yield Policy.load(
+            str(options.model),
+            dtype=options.dtype,
+            delimiter_ids=options.delimiter_ids,
+            grader=grader,
+            template=options.template,
+            temperature=options.temperature,
+            max_prompt_tokens=options.max_prompt_tokens,
+            max_new_tokens=options.max_new_tokens,
+            rows_at_once=options.batch,
+            seed=options.seed,
+        )
 
 
 def _rows(options: Analysis) -> Sequence[Mapping[str, Any]]:
@@ -137,31 +144,12 @@ def _stored_entropy(options: Analysis) -> list[Path]:
     return _write_entropy(options, rows, f"Rollouts of {options.rollouts.name}.")
 
 
-def _entropy(options: Analysis, policy: Policy, grader: GraderPool) -> list[Path]:
-    expert, used = entropy_study.expert_rows(
-        policy,
-        _rows(options),
-        template=options.template,
-        max_prompt_tokens=options.max_prompt_tokens,
-        max_new_tokens=options.max_new_tokens,
-    )
+def _entropy(options: Analysis, policy: Policy) -> list[Path]:
+    expert, used = entropy_study.expert_rows(policy, _rows(options))
     if options.rollouts is None:
-        own = entropy_study.policy_rows(
-            policy,
-            used,
-            template=options.template,
-            max_new_tokens=options.max_new_tokens,
-            grader=grader,
-            seed=options.seed,
-        )
+        own = entropy_study.policy_rows(policy, used)
     else:
-        own = entropy_study.rescored_rows(
-            policy,
-            options.rollouts,
-            template=options.template,
-            max_new_tokens=options.max_new_tokens,
-            limit=options.limit,
-        )
+        own = entropy_study.rescored_rows(policy, options.rollouts, limit=options.limit)
     return _write_entropy(options, [*expert, *own], _about(options))
 
 
@@ -180,28 +168,12 @@ def _write_entropy(options: Analysis, rows: list[dict[str, Any]], about: str) ->
     ]
 
 
-def _deletion(options: Analysis, policy: Policy, grader: GraderPool) -> list[Path]:
+def _deletion(options: Analysis, policy: Policy) -> list[Path]:
     rows = _rows(options)
     solutions = deletion_study.find_solutions(
-        policy,
-        rows,
-        solver=options.solutions,
-        grader=grader,
-        template=options.template,
-        max_prompt_tokens=options.max_prompt_tokens,
-        max_new_tokens=options.max_new_tokens,
-        samples=options.samples,
-        seed=options.seed,
+        policy, rows, solver=options.solutions, samples=options.samples
     )
-    outcomes = deletion_study.deletion_outcomes(
-        policy,
-        rows,
-        solutions,
-        counts=options.deletions,
-        grader=grader,
-        max_new_tokens=options.max_new_tokens,
-        seed=options.seed,
-    )
+    outcomes = deletion_study.deletion_outcomes(policy, rows, solutions, counts=options.deletions)
     used = len({row["row"] for row in outcomes})
     about = (
         f"{_about(options)} {used} solutions by the {options.solutions} with at least "

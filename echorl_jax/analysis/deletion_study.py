@@ -12,10 +12,9 @@ from typing import Any, Literal
 from echorl_jax.analysis.deletion import plan_deletions
 from echorl_jax.analysis.policy import Policy, Trajectory
 from echorl_jax.analysis.trajectories import step_means
-from echorl_jax.data import encode_prompt, encode_target, expert_text
+from echorl_jax.data import encode_target, expert_text
 from echorl_jax.errors import UserError
 from echorl_jax.evaluation.evaluate import end_tokens
-from echorl_jax.rewards import GraderPool
 
 Solver = Literal["policy", "expert"]
 
@@ -39,47 +38,32 @@ def find_solutions(
     rows: Sequence[Mapping[str, Any]],
     *,
     solver: Solver,
-    grader: GraderPool,
-    template: str,
-    max_prompt_tokens: int,
-    max_new_tokens: int,
     samples: int,
-    seed: int,
 ) -> list[Solution]:
     """One solution for each row that has one: the policy's first right answer, or the expert's.
 
     Args:
-      policy: answers, and gives the entropies.
+      policy: answers, and gives the entropies. Expert solutions that are longer than its longest
+        answer are left out.
       rows: in verl's columns.
       solver: who wrote the solutions.
-      grader: judges the policy's answers.
-      template: how a row becomes a prompt.
-      max_prompt_tokens: rows with longer prompts are left out.
-      max_new_tokens: longest answer; longer expert solutions are left out.
       samples: the policy's attempts at each row.
-      seed: of the sampling.
 
     Raises:
       UserError: no row has a solution.
     """
-    prompts = [encode_prompt(policy.tokenizer, row, template) for row in rows]
-    fits = [i for i, ids in enumerate(prompts) if len(ids) <= max_prompt_tokens]
+    prompts, longest = [policy.prompt(row) for row in rows], policy.max_prompt_tokens
+    fits = [i for i, ids in enumerate(prompts) if len(ids) <= longest]
     if not fits:
-        raise UserError(f"--data: no prompt is within --max_prompt_tokens={max_prompt_tokens}")
+        raise UserError(f"--data: no prompt is within --max_prompt_tokens={longest}")
     if solver == "expert":
         told = {i: encode_target(policy.tokenizer, rows[i]) for i in fits if expert_text(rows[i])}
-        told = {i: ids for i, ids in told.items() if len(ids) <= max_new_tokens}
+        told = {i: ids for i, ids in told.items() if len(ids) <= policy.max_new_tokens}
         scored = policy.score([prompts[i] for i in told], list(told.values()), "expert solutions")
         found = dict(zip(told, scored, strict=True))
     else:
         answers = policy.answer(
-            [prompts[i] for i in fits],
-            [rows[i] for i in fits],
-            grader=grader,
-            max_new_tokens=max_new_tokens,
-            seed=seed,
-            what="answers",
-            samples=samples,
+            [prompts[i] for i in fits], [rows[i] for i in fits], "answers", samples=samples
         )
         right = ((i, [a for a in own if a.correct]) for i, own in zip(fits, answers, strict=True))
         found = {i: own[0].trajectory for i, own in right if own}
@@ -98,9 +82,6 @@ def deletion_outcomes(
     solutions: Sequence[Solution],
     *,
     counts: Sequence[int],
-    grader: GraderPool,
-    max_new_tokens: int,
-    seed: int,
 ) -> list[dict[str, Any]]:
     """The verdict after each deletion, for solutions with enough steps for the largest count.
 
@@ -127,7 +108,7 @@ def deletion_outcomes(
             solution.trajectory.step_ids,
             step_means(solution.trajectory.entropy, solution.trajectory.step_ids),
             counts=counts,
-            seed=seed + solution.row,
+            seed=policy.seed + solution.row,
         )
     ]
     edits = {(solution.row, deletion.kept): solution for solution, deletion in planned}
@@ -135,11 +116,9 @@ def deletion_outcomes(
     answers = policy.answer(
         [solution.prompt for solution in edits.values()],
         [rows[solution.row] for solution in edits.values()],
-        grader=grader,
-        max_new_tokens=max_new_tokens,
-        seed=seed + 1,
-        what="edited solutions",
+        "edited solutions",
         prefixes=left,
+        draw=1,
     )
     answered = dict(zip(edits, (found[0] for found in answers), strict=True))
     texts = dict(zip(edits, policy.tokenizer.batch_decode(left), strict=True))

@@ -11,29 +11,20 @@ from typing import Any
 from echorl_jax.analysis.policy import Policy, Trajectory
 from echorl_jax.analysis.runs import is_number, read_jsonl
 from echorl_jax.analysis.trajectories import step_means
-from echorl_jax.data import encode_prompt, encode_target, expert_text
+from echorl_jax.data import encode_target, expert_text
 from echorl_jax.errors import UserError
-from echorl_jax.rewards import GraderPool
 
 Row = dict[str, Any]
 
 
 def expert_rows(
-    policy: Policy,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    template: str,
-    max_prompt_tokens: int,
-    max_new_tokens: int,
+    policy: Policy, rows: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Row], list[Mapping[str, Any]]]:
-    """Scores the expert trajectory of each row that has one.
+    """Scores the expert trajectory of each row that has one, up to the policy's longest answer.
 
     Args:
       policy: whose entropy counts.
       rows: in verl's columns.
-      template: how a row becomes a prompt.
-      max_prompt_tokens: rows with longer prompts are left out.
-      max_new_tokens: trajectories are read up to here.
 
     Returns:
       Rows for :func:`~echorl_jax.analysis.trajectories.entropy_profiles`, and the rows of the data
@@ -44,53 +35,34 @@ def expert_rows(
     """
     used, prompts, targets = [], [], []
     for row in rows:
-        prompt = encode_prompt(policy.tokenizer, row, template)
-        if expert_text(row) is not None and len(prompt) <= max_prompt_tokens:
+        prompt = policy.prompt(row)
+        if expert_text(row) is not None and len(prompt) <= policy.max_prompt_tokens:
             used.append(row)
             prompts.append(prompt)
-            targets.append(encode_target(policy.tokenizer, row)[:max_new_tokens])
+            targets.append(encode_target(policy.tokenizer, row)[: policy.max_new_tokens])
     if not used:
         raise UserError(
             "--data: no row has an expert trajectory (column target or solution) "
-            f"and a prompt within --max_prompt_tokens={max_prompt_tokens}"
+            f"and a prompt within --max_prompt_tokens={policy.max_prompt_tokens}"
         )
     scored = policy.score(prompts, targets, "expert trajectories")
     return [_row("expert", trajectory) for trajectory in scored], used
 
 
-def policy_rows(
-    policy: Policy,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    template: str,
-    max_new_tokens: int,
-    grader: GraderPool,
-    seed: int,
-) -> list[Row]:
+def policy_rows(policy: Policy, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Samples one trajectory of the policy for each row."""
-    prompts = [encode_prompt(policy.tokenizer, row, template) for row in rows]
-    answers = policy.answer(
-        prompts,
-        rows,
-        grader=grader,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-        what="policy trajectories",
-    )
+    answers = policy.answer(list(map(policy.prompt, rows)), rows, "policy trajectories")
     return [
         _row("policy", a.trajectory) | {"correct": a.correct} for found in answers for a in found
     ]
 
 
-def rescored_rows(
-    policy: Policy, path: Path, *, template: str, max_new_tokens: int, limit: int
-) -> list[Row]:
-    """Scores the responses of a file under ``policy``.
+def rescored_rows(policy: Policy, path: Path, *, limit: int) -> list[Row]:
+    """Scores the responses of a file under ``policy``, up to its longest answer.
 
     Args:
       path: samples of a run or ``generations.jsonl`` of ``echorl evaluate``: objects with
         ``prompt`` (messages or text) and ``response``.
-      template, max_new_tokens: as in :func:`expert_rows`.
       limit: rows that are read; 0 reads all.
 
     Raises:
@@ -103,11 +75,9 @@ def rescored_rows(
             raise UserError(f"{path}, line {number}: needs prompt and response")
         encode = policy.tokenizer.encode
         text = isinstance(prompt, str)
-        ids = encode(response, add_special_tokens=False)[:max_new_tokens]
+        ids = encode(response, add_special_tokens=False)[: policy.max_new_tokens]
         if ids:
-            prompts.append(
-                encode(prompt) if text else encode_prompt(policy.tokenizer, row, template)
-            )
+            prompts.append(encode(prompt) if text else policy.prompt(row))
             completions.append(ids)
             found.append(row)
     if not found:

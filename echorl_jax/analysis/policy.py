@@ -1,28 +1,29 @@
 """A model that a study asks: what it writes, and how uncertain it is at each token of a text."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from echorl_jax.analysis.progress import Counter
 from echorl_jax.core import step_ids
-from echorl_jax.data import load_tokenizer, newline_delimiters
+from echorl_jax.data import encode_prompt, load_tokenizer, newline_delimiters
 from echorl_jax.data.tokens import model_path
 from echorl_jax.errors import UserError
-from echorl_jax.evaluation.evaluate import end_tokens
-from echorl_jax.evaluation.grading import GradedTexts, grade_rollouts
+from echorl_jax.evaluation.bar import Bar
+from echorl_jax.evaluation.evaluate import Attempt, attempt_rows
 from echorl_jax.models import Decoder, load_model
 from echorl_jax.rewards import GraderPool
-from echorl_jax.rollout import generate, score_rollouts
-from echorl_jax.rollout.scoring import given_rollouts
-from echorl_jax.types import PyTree, Rollouts
+from echorl_jax.rollout import Progress, pad_lists, score
+from echorl_jax.types import HostArray, PyTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+_T = TypeVar("_T")
+LINE_EVERY_SECONDS = 15.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,14 +46,19 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A model with its tokenizer, and how it is asked."""
+    """A model with its tokenizer, how it is asked, and who judges its answers."""
 
     model: Decoder
     params: PyTree
     tokenizer: "PreTrainedTokenizerBase"
     is_delimiter: np.ndarray  # bool [V]
+    grader: GraderPool
+    template: str
     temperature: float
+    max_prompt_tokens: int
+    max_new_tokens: int
     rows_at_once: int
+    seed: int
 
     @classmethod
     def load(
@@ -60,18 +66,28 @@ class Policy:
         path: str,
         *,
         dtype: str,
-        delimiter_ids: Sequence[int] = (),
-        temperature: float = 1.0,
-        rows_at_once: int = 64,
+        delimiter_ids: Sequence[int],
+        grader: GraderPool,
+        template: str,
+        temperature: float,
+        max_prompt_tokens: int,
+        max_new_tokens: int,
+        rows_at_once: int,
+        seed: int,
     ) -> "Policy":
         """Reads a Hugging Face directory, a repository id or ``builtin:countdown``.
 
         Args:
           path: the model.
           dtype: of activations.
-          delimiter_ids: tokens that end a step; those with a newline unless given.
+          delimiter_ids: tokens that end a step; those with a newline if there is none.
+          grader: judges its answers.
+          template: how a row becomes a prompt.
           temperature: divides the logits in sampling and in entropies; above 0.
+          max_prompt_tokens: rows with longer prompts are left out.
+          max_new_tokens: longest answer.
           rows_at_once: completions in one call.
+          seed: of the sampling.
 
         Raises:
           UserError: there is no such model, or an option is out of its range.
@@ -88,103 +104,109 @@ class Policy:
         marks[list(delimiter_ids)] = True
         if not delimiter_ids:
             marks = newline_delimiters(tokenizer, len(marks))
-        return cls(model, params, tokenizer, marks, temperature, rows_at_once)
+        return cls(
+            model=model,
+            params=params,
+            tokenizer=tokenizer,
+            is_delimiter=marks,
+            grader=grader,
+            template=template,
+            temperature=temperature,
+            max_prompt_tokens=max_prompt_tokens,
+            max_new_tokens=max_new_tokens,
+            rows_at_once=rows_at_once,
+            seed=seed,
+        )
+
+    def prompt(self, row: Mapping[str, Any]) -> list[int]:
+        """The token ids that ask for an answer to ``row``."""
+        return encode_prompt(self.tokenizer, row, self.template)
 
     def score(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], what: str
-    ) -> Iterator[Trajectory]:
-        """The policy's entropy at each token of given completions, in their order."""
+    ) -> list[Trajectory]:
+        """The policy's entropy at each token of given completions."""
         order = sorted(range(len(completions)), key=lambda i: len(completions[i]))
-        found: dict[int, Trajectory] = {}
-        with Counter(what, len(order)) as counter:
+        found: dict[int, HostArray] = {}
+        with Bar(what, len(order), every_s=LINE_EVERY_SECONDS) as bar:
             # Rows of like length together: the others' padding costs as much as their tokens.
             for places in _cut(order, self.rows_at_once):
-                given = given_rollouts(
-                    [prompts[i] for i in places], [completions[i] for i in places]
+                _, entropy = score(
+                    self.model,
+                    self.params,
+                    [prompts[i] for i in places],
+                    [completions[i] for i in places],
+                    temperature=self.temperature,
                 )
-                _, entropy = score_rollouts(
-                    self.model, self.params, given, temperature=self.temperature
-                )
-                steps = self._step_ids(given)
-                given, entropy, steps = jax.device_get((given, entropy, steps))
-                for row, place in enumerate(places):
-                    found[place] = _trajectory(given, entropy, steps, row)
-                counter.add(len(places))
-        for place in range(len(completions)):
-            yield found[place]
+                found.update(zip(places, jax.device_get(entropy), strict=True))
+                _count(bar, what, len(found), len(order))
+        return self._trajectories(completions, [found[i] for i in range(len(found))])
 
     def answer(
         self,
         prompts: Sequence[Sequence[int]],
-        rows: Sequence[Any],
-        *,
-        grader: GraderPool,
-        max_new_tokens: int,
-        seed: int,
+        rows: Sequence[Mapping[str, Any]],
         what: str,
+        *,
         samples: int = 1,
         prefixes: Sequence[Sequence[int]] | None = None,
-    ) -> Iterator[list[Answer]]:
-        """Samples and grades ``samples`` answers to each prompt; yields one list per prompt.
+        draw: int = 0,
+    ) -> list[Sequence[Answer]]:
+        """Samples and grades ``samples`` answers to each prompt; one list per prompt.
 
         Args:
           prompts, rows: token ids and the rows that they were made of.
-          grader: judges.
-          max_new_tokens: longest answer, a prefix included.
-          seed: of the sampling.
           what: is counted on the screen.
           samples: answers to a prompt.
           prefixes: how each prompt's answers have to begin.
+          draw: added to the seed, for answers that do not repeat another call's draws.
         """
-        per_call = max(1, min(len(prompts), self.rows_at_once // samples))
-        longest = max(map(len, prompts))
-        with Counter(what, len(prompts)) as counter:
-            for places in _cut(range(len(prompts)), per_call):
-                # Repeats fill up the last call, so that all share a compiled program.
-                filled = [*places, *[places[-1]] * (per_call - len(places))]
-                rollouts = generate(
-                    self.model,
-                    self.params,
-                    [prompts[i] for i in filled],
-                    jax.random.key(seed),
-                    group_size=samples,
-                    max_new_tokens=max_new_tokens,
-                    temperature=self.temperature,
-                    eos_ids=end_tokens(self.tokenizer, self.model),
-                    row_ids=[i * samples + s for i in filled for s in range(samples)],
-                    prefixes=None
-                    if prefixes is None
-                    else [prefixes[i] for i in filled for _ in range(samples)],
-                    prompt_tokens=longest,
-                )
-                rollouts, steps = jax.device_get((rollouts, self._step_ids(rollouts)))
-                texts = grade_rollouts(
-                    rollouts, [rows[i] for i in filled], tokenizer=self.tokenizer, grader=grader
-                )
-                for number in range(len(places)):
-                    own = range(number * samples, (number + 1) * samples)
-                    yield [_answer(rollouts, steps, texts, row) for row in own]
-                counter.add(len(places))
+        attempts: list[Attempt] = []
 
-    def _step_ids(self, rollouts: Rollouts) -> jax.Array:
-        width = rollouts.completion_ids.shape[1]
-        mask = jnp.arange(width)[None, :] < rollouts.completion_length[:, None]
-        return step_ids(rollouts.completion_ids, mask, jnp.asarray(self.is_delimiter))
+        def count(_: Progress | None = None) -> None:
+            _count(bar, what, len(attempts) // samples, len(prompts))
 
+        with Bar(what, len(prompts), every_s=LINE_EVERY_SECONDS) as bar:
+            for attempt in attempt_rows(
+                self.model,
+                self.params,
+                rows,
+                prompts,
+                jax.random.key(self.seed + draw),
+                tokenizer=self.tokenizer,
+                grader=self.grader,
+                samples=samples,
+                max_new_tokens=self.max_new_tokens,
+                temperature=self.temperature,
+                prefixes=prefixes,
+                rows_at_once=self.rows_at_once,
+                progress=count,
+            ):
+                attempts.append(attempt)
+                count()
+        trajectories = self._trajectories([a.ids for a in attempts], [a.entropy for a in attempts])
+        answers = [
+            Answer(trajectory, attempt.response, attempt.verdict.correct)
+            for trajectory, attempt in zip(trajectories, attempts, strict=True)
+        ]
+        return list(_cut(answers, samples))
 
-def _answer(rollouts: Rollouts, steps: np.ndarray, texts: GradedTexts, row: int) -> Answer:
-    trajectory = _trajectory(rollouts, rollouts.token_entropy, steps, row)
-    return Answer(trajectory, texts.responses[row], texts.verdicts[row].correct)
-
-
-def _trajectory(rollouts: Rollouts, entropy: Any, steps: Any, row: int) -> Trajectory:
-    length = int(rollouts.completion_length[row])
-    return Trajectory(
-        ids=tuple(rollouts.completion_ids[row, :length].tolist()),
-        entropy=tuple(entropy[row, :length].tolist()),
-        step_ids=tuple(steps[row, :length].tolist()),
-    )
+    def _trajectories(
+        self, completions: Sequence[Sequence[int]], entropy: Sequence[HostArray]
+    ) -> list[Trajectory]:
+        """Cuts completions into steps; an entropy may be padded."""
+        ids, length = pad_lists(completions, max(map(len, completions), default=1))
+        mask = np.arange(ids.shape[1]) < length[:, None]
+        steps = jax.device_get(step_ids(*map(jnp.asarray, (ids, mask, self.is_delimiter))))
+        return [
+            Trajectory(*(tuple(values[:end].tolist()) for values in of_tokens))
+            for end, *of_tokens in zip(length, ids, entropy, steps, strict=True)
+        ]
 
 
-def _cut(places: Sequence[int], size: int) -> Iterator[Sequence[int]]:
-    return (places[i : i + size] for i in range(0, len(places), size))
+def _count(bar: Bar, what: str, done: int, total: int) -> None:
+    bar.show(done, f"{what}: {done} of {total}", now=done == total)
+
+
+def _cut(values: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+    return (values[i : i + size] for i in range(0, len(values), size))

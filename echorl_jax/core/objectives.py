@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from echorl_jax.choices import Aggregation, KLEstimator
+from echorl_jax.choices import Aggregation, Baseline, KLEstimator
 from echorl_jax.core import advantages as adv
 from echorl_jax.core import losses, selection
 from echorl_jax.errors import nearest
@@ -44,14 +44,18 @@ def alike(rewards: Array, group: Array, *, num_groups: int) -> Array:
     return jnp.ones_like(rewards)
 
 
-normalised = from_rewards(adv.group_advantages)
-centred = from_rewards(adv.group_advantages, divide_by_std=False)
-
-
-def above_own(
+def normalised(
     rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
 ) -> Array:
-    """Rewards above the mean of the rows that the policy wrote (LUFFY's option)."""
+    """:func:`group_advantages` over the rows that make the baseline."""
+    del lengths
+    return adv.group_advantages(rewards, group, num_groups=num_groups, on_policy=on_policy)
+
+
+def centred(
+    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
+) -> Array:
+    """The same without division by the deviation."""
     del lengths
     return adv.group_advantages(
         rewards, group, num_groups=num_groups, on_policy=on_policy, divide_by_std=False
@@ -165,8 +169,11 @@ class Objective:
     EchoRL is not an objective: its loss is added to any of these.
     """
 
-    # (rewards [N], group [N], *, num_groups, lengths [N], on_policy [N]) -> [N]
+    # (rewards [N], group [N], *, num_groups, lengths [N], on_policy [N]) -> [N]; the last marks the
+    # rows that `baseline` names.
     advantages: Callable[..., Array] = normalised
+    # Rows that a group's mean is of: all, or those that the policy wrote (LUFFY's option).
+    baseline: Baseline = "all"
     # (logprobs [B, T], batch, objective) -> [B, T]
     token_loss: Callable[[Array, TrainBatch, "Objective"], Array] = clipped_loss
     # How token losses become one number.
@@ -248,12 +255,6 @@ OBJECTIVES: dict[str, Objective] = {
     "opo": Objective(advantages=from_lengths(adv.opo_advantages)),
     "luffy": Objective(
         advantages=centred,
-        token_loss=luffy,
-        aggregation="seq-mean-token-sum-norm",
-        expert_rows=1,
-    ),
-    "luffy_own_mean": Objective(
-        advantages=above_own,
         token_loss=luffy,
         aggregation="seq-mean-token-sum-norm",
         expert_rows=1,

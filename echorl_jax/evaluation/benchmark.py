@@ -14,7 +14,7 @@ import jax
 from echorl_jax.data import encode_prompt, load_rows, load_tokenizer
 from echorl_jax.data.tokens import model_path
 from echorl_jax.errors import UserError
-from echorl_jax.evaluation.evaluate import MOST_SAMPLES, Attempt, attempt_rows, end_tokens
+from echorl_jax.evaluation.evaluate import MOST_SAMPLES, Attempt, attempt_rows
 from echorl_jax.evaluation.generations import (
     claim,
     digest_rows,
@@ -217,7 +217,6 @@ def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: i
                 samples=each.samples,
                 max_new_tokens=options.max_new_tokens,
                 temperature=each.temperature,
-                eos_ids=end_tokens(work.tokenizer, model),
                 top_p=options.top_p if each.temperature else 1.0,
                 rows_at_once=options.batch,
                 slots=options.slots,
@@ -243,6 +242,6 @@ def _line(attempt: Attempt, place: int, row: Mapping[str, Any], *, greedy: bool)
         "ground_truth": row["reward_model"]["ground_truth"],
         "response": attempt.response,
         **vars(attempt.verdict),
-        "tokens": attempt.tokens,
+        "tokens": len(attempt.ids),
         "truncated": attempt.truncated,
     }

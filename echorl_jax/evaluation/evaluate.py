@@ -1,6 +1,7 @@
 """Completions for every row of a benchmark, graded while others are generated."""
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,7 @@ from echorl_jax.evaluation.grading import Grading
 from echorl_jax.models import Decoder
 from echorl_jax.rewards import GraderPool, Verdict
 from echorl_jax.rollout import Progress, generate
-from echorl_jax.types import Array, PyTree, Rollouts
+from echorl_jax.types import Array, HostArray, PyTree, Rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 MOST_SAMPLES = 4096
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Attempt:
     """One graded completion of a row."""
 
@@ -29,7 +30,8 @@ class Attempt:
     data_source: str
     response: str
     verdict: Verdict
-    tokens: int
+    ids: HostArray  # int32, a prefix and the end token included
+    entropy: HostArray  # float32 at each of them, in nats
     truncated: bool
 
 
@@ -60,9 +62,8 @@ def attempt_rows(
     samples: int,
     max_new_tokens: int,
     temperature: float,
-    eos_ids: Sequence[int],
     top_p: float = 1.0,
-    top_k: int = 0,
+    prefixes: Sequence[Sequence[int]] | None = None,
     rows_at_once: int = 256,
     slots: int = 0,
     numbers: Sequence[int] | None = None,
@@ -80,7 +81,7 @@ def attempt_rows(
     Args:
       rows: in verl's columns.
       prompts: their token ids.
-      eos_ids: tokens that end a completion.
+      prefixes: how each row's attempts have to begin; they are judged with it.
       rows_at_once: completions in one call of the sampler.
       slots: completions decoded at once; 0 lets the sampler choose.
       numbers: each row's number in the keys; its position unless given.
@@ -89,64 +90,53 @@ def attempt_rows(
     """
     per_call = max(1, min(rows_at_once // samples, len(rows)))
     longest = max(map(len, prompts), default=0)
-    before: _Call | None = None
-    for start in range(done // samples // per_call * per_call, len(rows), per_call):
-        places = list(range(start, min(start + per_call, len(rows))))
-        padded = places + places[-1:] * (per_call - len(places))
-        own = [i if numbers is None else numbers[i] for i in padded]
-        grading = Grading(
-            [rows[i] for i in places for _ in range(samples)],
-            tokenizer=tokenizer,
-            grader=grader,
-            all_texts=True,
-        )
+    numbers = range(len(rows)) if numbers is None else numbers
+
+    def call(start: int) -> _Call:
+        places = range(start, min(start + per_call, len(rows)))
+        filled = [*places, *[places[-1]] * (per_call - len(places))]
+        judged = [rows[i] for i in places for _ in range(samples)]
+        grading = Grading(judged, tokenizer=tokenizer, grader=grader, all_texts=True)
         rollouts = generate(
             model,
             params,
-            [list(prompts[i]) for i in padded],
+            [list(prompts[i]) for i in filled],
             key,
             group_size=samples,
             max_new_tokens=max_new_tokens,
             temperature=temperature,
             top_p=top_p,
-            top_k=top_k,
-            eos_ids=eos_ids,
-            row_ids=[number * MOST_SAMPLES + s for number in own for s in range(samples)],
+            eos_ids=end_tokens(tokenizer, model),
+            row_ids=[numbers[i] * MOST_SAMPLES + s for i in filled for s in range(samples)],
+            prefixes=prefixes and [prefixes[i] for i in filled for _ in range(samples)],
             slots=slots,
             prompt_tokens=longest,
             mesh=mesh,
             progress=progress,
             finished=grading.take,
         )
-        rollouts = _head(jax.device_get(rollouts), len(places) * samples)
-        call = _Call(places, rollouts, grading)
-        if before is not None:
-            yield from _attempts(before, rows, samples, done)
-        before = call
-    if before is not None:
-        yield from _attempts(before, rows, samples, done)
+        return _Call(places, jax.device_get(rollouts), grading)
+
+    calls = map(call, range(done // samples // per_call * per_call, len(rows), per_call))
+    # Pairs, so that a call's verdicts are waited for when the next one has been generated.
+    for before, _ in itertools.pairwise(itertools.chain(calls, [None])):
+        assert before is not None
+        for attempt in _attempts(before, rows, samples):
+            if attempt.problem * samples + attempt.sample >= done:
+                yield attempt
 
 
-def _head(rollouts: Rollouts, count: int) -> Rollouts:
-    """The first rows, without those that fill up the call."""
-    whole = vars(rollouts)
-    cut = {name: value if "prompt" in name else value[:count] for name, value in whole.items()}
-    return Rollouts(**cut)
-
-
-def _attempts(
-    call: _Call, rows: Sequence[Mapping[str, Any]], samples: int, done: int
-) -> Iterator[Attempt]:
-    texts = call.grading.result()
+def _attempts(call: _Call, rows: Sequence[Mapping[str, Any]], samples: int) -> Iterator[Attempt]:
+    texts, rollouts = call.grading.result(), call.rollouts
     for at, verdict in enumerate(texts.verdicts):
-        problem = call.places[at // samples]
-        if problem * samples + at % samples >= done:
-            yield Attempt(
-                problem=problem,
-                sample=at % samples,
-                data_source=rows[problem]["data_source"],
-                response=texts.responses[at],
-                verdict=verdict,
-                tokens=int(call.rollouts.completion_length[at]),
-                truncated=bool(call.rollouts.truncated[at]),
-            )
+        problem, length = call.places[at // samples], int(rollouts.completion_length[at])
+        yield Attempt(
+            problem=problem,
+            sample=at % samples,
+            data_source=rows[problem]["data_source"],
+            response=texts.responses[at],
+            verdict=verdict,
+            ids=rollouts.completion_ids[at, :length],
+            entropy=rollouts.token_entropy[at, :length],
+            truncated=bool(rollouts.truncated[at]),
+        )

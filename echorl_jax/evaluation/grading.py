@@ -12,7 +12,7 @@ from echorl_jax.errors import one_line
 from echorl_jax.parallel import from_shares, own_share, texts_from_shares
 from echorl_jax.rewards import GraderPool, PoolError, Verdict
 from echorl_jax.rewards.verdict import MAX_REASON
-from echorl_jax.types import HostArray, Rollouts
+from echorl_jax.types import HostArray
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +70,8 @@ class Grading:
           completions: their tokens.
         """
         wanted = {i: ids for i, ids in zip(places, completions, strict=True) if i in self._decoded}
+        if not wanted:  # a tokenizer may decode no rows as one empty text
+            return
         own = [i for i in wanted if i in _own(len(self._rows))]
         try:
             ids = [[*self._openings[i], *tokens.tolist()] for i, tokens in wanted.items()]
@@ -99,29 +101,6 @@ class Grading:
         for places, verdicts in self._parts:
             found.update(zip(places, verdicts.result(), strict=True))
         return [found[i] for i in _own(len(self._rows))]
-
-
-def grade_rollouts(
-    rollouts: Rollouts,
-    rows: Sequence[Mapping[str, Any]],
-    *,
-    tokenizer: "PreTrainedTokenizerBase",
-    grader: GraderPool,
-) -> GradedTexts:
-    """:class:`Grading` of rollouts that are all there.
-
-    Args:
-      rollouts: NumPy arrays.
-      rows: one per prompt.
-      tokenizer: decodes.
-      grader: judges.
-    """
-    group = np.asarray(rollouts.group)
-    grading = Grading([rows[g] for g in group], tokenizer=tokenizer, grader=grader)
-    lengths = rollouts.completion_length
-    completions = zip(rollouts.completion_ids, lengths, strict=True)
-    grading.take(range(len(group)), [tokens[:length] for tokens, length in completions])
-    return grading.result()
 
 
 def _own(count: int) -> range:

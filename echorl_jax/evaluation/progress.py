@@ -1,16 +1,7 @@
-"""How far an evaluation is: a bar on a terminal, a line now and then elsewhere."""
+"""How far an evaluation is."""
 
-import sys
-import time
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-
-from echorl_jax.parallel import is_first
+from echorl_jax.evaluation.bar import Bar
 from echorl_jax.rollout import Progress
-
-LINE_EVERY_SECONDS = 30.0
 
 
 class EvaluationProgress:
@@ -18,32 +9,23 @@ class EvaluationProgress:
 
     def __init__(self, total: int, *, done: int) -> None:
         self._total, self._done, self._first = total, done, done
-        self._console = Console(file=sys.stderr, quiet=not is_first())
-        self._bar: Bar | None = None
-        self._task = None
+        self._bar = Bar("attempts", total, done=done)
         self._sampler = ""
         self._source = ""
         self._finished_tokens, self._finished_seconds = 0, 0.0
         self._last: Progress | None = None
-        self._last_line = time.monotonic()
 
     def __enter__(self) -> "EvaluationProgress":
         if self._done:
-            self._say(f"{self._done} of {self._total} attempts are there already")
-        if self._console.is_terminal:
-            columns = (TextColumn("attempts"), MofNCompleteColumn(), BarColumn())
-            text = TextColumn("{task.description}")
-            self._bar = Bar(*columns, TimeRemainingColumn(), text, console=self._console)
-            self._bar.start()
-            self._task = self._bar.add_task("", total=self._total, completed=self._done)
+            self._bar.say(f"{self._done} of {self._total} attempts are there already")
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar:
-            self._bar.stop()
+        self._bar.__exit__()
         self._settle()
         speed = self._finished_tokens / max(self._finished_seconds, 1e-9)
-        self._say(
+        self._bar.say(
             f"{self._done - self._first} attempts, {self._finished_tokens:,} tokens "
             f"at {speed:,.0f} tokens/s"
         )
@@ -73,11 +55,5 @@ class EvaluationProgress:
 
     def _show(self) -> None:
         text = f"{self._source}  {self._sampler}".strip()
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=self._done, description=text)
-        elif time.monotonic() - self._last_line >= LINE_EVERY_SECONDS:
-            self._last_line = time.monotonic()
-            self._say(f"{self._done} of {self._total} attempts  {text}")
-
-    def _say(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        line = f"{self._done} of {self._total} attempts  {text}"
+        self._bar.show(self._done, line, beside=text)

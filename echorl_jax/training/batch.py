@@ -53,12 +53,14 @@ class Assembled:
 @functools.partial(jax.jit, static_argnames=("objective",))
 def step_advantages(rollouts: Rollouts, graded: Graded, *, objective: Objective) -> Array:
     """Advantages ``[N]`` f32 over the whole batch of a step."""
+    own = graded.on_policy
+    baseline = own if objective.baseline == "on_policy" else jnp.ones_like(own)
     return objective.advantages(
         graded.rewards,
         rollouts.group,
         num_groups=rollouts.prompt_ids.shape[0],
         lengths=rollouts.completion_length,
-        on_policy=graded.on_policy,
+        on_policy=baseline,
     )
 
 

@@ -63,7 +63,6 @@ class Evaluator:
             samples=config.eval.samples,
             max_new_tokens=config.rollout.max_new_tokens,
             temperature=config.eval.temperature,
-            eos_ids=self.session.eos_ids,
             mesh=self.session.mesh,
         )
         outcomes = [(a.data_source, a.problem, a.verdict.correct) for a in attempts]

@@ -3,21 +3,17 @@
 import json
 import math
 import os
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from echorl_jax.config import ConfigError
+from echorl_jax.evaluation.bar import Bar
 from echorl_jax.parallel import is_first
-
-LINE_EVERY_SECONDS = 30.0
 
 
 class RunLog:
@@ -41,28 +37,14 @@ class RunLog:
         self._file = path.open("a") if self._speaks else None
         self._events = _open_events(workdir / "tensorboard", first_step) if tensorboard else None
         self._total = total_steps
-        self._console = Console(file=sys.stderr)
-        self._progress: Progress | None = None
-        self._task = None
-        self._last_line = -math.inf
+        self._bar = Bar("step", total_steps, at_once=True)
 
     def __enter__(self) -> "RunLog":
-        if self._speaks and self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TimeRemainingColumn(),
-                TextColumn("{task.description}"),
-                console=self._console,
-            )
-            self._progress.start()
-            self._task = self._progress.add_task("", total=self._total)
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._progress:
-            self._progress.stop()
+        self._bar.__exit__()
         if self._events:
             self._events.close()
         if self._wandb:
@@ -95,29 +77,25 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Prints one line, above the progress bar where there is one."""
-        if self._speaks:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self._bar.say(text)
 
     def present(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         """What a run is about to do: a table on a terminal, lines in a log."""
-        if self._speaks and self._console.is_terminal:
+        if self._bar.drawn:
             table = Table(title=title, show_header=False, title_justify="left")
             for row in rows:
                 table.add_row(*row)
-            self._console.print(table)
+            self._bar.console.print(table)
         else:
             self.say("\n".join([title, *(f"  {name:<9} {text}" for name, text in rows)]))
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
         summary = "  ".join(_summary(metrics))
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=step, description=summary)
-        now = time.monotonic()
+        line = f"step {step}/{self._total}  {summary}"
         evaluated = any(name.startswith("eval/") for name in metrics)
-        due = now - self._last_line >= LINE_EVERY_SECONDS
-        if evaluated or (self._progress is None and (due or step == self._total)):
-            self._last_line = now
-            self.say(f"step {step}/{self._total}  {summary}")
+        self._bar.show(step, line, beside=summary, now=evaluated or step == self._total)
+        if evaluated and self._bar.drawn:
+            self.say(line)
 
 
 @contextmanager

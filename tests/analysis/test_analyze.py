@@ -61,6 +61,7 @@ def test_stored_entropies_need_no_model(tmp_path):
         ({"studies": ("entropy",)}, "--rollouts with stored entropies"),
         ({"rollouts": Path("none.jsonl")}, "none.jsonl: no such file"),
         ({"deletions": (-1,)}, "--deletions"),
+        ({"samples": 5000}, "--samples=5000: at most 4096"),
         ({"studies": ("run",)}, "not a directory|holds no run"),
     ],
 )

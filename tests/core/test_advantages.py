@@ -1,11 +1,14 @@
 """Advantages, filters, weights and hints: conventions, properties and hand-worked values."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from echorl_jax import core
+from echorl_jax.training.batch import step_advantages
 
 ESTIMATORS = {name: core.OBJECTIVES[name].advantages for name in core.OBJECTIVES if name != "sft"}
 
@@ -60,6 +63,19 @@ def test_whitening_of_nothing_is_finite():
 def test_leave_one_out_by_hand():
     # 1 - (0 + 4) / 2, 0 - (1 + 4) / 2, 4 - (1 + 0) / 2.
     assert estimate("rloo", [1.0, 0.0, 4.0], [0, 0, 0]).tolist() == [-1.0, -2.5, 3.5]
+
+
+def test_the_mean_is_of_the_rows_that_baseline_names():
+    """An expert's success among two failures and a success of the policy's."""
+    rewards, group = jnp.array([0.0, 0.0, 1.0, 1.0]), np.zeros(4, np.int32)
+    rollouts = SimpleNamespace(group=group, prompt_ids=group[:1], completion_length=group + 1)
+    graded = SimpleNamespace(rewards=rewards, on_policy=jnp.array([True, True, True, False]))
+    score = step_advantages.__wrapped__
+    luffy = core.load_objective("luffy")
+    assert score(rollouts, graded, objective=luffy).tolist() == [-0.5, -0.5, 0.5, 0.5]
+    luffy = core.load_objective("luffy", baseline="on_policy")
+    found = score(rollouts, graded, objective=luffy)
+    np.testing.assert_allclose(found, np.array([-1, -1, 2, 2]) / 3, rtol=1e-6)
 
 
 def test_expert_is_scored_against_the_policys_rows():

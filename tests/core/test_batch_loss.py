@@ -228,7 +228,7 @@ def test_the_entropy_bonus_is_of_the_mean_entropy_whatever_adds_up_token_losses(
         jax.tree.map(lambda x, rows=rows: x[rows], (logprobs, entropy, batch))
         for rows in (np.arange(3), np.arange(3, ROWS))
     ]
-    terms = [total(*half, objective, 0.0)[1].entropy.sum for half in halves]
+    terms = [total(half[:2], half[2], objective, 0.0)[1].entropy.sum for half in halves]
     real = np.asarray(batch.loss_mask) > 0
     assert sum(terms) == pytest.approx(np.asarray(entropy)[real].mean(), rel=1e-5)
 

@@ -10,7 +10,7 @@ import pytest
 from echorl_jax.data import encode_prompt, load_rows, load_tokenizer
 from echorl_jax.data.tokens import BUILTIN
 from echorl_jax.evaluation.evaluate import end_tokens
-from echorl_jax.evaluation.grading import Grading, grade_rollouts
+from echorl_jax.evaluation.grading import Grading
 from echorl_jax.models import init_params, load_decoder
 from echorl_jax.rewards import GraderPool, PoolError
 from echorl_jax.rollout import generate
@@ -58,10 +58,13 @@ def test_verdicts_are_those_of_grading_afterwards(sampler: dict[str, Any], hangs
     text = tokenizer.decode(rollouts.completion_ids[7, :length], skip_special_tokens=True)
     rows = judged_rows(hang_on=text if hangs else None)
     with GraderPool("slow_graders:slow", workers=2, timeout_s=1.0) as grader:
-        after = grade_rollouts(rollouts, rows, tokenizer=tokenizer, grader=grader)
-        grading = Grading(
-            [row for row in rows for _ in range(GROUP)], tokenizer=tokenizer, grader=grader
-        )
+        judged = [row for row in rows for _ in range(GROUP)]
+        afterwards = Grading(judged, tokenizer=tokenizer, grader=grader)
+        lengths = rollouts.completion_length
+        ended = [ids[:end] for ids, end in zip(rollouts.completion_ids, lengths, strict=True)]
+        afterwards.take(range(len(judged)), ended)
+        after = afterwards.result()
+        grading = Grading(judged, tokenizer=tokenizer, grader=grader)
         takes: list[list[int]] = []
 
         def finished(places, completions) -> None:
@@ -106,6 +109,7 @@ def test_fillers_are_nobodys_and_a_missing_row_is_not_made_up(sampler: dict[str,
     with GraderPool("slow_graders:slow", workers=0) as grader:
         grading = Grading([{"number": 1}, {"number": 2}], tokenizer=tokenizer, grader=grader)
         grading.take([3, 1, 2], [tokens] * 3)
+        grading.take([4, 5], [tokens] * 2)
         with pytest.raises(KeyError):
             grading.result()
         grading.take([0], [tokens])

@@ -13,7 +13,7 @@ import numpy as np
 from echorl_jax.cluster import assignment, follow_supervisor, tell
 from echorl_jax.data import PromptStream, encode_prompt, load_rows, load_tokenizer
 from echorl_jax.errors import UserError
-from echorl_jax.evaluation.grading import GradedTexts, grade_rollouts
+from echorl_jax.evaluation.grading import GradedTexts, Grading
 from echorl_jax.parallel import (
     any_process,
     from_first,
@@ -30,7 +30,6 @@ from echorl_jax.parallel import (
 )
 from echorl_jax.rewards import GraderPool
 from echorl_jax.training.evaluator import attempt
-from echorl_jax.types import Rollouts
 
 
 class Counted:
@@ -122,20 +121,11 @@ def grade(grader: GraderPool) -> GradedTexts:
     tokenizer = load_tokenizer("builtin:countdown")
     targets = [row["target"][0]["content"] for row in rows]
     texts = [text for target in targets for text in (target, "no")]
-    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
-    width = max(map(len, ids))
-    zeros = np.zeros((6, width), np.float32)
-    rollouts = Rollouts(
-        prompt_ids=np.zeros((3, 1), np.int32),
-        prompt_length=np.ones(3, np.int32),
-        group=np.repeat(np.arange(3, dtype=np.int32), 2),
-        completion_ids=np.array([line + [0] * (width - len(line)) for line in ids], np.int32),
-        completion_length=np.array([len(line) for line in ids], np.int32),
-        rollout_logprobs=zeros,
-        token_entropy=zeros,
-        truncated=np.zeros(6, bool),
-    )
-    return grade_rollouts(rollouts, rows, tokenizer=tokenizer, grader=grader)
+    ids = [np.array(tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+    judged = [row for row in rows for _ in range(2)]
+    grading = Grading(judged, tokenizer=tokenizer, grader=grader)
+    grading.take(range(6), ids)
+    return grading.result()
 
 
 def failures() -> dict:
