@@ -21,7 +21,7 @@ from echorl_jax.rollout.loop import Output, Program, empty_output
 from echorl_jax.rollout.memory import cache_dtype, choose_slots, shares_weights
 from echorl_jax.rollout.prefill import prefill
 from echorl_jax.rollout.request import Request, make_request
-from echorl_jax.rollout.sampling import row_keys
+from echorl_jax.rollout.sampling import row_keys, sampling_key
 from echorl_jax.rollout.settings import make_sampling
 from echorl_jax.rollout.slots import Queue, Slots, first_slots
 from echorl_jax.rollout.watch import Finished, Watch
@@ -92,7 +92,7 @@ def generate(
       params: its weights as the trainer holds them; they are cast and laid out for sampling by one
         compiled program.
       prompts: P lists of token ids, any lengths. Row i answers prompt ``i // group_size``.
-      key: PRNG key.
+      key: PRNG key, of any generator; rows draw by Threefry.
       group_size: G.
       max_new_tokens: T; rows that reach it without EOS are flagged as truncated.
       temperature: divides the logits; 0 takes the likeliest token.
@@ -105,7 +105,7 @@ def generate(
       row_limits: N limits up to T, one for each row.
       row_ids: N numbers that stand for i in the keys, so that work may be cut into any calls.
       prefixes: N token lists that the completions have to begin with. They count as completion,
-        with log-probabilities and entropies.
+        with log-probabilities and entropies; one that holds an EOS or a stop sequence ends there.
       slots: rows decoded at once; 0 takes all rows, or as many as memory allows.
       lanes: parts of the rows that are decoded side by side, each by a loop with its share of the
         slots; 0 takes one for each core on CPU if the model is small or T large, else one. On a
@@ -252,6 +252,8 @@ def block_sizes(
 
 
 def _check(*, slots: int, lanes: int, turns_per_visit: int, mesh: Mesh | None) -> None:
+    if jax.config.values["jax_enable_x64"]:
+        raise ValueError("jax_enable_x64 is on: the sampler counts and computes in 32 bits")
     if slots < 0:
         raise ValueError(f"slots={slots}: must be 0 (chosen) or positive")
     if lanes < 0:
@@ -310,8 +312,7 @@ def _placer(model: Decoder, mesh: Mesh | None) -> Callable[[PyTree], PyTree]:
 
 def _on_device(request: Request, key: Array, mesh: Mesh | None) -> tuple[Array, ...]:
     """The request as arrays, whole on every device, so that all take the same decisions."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
+    key = sampling_key(key)
     host = (
         request.tokens,
         request.length,

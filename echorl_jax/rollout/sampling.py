@@ -23,6 +23,9 @@ from echorl_jax.types import Array, pytree
 
 # Logit of what cannot be drawn: exp of it is exactly 0 in float32, and 0 times it is 0, not NaN.
 _NEVER = -1e30
+# The number of blocks has as much in common with this as it can, so that 2, 3, 4, 6, 8, 16 or 32
+# devices may share a vocabulary that they divide.
+SHARED = 96
 
 
 @pytree
@@ -32,6 +35,17 @@ class Sampled:
     token: Array  # i32 [M]
     logprob: Array  # f32 [M], under the whole distribution at the sampling temperature
     entropy: Array  # f32 [M], likewise
+
+
+def sampling_key(key: Array) -> Array:
+    """The call's key for Threefry, whatever generator it is for.
+
+    Other generators (``rbg``) give other numbers when rows are computed together, so that samples
+    would depend on the number of slots.
+    """
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    return jax.random.wrap_key_data(jax.random.key_data(key)[:2], impl="threefry2x32")
 
 
 def row_keys(key: Array, number: Array) -> Array:
@@ -56,7 +70,7 @@ def token_uniforms(keys: Array, position: Array) -> Array:
     """
 
     def bits(key: Array, position: Array) -> Array:
-        return jax.random.bits(jax.random.fold_in(key, position), (2,))
+        return jax.random.bits(jax.random.fold_in(key, position), (2,), jnp.uint32)
 
     return (jax.vmap(bits)(keys, position) >> 8).astype(jnp.float32) * jnp.float32(2**-24)
 
@@ -77,11 +91,12 @@ def sample(
       forced: i32 ``[M]``, a token to take whatever was drawn; -1 leaves the draw.
     """
     z = logits.astype(jnp.float32).T
-    if sampling.scale != 1:
-        z = z / sampling.scale
+    # The maximum first, so that the likeliest token weighs exactly 1 at any temperature.
     z = z - z.max(0, keepdims=True)
+    if sampling.scale != 1:
+        z = jnp.maximum(z / sampling.scale, _NEVER)
     vocab, rows = z.shape
-    blocks, width = vocabulary_blocks(vocab, shards=_vocabulary_shards())
+    blocks, width = vocabulary_blocks(vocab)
     z = jnp.pad(z, ((0, blocks * width - vocab), (0, 0)), constant_values=_NEVER)
     z = constrain(z.reshape(blocks, width, rows), "vocab", None, "batch")
     weight = jnp.exp(z)
@@ -99,36 +114,33 @@ def sample(
     return Sampled(token=token, logprob=chosen - jnp.log(total), entropy=jnp.maximum(entropy, 0.0))
 
 
-def vocabulary_blocks(vocab: int, *, shards: int = 1) -> tuple[int, int]:
+def vocabulary_blocks(vocab: int) -> tuple[int, int]:
     """Splits the vocabulary into blocks for the two-level search.
+
+    Which token a number draws depends on the blocks, so these depend on the vocabulary alone, not
+    on the mesh; and their number is one that devices can share, see :data:`SHARED`.
 
     Args:
       vocab: V.
-      shards: devices that the vocabulary is split over; divides the number of blocks.
 
     Returns:
       ``(blocks, width)`` with ``blocks * width >= vocab``: a pair of divisors near the square root
       if there is one, else the square root with padding.
 
     >>> vocabulary_blocks(32_000), vocabulary_blocks(50_257)
-    ((200, 160), (225, 224))
-    >>> vocabulary_blocks(151_936), vocabulary_blocks(151_936, shards=8)
-    ((1187, 128), (128, 1187))
+    ((160, 200), (288, 175))
+    >>> vocabulary_blocks(151_936), vocabulary_blocks(60)
+    ((128, 1187), (12, 5))
     """
     root = max(1, math.isqrt(vocab))
-    for width in range(root, max(1, root // 4), -1):
-        if vocab % width == 0:
-            pairs = (vocab // width, width), (width, vocab // width)
-            for blocks, other in pairs:
-                if blocks % shards == 0:
-                    return blocks, other
-    blocks = shards * -(-vocab // (root * shards))
+    near = range(max(1, root // 4) + 1, root + 1)
+    divisors = {n for width in near if vocab % width == 0 for n in (width, vocab // width)}
+    if divisors:
+        # Of those that most devices can share, the one nearest the square root.
+        blocks = max(divisors, key=lambda n: (math.gcd(n, SHARED), -max(n, vocab // n), n))
+    else:
+        blocks = SHARED * -(-vocab // (root * SHARED))
     return blocks, -(-vocab // blocks)
-
-
-def _vocabulary_shards() -> int:
-    """Devices along ``tensor`` in the mesh in force."""
-    return dict(jax.sharding.get_abstract_mesh().shape).get("tensor", 1)
 
 
 def _banned(shape: tuple[int, ...], banned_ids: tuple[int, ...]) -> np.ndarray:

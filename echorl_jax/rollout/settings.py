@@ -4,6 +4,8 @@ import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
@@ -54,8 +56,8 @@ def make_sampling(
     Raises:
       ValueError: a value out of range, a token outside the vocabulary, or nothing left to sample.
     """
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature={temperature}: must be 0 (greedy) or positive")
+    if temperature != 0 and not 1e-30 <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: must be 0 (greedy) or at least 1e-30")
     if top_k < 0:
         raise ValueError(f"top_k={top_k}: must be 0 (off) or positive")
     if not 0 < top_p <= 1:
@@ -67,7 +69,7 @@ def make_sampling(
         top_k=0 if top_k >= vocab_size else int(top_k),
         top_p=float(top_p),
         min_p=float(min_p),
-        eos_ids=_sorted_ids([eos_ids] if isinstance(eos_ids, int) else eos_ids),
+        eos_ids=_sorted_ids([eos_ids] if isinstance(eos_ids, int | np.integer) else eos_ids),
         stop_sequences=tuple(tuple(map(int, sequence)) for sequence in stop_sequences),
         banned_ids=_sorted_ids(banned_ids),
     )
@@ -87,7 +89,9 @@ def _sorted_ids(ids: Iterable[int]) -> tuple[int, ...]:
 
 
 def check_tokens(name: str, ids: Sequence[int], vocab_size: int) -> None:
-    """Raises ValueError, with the name, if an id lies outside ``[0, vocab_size)``."""
+    """Raises ValueError, with the name, if an id is no whole number in ``[0, vocab_size)``."""
+    if len(ids) and np.asarray(ids).dtype.kind not in "iu":
+        raise ValueError(f"{name}: token ids must be whole numbers")
     if len(ids) and not (min(ids) >= 0 and max(ids) < vocab_size):
         wrong = next(token for token in ids if not 0 <= token < vocab_size)
         raise ValueError(f"{name}: token {wrong} is outside the vocabulary of {vocab_size}")

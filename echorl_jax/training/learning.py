@@ -115,15 +115,17 @@ def _require_healthy(
     run: Run, state: TrainState, done: UpdateStats, step: int, *, check_gap: bool
 ) -> None:
     config = run.session.config
-    every = config.rollout.check_every
-    check_gap &= bool(every) and (step - 1) % max(every, 1) == 0
-    check_gap &= not run.objective.supervised
+    check_gap &= not run.objective.supervised and run.gap_check.due(step)
+    # An update without a trainable row has compared nothing: the check stays due.
+    check_gap &= bool(done.mean_gap.count > 0)
     types = config.model.dtype, config.rollout.kv_dtype or config.model.dtype
     bound = config.rollout.max_logprob_gap or max(LOGPROB_GAP[name] for name in types)
     require_healthy(
         state,
         done,
         step=step,
-        max_gap=bound if check_gap else float("inf"),
+        max_gap=bound if check_gap else None,
         max_bad_steps=config.optim.max_bad_steps,
     )
+    if check_gap:
+        run.gap_check.passed()

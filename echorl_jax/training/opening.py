@@ -25,7 +25,7 @@ from echorl_jax.training.logs import RunLog
 from echorl_jax.training.optimizer import TrainState, init_state
 from echorl_jax.training.overview import overview, title
 from echorl_jax.training.preemption import stop_on_signal
-from echorl_jax.training.run import Run
+from echorl_jax.training.run import GapCheck, Run
 from echorl_jax.training.session import Session, configured_objective, start_session
 from echorl_jax.training.step import Update
 from echorl_jax.training.workdir import open_workdir, require_new, rewind
@@ -85,6 +85,7 @@ def open_run(
                 log=log,
                 evaluator=Evaluator.load(session, grader),
                 compiles=compiles,
+                gap_check=GapCheck(config.rollout.check_every),
                 stop=stop,
                 faults=faults,
                 reference=reference,

@@ -26,6 +26,25 @@ from echorl_jax.training.step import Update
 from echorl_jax.types import Array, PyTree
 
 
+class GapCheck:
+    """When sampler and trainer must agree: at the first step of a process, every n steps after the
+    run's first, and from then on until a step had something to compare.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._due = bool(every)
+
+    def due(self, step: int) -> bool:
+        """Whether this step's gap is to be judged."""
+        self._due |= bool(self._every) and (step - 1) % self._every == 0
+        return self._due
+
+    def passed(self) -> None:
+        """The gap was measured and accepted."""
+        self._due = False
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """An open run; the training state passes through its methods and is not part of it."""
@@ -39,6 +58,7 @@ class Run:
     log: RunLog
     evaluator: Evaluator
     compiles: CompileCounter
+    gap_check: GapCheck
     stop: StopRequest
     faults: Faults
     reference: PyTree | None  # weights that a KL term holds on to

@@ -276,17 +276,18 @@ def add_stats(parts: Sequence[UpdateStats]) -> UpdateStats:
 
 
 def require_healthy(
-    state: TrainState, done: UpdateStats, *, step: int, max_gap: float, max_bad_steps: int
+    state: TrainState, done: UpdateStats, *, step: int, max_gap: float | None, max_bad_steps: int
 ) -> None:
     """Stops a run that cannot be trusted any more.
 
     Args:
-      max_gap: largest accepted ``logprob_gap``; infinite to accept any.
+      max_gap: largest accepted ``logprob_gap``; None accepts any.
 
     Raises:
       RunStopped: sampler and trainer disagree, or gradients stay non-finite.
     """
-    if done.logprob_gap > max_gap:
+    # A gap that is no number is not accepted either.
+    if max_gap is not None and not done.logprob_gap <= max_gap:
         raise RunStopped(
             f"step {step}: sampler and trainer give the same token log-probabilities "
             f"{done.logprob_gap:.3g} nats apart, more than rollout.max_logprob_gap = {max_gap:g}"

@@ -315,3 +315,55 @@ def test_dynamic_rope_is_refused_past_its_context():
     model = decoder(rope=RopeConfig(kind="dynamic", factor=2.0), max_position_embeddings=30)
     with pytest.raises(ValueError, match="dynamic rope"):
         generate(model, init_params(model, KEY), PROMPTS, KEY, **SETTINGS)
+
+
+def test_stop_sequences_do_not_reach_into_the_slots_row_before(model, params):
+    """Three tokens and two slots for twelve rows: where a row ends is found again by hand."""
+    alphabet = (20, 21, 22)
+    stops = ((20, 21, 20), (21, 21))
+    rollouts = generate(
+        model,
+        params,
+        PROMPTS[:3],
+        jax.random.key(5),
+        group_size=4,
+        max_new_tokens=12,
+        eos_ids=(),
+        stop_sequences=stops,
+        banned_ids=[token for token in range(model.config.vocab_size) if token not in alphabet],
+        slots=2,
+        lanes=1,
+    )
+    for ids, length, truncated in zip(
+        rollouts.completion_ids.tolist(),
+        rollouts.completion_length.tolist(),
+        rollouts.truncated.tolist(),
+        strict=True,
+    ):
+        ends = [
+            end
+            for end in range(1, length + 1)
+            if any(tuple(ids[max(0, end - len(stop)) : end]) == stop for stop in stops)
+        ]
+        assert ends == ([] if truncated else [length])
+        assert not truncated or length == 12
+    assert 0 < rollouts.truncated.sum() < 12 or not rollouts.truncated.any()
+
+
+def test_samples_do_not_depend_on_slots_with_keys_of_another_generator(model, params):
+    settings = {"group_size": 3, "max_new_tokens": 8, "eos_ids": EOS, "lanes": 1}
+    key = jax.random.key(3, impl="rbg")
+    whole = generate(model, params, PROMPTS, key, **settings)
+    few = generate(model, params, PROMPTS, key, **settings, slots=4)
+    assert np.array_equal(whole.completion_ids, few.completion_ids)
+
+
+def test_what_cannot_be_sampled_is_refused_in_a_line(model, params):
+    settings = {"group_size": 1, "max_new_tokens": 4}
+    key = jax.random.key(0)
+    with pytest.raises(ValueError, match=r"prompts\[0\]: token ids must be whole numbers"):
+        generate(model, params, [[1.5, 2.0]], key, eos_ids=EOS, **settings)
+    with pytest.raises(ValueError, match="temperature=1e-40: must be 0"):
+        generate(model, params, [[1]], key, eos_ids=EOS, temperature=1e-40, **settings)
+    one = generate(model, params, [[1]], key, eos_ids=np.int64(3), **settings)
+    assert one.completion_ids.shape == (1, 4)

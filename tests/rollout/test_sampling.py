@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from echorl_jax.rollout.sampling import row_keys, sample, token_uniforms, vocabulary_blocks
+from echorl_jax.rollout.sampling import (
+    SHARED,
+    row_keys,
+    sample,
+    token_uniforms,
+    vocabulary_blocks,
+)
 from echorl_jax.rollout.settings import make_sampling
 
 DRAWS = 40_000
@@ -157,12 +163,12 @@ def test_what_cannot_be_drawn_is_never_drawn(logits, first, second):
     assert 0 < token < 36 and logits[token] >= smallest
 
 
-@given(st.integers(1, 300_000), st.sampled_from([1, 2, 3, 4, 8, 16]))
-def test_blocks_cover_the_vocabulary(vocab, shards):
-    blocks, width = vocabulary_blocks(vocab, shards=shards)
-    assert blocks % shards == 0
+@given(st.integers(1, 300_000))
+def test_blocks_cover_the_vocabulary(vocab):
+    blocks, width = vocabulary_blocks(vocab)
     assert vocab <= blocks * width
-    assert (blocks - shards) * width < vocab or blocks == shards
+    assert (blocks - SHARED) * width < vocab
+    assert blocks * width == vocab or blocks % SHARED == 0
 
 
 def test_bf16_logits_are_widened_first():
@@ -171,3 +177,22 @@ def test_bf16_logits_are_widened_first():
     narrow, wide = (sample(z, uniforms, sampling) for z in (logits, logits.astype(jnp.float32)))
     assert narrow.logprob.dtype == jnp.float32
     np.testing.assert_array_equal(narrow.logprob, wide.logprob)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.3, 1e-12])
+def test_min_p_of_one_leaves_the_likeliest(temperature):
+    logits = jax.random.normal(jax.random.key(0), (300, 151)) * 5
+    uniforms = jax.random.uniform(jax.random.key(1), (300, 2))
+    sampling = make_sampling(vocab_size=151, temperature=temperature, min_p=1.0)
+    drawn = jax.jit(lambda z, u: sample(z, u, sampling))(logits, uniforms)
+    assert jnp.array_equal(drawn.token, logits.argmax(1))
+    assert jnp.isfinite(drawn.logprob).all() and jnp.isfinite(drawn.entropy).all()
+
+
+@pytest.mark.parametrize("vocab", [59, 60, 512, 32_000, 50_257, 128_256, 151_936, 152_064])
+def test_blocks_can_be_shared_by_as_many_devices_as_the_vocabulary(vocab):
+    blocks, width = vocabulary_blocks(vocab)
+    assert vocab <= blocks * width < vocab + width + blocks
+    for shards in (2, 3, 4, 8, 16, 32):
+        if vocab % shards == 0 and blocks * width == vocab:
+            assert blocks % shards == 0

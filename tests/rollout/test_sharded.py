@@ -1,5 +1,6 @@
 """Eight virtual devices: the same samples, and nothing large travels."""
 
+import math
 import re
 
 import jax
@@ -13,7 +14,7 @@ from echorl_jax.rollout import generate, lanes
 SETTINGS = {"group_size": 6, "max_new_tokens": 20, "eos_ids": EOS}
 KEY = jax.random.key(1)
 COLLECTIVE = re.compile(
-    r"= \S*?\[([\d,]*)\]\S* (all-gather|all-reduce|all-to-all|collective-permute)\("
+    r"= (.*?) ((?:all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?)\("
 )
 
 
@@ -25,15 +26,13 @@ def base(model, params):
 def collectives(program: str) -> list[tuple[str, int]]:
     """Each collective of a compiled program, with the elements of its result."""
     found = []
-    for shape, kind in COLLECTIVE.findall(program):
-        size = 1
-        for length in filter(None, shape.split(",")):
-            size *= int(length)
-        found.append((kind, size))
+    for results, kind in COLLECTIVE.findall(program):
+        for shape in re.findall(r"\[([\d,]*)\]", results):
+            found.append((kind, math.prod(map(int, filter(None, shape.split(","))))))
     return found
 
 
-@pytest.mark.parametrize("shape, slots", [((2, 2, 2), 8), ((4, 1, 2), 0)])
+@pytest.mark.parametrize("shape, slots", [((2, 2, 2), 8), ((4, 1, 2), 0), ((1, 2, 4), 8)])
 def test_same_samples_on_any_mesh(model, base, shape, slots, monkeypatch):
     mesh = make_mesh(*shape)
     decode, programs = lanes._decode, []
