@@ -83,8 +83,8 @@ class RolloutConfig:
     # Type of the sampler's keys and values; None takes the model's. int8 halves the memory of
     # bfloat16 and rounds log-probabilities (docs/performance.md).
     kv_dtype: KVDtype | None = None
-    # Steps between checks that sampler and trainer agree on log-probabilities, the first step
-    # included; 0 never stops a run for it.
+    # Steps between checks that sampler and trainer agree on log-probabilities, the first step and the
+    # first after a resume included; 0 never stops a run for it.
     check_every: int = 50
     # Largest accepted gap between the two (nats); 0 takes the bound of the narrower type of
     # model.dtype and rollout.kv_dtype (docs/performance.md).
