@@ -44,6 +44,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(2, " ".join(str(error).split()))
     except RunStopped as error:
         _fail(1, str(error))
+    except BrokenPipeError:  # whoever read the output has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except OSError as error:
+        if error.filename is None or assignment() is not None:
+            raise
+        _fail(1, f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         _fail(130, "interrupted; the last checkpoint stays")
     except Exception as error:

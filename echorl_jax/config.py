@@ -59,7 +59,7 @@ class DataConfig:
     grader: str = "auto"
     # Limit for one verdict (seconds); a hang costs that one item.
     grader_timeout_s: float = 10.0
-    # Grading processes; 0 grades in this process, without time limit.
+    # Grading processes; 0 grades in this process, without time limit, unless the grader is your own.
     grader_workers: int = 2
 
 
@@ -83,8 +83,8 @@ class RolloutConfig:
     # Type of the sampler's keys and values; None takes the model's. int8 halves the memory of
     # bfloat16 and rounds log-probabilities (docs/performance.md).
     kv_dtype: KVDtype | None = None
-    # Steps between checks that sampler and trainer agree on log-probabilities, the first step and the
-    # first after a resume included; 0 never stops a run for it.
+    # Steps between checks that sampler and trainer agree on log-probabilities, the first step of a
+    # run and the first after a resume included; 0 never stops a run for it.
     check_every: int = 50
     # Largest accepted gap between the two (nats); 0 takes the bound of the narrower type of
     # model.dtype and rollout.kv_dtype (docs/performance.md).
@@ -314,7 +314,7 @@ def _rules(c: Config) -> list[tuple[str, bool, str]]:
     at_least_zero = ["steps", "rollout.top_k", "rollout.slots", "rollout.check_every", "eval.every"]
     at_least_zero += ["rollout.max_logprob_gap", "optim.warmup_steps", "optim.weight_decay"]
     at_least_zero += ["checkpoint.every", "eval.rows", "eval.temperature", "log.samples_every"]
-    at_least_zero += ["data.grader_workers", "echo.coef", "echo.start_step"]
+    at_least_zero += ["seed", "data.grader_workers", "echo.coef", "echo.start_step"]
     at_least_zero += ["checkpoint.keep_best", "checkpoint.keep_every"]
     at_least_zero += ["debug.dump_step", "debug.max_dumps", "objective.hint_steps"]
     above_zero = ["optim.learning_rate", "optim.max_grad_norm", "rollout.temperature"]

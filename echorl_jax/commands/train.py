@@ -21,8 +21,16 @@ from echorl_jax.commands.processes import join
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options; any config key may be set with ``--config.KEY=VALUE``."""
     parser.add_argument("--config", required=True, metavar="FILE", help="a file under configs/")
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="where the run lives")
+    parser.add_argument(
+        "--workdir", required=True, type=_directory, metavar="DIR", help="where the run lives"
+    )
     parser.set_defaults(overrides={})
+
+
+def _directory(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return str(Path(text).expanduser())
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -106,7 +106,10 @@ def _messages(value: Any, column: str) -> list[dict[str, str]]:
             raise BadRow(column, "expected messages with role and content")
         if not isinstance(message["role"], str) or not isinstance(message["content"], str):
             raise BadRow(column, "a message's role and content must be text")
-    return [{"role": message["role"], "content": message["content"]} for message in value]
+    return [
+        {"role": message["role"], "content": _unicode(message["content"], column)}
+        for message in value
+    ]
 
 
 def _is_puzzle(raw: Mapping[str, Any]) -> bool:
@@ -122,7 +125,11 @@ def _settle_target(row: Row) -> None:
 def _check_letter(raw: Mapping[str, Any], truth: Any) -> None:
     """The letter of an answer must be that of an option."""
     options = raw.get("options")
-    if options is None or not isinstance(truth, str) or truth in map(str, options):
+    if options is None or not isinstance(truth, str):
+        return
+    if not isinstance(options, Sequence) or isinstance(options, str) or not options:
+        raise BadRow("options", f"expected a list of texts, found {_kind(options)}")
+    if truth in map(str, options):
         return
     place = LETTERS.find(truth.strip().upper()) if len(truth.strip()) == 1 else -1
     if place >= len(options):
@@ -159,7 +166,14 @@ def _text(value: Any, column: str) -> str:
         raise BadRow(column, f"expected text, found {_kind(value)}")
     if not value.strip():
         raise BadRow(column, "empty")
-    return value
+    return _unicode(value, column)
+
+
+def _unicode(text: str, column: str) -> str:
+    # JSON can spell half of a surrogate pair, which no tokenizer takes.
+    if any("\ud800" <= sign <= "\udfff" for sign in text):
+        raise BadRow(column, "half of a surrogate pair, which is no Unicode text")
+    return text
 
 
 def _kind(value: Any) -> str:

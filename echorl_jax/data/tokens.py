@@ -22,7 +22,7 @@ def model_path(path: str) -> str:
     >>> model_path("runs/1/export")
     'runs/1/export'
     """
-    return str(BUILTIN.get(path, path))
+    return str(BUILTIN[path]) if path in BUILTIN else os.path.expanduser(path)
 
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
@@ -42,8 +42,10 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
             raise DataError(f"{path}: no such directory, so no tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path}: no tokenizer: {_first_line(error)}") from error
+    if not len(tokenizer):
+        raise DataError(f"{path}: the tokenizer has no vocabulary; is tokenizer.json there?")
     if tokenizer.eos_token_id is None:
         raise DataError(f"{path}: the tokenizer has no end-of-text token")
     return tokenizer

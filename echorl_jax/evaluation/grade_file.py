@@ -87,10 +87,17 @@ def grade_file(
     Raises:
       UserError: the file, or the first line that is not such an object.
     """
+    for name, value, least in (("workers", workers, 0), ("timeout_s", timeout_s, 1e-3)):
+        if value < least:
+            raise UserError(f"--{name}={value}: must be at least {least}")
+    if out is not None and out.exists() and path.exists() and out.samefile(path):
+        raise UserError(f"--out={out} is the file that is graded")
     tally = _Tally()
+    # What stands at `out` stays until all is graded.
+    partial = None if out is None else out.with_name(f"{out.name}.partial")
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(GraderPool(grader, workers=workers, timeout_s=timeout_s))
-        target = sys.stdout if out is None else stack.enter_context(out.open("w"))
+        target = sys.stdout if partial is None else stack.enter_context(partial.open("w"))
         for numbered in _chunks(path, response_key, answer_key, verdict_key):
             lines = [line for _, line in numbered]
             rows = [_row(line, answer_key) for line in lines]
@@ -102,7 +109,8 @@ def grade_file(
                 target.write(json.dumps({**line, **kept, **vars(verdict)}) + "\n")
             if out is not None:
                 print(f"\r{tally.count} graded", end="", file=sys.stderr)
-    if out is not None:
+    if out is not None and partial is not None:
+        partial.replace(out)
         print(file=sys.stderr)
     return tally.summary(compared=verdict_key is not None)
 

@@ -11,7 +11,7 @@ from echorl_jax.config import Config
 from echorl_jax.core import Objective, mixed_groups, overlong_punishment
 from echorl_jax.data import Prompt, add_hint
 from echorl_jax.evaluation.grading import Grading
-from echorl_jax.rewards import Verdict
+from echorl_jax.rewards import Verdict, grading_failed
 from echorl_jax.rollout import Finished, Progress, generate_with_progress
 from echorl_jax.training.experts import append_experts, expert_completions
 from echorl_jax.training.logs import timed
@@ -58,7 +58,18 @@ def collect(run: Run, params: PyTree, key: Array, *, step: int) -> Experience:
             wanted=config.rollout.prompts_per_step,
             keep_solved=config.echo.filtered_groups == "keep",
         )
+    _tell_of_failed_grading(run, found, step)
     return _deal(found, config.objective.mini_batches)
+
+
+def _tell_of_failed_grading(run: Run, found: Experience, step: int) -> None:
+    """A grader that fails on most responses is broken; one that fails on some is logged."""
+    failed = [reason for reason in found.reasons if grading_failed(reason)]
+    if 2 * len(failed) > len(found.reasons):
+        run.log.say(
+            f"warning: step {step}: {len(failed)} of {len(found.reasons)} responses could not be "
+            f"graded and count as wrong, the first: {failed[0]}"
+        )
 
 
 def split(found: Experience, parts: int) -> list[Experience]:

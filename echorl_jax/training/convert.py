@@ -43,6 +43,7 @@ def convert(model: str, out: Path, *, step: str = "latest") -> str:
 def _to_orbax(source: Path, model: str, out: Path) -> str:
     path = str(source) if source.is_dir() else model
     decoder, params = load_model(path, param_dtype="float32")
+    out.mkdir(parents=True)  # fails here, not in a thread of Orbax's
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((out / WEIGHTS).resolve(), params)
     (out / ORIGINAL).mkdir()

@@ -138,9 +138,11 @@ def _update(session: Session, objective: Objective) -> Update:
 
 
 def _pool(config: Config, faults: Faults) -> GraderPool:
+    # What comes from elsewhere may hang: it never runs in this process.
+    own = ":" in config.data.grader
     return GraderPool(
         config.data.grader,
-        workers=config.data.grader_workers,
+        workers=max(config.data.grader_workers, int(own)),
         timeout_s=config.data.grader_timeout_s,
         faults=faults.rewards,
     )

@@ -60,7 +60,7 @@ def _claim(workdir: Path, file: Path, config: Config) -> int:
     steps = config.steps
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if file.exists():
+        if file.exists() and _has_begun(workdir):
             before = json.loads(file.read_text())
             _require_same(workdir, before, config)
             steps = before["steps"]
@@ -71,6 +71,13 @@ def _claim(workdir: Path, file: Path, config: Config) -> int:
     except OSError as error:
         raise ConfigError(f"workdir {workdir}: {error.strerror or error}") from error
     return steps
+
+
+def _has_begun(workdir: Path) -> bool:
+    """Whether a run wrote more than its config: a start that failed binds nothing."""
+    metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
+    logged = metrics.is_file() and metrics.stat().st_size > 0
+    return logged or (checkpoints.is_dir() and any(checkpoints.iterdir()))
 
 
 def _require_shared(workdir: Path, file: Path, config: Config) -> None:

@@ -77,6 +77,8 @@ COUNTDOWN = {"ground_truth": {"numbers": [1, 2], "target": 3}}
         ({"prompt": [{"role": "user"}]}, "column prompt: expected messages with role and content"),
         ({"prompt": [{"role": "user", "content": 3}]}, "column prompt: a message's role and"),
         ({"prompt": "  "}, "column prompt: empty"),
+        ({"prompt": "x \ud800"}, "column prompt: half of a surrogate pair"),
+        ({"options": 5, "reward_model": {"ground_truth": "A"}}, "column options: expected a list"),
         ({"reward_model": None}, "column reward_model: missing"),
         ({"reward_model": "2"}, "column reward_model: expected an object, found text"),
         ({"reward_model": {}}, "column reward_model.ground_truth: empty"),

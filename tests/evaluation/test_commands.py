@@ -47,6 +47,20 @@ def test_grade_writes_each_line_again(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "1 of 3 correct" in capsys.readouterr().out
 
 
+def test_grade_leaves_what_stands_at_its_output_until_all_is_graded(tmp_path: Path) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"response": "\\\\boxed{1}", "answer": "1"}\nno JSON\n')
+    out.write_text("graded before\n")
+    with pytest.raises(UserError, match="line 2"):
+        run(["grade", str(source), "--grader=math", f"--out={out}", "--workers=0"])
+    assert out.read_text() == "graded before\n"
+    with pytest.raises(UserError, match="is the file that is graded"):
+        run(["grade", str(source), "--grader=math", f"--out={source}", "--workers=0"])
+    assert source.read_text().endswith("no JSON\n")
+    with pytest.raises(UserError, match="--workers=-1: must be at least 0"):
+        run(["grade", str(source), "--grader=math", "--workers=-1"])
+
+
 def test_grade_compares_with_another_judge(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     truth = {"numbers": [5, 7, 9], "target": 45}

@@ -13,6 +13,10 @@ from echorl_jax.training.workdir import open_workdir, rewind, whole_lines
 
 def test_another_config_is_refused_by_its_key(tmp_path: Path) -> None:
     open_workdir(tmp_path / "run", Config())
+    # A start that failed before its first line of metrics binds nothing.
+    open_workdir(tmp_path / "run", dataclasses.replace(Config(), seed=7))
+    open_workdir(tmp_path / "run", Config())
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
     other = dataclasses.replace(Config(), echo=EchoConfig(coef=0.1))
     with pytest.raises(ConfigError, match="config.echo.coef = 0.001, not 0.1"):
         open_workdir(tmp_path / "run", other)
@@ -26,6 +30,7 @@ def test_an_unusable_directory_is_named(tmp_path: Path) -> None:
         open_workdir(tmp_path / "file", Config())
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{torn")
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
     with pytest.raises(ConfigError, match="config.json"):
         open_workdir(tmp_path / "run", Config())
 
