@@ -59,7 +59,7 @@ class DataConfig:
     grader: str = "auto"
     # Limit for one verdict (seconds); a hang costs that one item.
     grader_timeout_s: float = 10.0
-    # Grading processes; 0 grades in this process, without time limit, unless the grader is your own.
+    # Grading processes; 0 grades in this process, without time limit (but no grader of your own).
     grader_workers: int = 2
 
 
