@@ -44,21 +44,24 @@ def main(argv: Sequence[str] | None = None) -> None:
         _fail(2, " ".join(str(error).split()))
     except RunStopped as error:
         _fail(1, str(error))
-    except BrokenPipeError:  # whoever read the output has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except OSError as error:
-        if error.filename is None or assignment() is not None:
-            raise
-        _fail(1, f"{error.filename}: {error.strerror}")
     except KeyboardInterrupt:
         _fail(130, "interrupted; the last checkpoint stays")
     except Exception as error:
         if assignment() is None:
+            _tell_of_file(error)
             raise
         traceback.print_exc()
         # What the runtime reports is most often the end of another process.
         _fail(1, one_line(error), certain="Runtime" not in type(error).__name__)
+
+
+def _tell_of_file(error: Exception) -> None:
+    """Exits with one line if a file is why; quietly if whoever read the output has enough."""
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    if isinstance(error, OSError) and error.filename is not None:
+        _fail(1, f"{error.filename}: {error.strerror}")
 
 
 def _fail(code: int, line: str, *, certain: bool = True) -> NoReturn:

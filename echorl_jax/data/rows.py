@@ -170,9 +170,10 @@ def _text(value: Any, column: str) -> str:
 
 
 def _unicode(text: str, column: str) -> str:
-    # JSON can spell half of a surrogate pair, which no tokenizer takes.
-    if any("\ud800" <= sign <= "\udfff" for sign in text):
-        raise BadRow(column, "half of a surrogate pair, which is no Unicode text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell it, but no tokenizer takes it
+        raise BadRow(column, "half of a surrogate pair, which is no Unicode text") from error
     return text
 
 

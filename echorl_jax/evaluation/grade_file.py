@@ -93,8 +93,10 @@ def grade_file(
     if out is not None and out.exists() and path.exists() and out.samefile(path):
         raise UserError(f"--out={out} is the file that is graded")
     tally = _Tally()
-    # What stands at `out` stays until all is graded.
-    partial = None if out is None else out.with_name(f"{out.name}.partial")
+    # A file that stands at `out` stays until all is graded; a pipe or a device is written to.
+    partial = out
+    if out is not None and (out.is_file() or not out.exists()):
+        partial = out.with_name(f"{out.name}.partial")
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(GraderPool(grader, workers=workers, timeout_s=timeout_s))
         target = sys.stdout if partial is None else stack.enter_context(partial.open("w"))
@@ -110,7 +112,8 @@ def grade_file(
             if out is not None:
                 print(f"\r{tally.count} graded", end="", file=sys.stderr)
     if out is not None and partial is not None:
-        partial.replace(out)
+        if partial != out:
+            partial.replace(out)
         print(file=sys.stderr)
     return tally.summary(compared=verdict_key is not None)
 

@@ -1,5 +1,6 @@
 """A chip's memory by formula: for GPUs, whose compiler is not here, and to rank what to try."""
 
+import dataclasses
 import functools
 
 from echorl_jax.planning.programs import Memory
@@ -40,7 +41,7 @@ def estimate(job: Job) -> list[Memory]:
         source="formula",
     )
     # A smaller number of slots is a copy: both are there while it is made.
-    shrink = rollout.slots // 2
+    shrink = dataclasses.replace(job, slots=max(job.slots // 2, 1)).rollout_memory.slots
     return [
         sampling("prefill", temporaries=rollout.logits),
         sampling("decode", temporaries=max(rollout.logits, shrink)),

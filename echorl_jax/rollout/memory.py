@@ -106,17 +106,16 @@ def choose_slots(
     axes = dict(mesh.shape) if mesh is not None else {}
     shards = axes.get("data", 1) * axes.get("fsdp", 1)
     budget = int(SLOT_SHARE * device_bytes()) if slot_bytes is None else slot_bytes
-    per_position = position_bytes(model, kv_dtype, axes.get("tensor", 1))
-    if -(-rows // shards) * max_new_tokens * per_position <= budget:
-        return rows  # then no slot has a prompt of its own
-    each = per_position * (prompt_tokens + max_new_tokens)
+    # With a slot for each row prompts are not copied at first, but are when work runs out and rows
+    # move to fewer slots.
+    each = position_bytes(model, kv_dtype, axes.get("tensor", 1)) * (prompt_tokens + max_new_tokens)
     fit = budget // each * shards
     if fit < shards:
         raise ValueError(
             f"one slot of {prompt_tokens} + {max_new_tokens} tokens takes {each / 1e9:.2f} GB, "
             f"more than the {budget / 1e9:.2f} GB of each device that slots may take"
         )
-    return bucket_below(fit, multiple=shards)
+    return rows if fit >= rows else bucket_below(fit, multiple=shards)
 
 
 def device_bytes() -> int:

@@ -70,13 +70,10 @@ def test_a_bf16_model_halves_matrices_and_keeps_norms():
 
 def test_slots_are_all_rows_or_what_fits(model):
     sizes = {"prompt_tokens": 32, "max_new_tokens": 64, "kv_dtype": "float32"}
-    position = 2 * 2 * 2 * 8 * 4  # k and v, layers, heads, head size, bytes
-    alone, each = 64 * position, (32 + 64) * position
+    each = (32 + 64) * 2 * 2 * 2 * 8 * 4  # positions, k and v, layers, heads, head size, bytes
     assert choose_slots(model, rows=100, **sizes) == 100
-    # With a slot for each row no slot has a copy of a prompt: as many fit as 66 with one.
-    assert choose_slots(model, rows=100, **sizes, slot_bytes=100 * alone) == 100
-    assert choose_slots(model, rows=100, **sizes, slot_bytes=100 * alone - 1) == 64
-    assert choose_slots(model, rows=150, **sizes, slot_bytes=96 * each) == 96
+    assert choose_slots(model, rows=100, **sizes, slot_bytes=100 * each) == 100
+    assert choose_slots(model, rows=100, **sizes, slot_bytes=100 * each - 1) == 96
     assert choose_slots(model, rows=100, **sizes, slot_bytes=each) == 1
     with pytest.raises(ValueError, match="more than the"):
         choose_slots(model, rows=100, **sizes, slot_bytes=each - 1)
