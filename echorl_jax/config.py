@@ -255,8 +255,8 @@ class LogConfig:
     # Also send the metrics to this Weights & Biases project (extra [wandb]; WANDB_MODE=offline
     # keeps them in the workdir); "" sends nothing.
     wandb_project: str = ""
-    # Steps that the JAX profiler traces, each into profile/ of the workdir, for TensorBoard or
-    # Perfetto.
+    # Steps that the JAX profiler traces (the device, XLA and the run's phases, no Python calls),
+    # each into profile/ of the workdir, for TensorBoard or Perfetto.
     profile_steps: tuple[int, ...] = ()
     # Write report.html at the end.
     report: bool = True
