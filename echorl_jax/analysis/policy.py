@@ -9,7 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from echorl_jax.core import step_ids
-from echorl_jax.data import encode_prompt, load_tokenizer, newline_delimiters
+from echorl_jax.data import (
+    encode_prompt,
+    load_tokenizer,
+    newline_delimiters,
+    require_vocabulary,
+)
 from echorl_jax.data.tokens import model_path
 from echorl_jax.errors import UserError
 from echorl_jax.evaluation.bar import Bar
@@ -96,6 +101,7 @@ class Policy:
             raise UserError("--temperature must be above 0 and --batch at least 1")
         tokenizer = load_tokenizer(path)
         model, params = load_model(model_path(path), dtype=dtype, remat="none")
+        require_vocabulary(tokenizer, model.config.vocab_size)
         marks = np.zeros(model.config.vocab_size, bool)
         if delimiter_ids and max(delimiter_ids) >= len(marks):
             raise UserError(

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("file", type=Path, metavar="FILE.jsonl", help="one object per line")
     parser.add_argument("--response_key", default="response", help="what was generated")
-    parser.add_argument("--answer_key", default="answer", help="the right answer")
+    parser.add_argument("--answer_key", help="the right answer (default: answer or ground_truth)")
     graders = "auto, math, choice, countdown or package.module:function"
     parser.add_argument("--grader", default="auto", help=graders)
     parser.add_argument("--verdict_key", help="true or false from another judge, to compare with")

@@ -12,7 +12,12 @@ from echorl_jax.data.rows import Row
 from echorl_jax.data.sources import Rows, load_rows
 from echorl_jax.data.stream import Prompt, PromptStream
 from echorl_jax.data.templates import TEMPLATES
-from echorl_jax.data.tokens import encode_prompt, load_tokenizer, newline_delimiters
+from echorl_jax.data.tokens import (
+    encode_prompt,
+    load_tokenizer,
+    newline_delimiters,
+    require_vocabulary,
+)
 
 __all__ = [
     "CountdownRows",
@@ -31,4 +36,5 @@ __all__ = [
     "load_tokenizer",
     "newline_delimiters",
     "parse_countdown",
+    "require_vocabulary",
 ]

@@ -29,7 +29,7 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     """Reads the tokenizer of a Hugging Face directory, a repository id or ``builtin:countdown``.
 
     Raises:
-      DataError: no tokenizer there, or one without an end token.
+      DataError: no tokenizer there, or one without an end token; the workdir of a run.
     """
     # Says nothing about the absence of torch, which only transformers' own models need.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -40,6 +40,11 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
         source = str(Path(source).expanduser())
         if not Path(source).is_dir():
             raise DataError(f"{path}: no such directory, so no tokenizer")
+    if all((Path(source) / name).exists() for name in ("checkpoints", "metrics.jsonl")):
+        raise DataError(
+            f"{path} is the workdir of a run, not a model: take {path}/export, or what "
+            f"`echorl convert --model={path} --out=DIR` makes of a checkpoint"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, TypeError) as error:
@@ -67,6 +72,26 @@ def encode_prompt(
     """
     text = render_prompt(tokenizer, row["prompt"], template)
     return tokenizer.encode(text, add_special_tokens=not starts_itself(template))
+
+
+def require_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
+    """Checks that a model has a row for what text turns into, and for the end token.
+
+    Tokens that were added and that no text turns into by itself, such as a padding token, may lie
+    beyond: many published models have those.
+
+    Raises:
+      DataError: the tokenizer is of another model.
+    """
+    plain = set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder)
+    end: Any = tokenizer.eos_token_id
+    largest = max({end, *plain})
+    if largest >= vocab_size:
+        raise DataError(
+            f"{tokenizer.name_or_path}: the tokenizer's token {largest} "
+            f"({tokenizer.convert_ids_to_tokens(largest)!r}) is beyond the model's vocabulary of "
+            f"{vocab_size}; they do not belong together"
+        )
 
 
 def newline_delimiters(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> np.ndarray:

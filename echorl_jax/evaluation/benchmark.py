@@ -1,6 +1,7 @@
 """``echorl evaluate``: a model on benchmark rows, with every generation kept."""
 
 import collections
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from echorl_jax.data import encode_prompt, load_rows, load_tokenizer
+from echorl_jax.data import encode_prompt, load_rows, load_tokenizer, require_vocabulary
 from echorl_jax.data.tokens import model_path
 from echorl_jax.errors import UserError
 from echorl_jax.evaluation.evaluate import MOST_SAMPLES, Attempt, attempt_rows
@@ -25,9 +26,11 @@ from echorl_jax.evaluation.generations import (
 from echorl_jax.evaluation.presets import Pass, passes, preset
 from echorl_jax.evaluation.progress import EvaluationProgress
 from echorl_jax.evaluation.table import SourceResult, print_results, summarise
+from echorl_jax.locks import sole_writer
 from echorl_jax.models import load_model
 from echorl_jax.parallel import from_first, is_first, make_mesh, on_first
 from echorl_jax.rewards import GraderPool
+from echorl_jax.rewards.verdict import grading_failed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -122,30 +125,54 @@ def run_benchmark(options: Benchmark, out: Path) -> dict[str, SourceResult]:
     """
     if options.devices and jax.process_count() > 1:
         raise UserError(f"--devices={options.devices}: several processes use all their devices")
+    if options.devices > jax.device_count():
+        raise UserError(f"--devices={options.devices}: there are {jax.device_count()}")
     work = _prepare(options)
     path = model_path(options.model)
     file, order = out / "generations.jsonl", list(work.order())
-    done = on_first(lambda: _take_up(options, work, path, file, order))
-    if done < len(order):
-        _generate(options, work, path, file, done=done)
+    with contextlib.ExitStack() as held:
+        done = on_first(lambda: _take_up(options, work, path, file, order, held))
+        if done < len(order):
+            _generate(options, work, path, file, done=done)
     if not is_first():
         return {}
-    results = summarise(list(read_outcomes(file, order)))
+    outcomes = list(read_outcomes(file, order))
+    results = summarise(outcomes)
+    ungraded = sum(grading_failed(outcome.reason) for outcome in outcomes)
     document = {
         "options": vars(options),
         "left_out": work.left_out,
         "bad_rows": work.bad,
+        "ungraded": ungraded,
         "scores": {name: result.as_json() for name, result in results.items()},
     }
     (out / "scores.json").write_text(json.dumps(document, indent=2) + "\n")
     print_results(results, left_out=work.left_out, bad=work.bad)
+    if ungraded:
+        print(
+            f"{ungraded} of {len(outcomes)} attempts count as wrong because their grading failed; "
+            f"reasons are in {file}"
+        )
     return results
 
 
 def _take_up(
-    options: Benchmark, work: _Work, path: str, file: Path, order: Sequence[tuple[int, int, bool]]
+    options: Benchmark,
+    work: _Work,
+    path: str,
+    file: Path,
+    order: Sequence[tuple[int, int, bool]],
+    held: contextlib.ExitStack,
 ) -> int:
-    """Claims the folder, or finds the same evaluation in it; returns how many attempts it holds."""
+    """Claims the folder until the stack is closed, or finds the same evaluation in it.
+
+    Returns:
+      How many attempts it holds.
+    """
+    try:
+        held.enter_context(sole_writer(file.parent))
+    except OSError as error:
+        raise UserError(f"{file.parent}: {error.strerror}") from error
     settled = {name: value for name, value in vars(options).items() if name not in FREE}
     weights = fingerprint(Path(path))
     claim(file.parent, {"model": options.model, "weights": weights, **settled, "rows": work.digest})
@@ -195,6 +222,7 @@ def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: i
         mesh=mesh,
         layout="rollout",
     )
+    require_vocabulary(work.tokenizer, model.config.vocab_size)
     with (
         GraderPool(options.grader, workers=options.workers) as grader,
         (file if is_first() else Path(os.devnull)).open("a", encoding="utf-8") as lines,

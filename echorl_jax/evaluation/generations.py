@@ -22,6 +22,7 @@ class Outcome:
     problem: int
     greedy: bool
     correct: bool
+    reason: str
     tokens: int
     truncated: bool
 
@@ -35,7 +36,6 @@ def claim(out: Path, identity: Mapping[str, Any]) -> None:
     """
     file, known = out / "options.json", json.loads(json.dumps(identity))
     try:
-        out.mkdir(parents=True, exist_ok=True)
         if not file.exists():
             if (out / "generations.jsonl").exists():
                 raise UserError(

@@ -13,6 +13,8 @@ from echorl_jax.rewards import GraderPool, Verdict
 
 # Lines graded together: progress is shown, and written, this often.
 CHUNK = 512
+# Fields that may hold the right answer; `evaluate` writes the second.
+ANSWERS = ("answer", "ground_truth")
 # Differences from another judge's verdicts that are printed.
 SHOWN = 20
 
@@ -68,7 +70,7 @@ def grade_file(
     *,
     out: Path | None,
     response_key: str,
-    answer_key: str,
+    answer_key: str | None,
     grader: str,
     workers: int,
     timeout_s: float,
@@ -79,8 +81,8 @@ def grade_file(
     Args:
       path: JSON lines.
       out: where to; None is standard output.
-      response_key, answer_key: fields with the generation and the right answer. A line that has a
-        ``reward_model`` already keeps it.
+      response_key, answer_key: fields with the generation and the right answer; without a key,
+        the first of ``ANSWERS`` that a line has. A line with a ``reward_model`` keeps that.
       verdict_key: field with another judge's verdict, true or false; it is written as ``expected``
         and compared.
 
@@ -119,7 +121,7 @@ def grade_file(
 
 
 def _chunks(
-    path: Path, response_key: str, answer_key: str, verdict_key: str | None
+    path: Path, response_key: str, answer_key: str | None, verdict_key: str | None
 ) -> Iterator[list[tuple[int, dict[str, Any]]]]:
     """Runs of lines, each with its number from 1 on."""
     chunk: list[tuple[int, dict[str, Any]]] = []
@@ -143,7 +145,7 @@ def _chunks(
         yield chunk
 
 
-def _parse(text: str, place: str, response_key: str, answer_key: str) -> dict[str, Any]:
+def _parse(text: str, place: str, response_key: str, answer_key: str | None) -> dict[str, Any]:
     try:
         line = json.loads(text)
     except json.JSONDecodeError as error:
@@ -152,14 +154,17 @@ def _parse(text: str, place: str, response_key: str, answer_key: str) -> dict[st
         raise UserError(f"{place}: an object was expected")
     if not isinstance(line.get(response_key), str):
         raise UserError(f"{place}: no text in {response_key!r}; it has {', '.join(line)}")
-    if answer_key not in line and "reward_model" not in line:
-        raise UserError(f"{place}: no {answer_key!r}; it has {', '.join(line)}")
+    keys = [answer_key] if answer_key else ANSWERS
+    if not any(key in line for key in (*keys, "reward_model")):
+        wanted = " or ".join(map(repr, keys))
+        raise UserError(f"{place}: no {wanted}; it has {', '.join(line)}")
     return line
 
 
-def _row(line: dict[str, Any], answer_key: str) -> dict[str, Any]:
+def _row(line: dict[str, Any], answer_key: str | None) -> dict[str, Any]:
     """The line as a row in verl's columns."""
     defaults = {"data_source": "", "prompt": [], "extra_info": {}}
     if "reward_model" in line:
         return {**defaults, **line}
-    return {**defaults, **line, "reward_model": {"ground_truth": line[answer_key]}}
+    key = answer_key or next(key for key in ANSWERS if key in line)
+    return {**defaults, **line, "reward_model": {"ground_truth": line[key]}}

@@ -79,8 +79,8 @@ def load_model(
       The static model and its params pytree.
 
     Raises:
-      ModelError: unsupported architecture or field; missing, surplus or misshapen tensors; no
-        safetensors.
+      ModelError: unsupported architecture or field; missing, surplus or misshapen tensors, or some
+        with values that are not finite; no safetensors.
     """
     directory = _directory(path)
     model = load_decoder(
@@ -98,6 +98,7 @@ def load_model(
             else _at(shardings, name.path)
         )
         _put(params, name.path, _load(name, stored, sharding, jnp.dtype(param_dtype)))
+    _require_finite(directory, [(name, _at(params, name.path)) for name in names], mesh)
     return model, params
 
 
@@ -194,6 +195,31 @@ def _check(
     problems = [f"{kind} tensor(s): {_some(items)}" for kind, items in found if items]
     if problems:
         raise ModelError(f"{directory}: {'; '.join(problems)}")
+
+
+def _require_finite(
+    directory: Path, loaded: list[tuple[TensorName, Array]], mesh: Mesh | None
+) -> None:
+    """Raises one line for weights of a run that diverged, or of a type too narrow for them."""
+
+    def finite(values: list[Array]) -> list[Array]:
+        # By layer where layers are stacked, so that the tensor in the file can be named.
+        first = [int(name.stacked) for name, _ in loaded]
+        return [
+            jnp.isfinite(v).all(axis=tuple(range(k, v.ndim)))
+            for k, v in zip(first, values, strict=True)
+        ]
+
+    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+    found = jax.jit(finite, out_shardings=everywhere)([values for _, values in loaded])
+    wrong = [
+        tensor
+        for (name, _), layers in zip(loaded, jax.device_get(found), strict=True)
+        for tensor, good in zip(name.stored, layers.flat, strict=True)
+        if not good
+    ]
+    if wrong:
+        raise ModelError(f"{directory}: values that are not finite: {_some(wrong)}")
 
 
 def _redundant(name: str, stored: dict[str, StoredTensor], *, tied: bool) -> bool:

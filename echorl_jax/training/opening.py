@@ -45,7 +45,7 @@ def open_run(
     A new run is evaluated before its first step.
 
     Raises:
-      UserError: config, data, model or workdir that cannot be used.
+      UserError: config, data, model or workdir that cannot be used, or is in use by another run.
       RunStopped: a file cannot be written, such as on a full disk.
     """
     faults = Faults.parse(config.debug.inject, Path(workdir))
@@ -55,8 +55,10 @@ def open_run(
     if objective.supervised != supervised:
         command = "echorl sft" if objective.supervised else "echorl train"
         raise ConfigError(f"config.objective.name = {config.objective.name!r}: use `{command}`")
-    directory, steps_before = open_workdir(workdir, config)
-    with keep_compiled(directory, config.checkpoint.compiled):
+    with (
+        open_workdir(workdir, config) as (directory, steps_before),
+        keep_compiled(directory, config.checkpoint.compiled),
+    ):
         compiles = CompileCounter()
         session, params = start_session(config, devices=devices)
         rows = load_rows(config.data.train, on_bad_row=config.data.on_bad_row)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import Objective, load_objective
-from echorl_jax.data import load_tokenizer, newline_delimiters
+from echorl_jax.data import load_tokenizer, newline_delimiters, require_vocabulary
 from echorl_jax.data.tokens import model_path
 from echorl_jax.evaluation.evaluate import end_tokens
 from echorl_jax.models import Decoder, init_params, load_decoder, load_model
@@ -66,6 +66,7 @@ def start_session(
     else:
         model = load_decoder(path, **options)
         params = init_params(model, jax.random.key(config.seed), mesh=mesh)
+    require_vocabulary(tokenizer, model.config.vocab_size)
     schedule, optimizer = configured_optimizer(config)
     is_delimiter = step_delimiters(config, tokenizer, model.config.vocab_size)
     return Session(config, mesh, model, tokenizer, is_delimiter, schedule, optimizer), params

@@ -7,6 +7,7 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import jax
 
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.config_file import flatten, to_dict
+from echorl_jax.locks import sole_writer
 from echorl_jax.parallel import is_first, wait_for_all
 
 # A run may be continued with other values of these sections and keys: they decide where, how fast
@@ -32,34 +34,36 @@ ASIDE = "set_aside"
 SEEN_WITHIN_S = 90.0
 
 
-def open_workdir(path: str | Path, config: Config) -> tuple[Path, int]:
-    """Creates the directory, or checks that it belongs to the same config.
+@contextmanager
+def open_workdir(path: str | Path, config: Config) -> Iterator[tuple[Path, int]]:
+    """Creates the directory, or checks that it belongs to the same config; holds it until the end.
 
     Writes ``config.json`` and ``environment.json``. Of several processes the first one writes, and
     the others check that they see it.
 
-    Returns:
+    Yields:
       The directory, and the steps that its run was to have before; those of ``config`` if it is
       new, and on other processes than the first.
 
     Raises:
-      ConfigError: it holds a run of another config (names the first key that differs), cannot
-        be written, or is another directory for each process.
+      UserError: it holds a run of another config (names the first key that differs), is written by
+        another run at the moment, cannot be written, or is another directory for each process.
     """
     workdir = Path(path)
     file, steps = workdir / "config.json", config.steps
-    if is_first():
-        steps = _claim(workdir, file, config)
-    wait_for_all("workdir")
-    if not is_first():
-        _require_shared(workdir, file, config)
-    return workdir, steps
+    with ExitStack() as held:
+        if is_first():
+            steps = _claim(workdir, file, config, held)
+        wait_for_all("workdir")
+        if not is_first():
+            _require_shared(workdir, file, config)
+        yield workdir, steps
 
 
-def _claim(workdir: Path, file: Path, config: Config) -> int:
+def _claim(workdir: Path, file: Path, config: Config, held: ExitStack) -> int:
     steps = config.steps
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        held.enter_context(sole_writer(workdir))
         if file.exists() and _has_begun(workdir):
             before = json.loads(file.read_text())
             _require_same(workdir, before, config)

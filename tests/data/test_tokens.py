@@ -17,6 +17,7 @@ from echorl_jax.data import (
     encode_target,
     load_tokenizer,
     newline_delimiters,
+    require_vocabulary,
 )
 from tests.data.make_tiny_tokenizer import write_directory
 
@@ -47,6 +48,21 @@ def test_the_config_fits_the_tokenizer(tokenizer):
     assert len(tokenizer) <= config["vocab_size"]
     assert config["eos_token_id"] == tokenizer.eos_token_id
     assert config["pad_token_id"] == tokenizer.pad_token_id != tokenizer.eos_token_id
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer):
+    vocab_size = len(tokenizer)
+    require_vocabulary(tokenizer, vocab_size)
+    plain = max(set(tokenizer.get_vocab().values()) - set(tokenizer.added_tokens_decoder))
+    with pytest.raises(DataError, match=rf"token {plain} \('.*'\) .* vocabulary of {plain}; they"):
+        require_vocabulary(tokenizer, plain)
+    # A token that was added later need not have a row, unless generation ends with it.
+    grown = load_tokenizer("builtin:countdown")
+    grown.add_special_tokens({"additional_special_tokens": ["<|later|>"]})
+    require_vocabulary(grown, vocab_size)
+    grown.eos_token = "<|later|>"
+    with pytest.raises(DataError, match="later"):
+        require_vocabulary(grown, vocab_size)
 
 
 @settings(max_examples=200, deadline=None)

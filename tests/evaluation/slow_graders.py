@@ -1,4 +1,4 @@
-"""Graders that take their time, for tests."""
+"""Graders that take their time, or fail, for tests."""
 
 import time
 import zlib
@@ -13,3 +13,8 @@ def slow(response, row):
     place = zlib.crc32(f"{row['number']} {response}".encode())
     time.sleep(place % 5 * 0.05)
     return Verdict(place % 97 / 97, place % 2 == 0, f"{row['number']}: {response[:20]}")
+
+
+def raising(response, row):
+    """Judges nothing."""
+    raise RuntimeError("no judge today")

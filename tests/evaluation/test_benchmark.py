@@ -110,6 +110,20 @@ def test_a_folder_of_another_evaluation_is_refused(
         run([*COUNTDOWN, *options, f"--out={whole}"])
 
 
+def test_gradings_that_fail_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--limit=4", "--samples=1", "--grader=tests.evaluation.slow_graders:raising"]
+    assert run([*COUNTDOWN[:3], *COUNTDOWN[5:], *options, f"--out={tmp_path}"]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["ungraded"] == 4
+    assert "4 of 4 attempts count as wrong because their grading failed" in capsys.readouterr().out
+
+
+def test_a_workdir_is_no_model(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("")
+    with pytest.raises(UserError, match=f"workdir of a run, not a model: take {tmp_path}/export"):
+        run([*COUNTDOWN, f"--model={tmp_path}", f"--out={tmp_path / 'out'}"])
+
+
 def test_foreign_generations_are_refused(whole: Path, tmp_path: Path) -> None:
     (tmp_path / "generations.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match=r"generations.jsonl without options.json"):
@@ -131,6 +145,7 @@ def test_foreign_generations_are_refused(whole: Path, tmp_path: Path) -> None:
         (["--preset=papers"], "--preset=papers: must be one of paper"),
         (["--max_prompt_tokens=1"], "no prompt is within --max_prompt_tokens=1"),
         (["--samples=5000"], "at most 4096"),
+        (["--devices=99"], "--devices=99: there are 8"),
     ],
 )
 def test_a_wrong_option_is_one_clear_line(tmp_path: Path, options: list[str], message: str) -> None:

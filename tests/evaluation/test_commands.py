@@ -29,6 +29,11 @@ def test_evaluate_keeps_every_generation(tmp_path: Path) -> None:
     assert score["pass_at"]["1"] <= score["pass_at"]["2"] <= score["pass_at"]["4"]
     rows = load_rows("countdown:split=eval&count=6")
     assert lines[-1]["ground_truth"] == rows[5]["reward_model"]["ground_truth"]
+    again = tmp_path / "again.jsonl"
+    kept = ["--verdict_key=correct", "--grader=countdown", "--workers=0"]
+    assert run(["grade", str(tmp_path / "generations.jsonl"), *kept, f"--out={again}"]) == 0
+    verdicts = [json.loads(s) for s in again.read_text().splitlines()]
+    assert all(line["correct"] == line["expected"] for line in verdicts)
 
 
 def test_grade_writes_each_line_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -87,7 +92,7 @@ def test_grade_compares_with_another_judge(tmp_path: Path, capsys: pytest.Captur
         ('{"response": "x"', "line 1: not JSON"),
         ("[1]", "line 1: an object was expected"),
         ('{"output": "x", "answer": 1}', "no text in 'response'"),
-        ('{"response": "x"}', "no 'answer'"),
+        ('{"response": "x"}', "no 'answer' or 'ground_truth'"),
     ],
 )
 def test_grade_names_the_bad_line(tmp_path: Path, text: str, expected: str) -> None:

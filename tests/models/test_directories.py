@@ -82,6 +82,20 @@ def test_any_stored_type_is_read_exactly(saved, tmp_path, dtype):
     np.testing.assert_array_equal(up[1], expected)
 
 
+@pytest.mark.parametrize("sizes", [None, (1, 4, 2)])
+def test_weights_that_are_not_finite_are_named(saved, tmp_path, sizes):
+    tensors = {n: t.astype(np.float32) for n, t in _all_tensors(saved).items()}
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = np.nan
+    tensors["model.norm.weight"][0] = np.inf
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((saved / "config.json").read_text())
+    mesh = None if sizes is None else make_mesh(*sizes)
+    with pytest.raises(ModelError, match="not finite: ") as caught:
+        load_model(tmp_path, mesh=mesh)
+    named = str(caught.value).partition("finite: ")[2].split(", ")
+    assert sorted(named) == ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
+
+
 def test_shards_and_index_are_readable_by_others(saved):
     index = json.loads((saved / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))

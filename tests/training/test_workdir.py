@@ -2,37 +2,53 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from echorl_jax.config import Config, ConfigError, EchoConfig
+from echorl_jax.errors import UserError
 from echorl_jax.training.logs import RunLog
 from echorl_jax.training.workdir import open_workdir, rewind, whole_lines
 
 
+def opened(workdir: Path, config: Config) -> int:
+    with open_workdir(workdir, config) as (_, steps_before):
+        return steps_before
+
+
 def test_another_config_is_refused_by_its_key(tmp_path: Path) -> None:
-    open_workdir(tmp_path / "run", Config())
+    opened(tmp_path / "run", Config())
     # A start that failed before its first line of metrics binds nothing.
-    open_workdir(tmp_path / "run", dataclasses.replace(Config(), seed=7))
-    open_workdir(tmp_path / "run", Config())
+    opened(tmp_path / "run", dataclasses.replace(Config(), seed=7))
+    opened(tmp_path / "run", Config())
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
     other = dataclasses.replace(Config(), echo=EchoConfig(coef=0.1))
     with pytest.raises(ConfigError, match="config.echo.coef = 0.001, not 0.1"):
-        open_workdir(tmp_path / "run", other)
-    open_workdir(tmp_path / "run", dataclasses.replace(Config(), steps=500))
+        opened(tmp_path / "run", other)
+    assert opened(tmp_path / "run", dataclasses.replace(Config(), steps=500)) == Config().steps
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 500
+
+
+def test_a_second_run_is_refused_while_the_first_goes_on(tmp_path: Path) -> None:
+    with open_workdir(tmp_path, Config()):
+        before = (tmp_path / "config.json").read_text()
+        with pytest.raises(UserError, match=f"process {os.getpid()} on .* is writing there"):
+            opened(tmp_path, dataclasses.replace(Config(), steps=500))
+        assert (tmp_path / "config.json").read_text() == before
+    opened(tmp_path, Config())
 
 
 def test_an_unusable_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="workdir .*file"):
-        open_workdir(tmp_path / "file", Config())
+        opened(tmp_path / "file", Config())
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{torn")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
     with pytest.raises(ConfigError, match="config.json"):
-        open_workdir(tmp_path / "run", Config())
+        opened(tmp_path / "run", Config())
 
 
 def test_rewind_drops_what_comes_again_and_what_is_torn(tmp_path: Path) -> None:
