@@ -8,8 +8,8 @@ from echorl_jax.models import Decoder
 from echorl_jax.parallel import platform_of
 from echorl_jax.rollout.buckets import bucket
 from echorl_jax.rollout.cache import KVDtype
-from echorl_jax.rollout.generate import _begin, _Shape, block_sizes, rollout_layout
-from echorl_jax.rollout.lanes import _decode
+from echorl_jax.rollout.generate import CallShape, begin_call, block_sizes, rollout_layout
+from echorl_jax.rollout.lanes import decode_call
 from echorl_jax.rollout.loop import Program
 from echorl_jax.rollout.memory import cache_dtype
 from echorl_jax.rollout.request import PROMPT_MULTIPLE
@@ -44,7 +44,7 @@ def lower_prefill(
     padded = bucket(prompts, multiple=shards)
     rows, width = padded * group_size, bucket(prompt_tokens, multiple=PROMPT_MULTIPLE)
     block, ring_block = block_sizes(width, max_new_tokens, platform=platform_of(mesh))
-    shape = _Shape(
+    shape = CallShape(
         slots=min(slots, rows),
         length=max_new_tokens,
         memory=0,
@@ -63,7 +63,7 @@ def lower_prefill(
     per_row = array(rows)
     request = (array(padded, width), array(padded), per_row, per_row, per_row, array(rows, 0))
     with jax.set_mesh(mesh):
-        return _begin.lower(
+        return begin_call.lower(
             model, sampling_weights(model, mesh), *request, per_row, array(), key, shape=shape
         )
 
@@ -97,7 +97,7 @@ def lower_decode(
     )
     shrink_at = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec()))
     with jax.set_mesh(mesh):
-        return _decode.lower(
+        return decode_call.lower(
             model,
             sampling_weights(model, mesh),
             queue,

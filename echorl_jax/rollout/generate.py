@@ -39,8 +39,8 @@ PREFILL_TOKENS = 8192
 
 
 @dataclasses.dataclass(frozen=True)
-class _Shape:
-    """What is fixed when the first program is compiled."""
+class CallShape:
+    """What of a call is fixed when its first program is compiled."""
 
     slots: int
     length: int  # T
@@ -179,7 +179,7 @@ def generate(
     block, ring_block = block_sizes(
         request.tokens.shape[1], max_new_tokens, platform=platform, lanes=lanes
     )
-    shape = _Shape(
+    shape = CallShape(
         slots=slots,
         length=max_new_tokens,
         memory=sampling.memory,
@@ -201,7 +201,7 @@ def generate(
         own = request.deal(lanes, number)
         watch = Watch(finished, names=request.places(lanes, number)[: own.count])
         return Lane(
-            lambda: _begin(model, weights, *_on_device(own, key, mesh), shape=shape),
+            lambda: begin_call(model, weights, *_on_device(own, key, mesh), shape=shape),
             rows=own.count,
             slots=slots,
             program=program,
@@ -334,7 +334,7 @@ def _placed(host: tuple[Any, ...], mesh: Mesh | None) -> tuple[Array, ...]:
 
 
 @functools.partial(jax.jit, static_argnames=("model", "shape"))
-def _begin(
+def begin_call(
     model: Decoder,
     params: PyTree,
     tokens: Array,
@@ -347,9 +347,9 @@ def _begin(
     count: Array,
     key: Array,
     *,
-    shape: _Shape,
+    shape: CallShape,
 ) -> tuple[Queue, Slots, Output]:
-    """Prefills every prompt once and fills the slots."""
+    """The first program of a call: prefills every prompt once and fills the slots."""
     config = model.config
     cache = functools.partial(
         empty_cache,

@@ -150,7 +150,7 @@ class Lane:
 
     def start(self, model: Decoder, params: PyTree) -> None:
         """Starts the next program, the first time after the one that prefills."""
-        decode = _decode if self._alone else _decode_in_order()
+        decode = decode_call if self._alone else _decode_in_order()
         queue, slots, output = self._work or self._begin()
         slots, output, status = decode(
             model, params, queue, slots, output, np.int32(self._shrink_at), program=self._program
@@ -189,7 +189,9 @@ class Lane:
         self._watch.tell()
 
 
-_decode = jax.jit(decode, static_argnames=("model", "program"), donate_argnames=("slots", "output"))
+decode_call = jax.jit(
+    decode, static_argnames=("model", "program"), donate_argnames=("slots", "output")
+)
 
 
 @functools.cache
@@ -203,7 +205,7 @@ def _decode_in_order() -> Callable[..., tuple[Slots, Output, Status]]:
     try:
         jax.jit(lambda: 0, compiler_options=options)()
     except jax.errors.JaxRuntimeError:  # a JAX that does not know the option
-        return _decode
+        return decode_call
     return jax.jit(
         decode,
         static_argnames=("model", "program"),

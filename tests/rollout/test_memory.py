@@ -28,13 +28,13 @@ def test_estimate_is_what_is_allocated(model, params, kv_dtype, shape, slots, mo
     mesh = None if shape is None else make_mesh(*shape)
     engine = sys.modules["echorl_jax.rollout.generate"]
     held = {}
-    begin = engine._begin
+    begin = engine.begin_call
 
     def keep(*arguments, **settings):
         held["queue"], held["slots"], held["output"] = begin(*arguments, **settings)
         raise InterruptedError
 
-    monkeypatch.setattr(engine, "_begin", keep)
+    monkeypatch.setattr(engine, "begin_call", keep)
     with pytest.raises(InterruptedError):
         generate(
             model,

@@ -35,14 +35,14 @@ def collectives(program: str) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("shape, slots", [((2, 2, 2), 8), ((4, 1, 2), 0), ((1, 2, 4), 8)])
 def test_same_samples_on_any_mesh(model, base, shape, slots, monkeypatch):
     mesh = make_mesh(*shape)
-    decode, programs = lanes._decode, []
+    decode, programs = lanes.decode_call, []
 
     def watch(*arguments, **settings):
         if not programs:
             programs.append(decode.lower(*arguments, **settings).compile().as_text())
         return decode(*arguments, **settings)
 
-    monkeypatch.setattr(lanes, "_decode", watch)
+    monkeypatch.setattr(lanes, "decode_call", watch)
     params = init_params(model, jax.random.key(0), mesh)
     told = {}
 
