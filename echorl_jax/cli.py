@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 bad usage, config or input (one line says which), 1 anythi
 """
 
 import argparse
+import faulthandler
 import importlib
 import os
 import sys
@@ -38,6 +39,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command and exits."""
     xla.set_flags()
+    if sys.__stderr__:  # a crash in native code then says where Python was
+        faulthandler.enable(sys.__stderr__)
     try:
         sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
     except UserError as error:

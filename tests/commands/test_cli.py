@@ -1,5 +1,6 @@
 """The program as a user meets it: help, errors, exit codes."""
 
+import signal
 import subprocess
 import sys
 import time
@@ -67,3 +68,13 @@ def test_overrides() -> None:
 def test_options_lists_keys_by_word() -> None:
     done = echorl("options", "echo.coef")
     assert done.returncode == 0 and done.stdout.startswith("--config.echo.coef=1e-3\n")
+
+
+def test_a_crash_in_native_code_says_where_python_was() -> None:
+    code = (
+        "import faulthandler\nfrom echorl_jax import cli\n"
+        "cli.run = lambda _: faulthandler._sigsegv()\ncli.main([])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGSEGV
+    assert "Segmentation fault" in done.stderr and "in main" in done.stderr
