@@ -7,6 +7,7 @@ import argparse
 import faulthandler
 import importlib
 import os
+import select
 import sys
 import traceback
 from collections.abc import Sequence
@@ -60,11 +61,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _tell_of_file(error: Exception) -> None:
     """Exits with one line if a file is why; quietly if whoever read the output has enough."""
-    if isinstance(error, BrokenPipeError):
+    if isinstance(error, BrokenPipeError) and _output_is_closed():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     if isinstance(error, OSError) and error.filename is not None:
         _fail(1, f"{error.filename}: {error.strerror}")
+
+
+def _output_is_closed() -> bool:
+    """Whether nobody reads standard output any more; a broken pipe may be another one."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _fail(code: int, line: str, *, certain: bool = True) -> NoReturn:

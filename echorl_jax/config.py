@@ -196,7 +196,8 @@ class OptimConfig:
     # Several demonstrations in a row of `echorl sft`, which leaves little padding: the same loss
     # and gradient. auto packs but on GPU, whose fast attention kernel (cuDNN) takes one a row.
     sft_packing: Literal["auto", "on", "off"] = "auto"
-    # Updates skipped for a non-finite gradient before the run stops, in a row.
+    # Steps in a row whose updates were all skipped, for gradients that are not finite, before the
+    # run stops.
     max_bad_steps: int = 3
 
 

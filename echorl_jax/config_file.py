@@ -15,6 +15,9 @@ import ml_collections
 from echorl_jax.config import Config, ConfigError, validate
 from echorl_jax.errors import nearest
 
+# Keys of configs that were saved before these had their present names.
+RENAMED = {"optim.max_bad_updates": "max_bad_steps"}
+
 
 def default_config() -> ml_collections.ConfigDict:
     """The defaults as a ConfigDict, locked: a file that sets an unknown key fails at once."""
@@ -128,6 +131,7 @@ def _read(cls: Any, values: Mapping[str, Any], *, prefix: str) -> Any:
     if isinstance(values, _Typed) or not isinstance(values, Mapping):
         raise ConfigError(f"config.{prefix.rstrip('.')} is a section; set one of its keys")
     fields = {f.name: f for f in dataclasses.fields(cls)}
+    values = {RENAMED.get(f"{prefix}{name}", name): value for name, value in values.items()}
     for name in values:
         if name not in fields:
             raise ConfigError(f"unknown key config.{prefix}{name}{_suggest(prefix, name)}")

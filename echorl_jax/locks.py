@@ -10,9 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-from echorl_jax.errors import UserError
+from echorl_jax.errors import RunStopped, UserError
 
 NAME = ".lock"
+# This boot of this machine, which its containers share while host names come and go.
+BOOT = Path("/proc/sys/kernel/random/boot_id")
 # A network file system frees the lock of a machine that is lost after so long (seconds).
 FREED_WITHIN_S = 100.0
 
@@ -25,14 +27,15 @@ def sole_writer(directory: Path) -> Iterator[None]:
     locks keeps nobody out.
 
     Raises:
-      UserError: a process of this machine has it, or one of another does not give it up.
+      UserError: a process of this machine has it.
+      RunStopped: one of another machine does not give it up, which may yet come.
       OSError: it cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / NAME).open("a+") as file:
         _lock(file, directory)
         file.truncate(0)
-        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.write(f"process {os.getpid()} on {platform.node()}\n{_machine()}\n")
         file.flush()
         yield
 
@@ -44,14 +47,22 @@ def _lock(file: TextIO, directory: Path) -> None:
             return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
-            holder = file.read(200) or "another process"
+            holder, _, machine = file.read(200).strip().partition("\n")
+            holder = holder or "another process"
         except OSError:
             return
-        here = holder.endswith(f" on {platform.node()}")
-        if here or time.monotonic() > deadline:
-            gone = "" if here else f" (if that machine is lost for good, remove {NAME} there)"
-            raise UserError(f"{directory}: {holder} is writing there{gone}")
+        if machine == _machine():
+            raise UserError(f"{directory}: {holder} is writing there")
+        if time.monotonic() > deadline:
+            raise RunStopped(
+                f"{directory}: {holder} is writing there; if that machine is lost for good, remove "
+                f"{directory / NAME}"
+            )
         if not told:
             print(f"{directory}: waiting for {holder}, which holds it", file=sys.stderr)
             told = True
         time.sleep(1.0)
+
+
+def _machine() -> str:
+    return BOOT.read_text().strip() if BOOT.exists() else platform.node()

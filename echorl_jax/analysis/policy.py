@@ -200,14 +200,19 @@ class Policy:
     def _trajectories(
         self, completions: Sequence[Sequence[int]], entropy: Sequence[HostArray]
     ) -> list[Trajectory]:
-        """Cuts completions into steps; an entropy may be padded."""
-        ids, length = pad_lists(completions, max(map(len, completions), default=1))
-        mask = np.arange(ids.shape[1]) < length[:, None]
-        steps = jax.device_get(step_ids(*map(jnp.asarray, (ids, mask, self.is_delimiter))))
-        return [
-            Trajectory(*(tuple(values[:end].tolist()) for values in of_tokens))
-            for end, *of_tokens in zip(length, ids, entropy, steps, strict=True)
-        ]
+        """Cuts completions into steps, some at a time; an entropy may be padded."""
+        longest = max(map(len, completions), default=1)
+        found: list[Trajectory] = []
+        for places in _cut(range(len(completions)), self.rows_at_once):
+            ids, length = pad_lists([completions[i] for i in places], longest)
+            mask = np.arange(longest) < length[:, None]
+            steps = jax.device_get(step_ids(*map(jnp.asarray, (ids, mask, self.is_delimiter))))
+            parts = zip(length, ids, [entropy[i] for i in places], steps, strict=True)
+            found += [
+                Trajectory(*(tuple(values[:end].tolist()) for values in of_tokens))
+                for end, *of_tokens in parts
+            ]
+        return found
 
 
 def _count(bar: Bar, what: str, done: int, total: int) -> None:

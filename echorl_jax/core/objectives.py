@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -45,20 +46,32 @@ def alike(rewards: Array, group: Array, *, num_groups: int) -> Array:
 
 
 def normalised(
-    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
+    rewards: Array,
+    group: Array,
+    *,
+    num_groups: int,
+    lengths: Array,
+    on_policy: Array,
+    baseline: Array | None = None,
 ) -> Array:
-    """:func:`group_advantages` over the rows that make the baseline."""
-    del lengths
-    return adv.group_advantages(rewards, group, num_groups=num_groups, on_policy=on_policy)
+    """:func:`group_advantages` over the rows that make the baseline, all unless given."""
+    del lengths, on_policy
+    return adv.group_advantages(rewards, group, num_groups=num_groups, on_policy=baseline)
 
 
 def centred(
-    rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
+    rewards: Array,
+    group: Array,
+    *,
+    num_groups: int,
+    lengths: Array,
+    on_policy: Array,
+    baseline: Array | None = None,
 ) -> Array:
     """The same without division by the deviation."""
-    del lengths
+    del lengths, on_policy
     return adv.group_advantages(
-        rewards, group, num_groups=num_groups, on_policy=on_policy, divide_by_std=False
+        rewards, group, num_groups=num_groups, on_policy=baseline, divide_by_std=False
     )
 
 
@@ -169,10 +182,10 @@ class Objective:
     EchoRL is not an objective: its loss is added to any of these.
     """
 
-    # (rewards [N], group [N], *, num_groups, lengths [N], on_policy [N]) -> [N]; the last marks the
-    # rows that `baseline` names.
+    # (rewards [N], group [N], *, num_groups, lengths [N], on_policy [N]) -> [N]
     advantages: Callable[..., Array] = normalised
-    # Rows that a group's mean is of: all, or those that the policy wrote (LUFFY's option).
+    # Rows that a group's mean is of: all, or those that the policy wrote (LUFFY's option), which
+    # the advantages then take as `baseline` [N].
     baseline: Baseline = "all"
     # (logprobs [B, T], batch, objective) -> [B, T]
     token_loss: Callable[[Array, TrainBatch, "Objective"], Array] = clipped_loss
@@ -217,6 +230,13 @@ class Objective:
     hints: bool = False
     # Learn from demonstrations alone: nothing is sampled.
     supervised: bool = False
+
+    def __post_init__(self) -> None:
+        takes = inspect.signature(self.advantages).parameters
+        if self.baseline != "all" and "baseline" not in takes:
+            raise ValueError(
+                f"baseline = {self.baseline!r}: this objective's advantages have no such choice"
+            )
 
 
 _GRPO = Objective(
@@ -280,7 +300,8 @@ def load_objective(name: str, **settings: Any) -> Objective:
       The objective.
 
     Raises:
-      ValueError: if there is no such objective or setting; the message names the nearest.
+      ValueError: if there is no such objective or setting (the message names the nearest), or a
+        setting that it cannot serve.
 
     >>> load_objective("dapo", epsilon_high=0.3, aggregation=None).epsilon_high
     0.3

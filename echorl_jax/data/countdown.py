@@ -12,7 +12,7 @@ import hashlib
 import random
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 from echorl_jax.data.errors import DataError
 
@@ -124,7 +124,13 @@ class CountdownRows(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return self.count
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self.count))]
         position = index + self.count if index < 0 else index
         if not 0 <= position < self.count:
             raise IndexError(index)

@@ -72,12 +72,10 @@ def _question(raw: Mapping[str, Any]) -> str:
     if column is None:
         raise BadRow("prompt", "missing, and there is no column problem or question either")
     text = _text(raw[column], column)
-    options = raw.get("options")
-    if options is None:
+    options = _options(raw)
+    if not options:
         return text
-    if not isinstance(options, Sequence) or isinstance(options, str) or not options:
-        raise BadRow("options", f"expected a list of texts, found {_kind(options)}")
-    lines = [f"{letter}) {option}" for letter, option in zip(LETTERS, options, strict=False)]
+    lines = [f"{label}) {option}" for label, option in options.items()]
     return "\n".join([text, "", *lines])
 
 
@@ -124,16 +122,24 @@ def _settle_target(row: Row) -> None:
 
 def _check_letter(raw: Mapping[str, Any], truth: Any) -> None:
     """The letter of an answer must be that of an option."""
-    options = raw.get("options")
-    if options is None or not isinstance(truth, str):
+    options = _options(raw)
+    if not options or not isinstance(truth, str) or truth in options.values():
         return
-    if not isinstance(options, Sequence) or isinstance(options, str) or not options:
-        raise BadRow("options", f"expected a list of texts, found {_kind(options)}")
-    if truth in map(str, options):
-        return
-    place = LETTERS.find(truth.strip().upper()) if len(truth.strip()) == 1 else -1
-    if place >= len(options):
+    letter = truth.strip().upper()
+    if len(letter) == 1 and letter in LETTERS and letter not in options:
         raise BadRow("answer", f"{truth!r}, but there are only {len(options)} options")
+
+
+def _options(raw: Mapping[str, Any]) -> dict[str, str]:
+    """Label -> text; none in rows that are no multiple choice, which one schema gives them too."""
+    options = raw.get("options")
+    if options is None or (isinstance(options, Sequence | Mapping) and not options):
+        return {}
+    if isinstance(options, Mapping):
+        return {str(label).strip().upper(): str(text) for label, text in options.items()}
+    if isinstance(options, str) or not isinstance(options, Sequence):
+        raise BadRow("options", f"expected a list of texts, found {_kind(options)}")
+    return dict(zip(LETTERS, map(str, options), strict=False))
 
 
 def _check_countdown(truth: Any) -> None:

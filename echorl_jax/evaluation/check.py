@@ -40,7 +40,8 @@ def check(config: Config, *, rows: int, show: int) -> bool:
     """
     tokenizer = load_tokenizer(config.model.path)
     try:
-        objective = load_objective(config.objective.name)
+        experts = config.objective.expert_rows
+        objective = load_objective(config.objective.name, expert_rows=experts)
     except ValueError as error:
         raise ConfigError(f"config.objective.name: {error}") from error
     needed = objective.supervised or objective.expert_rows > 0

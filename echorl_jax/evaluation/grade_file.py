@@ -95,9 +95,10 @@ def grade_file(
     if out is not None and out.exists() and path.exists() and out.samefile(path):
         raise UserError(f"--out={out} is the file that is graded")
     tally = _Tally()
-    # A file that stands at `out` stays until all is graded; a pipe or a device is written to.
+    # A file that stands at `out` stays until all is graded. A pipe or a device is written to, and
+    # so is a link, such as /dev/stdout is.
     partial = out
-    if out is not None and (out.is_file() or not out.exists()):
+    if out is not None and not out.is_symlink() and (out.is_file() or not out.exists()):
         partial = out.with_name(f"{out.name}.partial")
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(GraderPool(grader, workers=workers, timeout_s=timeout_s))

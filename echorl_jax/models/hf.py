@@ -6,6 +6,7 @@ tensor.
 """
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -98,7 +99,7 @@ def load_model(
             else _at(shardings, name.path)
         )
         _put(params, name.path, _load(name, stored, sharding, jnp.dtype(param_dtype)))
-    _require_finite(directory, [(name, _at(params, name.path)) for name in names], mesh)
+    _require_finite(directory, [(name, _at(params, name.path)) for name in names])
     return model, params
 
 
@@ -197,29 +198,46 @@ def _check(
         raise ModelError(f"{directory}: {'; '.join(problems)}")
 
 
-def _require_finite(
-    directory: Path, loaded: list[tuple[TensorName, Array]], mesh: Mesh | None
-) -> None:
+def _require_finite(directory: Path, loaded: list[tuple[TensorName, Array]]) -> None:
     """Raises one line for weights of a run that diverged, or of a type too narrow for them."""
-
-    def finite(values: list[Array]) -> list[Array]:
-        # By layer where layers are stacked, so that the tensor in the file can be named.
-        first = [int(name.stacked) for name, _ in loaded]
-        return [
-            jnp.isfinite(v).all(axis=tuple(range(k, v.ndim)))
-            for k, v in zip(first, values, strict=True)
-        ]
-
-    everywhere = None if mesh is None else NamedSharding(mesh, PartitionSpec())
-    found = jax.jit(finite, out_shardings=everywhere)([values for _, values in loaded])
+    values = [array for _, array in loaded]
+    stacked = tuple(name.stacked for name, _ in loaded)
+    spoiled = _spoiled(stacked, tuple(array.sharding for array in values))
     wrong = [
         tensor
-        for (name, _), layers in zip(loaded, jax.device_get(found), strict=True)
-        for tensor, good in zip(name.stored, layers.flat, strict=True)
-        if not good
+        for (name, _), layers in zip(loaded, jax.device_get(spoiled(values)), strict=True)
+        for tensor, bad in zip(name.stored, layers.flat, strict=True)
+        if bad
     ]
     if wrong:
         raise ModelError(f"{directory}: values that are not finite: {_some(wrong)}")
+
+
+@functools.cache
+def _spoiled(
+    stacked: tuple[bool, ...], shardings: tuple[Any, ...]
+) -> Callable[[list[Array]], list[Array]]:
+    """Tells parameters with values that are not finite, layer by layer where they are stacked."""
+    mesh = shardings[0].mesh if isinstance(shardings[0], NamedSharding) else None
+
+    def spoiled(values: list[Array]) -> list[Array]:
+        # The largest of a device's part is no number if one is, which between devices only sums
+        # are. An array of answers would be held in memory beside the weights.
+        largest = [
+            jnp.abs(v).max(axis=tuple(range(int(layers), v.ndim)))
+            for layers, v in zip(stacked, values, strict=True)
+        ]
+        bad = [jnp.where(jnp.isfinite(m), 0.0, 1.0) for m in largest]
+        return bad if mesh is None else jax.lax.psum(bad, mesh.axis_names)
+
+    if mesh is None:
+        return jax.jit(spoiled)
+    specs = [sharding.spec for sharding in shardings]
+    return jax.jit(
+        jax.shard_map(
+            spoiled, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(), check_vma=False
+        )
+    )
 
 
 def _redundant(name: str, stored: dict[str, StoredTensor], *, tied: bool) -> bool:

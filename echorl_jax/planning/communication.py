@@ -84,7 +84,7 @@ def _learning(job: Job, lengths: Lengths) -> Iterator[Exchange]:
     weights = _weight_bytes(job)
     tokens = job.rows * (lengths.prompt + lengths.completion)
     layers = _layers(job, tokens / job.shards)
-    parts = config.objective.mini_batches
+    parts = job.mini_batches
     micro = parts * math.ceil(tokens / parts / math.prod(job.micro_batch))
     if passes := job.scoring_passes:
         yield Exchange("score", "fsdp", passes * micro * gathered(weights, mesh["fsdp"]))

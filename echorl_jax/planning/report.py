@@ -41,9 +41,9 @@ def as_dict(plans: list[Plan], topology: str) -> dict[str, Any]:
 
 
 def _figures(plan: Plan) -> dict[str, Any]:
-    job, rollout = plan.job, plan.job.config.rollout
-    rows = rollout.prompts_per_step * job.group_size
-    sampled = rows * plan.lengths.completion
+    job = plan.job
+    rows = _rows_per_step(plan)
+    tokens = rows * plan.lengths.completion
     sampling = sum(plan.seconds.get(name, 0.0) for name in ("prefill", "decode"))
     return {
         "fits": plan.fits,
@@ -59,8 +59,8 @@ def _figures(plan: Plan) -> dict[str, Any]:
             "mean_completion_tokens": plan.lengths.completion,
             "seconds": {name: round(s, 4) for name, s in plan.seconds.items()},
             "step_seconds": round(plan.step_seconds, 3),
-            "rollout_tokens_per_second": round(sampled / sampling) if sampling else 0,
-            "step_tokens_per_second": round(sampled / plan.step_seconds),
+            "rollout_tokens_per_second": round(tokens / sampling) if sampling else 0,
+            "step_tokens_per_second": round(tokens / plan.step_seconds),
             "communication_estimate": _communication(plan),
         },
     }
@@ -127,8 +127,8 @@ def _bytes(memory: Memory, field: str) -> int:
 
 
 def _rows_per_step(plan: Plan) -> int:
-    """Rows sampled in a step."""
-    return plan.job.config.rollout.prompts_per_step * plan.job.group_size
+    """Rows sampled in a step, or demonstrations in one."""
+    return plan.job.rows if plan.job.objective.supervised else plan.job.sampled_rows
 
 
 def verdict(plans: list[Plan]) -> str:

@@ -62,7 +62,7 @@ def step_phases(job: Job, lengths: Lengths) -> list[Phase]:
     learn = 3 * whole + (whole - layers) + (layers if job.model.remat == "layer" else 0)
     passes = job.scoring_passes
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(job.model.param_shapes()))
-    updates = objective.mini_batches * objective.epochs
+    updates = job.mini_batches * objective.epochs
     # Parameters, both moments: read and written; gradient: read. Float32.
     apply = Phase("apply", 0.0, 28 * params * updates / (job.mesh.size / job.mesh.shape["data"]))
     return [

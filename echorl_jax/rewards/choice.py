@@ -17,9 +17,13 @@ OPTION_LINE = re.compile(r"^\s*\(?([A-Z]|[1-9])[).:]\s*(.+?)\s*$", re.MULTILINE)
 LABEL = re.compile(
     r"(?:option|choice|answer)?[\s:]*[(\[]?([A-Za-z1-9])(?:[)\].:,]+(\s.*)?)?", re.I | re.S
 )
+# What ends a digit that is not the beginning of a number or a formula.
+_WHOLE = r"(?![A-Za-z0-9'’]|[.,/]\d|\s*(?:[\\^/%]|\*(?!\*)|[-+=]\s*[\d(\\]))"
+_BETWEEN = r"(?i:\s+is)?(?i:\s+option)?\s*:?\s*[*$]*\s*"
+# "the answer is (C)", "option 2"; a small letter only of an answer, and in brackets.
 PHRASE = re.compile(
-    r"(?i:answer|option|choice)(?i:\s+is)?(?i:\s+option)?\s*:?\s*[*$]*\s*"
-    r"([(\[][A-Za-z1-9][)\]]|[(\[]?[A-Z1-9](?![A-Za-z0-9'’]))"
+    rf"(?i:answer|option|choice){_BETWEEN}[(\[]?([A-Z](?![A-Za-z0-9'’])|[1-9]{_WHOLE})"
+    rf"|(?i:answer){_BETWEEN}[(\[]([a-z])[)\]]"
 )
 DECORATION = str.maketrans("", "", "$*{}")
 WRAPPERS = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|boxed|bf|rm)\b\s*")
@@ -28,7 +32,9 @@ WRAPPERS = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|boxed|bf|rm)\
 def options_of(row: Mapping[str, Any]) -> dict[str, str]:
     """Label -> text, from the column ``options`` or from the lines of the prompt that list them."""
     listed = row.get("options")
-    if listed is not None:
+    if isinstance(listed, Mapping):
+        return {str(label).strip().upper(): str(text) for label, text in listed.items()}
+    if listed:
         return dict(zip(LETTERS, map(str, listed), strict=False))
     prompt = row.get("prompt") or [{"content": ""}]
     found = dict(OPTION_LINE.findall(prompt[-1]["content"]))
@@ -75,7 +81,7 @@ def find_choice(response: str, options: Mapping[str, str]) -> str | None:
     for marked in (last_boxed(tail), last_answer(tail)):
         if marked is not None:
             return letter_of(marked, options)
-    phrases = [letter_of(phrase.lstrip("(["), options) for phrase in PHRASE.findall(tail)]
+    phrases = [letter_of(found[1] or found[2], options) for found in PHRASE.finditer(tail)]
     named = [letter for letter in phrases if letter is not None]
     if named:
         return named[-1]

@@ -54,13 +54,14 @@ class Assembled:
 def step_advantages(rollouts: Rollouts, graded: Graded, *, objective: Objective) -> Array:
     """Advantages ``[N]`` f32 over the whole batch of a step."""
     own = graded.on_policy
-    baseline = own if objective.baseline == "on_policy" else jnp.ones_like(own)
+    choice = {"baseline": own} if objective.baseline == "on_policy" else {}
     return objective.advantages(
         graded.rewards,
         rollouts.group,
         num_groups=rollouts.prompt_ids.shape[0],
         lengths=rollouts.completion_length,
-        on_policy=baseline,
+        on_policy=own,
+        **choice,
     )
 
 

@@ -75,6 +75,11 @@ class Job:
         return self.rows * rounds
 
     @property
+    def mini_batches(self) -> int:
+        """Parts of a step's rows with an update each; demonstrations make one update."""
+        return 1 if self.objective.supervised else self.config.objective.mini_batches
+
+    @property
     def scoring_passes(self) -> int:
         """Forward passes over the step's rows before it learns: old policy, reference policy."""
         old = self.config.objective.old_logprobs == "trainer" and not self.objective.supervised
@@ -88,7 +93,7 @@ class Job:
     @property
     def micro_batch_shapes(self) -> list[tuple[int, int]]:
         """Every (rows, length) that a step may meet, the largest first."""
-        rows = max(self.most_rows // self.config.objective.mini_batches, 1)
+        rows = max(self.most_rows // self.mini_batches, 1)
         return micro_batch_shapes(rows, self.bounds)
 
     @property

@@ -37,13 +37,14 @@ def improve(
     coef = float(active_coef(step - 1, config.echo.coef, **window)) * config.echo.enabled
     batches = [run.faults.spoil(batches[0], step), *batches[1:]]
     ready = [_ready(run, state.params, batch, echo_active=coef != 0) for batch in batches]
+    updates = config.objective.epochs * len(ready)
     done: list[UpdateStats] = []
     for epoch in range(config.objective.epochs):
         for number, (batch, rows) in enumerate(ready):
             state, stats = _apply(run, state, batch, rows, coef, step=step, number=len(done))
             done.append(stats)
             first = epoch == 0 and number == 0
-            _require_healthy(run, state, done[-1], step, check_gap=first)
+            _require_healthy(run, state, stats, step, updates=updates, check_gap=first)
     run.faults.reach("update", step)
     done_steps = place_whole(np.int32(step), run.session.mesh)
     state = dataclasses.replace(state, step=done_steps)
@@ -112,7 +113,7 @@ def _ready(
 
 
 def _require_healthy(
-    run: Run, state: TrainState, done: UpdateStats, step: int, *, check_gap: bool
+    run: Run, state: TrainState, done: UpdateStats, step: int, *, updates: int, check_gap: bool
 ) -> None:
     config = run.session.config
     check_gap &= not run.objective.supervised and run.gap_check.due(step)
@@ -126,6 +127,7 @@ def _require_healthy(
         step=step,
         max_gap=bound if check_gap else None,
         max_bad_steps=config.optim.max_bad_steps,
+        updates_per_step=updates,
     )
     if check_gap:
         run.gap_check.passed()

@@ -53,9 +53,9 @@ def _update(job: Job) -> str:
     objective, optim = job.config.objective, job.config.optim
     shapes = job.micro_batch_shapes
     rows, width = shapes[0]
-    each = job.most_rows // objective.mini_batches
+    each = job.most_rows // job.mini_batches
     return (
-        f"{objective.mini_batches} mini-batch(es) of {each} rows x {objective.epochs} epoch(s); "
+        f"{job.mini_batches} mini-batch(es) of {each} rows x {objective.epochs} epoch(s); "
         f"micro-batches of up to {optim.micro_batch_tokens:,} tokens a device in {len(shapes)} "
         f"shapes, the largest {rows} rows x {width} tokens"
     )

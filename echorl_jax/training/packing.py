@@ -21,13 +21,13 @@ def pack_rows(batch: TrainBatch, *, width: int) -> TrainBatch:
       width: at least the longest sequence.
 
     Raises:
-      ValueError: a sequence is longer than ``width``, or rows differ in advantage or policy.
+      ValueError: a sequence is longer than ``width``, or rows differ in a field of rows.
     """
     lengths = np.asarray(batch.length)
     if lengths.size and lengths.max() > width:
         raise ValueError(f"pack_rows: a sequence of {lengths.max()} tokens, rows of {width}")
-    for name in ("advantages", "on_policy"):
-        if len(np.unique(vars(batch)[name])) > 1:
+    for name in ("advantages", "on_policy", "entropy_scale"):
+        if vars(batch)[name] is not None and len(np.unique(vars(batch)[name])) > 1:
             raise ValueError(f"pack_rows: rows differ in {name}")
     bins = first_fit(lengths.tolist(), width)
     tokens = np.zeros((len(bins), width), np.int32)
@@ -57,6 +57,7 @@ def pack_rows(batch: TrainBatch, *, width: int) -> TrainBatch:
         length=np.array([lengths[members].sum() for members in bins], np.int32),
         advantages=np.asarray(batch.advantages)[first],
         on_policy=np.asarray(batch.on_policy)[first],
+        entropy_scale=None if batch.entropy_scale is None else batch.entropy_scale[first],
     )
 
 

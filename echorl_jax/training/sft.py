@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from echorl_jax.config import Config, ConfigError
-from echorl_jax.core import aggregation_weights
+from echorl_jax.core import aggregation_weights, mean_scale
 from echorl_jax.data import Prompt
 from echorl_jax.models import Decoder
 from echorl_jax.training.experts import target_ids
@@ -117,6 +117,7 @@ def demonstrations(run: Run, prompts: Sequence[Prompt]) -> TrainBatch:
     weights = aggregation_weights(
         jnp.asarray(mask), mode=run.objective.aggregation, max_tokens=width
     )
+    scale = np.asarray(mean_scale(weights)) if run.objective.entropy_coef else None
     zeros = np.zeros_like(mask)
     arrays: dict[str, Any] = {
         "tokens": tokens,
@@ -128,6 +129,7 @@ def demonstrations(run: Run, prompts: Sequence[Prompt]) -> TrainBatch:
         "rollout_logprobs": zeros,
         "token_weights": np.asarray(weights),
         "echo_weights": zeros,
+        "entropy_scale": scale,
         "on_policy": np.zeros(len(prompts), bool),
     }
     return TrainBatch(**arrays)

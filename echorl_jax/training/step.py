@@ -149,7 +149,8 @@ def _loss(params: PyTree, update: Update, micro: TrainBatch, echo_coef: Array):
     )
     total, terms = batch_loss(logprobs, entropy, micro, update.objective, echo_coef=echo_coef)
     sampled = micro.loss_mask * micro.on_policy[:, None].astype(jnp.float32)
-    gaps = jnp.abs(logprobs - micro.rollout_logprobs) * sampled
+    # Chosen, not multiplied: what has no weight may be no number.
+    gaps = jnp.where(sampled > 0, jnp.abs(logprobs - micro.rollout_logprobs), 0.0)
     mean_gap = LossTerm(gaps.sum(), sampled.sum())
     return total, (terms, *jax.lax.stop_gradient((gaps.max(), mean_gap)))
 
@@ -276,12 +277,19 @@ def add_stats(parts: Sequence[UpdateStats]) -> UpdateStats:
 
 
 def require_healthy(
-    state: TrainState, done: UpdateStats, *, step: int, max_gap: float | None, max_bad_steps: int
+    state: TrainState,
+    done: UpdateStats,
+    *,
+    step: int,
+    max_gap: float | None,
+    max_bad_steps: int,
+    updates_per_step: int = 1,
 ) -> None:
     """Stops a run that cannot be trusted any more.
 
     Args:
       max_gap: largest accepted ``logprob_gap``; None accepts any.
+      max_bad_steps: with so many steps' updates in a row skipped, the run stops.
 
     Raises:
       RunStopped: sampler and trainer disagree, or gradients stay non-finite.
@@ -292,8 +300,9 @@ def require_healthy(
             f"step {step}: sampler and trainer give the same token log-probabilities "
             f"{done.logprob_gap:.3g} nats apart, more than rollout.max_logprob_gap = {max_gap:g}"
         )
-    if not done.finite and int(state.bad_updates) >= max_bad_steps:
+    if not done.finite and int(state.bad_updates) >= max_bad_steps * updates_per_step:
         raise RunStopped(
-            f"step {step}: the gradient was not finite for {max_bad_steps} updates in a row "
-            "(optim.max_bad_steps); parameters are as before the first of them"
+            f"step {step}: the gradient was not finite for {int(state.bad_updates)} updates in a "
+            f"row (optim.max_bad_steps = {max_bad_steps}); parameters are as before the first of "
+            "them"
         )

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from echorl_jax.config import Config, ConfigError
-from echorl_jax.config_file import flatten, to_dict
+from echorl_jax.config_file import RENAMED, flatten, to_dict
 from echorl_jax.locks import sole_writer
 from echorl_jax.parallel import is_first, wait_for_all
 
@@ -27,6 +27,7 @@ MAY_CHANGE = (
     *("rollout.slots", "rollout.check_every", "rollout.max_logprob_gap"),
     *("optim.micro_batch_tokens", "optim.max_bad_steps", "optim.compile_ahead"),
     "optim.sft_packing",
+    *RENAMED,
 )
 # What a run does not use any more, but somebody may want back.
 ASIDE = "set_aside"
@@ -51,6 +52,8 @@ def open_workdir(path: str | Path, config: Config) -> Iterator[tuple[Path, int]]
     """
     workdir = Path(path)
     file, steps = workdir / "config.json", config.steps
+    # Processes meet for the first time here; a first one that is waiting they would not wait for.
+    wait_for_all("start")
     with ExitStack() as held:
         if is_first():
             steps = _claim(workdir, file, config, held)
@@ -103,12 +106,11 @@ def require_new(path: str | Path) -> None:
     Raises:
       ConfigError: a run has been there.
     """
-    for name in ("metrics.jsonl", "checkpoints"):
-        if (Path(path) / name).exists():
-            raise ConfigError(
-                f"workdir {path} holds a run ({name}), and config.checkpoint.resume = none starts "
-                "none over; take another --workdir, or auto to go on"
-            )
+    if _has_begun(Path(path)):
+        raise ConfigError(
+            f"workdir {path} holds a run, and config.checkpoint.resume = none starts none over; "
+            "take another --workdir, or auto to go on"
+        )
 
 
 def set_aside(workdir: Path, path: Path) -> Path:

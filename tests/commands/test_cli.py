@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 
@@ -68,6 +69,25 @@ def test_overrides() -> None:
 def test_options_lists_keys_by_word() -> None:
     done = echorl("options", "echo.coef")
     assert done.returncode == 0 and done.stdout.startswith("--config.echo.coef=1e-3\n")
+
+
+@pytest.mark.parametrize(
+    ("code", "quiet"),
+    [
+        ("cli.run = lambda _: print('x' * 1_000_000, flush=True)", True),
+        ("def raising(_): raise BrokenPipeError(32, 'another pipe')\ncli.run = raising", False),
+    ],
+)
+def test_only_a_reader_that_has_enough_ends_a_command_quietly(code: str, quiet: bool) -> None:
+    program = f"from echorl_jax import cli\n{code}\ncli.main([])"
+    pipes: Any = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as done:
+        assert done.stdout and done.stderr
+        if quiet:
+            done.stdout.close()
+        told = done.stderr.read()
+    assert done.returncode == 1
+    assert (told == "") if quiet else ("BrokenPipeError" in told)
 
 
 def test_a_crash_in_native_code_says_where_python_was() -> None:

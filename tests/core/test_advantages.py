@@ -76,6 +76,16 @@ def test_the_mean_is_of_the_rows_that_baseline_names():
     luffy = core.load_objective("luffy", baseline="on_policy")
     found = score(rollouts, graded, objective=luffy)
     np.testing.assert_allclose(found, np.array([-1, -1, 2, 2]) / 3, rtol=1e-6)
+    # An objective of one's own is told which rows the policy wrote, whatever the baseline.
+    told = core.Objective(advantages=lambda r, g, *, on_policy, **_: jnp.where(on_policy, r, 0))
+    assert score(rollouts, graded, objective=told).tolist() == [0.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("name", ["rloo", "opo", "reinforce_pp", "reinforce_pp_baseline", "sft"])
+def test_a_baseline_that_does_nothing_is_refused(name):
+    core.load_objective(name, baseline="all")
+    with pytest.raises(ValueError, match="baseline = 'on_policy': this objective's"):
+        core.load_objective(name, baseline="on_policy")
 
 
 def test_expert_is_scored_against_the_policys_rows():

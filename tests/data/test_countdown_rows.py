@@ -118,7 +118,7 @@ def test_rows_are_the_same_every_time_and_everywhere():
     assert rows[0]["prompt"][0]["content"] == "Reach 43 with 3, 20, 26."
     assert rows[0]["target"][0]["content"] == "20-3=17\n26+17=43"
     assert rows[4321] == CountdownRows(seed=1)[4321] == rows[4321 - len(rows)]
-    assert list(itertools.islice(rows, 3)) == [rows[0], rows[1], rows[2]]
+    assert list(itertools.islice(rows, 3)) == [rows[0], rows[1], rows[2]] == rows[:3]
     assert rows[0] != CountdownRows(seed=2)[0]
 
 

@@ -61,6 +61,18 @@ def test_choices_are_listed_under_the_question(write):
     assert row["prompt"][0]["content"] == "Which?\n\nA) a\nB) b"
 
 
+def test_options_may_have_labels_or_be_empty(write):
+    rows = [
+        {"question": "Which?", "options": {"a": "3", "b": "4"}, "answer": "b"},
+        {"question": "2+2?", "options": [], "answer": "four"},
+        verl_row(options="", reward_model={"ground_truth": "4"}),
+        verl_row(options={"A": "3", "B": "4"}, reward_model={"ground_truth": "B"}),
+    ]
+    first, second, *_ = load_rows(write(rows))
+    assert first["prompt"][0]["content"] == "Which?\n\nA) 3\nB) 4"
+    assert second["prompt"][0]["content"] == "2+2?"
+
+
 def test_a_target_that_is_a_number_is_no_expert(write):
     (row,) = load_rows(write([verl_row(target=98)]))
     assert "target" not in row
@@ -78,6 +90,7 @@ COUNTDOWN = {"ground_truth": {"numbers": [1, 2], "target": 3}}
         ({"prompt": [{"role": "user", "content": 3}]}, "column prompt: a message's role and"),
         ({"prompt": "  "}, "column prompt: empty"),
         ({"prompt": "x \ud800"}, "column prompt: half of a surrogate pair"),
+        ({"options": {"A": 3}, "reward_model": {"ground_truth": "B"}}, "column answer: 'B', but"),
         ({"options": 5, "reward_model": {"ground_truth": "A"}}, "column options: expected a list"),
         ({"reward_model": None}, "column reward_model: missing"),
         ({"reward_model": "2"}, "column reward_model: expected an object, found text"),

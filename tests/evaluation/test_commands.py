@@ -62,6 +62,10 @@ def test_grade_leaves_what_stands_at_its_output_until_all_is_graded(tmp_path: Pa
     with pytest.raises(UserError, match="is the file that is graded"):
         run(["grade", str(source), "--grader=math", f"--out={source}", "--workers=0"])
     assert source.read_text().endswith("no JSON\n")
+    source.write_text('{"response": "\\\\boxed{1}", "answer": "1"}\n')
+    (tmp_path / "link.jsonl").symlink_to(out)
+    run(["grade", str(source), "--grader=math", f"--out={tmp_path / 'link.jsonl'}", "--workers=0"])
+    assert (tmp_path / "link.jsonl").is_symlink() and '"correct": true' in out.read_text()
     with pytest.raises(UserError, match="--workers=-1: must be at least 0"):
         run(["grade", str(source), "--grader=math", "--workers=-1"])
 

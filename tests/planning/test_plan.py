@@ -18,6 +18,7 @@ from echorl_jax.planning.chips import GB, GPUS, TPUS, parse_topology
 from echorl_jax.planning.communication import Exchange, exchanges
 from echorl_jax.planning.plan import Target, candidates, find_target, make_job, make_plan
 from echorl_jax.planning.programs import compile_programs
+from echorl_jax.planning.report import as_dict
 from echorl_jax.planning.roofline import Lengths, forward_flops, step_phases
 from echorl_jax.training.job import Job, held_bytes
 from echorl_jax.training.optimizer import init_state, make_optimizer
@@ -34,6 +35,20 @@ def quiet(text: str) -> None:
 
 def local_bytes(tree) -> int:
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_demonstrations_are_counted_as_such() -> None:
+    config = small_config(
+        objective={"name": "sft", "mini_batches": 4},
+        rollout={"prompts_per_step": 64, "group_size": 8},
+        optim={"sft_rows_per_step": 16, "micro_batch_tokens": 1024},
+    )
+    plans = make_plan(config, "h100:1", lengths=None, tries=0, say=quiet, formula=True)
+    found = as_dict(plans, "h100:1")
+    assert found["rows_per_step"] == 16 == found["micro_batch"]["rows"]
+    tokens = 16 * found["roofline"]["mean_completion_tokens"]
+    seconds = plans[-1].step_seconds
+    assert found["roofline"]["step_tokens_per_second"] == round(tokens / seconds)
 
 
 @pytest.mark.parametrize("moment,each", [("float32", 8), ("bfloat16", 6)])

@@ -37,6 +37,9 @@ def row(gold="B", options=OPTIONS):
         "(B)",
         "Is the answer A? No, the answer is option B",
         "The answer is (b).",
+        "The answer is B, since option (a) fails.",
+        "The answer is B. It could not be option (c)",
+        "Is the answer A? No, the answer is (b)",
         "The answer is I guess the second\nB",
     ],
 )
@@ -47,6 +50,27 @@ def test_right(response):
 @pytest.mark.parametrize("response", ["The answer is 5.", "I think the answer is 5.\n\nB"])
 def test_an_option_that_is_a_digit_is_named_by_its_text(response):
     assert grade(response, row("B", ["4", "5", "6"])).correct
+
+
+@pytest.mark.parametrize(
+    "response",
+    ["The answer is 2.5", "The answer is 2/3", "answer: 2,500", r"The answer is 2\sqrt{3}"]
+    + ["The answer is 2 + 3 = 5", "The answer is 2*3", "the answer is $2^3$", "option 2 % 5"],
+)
+def test_the_first_digit_of_a_number_names_no_option(response):
+    assert not grade(response, row("B", ["1", "2", "3", "4"])).correct
+
+
+@pytest.mark.parametrize("response", ["**Answer: 2**", "The answer is 2.", "the answer is $2$, so"])
+def test_a_digit_that_is_the_whole_answer_does(response):
+    assert grade(response, row("B", ["1", "2", "3", "4"])).correct
+
+
+def test_options_may_have_their_labels():
+    labelled = row("b", {"a": "three", "b": "four"})
+    assert grade("The answer is (b).", labelled).correct
+    assert grade(r"\boxed{four}", labelled).correct
+    assert not grade(r"\boxed{three}", labelled).correct
 
 
 @pytest.mark.parametrize(

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import decoder
 
 from echorl_jax.models import init_params
 from echorl_jax.rollout import attention, cache
 from echorl_jax.rollout.prefill import prefill
+from tests.rollout.conftest import decoder
 
 SHAPE = {"layers": 2, "blocks": 3, "rows": 4, "kv_heads": 2, "block": 8, "head_dim": 6}
 

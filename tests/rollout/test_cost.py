@@ -3,12 +3,12 @@
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import decoder
 
 from echorl_jax.rollout import turn_cost
 from echorl_jax.rollout.cache import empty_cache
 from echorl_jax.rollout.slots import Queue, first_slots
 from echorl_jax.rollout.step import forward
+from tests.rollout.conftest import decoder
 
 WIDE = {
     "num_layers": 1,

@@ -6,7 +6,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-from conftest import (
+from scipy import stats
+
+from echorl_jax.models import init_params
+from echorl_jax.rollout import generate, generate_with_progress, score_rollouts
+from tests.rollout.conftest import (
     EOS,
     PROMPTS,
     VOCAB,
@@ -16,10 +20,6 @@ from conftest import (
     decoder,
     full_forward,
 )
-from scipy import stats
-
-from echorl_jax.models import init_params
-from echorl_jax.rollout import generate, generate_with_progress, score_rollouts
 
 engine = sys.modules["echorl_jax.rollout.generate"]
 SETTINGS = {"group_size": 3, "max_new_tokens": 20, "eos_ids": EOS}

@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import EOS, PROMPTS, check_equal, check_scores, decoder
 
 from echorl_jax.models import init_params
 from echorl_jax.parallel import make_mesh
 from echorl_jax.rollout import generate, kernel
 from echorl_jax.rollout.cache import as_blocks, empty_cache, encode
 from echorl_jax.rollout.layers import split_layers
+from tests.rollout.conftest import EOS, PROMPTS, check_equal, check_scores, decoder
 
 KEY = jax.random.key(1)
 

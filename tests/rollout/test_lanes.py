@@ -5,12 +5,12 @@ import threading
 
 import jax
 import pytest
-from conftest import EOS, PROMPTS, check_equal, completions, decoder
 
 from echorl_jax.parallel import make_mesh
 from echorl_jax.rollout import generate
 from echorl_jax.rollout.lanes import LANE_WEIGHT_BYTES, choose_lanes, lane_slots
 from echorl_jax.rollout.memory import position_bytes, weight_bytes
+from tests.rollout.conftest import EOS, PROMPTS, check_equal, completions, decoder
 
 SETTINGS = {
     "group_size": 3,

@@ -5,7 +5,6 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
-from conftest import EOS, PROMPTS, decoder
 
 from echorl_jax.models import init_params
 from echorl_jax.parallel import make_mesh
@@ -13,6 +12,7 @@ from echorl_jax.rollout import choose_slots, generate, rollout_memory
 from echorl_jax.rollout.ahead import lower_decode, lower_prefill
 from echorl_jax.rollout.generate import rollout_params
 from echorl_jax.rollout.memory import shares_weights
+from tests.rollout.conftest import EOS, PROMPTS, decoder
 
 SIZES = {"slots": 8, "prompts": 4, "group_size": 4, "prompt_tokens": 32, "max_new_tokens": 64}
 

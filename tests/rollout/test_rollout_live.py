@@ -6,10 +6,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from conftest import completions, decoder
 
 from echorl_jax.models import init_params, save_model
 from echorl_jax.rollout import generate
+from tests.rollout.conftest import completions, decoder
 
 PROMPTS = [[7, 8, 9, 10, 11], [5, 40, 41, 17, 3], [30, 31, 32, 33, 34], [12, 50, 9, 9, 21]]
 EOS, NEW, GROUP = 2, 40, 4

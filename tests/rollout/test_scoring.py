@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import EOS, PROMPTS, full_forward
 
 from echorl_jax.rollout import generate, join_rows, score, score_rollouts, score_rows
 from echorl_jax.types import Rollouts
+from tests.rollout.conftest import EOS, PROMPTS, full_forward
 
 
 def test_join_closes_the_gap_after_the_prompt():

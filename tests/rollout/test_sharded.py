@@ -5,11 +5,11 @@ import re
 
 import jax
 import pytest
-from conftest import EOS, PROMPTS, check_equal, completions
 
 from echorl_jax.models import init_params
 from echorl_jax.parallel import make_mesh
 from echorl_jax.rollout import generate, lanes
+from tests.rollout.conftest import EOS, PROMPTS, check_equal, completions
 
 SETTINGS = {"group_size": 6, "max_new_tokens": 20, "eos_ids": EOS}
 KEY = jax.random.key(1)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -40,6 +41,16 @@ def test_a_gap_past_the_bound_or_no_number_stops(gap: float, stops: bool) -> Non
         return
     with pytest.raises(RunStopped, match="more than rollout.max_logprob_gap = 1"):
         require_healthy(state, done, step=1, max_gap=1.0, max_bad_steps=3)
+
+
+def test_bad_steps_are_counted_by_all_their_updates() -> None:
+    done = dataclasses.replace(_no_stats(), finite=np.array(False))
+    limits: Any = {"step": 7, "max_gap": None, "max_bad_steps": 2, "updates_per_step": 3}
+    state: Any = SimpleNamespace(bad_updates=5)
+    require_healthy(state, done, **limits)
+    state = SimpleNamespace(bad_updates=6)
+    with pytest.raises(RunStopped, match=r"for 6 updates in a row \(optim.max_bad_steps = 2\)"):
+        require_healthy(state, done, **limits)
 
 
 def test_a_sampler_that_disagrees_stops_the_run(

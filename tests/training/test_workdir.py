@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from echorl_jax.config import Config, ConfigError, EchoConfig
+from echorl_jax.config_file import from_dict, to_dict
 from echorl_jax.errors import UserError
 from echorl_jax.training.logs import RunLog
-from echorl_jax.training.workdir import open_workdir, rewind, whole_lines
+from echorl_jax.training.workdir import open_workdir, require_new, rewind, whole_lines
 
 
 def opened(workdir: Path, config: Config) -> int:
@@ -29,6 +30,25 @@ def test_another_config_is_refused_by_its_key(tmp_path: Path) -> None:
         opened(tmp_path / "run", other)
     assert opened(tmp_path / "run", dataclasses.replace(Config(), steps=500)) == Config().steps
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 500
+
+
+def test_a_workdir_of_an_older_version_goes_on(tmp_path: Path) -> None:
+    config = to_dict(Config())
+    config["optim"]["max_bad_updates"] = config["optim"].pop("max_bad_steps") + 1
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n')
+    assert from_dict(config).optim.max_bad_steps == Config().optim.max_bad_steps + 1
+    opened(tmp_path, Config())
+
+
+def test_a_failed_start_is_no_run_to_go_on_with(tmp_path: Path) -> None:
+    require_new(tmp_path / "none")
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "metrics.jsonl").write_text("")
+    require_new(tmp_path)
+    (tmp_path / "checkpoints" / "2").mkdir()
+    with pytest.raises(ConfigError, match="holds a run, and config.checkpoint.resume = none"):
+        require_new(tmp_path)
 
 
 def test_a_second_run_is_refused_while_the_first_goes_on(tmp_path: Path) -> None:
