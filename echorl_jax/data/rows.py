@@ -136,7 +136,8 @@ def _options(raw: Mapping[str, Any]) -> dict[str, str]:
     if options is None or (isinstance(options, Sequence | Mapping) and not options):
         return {}
     if isinstance(options, Mapping):
-        return {str(label).strip().upper(): str(text) for label, text in options.items()}
+        kept = {label: text for label, text in options.items() if text is not None}
+        return {str(label).strip().upper(): str(text) for label, text in kept.items()}
     if isinstance(options, str) or not isinstance(options, Sequence):
         raise BadRow("options", f"expected a list of texts, found {_kind(options)}")
     return dict(zip(LETTERS, map(str, options), strict=False))

@@ -33,7 +33,8 @@ def options_of(row: Mapping[str, Any]) -> dict[str, str]:
     """Label -> text, from the column ``options`` or from the lines of the prompt that list them."""
     listed = row.get("options")
     if isinstance(listed, Mapping):
-        return {str(label).strip().upper(): str(text) for label, text in listed.items()}
+        kept = {label: text for label, text in listed.items() if text is not None}
+        return {str(label).strip().upper(): str(text) for label, text in kept.items()}
     if listed:
         return dict(zip(LETTERS, map(str, listed), strict=False))
     prompt = row.get("prompt") or [{"content": ""}]

@@ -66,7 +66,7 @@ def test_options_may_have_labels_or_be_empty(write):
         {"question": "Which?", "options": {"a": "3", "b": "4"}, "answer": "b"},
         {"question": "2+2?", "options": [], "answer": "four"},
         verl_row(options="", reward_model={"ground_truth": "4"}),
-        verl_row(options={"A": "3", "B": "4"}, reward_model={"ground_truth": "B"}),
+        verl_row(options={"A": "3", "B": "4", "C": None}, reward_model={"ground_truth": "B"}),
     ]
     first, second, *_ = load_rows(write(rows))
     assert first["prompt"][0]["content"] == "Which?\n\nA) 3\nB) 4"
