@@ -108,8 +108,8 @@ def require_new(path: str | Path) -> None:
     """
     if _has_begun(Path(path)):
         raise ConfigError(
-            f"workdir {path} holds a run, and config.checkpoint.resume = none starts none over; "
-            "take another --workdir, or auto to go on"
+            f"workdir {path} holds a run already, and config.checkpoint.resume = none starts none "
+            "over; take another --workdir, or auto to go on"
         )
 
 
