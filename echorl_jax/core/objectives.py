@@ -45,34 +45,28 @@ def alike(rewards: Array, group: Array, *, num_groups: int) -> Array:
     return jnp.ones_like(rewards)
 
 
-def normalised(
-    rewards: Array,
-    group: Array,
-    *,
-    num_groups: int,
-    lengths: Array,
-    on_policy: Array,
-    baseline: Array | None = None,
-) -> Array:
-    """:func:`group_advantages` over the rows that make the baseline, all unless given."""
-    del lengths, on_policy
-    return adv.group_advantages(rewards, group, num_groups=num_groups, on_policy=baseline)
+def from_groups(*, divide_by_std: bool) -> Callable[..., Array]:
+    """:func:`group_advantages` over the rows ``[N]`` that make the baseline, all unless given."""
+
+    def advantages(
+        rewards: Array,
+        group: Array,
+        *,
+        num_groups: int,
+        lengths: Array,
+        on_policy: Array,
+        baseline: Array | None = None,
+    ) -> Array:
+        del lengths, on_policy
+        return adv.group_advantages(
+            rewards, group, num_groups=num_groups, on_policy=baseline, divide_by_std=divide_by_std
+        )
+
+    return advantages
 
 
-def centred(
-    rewards: Array,
-    group: Array,
-    *,
-    num_groups: int,
-    lengths: Array,
-    on_policy: Array,
-    baseline: Array | None = None,
-) -> Array:
-    """The same without division by the deviation."""
-    del lengths, on_policy
-    return adv.group_advantages(
-        rewards, group, num_groups=num_groups, on_policy=baseline, divide_by_std=False
-    )
+normalised = from_groups(divide_by_std=True)
+centred = from_groups(divide_by_std=False)
 
 
 def token_ratio(logprobs: Array, batch: TrainBatch) -> Array:

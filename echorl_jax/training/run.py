@@ -163,7 +163,7 @@ def peak_memory_bytes() -> int:
 
 def _profile_options() -> jax.profiler.ProfileOptions:
     """A trace without Python's calls: taking those crashes the process when threads begin or end
-    meanwhile, as Orbax's do in a save (a stress of both fell in three of four minutes).
+    meanwhile, as Orbax's do in a save.
     """
     options = jax.profiler.ProfileOptions()
     options.python_tracer_level = 0

@@ -56,6 +56,18 @@ def demonstrations(vocab: int) -> TrainBatch:
     )
 
 
+def test_the_scale_of_the_entropy_bonus_goes_with_its_rows() -> None:
+    batch = demonstrations(100)
+    scaled = dataclasses.replace(batch, entropy_scale=np.full(len(PROMPTS), 0.25, np.float32))
+    packed = pack_rows(scaled, width=32)
+    assert packed.entropy_scale is not None and len(packed.entropy_scale) == len(packed.tokens)
+    assert set(packed.entropy_scale.tolist()) == {0.25}
+    assert pack_rows(batch, width=32).entropy_scale is None
+    uneven = dataclasses.replace(batch, entropy_scale=np.arange(len(PROMPTS), dtype=np.float32))
+    with pytest.raises(ValueError, match="rows differ in entropy_scale"):
+        pack_rows(uneven, width=32)
+
+
 def test_the_loss_and_gradient_are_those_of_single_rows(
     tiny_update: tuple[Update, Decoder, dict],
 ) -> None:
