@@ -24,13 +24,13 @@ from jax.sharding import SingleDeviceSharding
 
 from echorl_jax.models import Decoder, DecoderConfig
 from echorl_jax.models.published import architecture
-from echorl_jax.planning.chips import Chip
-from echorl_jax.planning.plan import find_target
 from echorl_jax.rollout import TurnCost, turn_cost
 from echorl_jax.rollout.cache import empty_cache
 from echorl_jax.rollout.generate import BLOCK
 from echorl_jax.rollout.slots import Queue, first_slots
 from echorl_jax.rollout.step import forward
+from echorl_jax.tools.plan.chips import Chip
+from echorl_jax.tools.plan.plan import find_target
 
 # A vocabulary that costs nothing.
 VOCAB = 1024

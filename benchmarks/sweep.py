@@ -28,10 +28,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from echorl_jax.analysis.report import write_page
-from echorl_jax.analysis.runs import read_run, write_jsonl
-from echorl_jax.analysis.sweep import Outcome, read_outcome, sweep_section, sweep_table
 from echorl_jax.config_file import load_config, to_dict
+from echorl_jax.tools.report.report import write_page
+from echorl_jax.tools.report.runs import read_run, write_jsonl
+from echorl_jax.tools.report.sweep import Outcome, read_outcome, sweep_section, sweep_table
 
 WINDOWS = ("always", "early", "late")
 COEFS = ("0", "1e-4", "1e-3", "1e-2", "1e-1")

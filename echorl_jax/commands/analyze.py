@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Studies, and says where the results are."""
-    from echorl_jax.analysis.analyze import Analysis, analyze
+    from echorl_jax.tools.report.analyze import Analysis, analyze
 
     names = {field.name for field in dataclasses.fields(Analysis)}
     options: dict[str, Any] = {k: v for k, v in vars(arguments).items() if k in names}

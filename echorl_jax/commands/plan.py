@@ -48,9 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
         _describe_tpu(arguments.topology)
     from rich.console import Console
 
-    from echorl_jax.planning.plan import make_plan
-    from echorl_jax.planning.report import as_dict, print_plan
-    from echorl_jax.planning.roofline import Lengths
+    from echorl_jax.tools.plan.plan import make_plan
+    from echorl_jax.tools.plan.report import as_dict, print_plan
+    from echorl_jax.tools.plan.roofline import Lengths
 
     lengths = Lengths(
         arguments.prompt_tokens or config.data.max_prompt_tokens,
@@ -80,7 +80,7 @@ def _describe_tpu(topology: str) -> None:
     """Tells libtpu, before it is loaded, which slice to imagine, and JAX to run on the CPU."""
     import jax
 
-    from echorl_jax.planning.chips import parse_topology
+    from echorl_jax.tools.plan.chips import parse_topology
 
     chip, count = parse_topology(topology)
     jax.config.update("jax_platforms", "cpu")

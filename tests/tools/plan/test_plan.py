@@ -1,0 +1,234 @@
+"""Plans: bytes against real arrays, operations against the compiler, verdicts by arithmetic."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import pytest
+from jax.sharding import AbstractMesh, AxisType
+
+from echorl_jax import cli
+from echorl_jax.config import ConfigError
+from echorl_jax.config_file import load_config
+from echorl_jax.core import OBJECTIVES
+from echorl_jax.models import Decoder, DecoderConfig, init_params
+from echorl_jax.parallel import AXES, make_mesh
+from echorl_jax.tools.plan.chips import GB, GPUS, TPUS, parse_topology
+from echorl_jax.tools.plan.communication import Exchange, exchanges
+from echorl_jax.tools.plan.plan import Target, candidates, find_target, make_job, make_plan
+from echorl_jax.tools.plan.programs import compile_programs
+from echorl_jax.tools.plan.report import as_dict
+from echorl_jax.tools.plan.roofline import Lengths, forward_flops, step_phases
+from echorl_jax.training.job import Job, held_bytes
+from echorl_jax.training.optimizer import init_state, make_optimizer
+from tests.integration.conftest import small_config
+
+ROOT = Path(__file__).parents[3]
+PAPER = f"{ROOT / 'configs' / 'paper.py'}:qwen2.5-math-7b,grpo,echo"
+ONE_LAYER = DecoderConfig("qwen2", 1000, 256, 512, 1, 8, 2, 32, qkv_bias=True)
+
+
+def quiet(text: str) -> None:
+    del text
+
+
+def local_bytes(tree) -> int:
+    return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_demonstrations_are_counted_as_such() -> None:
+    config = small_config(
+        objective={"name": "sft", "mini_batches": 4},
+        rollout={"prompts_per_step": 64, "group_size": 8},
+        optim={"sft_rows_per_step": 16, "micro_batch_tokens": 1024},
+    )
+    plans = make_plan(config, "h100:1", lengths=None, tries=0, say=quiet, formula=True)
+    found = as_dict(plans, "h100:1")
+    assert found["rows_per_step"] == 16 == found["micro_batch"]["rows"]
+    tokens = 16 * found["roofline"]["mean_completion_tokens"]
+    seconds = plans[-1].step_seconds
+    assert found["roofline"]["step_tokens_per_second"] == round(tokens / seconds)
+
+
+@pytest.mark.parametrize("moment,each", [("float32", 8), ("bfloat16", 6)])
+def test_held_bytes_are_those_of_the_arrays(moment: str, each: int) -> None:
+    model, mesh = Decoder(ONE_LAYER, dtype="bfloat16"), make_mesh(2, 2, 2)
+    params = init_params(model, jax.random.key(0), mesh=mesh)
+    optimizer = make_optimizer(
+        beta1=0.9, beta2=0.99, weight_decay=0.0, max_grad_norm=1.0, moment_dtype=moment
+    )
+    state = init_state(params, optimizer, mesh)
+    held = held_bytes(model, mesh, moment_bytes=each, reference=True, shares_weights=False)
+    assert held.master == local_bytes(state.params)
+    counters = 8  # two step counts of AdamW at most
+    assert abs(held.moments - local_bytes(state.opt_state)) <= counters
+    copy = jax.jit(model.cast)(params)
+    assert held.reference == local_bytes(copy)
+    assert held.always == held.master + held.moments + held.reference
+
+
+def test_operations_are_those_of_the_compiler() -> None:
+    """One layer, so that no loop hides its length; within 5%: the mask leaves out half."""
+    model = Decoder(ONE_LAYER, dtype="float32", remat="none")
+    tokens = jax.ShapeDtypeStruct((1, 32), "int32")
+    compiled = jax.jit(model.logits).lower(model.param_shapes(), tokens).compile()
+    counted = (compiled.cost_analysis() or {})["flops"]
+    assert forward_flops(model, length=32, targets=32) == pytest.approx(counted, rel=0.05)
+
+
+def test_the_update_is_counted_like_the_compiler() -> None:
+    config = small_config(
+        data={"max_prompt_tokens": 4},
+        rollout={"prompts_per_step": 8, "group_size": 4, "max_new_tokens": 28},
+        model={"remat": "none", "dtype": "float32"},
+    )
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    model = Decoder(ONE_LAYER, dtype="float32", remat="none")
+    job = Job(config, model, OBJECTIVES["dr_grpo"], mesh, slots=32, platform="cpu")
+    assert job.micro_batch == (32, 32)
+    from echorl_jax.tools.plan.programs import _update_program
+
+    compiled = _update_program(job, "accumulate").compile()
+    counted = (compiled.cost_analysis() or {})["flops"]
+    phases = {phase.name: phase for phase in step_phases(job, Lengths(4, 28))}
+    assert phases["accumulate"].flops == pytest.approx(counted, rel=0.1)
+    turns = 28  # 32 rows in 32 slots
+    weights = 4 * (256 * 12 * 32 + 256 * 256 + 3 * 256 * 512 + 256 * 1000)
+    assert phases["decode"].bytes > turns * weights
+
+
+def test_communication_is_that_of_the_sharding_table() -> None:
+    """By hand, on 2 x 2 x 2 chips: half of an array is sent to gather it, all of it to add it."""
+    config = small_config(
+        data={"max_prompt_tokens": 4},
+        rollout={"prompts_per_step": 8, "group_size": 4, "max_new_tokens": 28},
+        optim={"micro_batch_tokens": 128},
+    )
+    mesh = AbstractMesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
+    model = Decoder(ONE_LAYER, dtype="bfloat16", remat="layer")
+    job = Job(config, model, OBJECTIVES["dr_grpo"], mesh, slots=16, platform="tpu")
+    assert job.micro_batch == (16, 32)  # 128 tokens on each of 4; so 2 for 32 rows
+    # Half of table, head, q, k and v, o, three of the MLP and biases in bfloat16; norms in float32.
+    matrices = 2 * 1000 * 256 + 2 * 256 * 8 * 32 + 2 * 256 * 2 * 32 + 3 * 256 * 512 + 12 * 32
+    weights = 2 * matrices // 2 + 3 * 256 * 4
+    token = 256 * 2
+    found = {(e.phase, e.axis): e.bytes for e in exchanges(job, Lengths(4, 28))}
+    assert found == {
+        ("weights", "fsdp"): weights / 2,
+        ("prefill", "tensor"): 2 * (8 * 4 / 4) * token,
+        ("decode", "tensor"): (32 * 28 / 16) * 2 * (16 / 4) * token,
+        ("accumulate", "fsdp"): 2 * 3 * weights / 2,
+        ("accumulate", "data"): 2 * weights / 2,
+        ("accumulate", "tensor"): 6 * (32 * 32 / 4) * token,
+    }
+    assert Exchange("decode", "tensor", 1.2e12).seconds(TPUS["v5p"]) == 2.0
+    one = dataclasses.replace(job, mesh=AbstractMesh((1, 1, 1), AXES))
+    assert exchanges(one, Lengths(4, 28)) == []
+    scored = dataclasses.replace(job, objective=OBJECTIVES["grpo"], slots=32)
+    more = {(e.phase, e.axis): e.bytes for e in exchanges(scored, Lengths(4, 28))}
+    assert more["score", "fsdp"] == 2 * weights / 2
+    assert more["score", "tensor"] == 2 * (32 * 32 / 4) * token
+
+
+def test_local_programs_compile_and_fit() -> None:
+    config = small_config()
+    target = Target(TPUS["v5p"], 1, jax.devices()[:1], None)
+    job = make_job(config, target)
+    found = compile_programs(job, names=("prefill", "decode", "apply"), say=quiet)
+    assert [m.program for m in found] == ["prefill", "decode", "apply"]
+    weights = 4 * 855_552
+    for memory in found:
+        assert abs(memory.weights - weights) < 0.02 * weights and memory.source == "compiler"
+        assert memory.optimizer == 2 * memory.weights
+    # 16 rows x (24 tokens) and 4 prompts x 32 in 4 layers of keys and values.
+    shape = job.model.config
+    position = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 4
+    assert found[1].cache == (16 * 24 + 4 * 32) * position
+    assert found[1].batch < 1e6 < found[1].total
+
+
+def test_micro_batches_are_those_of_the_run() -> None:
+    """DAPO may learn from several rounds at once, supervised learning has a number of its own."""
+    target = Target(TPUS["v5p"], 1, None, None)
+    sizes = {"rollout": {"prompts_per_step": 8, "group_size": 8, "max_new_tokens": 96}}
+    sizes |= {"data": {"max_prompt_tokens": 32}, "optim": {"micro_batch_tokens": 32768}}
+    grpo = make_job(small_config(**sizes), target)
+    assert (grpo.rows, grpo.most_rows, grpo.micro_batch) == (64, 64, (64, 128))
+    dapo = make_job(small_config(**sizes, objective={"name": "dapo", "max_rounds": 3}), target)
+    assert (dapo.rows, dapo.most_rows, dapo.micro_batch) == (64, 192, (128, 128))
+    sizes["optim"]["sft_rows_per_step"] = 16
+    sft = make_job(small_config(**sizes, objective={"name": "sft"}), target)
+    assert (sft.rows, sft.most_rows, sft.micro_batch) == (16, 16, (32, 128))
+
+
+def test_topologies() -> None:
+    assert parse_topology("v5p:2x2x2") == (TPUS["v5p"], 8)
+    assert parse_topology("h100:8") == (GPUS["h100"], 8)
+    for text in ("v9:2x2", "v5p", "v5p:2x", "v5p:0x2", "h100:"):
+        with pytest.raises(ConfigError, match="must be CHIP:SHAPE such as v5p:2x2x2"):
+            parse_topology(text)
+
+
+def test_without_libtpu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from jax.experimental import topologies
+
+    def missing(*arguments: object) -> None:
+        raise ModuleNotFoundError("No module named 'libtpu'")
+
+    monkeypatch.setattr(topologies, "get_topology_desc", missing)
+    with pytest.raises(ConfigError, match=r"echorl-jax\[tpu\]"):
+        find_target("v5p:2x2x2")
+
+
+def test_what_does_not_fit_is_changed_until_it_does() -> None:
+    """7.6B parameters in bfloat16 take 15.2 GB on each chip unless tensor splits them."""
+    plans = make_plan(load_config(PAPER), "v5e:8x8", lengths=None, tries=6, say=quiet, formula=True)
+    assert not plans[0].fits and "decode" in plans[0].too_large
+    assert plans[-1].fits and plans[-1].changes["mesh.tensor"] in (2, 4)
+    assert plans[-1].step_seconds < 1000  # with enough slots
+    assert plans[-1].peak_bytes < 16 * GB
+    assert plans[0].memory[0].weights > 15.2 * GB
+    alone = make_plan(load_config(PAPER), "h100:1", lengths=None, tries=6, say=quiet)
+    assert not alone[-1].fits and alone[-1].memory[0].source == "formula"
+
+
+def test_learning_that_does_not_fit_is_recomputed_or_cut() -> None:
+    config = load_config(PAPER, {"model.remat": "none"})
+    (plan,) = make_plan(config, "v5p:2x2x2", lengths=None, tries=0, say=quiet, formula=True)
+    assert plan.too_large == ["accumulate"]
+    # A layer's activations for all 28 layers do not fit even for a row on each chip.
+    first = candidates(config, plan.target, plan.lengths)[0]
+    assert first["model.remat"] == "layer" and "optim.micro_batch_tokens" not in first
+    chip = dataclasses.replace(TPUS["v5p"], memory_bytes=10**15)
+    roomy = dataclasses.replace(plan, target=dataclasses.replace(plan.target, chip=chip))
+    assert roomy.fits
+    small = dataclasses.replace(TPUS["v5p"], memory_bytes=40 * GB)
+    tight = dataclasses.replace(plan.target, chip=small)
+    cut = candidates(load_config(PAPER), tight, plan.lengths)
+    assert cut and all("optim.micro_batch_tokens" in c or "mesh.tensor" in c for c in cut)
+
+
+def test_the_command_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.run(["plan", f"--config={PAPER}", "--topology=h100:8", "--json"])
+    result = json.loads(capsys.readouterr().out)
+    assert code == 0 and result["fits"] and result["chips"] == 8
+    assert {p["program"] for p in result["programs"]} >= {"prefill", "decode", "accumulate"}
+    assert all(p["source"] == "formula" for p in result["programs"])
+    # 128 prompts x 8 rows of 8,192 tokens.
+    sampled = 128 * 8 * 8192
+    assert result["roofline"]["step_tokens_per_second"] == pytest.approx(
+        sampled / result["roofline"]["step_seconds"], rel=0.01
+    )
+    sent = {(e["phase"], e["axis"]): e for e in result["roofline"]["communication_estimate"]}
+    assert set(sent) == {("weights", "fsdp"), ("accumulate", "fsdp")}
+    # 7.6B parameters in bfloat16, of which each of 8 sends 7/8.
+    assert sent["weights", "fsdp"]["bytes_per_chip"] == pytest.approx(15.23e9 * 7 / 8, rel=0.01)
+    assert sent["weights", "fsdp"]["seconds"] == pytest.approx(15.23 * 7 / 8 / 450, rel=0.01)
+    assert cli.run(["plan", f"--config={PAPER}", "--topology=h100:8"]) == 0
+    said = capsys.readouterr().out.replace("\n", " ")
+    assert (
+        "communication, estimated, seconds at 450 GB/s of links a chip: weights over fsdp" in said
+    )
+    assert cli.run(["plan", f"--config={PAPER}", "--topology=h100:1", "--estimate"]) == 1
+    assert "does not fit" in capsys.readouterr().out.replace("\n", " ")
