@@ -12,6 +12,9 @@ import pyarrow.parquet as pq
 from echorl_jax.data.errors import DataError
 from echorl_jax.data.rows import BadRow, Row, normalise_row
 
+# Rows that are read from a parquet file, or become Python objects, at a time.
+BATCH = 128
+
 
 @dataclasses.dataclass(frozen=True)
 class CheckedRows(Sequence[Row]):
@@ -38,9 +41,6 @@ class CheckedRows(Sequence[Row]):
 class _TableRows(Sequence[dict[str, Any]]):
     """An Arrow table as a sequence of objects."""
 
-    # Rows that become Python objects at a time when all are read.
-    BATCH = 512
-
     def __init__(self, table: pa.Table) -> None:
         self._table = table
 
@@ -48,11 +48,42 @@ class _TableRows(Sequence[dict[str, Any]]):
         return self._table.num_rows
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._table.slice(index, 1).to_pylist()[0]
+        return _objects(self._table.slice(index, 1))[0]
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        for batch in self._table.to_batches(max_chunksize=self.BATCH):
-            yield from batch.to_pylist()
+        for batch in self._table.to_batches(max_chunksize=BATCH):
+            yield from _objects(batch)
+
+
+def _objects(rows: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
+    try:
+        return rows.to_pylist()
+    except (ArithmeticError, ValueError, pa.ArrowException):
+        cells = [[_value(cell) for cell in column] for column in rows.columns]
+        return [dict(zip(rows.schema.names, row, strict=True)) for row in zip(*cells, strict=True)]
+
+
+def _value(cell: pa.Scalar) -> Any:
+    """A value that Arrow may be unable to convert, such as a date after the year 9999.
+
+    Text that is not UTF-8 becomes bytes, other values become their text or None: the row can still
+    be used when no known column holds such a value.
+    """
+    try:
+        return cell.as_py()
+    except UnicodeDecodeError:
+        if isinstance(cell, pa.StringScalar | pa.LargeStringScalar | pa.StringViewScalar):
+            return cell.as_buffer().to_pybytes()
+    except (ArithmeticError, ValueError, pa.ArrowException):
+        pass
+    if isinstance(cell, pa.StructScalar):
+        return {name: _value(part) for name, part in cell.items()}
+    if isinstance(cell, pa.ListScalar | pa.LargeListScalar):
+        return [_value(part) for part in cell.values]
+    try:
+        return cell.cast(pa.string()).as_py()
+    except (ArithmeticError, ValueError, pa.ArrowException):
+        return None
 
 
 def read_file(path: Path, *, skip_bad: bool) -> CheckedRows:
@@ -69,7 +100,10 @@ def read_file(path: Path, *, skip_bad: bool) -> CheckedRows:
     if path.suffix == ".jsonl":
         return _read_jsonl(path, skip_bad)
     try:
-        table = pq.read_table(path)
+        file = pq.ParquetFile(path)
+        # In batches, because Arrow cannot read over 2 GiB of nested text as one array.
+        batches = file.iter_batches(batch_size=BATCH)
+        table = pa.Table.from_batches(batches, schema=file.schema_arrow)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(f"{path}: not a readable parquet file: {reason}") from error

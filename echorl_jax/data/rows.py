@@ -7,6 +7,8 @@ expert ``target``), TRL (``prompt`` as messages or text, the answer in a column 
 that read them.
 """
 
+import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,6 +18,13 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 GSM8K_MARK = "####"
 # Where the answer stands in rows without ``reward_model``, first match wins.
 ANSWERS = ("ground_truth", "answer", "solution")
+# Columns of pictures, sound and films in public data sets.
+MEDIA = """
+image images video videos audio audios multi_modal_data multi_modal_inputs multimodal_data
+mm_data decoded_image
+""".split()
+# How messages begin that somebody has written as text.
+MESSAGES_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content)["']\s*:""")
 
 
 class BadRow(ValueError):
@@ -35,36 +44,61 @@ def normalise_row(raw: Mapping[str, Any], *, source: str) -> Row:
     Raises:
       BadRow: a column that is missing or has the wrong content.
     """
-    if raw.get("images"):
-        raise BadRow("images", "pictures are not supported")
+    for column in MEDIA:
+        if _holds_something(raw.get(column)):
+            raise BadRow(column, "pictures are not supported, nor sound or film")
     row = dict(raw)
-    row["prompt"] = _prompt(raw)
+    prompt = _parsed(raw.get("prompt"), "prompt")
+    row["prompt"] = _prompt(raw, prompt)
     row["reward_model"] = {"style": "rule", **_mapping(raw, "reward_model")}
     row["reward_model"]["ground_truth"] = _ground_truth(raw)
     row["data_source"] = raw.get("data_source") or ("countdown" if _is_puzzle(raw) else source)
     row["extra_info"] = _mapping(raw, "extra_info")
-    if isinstance(raw.get("prompt"), str):
+    if isinstance(prompt, str):
         # TRL's reward functions get text where the prompt was text, messages where it was messages.
         row["extra_info"]["prompt_format"] = "text"
     _check_letter(raw, row["reward_model"]["ground_truth"])
     if GSM8K_MARK in str(raw.get("answer")) and not (raw.get("hint") or raw.get("solution")):
         # GSM8K's own files: the answer is a whole solution.
         row["solution"] = raw["answer"]
-    _settle_target(row)
-    if not isinstance(row["data_source"], str):
-        raise BadRow("data_source", f"expected text, found {_kind(row['data_source'])}")
+    _settle_expert_texts(row)
+    row["data_source"] = _text(row["data_source"], "data_source")
     if row["data_source"] == "countdown":
         _check_countdown(row["reward_model"]["ground_truth"])
     return row
 
 
-def _prompt(raw: Mapping[str, Any]) -> list[dict[str, str]]:
-    prompt = raw.get("prompt")
+def _prompt(raw: Mapping[str, Any], prompt: Any) -> list[dict[str, str]]:
     if prompt is None:
         return [{"role": "user", "content": _question(raw)}]
     if isinstance(prompt, str):
         return [{"role": "user", "content": _text(prompt, "prompt")}]
     return _messages(prompt, "prompt")
+
+
+def _parsed(value: Any, column: str) -> Any:
+    """The value; where it is the JSON text of messages, the messages."""
+    text = _unicode(value, column) if isinstance(value, bytes) else value
+    if not isinstance(text, str) or not text.lstrip().startswith(("[", "{")):
+        return text
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        if MESSAGES_AS_TEXT.match(text):
+            raise BadRow(column, "text that begins as messages do but is not JSON") from None
+        return text
+    messages = found if isinstance(found, list) else [found]
+    are_messages = [isinstance(each, Mapping) and "role" in each for each in messages]
+    return messages if messages and all(are_messages) else text
+
+
+def _holds_something(value: Any) -> bool:
+    """False for None, empty text and what holds nothing else, as a shared schema fills it in."""
+    if isinstance(value, Mapping):
+        return any(map(_holds_something, value.values()))
+    if isinstance(value, list | tuple):
+        return any(map(_holds_something, value))
+    return value is not None and value not in ("", b"", False)
 
 
 def _question(raw: Mapping[str, Any]) -> str:
@@ -91,6 +125,8 @@ def _ground_truth(raw: Mapping[str, Any]) -> Any:
         if column is None:
             raise BadRow("reward_model", "missing, and there is no column answer either")
         truth = raw[column]
+    if isinstance(truth, str | bytes):
+        truth = _unicode(truth, column)
     if truth is None or (isinstance(truth, str) and not truth.strip()):
         raise BadRow(column, "empty")
     return str(truth) if isinstance(truth, int | float) else truth
@@ -102,11 +138,10 @@ def _messages(value: Any, column: str) -> list[dict[str, str]]:
     for message in value:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise BadRow(column, "expected messages with role and content")
-        if not isinstance(message["role"], str) or not isinstance(message["content"], str):
+        if not all(isinstance(message[part], str | bytes) for part in ("role", "content")):
             raise BadRow(column, "a message's role and content must be text")
     return [
-        {"role": message["role"], "content": _unicode(message["content"], column)}
-        for message in value
+        {part: _unicode(message[part], column) for part in ("role", "content")} for message in value
     ]
 
 
@@ -114,10 +149,20 @@ def _is_puzzle(raw: Mapping[str, Any]) -> bool:
     return raw.get("numbers") is not None and _is_whole(raw.get("target"))
 
 
-def _settle_target(row: Row) -> None:
-    target = row.pop("target", None)
+def _settle_expert_texts(row: Row) -> None:
+    target = _parsed(row.pop("target", None), "target")
     if isinstance(target, Sequence) and not isinstance(target, str | bytes):
         row["target"] = _messages(target, "target")
+    for column in ("solution", "answer"):
+        if isinstance(row.get(column), str | bytes):
+            row[column] = _unicode(row[column], column)
+    hint = row.get("hint")
+    if isinstance(hint, str | bytes):
+        row["hint"] = _unicode(hint, "hint").splitlines(keepends=True)
+    elif hint is not None:
+        if not isinstance(hint, Sequence):
+            raise BadRow("hint", f"expected a list of texts, found {_kind(hint)}")
+        row["hint"] = [_text(line, "hint", empty=True) for line in hint]
 
 
 def _check_letter(raw: Mapping[str, Any], truth: Any) -> None:
@@ -168,17 +213,21 @@ def _mapping(raw: Mapping[str, Any], column: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _text(value: Any, column: str) -> str:
-    if not isinstance(value, str):
+def _text(value: Any, column: str, *, empty: bool = False) -> str:
+    if not isinstance(value, str | bytes):
         raise BadRow(column, f"expected text, found {_kind(value)}")
-    if not value.strip():
+    if not empty and not value.strip():
         raise BadRow(column, "empty")
     return _unicode(value, column)
 
 
-def _unicode(text: str, column: str) -> str:
+def _unicode(text: str | bytes, column: str) -> str:
     try:
+        if isinstance(text, bytes):
+            return text.decode()
         text.encode()
+    except UnicodeDecodeError as error:
+        raise BadRow(column, "not UTF-8 text") from error
     except UnicodeEncodeError as error:  # JSON can spell it, but no tokenizer takes it
         raise BadRow(column, "half of a surrogate pair, which is no Unicode text") from error
     return text

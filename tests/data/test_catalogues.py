@@ -8,6 +8,8 @@ import sys
 import pytest
 
 from echorl_jax.data import DataError, expert_text, load_rows
+from echorl_jax.data.catalogues import plain_row
+from echorl_jax.data.rows import BadRow, normalise_row
 from echorl_jax.data.tfds_countdown import examples
 from echorl_jax.rewards import load_grader
 
@@ -35,6 +37,13 @@ def test_a_missing_package_is_named(module, spec, package, monkeypatch):
 def test_examples_are_the_generators_problems():
     key, example = next(examples("eval"))
     assert key == 0 and example["question"].startswith(f"Reach {example['target']} with ")
+
+
+def test_bytes_that_are_not_utf8_make_only_their_column_unusable():
+    row = plain_row({"question": b"1+1?", "answer": b"2", "picture": b"\x89PNG"})
+    assert normalise_row(row, source="any")["prompt"] == [{"role": "user", "content": "1+1?"}]
+    with pytest.raises(BadRow, match="column question: not UTF-8 text"):
+        normalise_row(plain_row({"question": b"caf\xe9", "answer": b"2"}), source="any")
 
 
 @pytest.mark.slow

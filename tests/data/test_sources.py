@@ -1,15 +1,22 @@
 """Files of rows, good and damaged."""
 
+import contextlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from echorl_jax.data import DataError, load_rows
+from echorl_jax.data import DataError, expert_text, load_rows
+from echorl_jax.data.rows import BadRow, normalise_row
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
+BUGS = SHARED.parent / "bugs"
 
 
 def verl_row(**changes):
@@ -100,6 +107,18 @@ COUNTDOWN = {"ground_truth": {"numbers": [1, 2], "target": 3}}
         ({"extra_info": [1]}, "column extra_info: expected an object, found a list"),
         ({"target": [{"role": "assistant"}]}, "column target: expected messages"),
         ({"images": ["x"]}, "column images: pictures are not supported"),
+        ({"image": {"bytes": None, "path": "1.png"}}, "column image: pictures are not supported"),
+        ({"multi_modal_data": {"image": [{"a": 1}]}}, "column multi_modal_data: pictures are not"),
+        ({"video": "clip.mp4"}, "column video: pictures are not supported, nor sound or film"),
+        ({"prompt": "[{'role': 'user', 'content': 'x'}]"}, "column prompt: text that begins as"),
+        ({"prompt": '[{"role": "user"}]'}, "column prompt: expected messages with role"),
+        ({"prompt": '[{"role": "user", "content": 3}]'}, "column prompt: a message's role and"),
+        ({"target": '{"role": "assistant"}'}, "column target: expected messages"),
+        ({"solution": "x \ud800"}, "column solution: half of a surrogate pair"),
+        ({"data_source": "x \ud800"}, "column data_source: half of a surrogate pair"),
+        ({"reward_model": {"ground_truth": "\ud800"}}, "column reward_model.ground_truth: half of"),
+        ({"hint": 3}, "column hint: expected a list of texts, found a number"),
+        ({"hint": ["a", 3]}, "column hint: expected text, found a number"),
         ({"data_source": "countdown"}, "column reward_model.ground_truth: expected numbers"),
         (
             {"data_source": "countdown", "reward_model": {"ground_truth": {"target": 3}}},
@@ -119,6 +138,140 @@ def test_a_bad_row_is_named_by_file_line_and_column(write, changes, message):
     assert "\n" not in str(caught.value)
     rows = load_rows(path, on_bad_row="skip")
     assert len(rows) == 1 and rows.bad == (str(caught.value),)
+
+
+def test_media_columns_that_hold_nothing_are_ignored(write):
+    nothing = {"images": [None], "image": None, "multi_modal_data": {"image": [], "video": ""}}
+    assert len(load_rows(write([verl_row(**nothing)]))) == 1
+
+
+MESSAGES = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": 'Is "[1]" a list?'},
+]
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.parquet"])
+def test_json_text_of_messages_is_read_as_messages(write, name):
+    expert = [{"role": "assistant", "content": "Yes"}]
+    row = verl_row(prompt=json.dumps(MESSAGES, indent=1), target=json.dumps(expert))
+    (read,) = load_rows(write([row], name))
+    assert read["prompt"] == MESSAGES and expert_text(read) == "Yes"
+    assert "prompt_format" not in read["extra_info"]
+    (single,) = load_rows(write([verl_row(prompt=json.dumps(MESSAGES[1]))], name))
+    assert single["prompt"] == [MESSAGES[1]]
+
+
+@pytest.mark.parametrize("text", ["[1, 2, 3]", '{"a": 1}', "[10 points] Find x.", "{x} = 2?", "[]"])
+def test_other_text_in_brackets_stays_text(write, text):
+    (row,) = load_rows(write([verl_row(prompt=text)]))
+    assert row["prompt"] == [{"role": "user", "content": text}]
+    assert row["extra_info"]["prompt_format"] == "text"
+
+
+# Latin-1 for "cafe" with an accent, and UTF-8 for the same word.
+LATIN, UTF = b"caf\xe9 1+1?", "caf\u00e9 1+1?".encode()
+
+
+def raw_text(*values):
+    """A column that says it is UTF-8, whatever the bytes are."""
+    return pa.Array.from_buffers(pa.string(), len(values), pa.array(values, pa.binary()).buffers())
+
+
+def chat_column(texts):
+    roles = pa.array(["user"] * len(texts))
+    messages = pa.StructArray.from_arrays([roles, texts], ["role", "content"])
+    return pa.ListArray.from_arrays(pa.array(range(len(texts) + 1), pa.int32()), messages)
+
+
+@pytest.mark.parametrize(
+    ("column", "values"),
+    [
+        ("problem", raw_text(UTF, LATIN, UTF)),
+        ("problem", pa.array([UTF, LATIN, UTF], pa.binary())),
+        ("prompt", chat_column(raw_text(UTF, LATIN, UTF))),
+        ("prompt", chat_column(pa.array([UTF, LATIN, UTF], pa.binary()))),
+    ],
+)
+def test_bytes_that_are_not_utf8_are_a_bad_row(tmp_path, column, values):
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({column: values, "answer": ["1", "2", "3"]}), path)
+    with pytest.raises(DataError) as caught:
+        load_rows(str(path))
+    assert str(caught.value) == f"{path}, row 1, column {column}: not UTF-8 text"
+    rows = load_rows(str(path), on_bad_row="skip")
+    assert [row["reward_model"]["ground_truth"] for row in rows] == ["1", "3"]
+    assert rows[1]["prompt"][0]["content"] == UTF.decode()
+
+
+def test_unused_columns_may_be_of_any_type(tmp_path):
+    """Values that Python cannot hold, such as the year 14,645, do not make a row bad."""
+    far = pa.array([400_000_000_000], pa.timestamp("s"))
+    columns = {
+        "far": far,
+        "nested": pa.ListArray.from_arrays(pa.array([0, 1], pa.int32()), far),
+        "zone": pa.array([1], pa.timestamp("ms", tz="Nowhere/Else")),
+        "long": pa.array([2**62], pa.duration("s")),
+        "nanoseconds": pa.array([1_700_000_000_000_000_001], pa.timestamp("ns")),
+        "latin": raw_text(LATIN),
+        "picture": pa.array([b"\x89PNG\xff"]),
+        "pairs": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
+        "enum": pa.array(["x"]).dictionary_encode(),
+        "half": pa.array([1.5], pa.float16()),
+        "empty": pa.nulls(1),
+    }
+    path = tmp_path / "rows.parquet"
+    pq.write_table(pa.table({"problem": ["1+1?"], "answer": ["2"], **columns}), path)
+    (row,) = load_rows(str(path))
+    assert row["prompt"][0]["content"] == "1+1?" and row["far"].startswith("14645-06-30")
+    assert row["nested"] == [row["far"]] and row["latin"] == LATIN and row["half"] == 1.5
+
+
+WORDS = """
+prompt role content problem question options answer ground_truth reward_model solution target
+numbers hint data_source extra_info image images
+""".split()
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.binary(),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(WORDS), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(WORDS), json_values, max_size=6), st.booleans())
+def test_any_row_is_read_or_bad(changes, plain):
+    base = {"problem": "1+1?", "answer": "2"} if plain else verl_row()
+    with contextlib.suppress(BadRow):
+        row = normalise_row({**base, **changes}, source="any")
+        assert all(isinstance(message["content"], str) for message in row["prompt"])
+        assert isinstance(expert_text(row), str | None)
+
+
+@pytest.mark.slow
+def test_a_row_group_over_2_gib_of_nested_text_is_read(tmp_path):
+    path, mib = tmp_path / "rows.parquet", 1 << 20
+    part = pa.table(
+        {"prompt": chat_column(pa.array(["x" * (9 * mib)] * 128)), "answer": ["2"] * 128}
+    )
+    table = pa.concat_tables([part, part])
+    pq.write_table(table, path, row_group_size=256, compression="zstd", use_dictionary=False)
+    del part, table
+    assert pq.ParquetFile(path).num_row_groups == 1
+    assert len(load_rows(str(path))) == 256
+
+
+@pytest.mark.skipif(not BUGS.is_dir(), reason="no reported files beside the repository")
+def test_reported_files_are_read_or_refused(tmp_path):
+    command = [sys.executable, str(BUGS / "rows.py"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    faults = [line for line in done.stdout.splitlines() if line.startswith("FAULT")]
+    golds = ("nan", "empty_list", "list_of", "gold_object")
+    assert not done.stderr
+    assert all(line.split()[1].startswith(golds) for line in faults), done.stdout
 
 
 def test_a_bad_parquet_row_is_named_by_its_place_from_0(write):
