@@ -27,6 +27,7 @@ from echorl_jax.training.loop import make_batches
 from echorl_jax.training.micro_batches import micro_batches, trainable_rows
 from echorl_jax.training.opening import open_run
 from echorl_jax.training.run import Run
+from echorl_jax.training.step import micro_gradient
 from echorl_jax.types import PyTree, TrainBatch
 
 ROOT = Path(__file__).parent.parent
@@ -36,8 +37,8 @@ def gradient(run: Run, params: PyTree, batch: TrainBatch, *, echo_coef: float) -
     """Of the whole batch, on the host in float64."""
     whole, rows = trainable_rows(batch, every_row=False)
     total: PyTree = jax.tree.map(lambda leaf: np.zeros(leaf.shape), params)
-    for _, micro in micro_batches(whole, rows, run.session.bounds):
-        part = run.update.gradient(params, micro, echo_coef=echo_coef).gradient
+    for _, micro in micro_batches(whole, rows, run.setup.bounds):
+        part = micro_gradient(run.setup, params, micro, echo_coef=echo_coef).gradient
         total = jax.tree.map(lambda a, b: a + np.asarray(b, np.float64), total, part)
     return total
 

@@ -74,10 +74,8 @@ def measure(arguments: argparse.Namespace) -> dict:
         with open_run(config, Path(folder) / "run", prompts_per_step=arguments.prompts) as opened:
             run, state = opened
             found = collect(run, state.params, jax.random.key(0), step=1)
-            plain_session = dataclasses.replace(
-                run.session, config=configured(arguments, echo=False)
-            )
-            plain = dataclasses.replace(run, session=plain_session)
+            plain_setup = dataclasses.replace(run.setup, config=configured(arguments, echo=False))
+            plain = dataclasses.replace(run, setup=plain_setup)
             turns: list[tuple[float, float, float]] = []
             rows = {}
             for _ in range(arguments.repeats + 2):

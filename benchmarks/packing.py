@@ -12,17 +12,17 @@ import time
 
 import jax
 import numpy as np
-import optax
 
+from echorl_jax.config import Config
 from echorl_jax.core import load_objective
 from echorl_jax.data import encode_prompt, encode_target, load_rows, load_tokenizer
 from echorl_jax.data.tokens import BUILTIN
 from echorl_jax.models import load_model
-from echorl_jax.parallel import make_mesh
+from echorl_jax.parallel import make_mesh, platform_of
 from echorl_jax.training.micro_batches import Bounds, computed_tokens, micro_batches
-from echorl_jax.training.optimizer import make_optimizer
 from echorl_jax.training.packing import pack_rows, packed_width
-from echorl_jax.training.step import Update
+from echorl_jax.training.setup import static_setup
+from echorl_jax.training.step import micro_gradient
 from echorl_jax.types import TrainBatch
 
 
@@ -68,9 +68,7 @@ def main() -> None:
     )
     mesh = make_mesh(devices=jax.devices()[:1])
     model, params = load_model(BUILTIN["builtin:countdown"], dtype="float32", mesh=mesh)
-    optimizer = make_optimizer(beta1=0.9, beta2=0.99, weight_decay=0.0, max_grad_norm=1.0)
-    schedule = optax.constant_schedule(1e-3)
-    update = Update(model, load_objective("sft"), optimizer, schedule, mesh)
+    setup = static_setup(Config(), mesh, model, load_objective("sft"), platform=platform_of(mesh))
     packed = pack_rows(batch, width=packed_width(lengths, bounds))
     result: dict[str, dict[str, float]] = {}
     for name, each in (("single", batch), ("packed", packed)):
@@ -79,7 +77,8 @@ def main() -> None:
         for _ in range(options.repeats + 1):
             start = time.process_time()
             for piece in pieces:
-                jax.block_until_ready(update.gradient(params, piece, echo_coef=0.0).gradient)
+                gradient = micro_gradient(setup, params, piece, echo_coef=0.0).gradient
+                jax.block_until_ready(gradient)
             seconds.append(time.process_time() - start)
         result[name] = {
             "rows": len(each.length),

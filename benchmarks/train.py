@@ -33,7 +33,9 @@ from processes import in_turns, median_of
 from rollout import lognormal_lengths
 
 if TYPE_CHECKING:
+    from echorl_jax.models import Decoder
     from echorl_jax.training.micro_batches import Bounds
+    from echorl_jax.training.setup import Setup
 
 PROMPT, NEW, GROUP, MEAN = 64, 128, 8, 32
 
@@ -73,15 +75,12 @@ def batch_of(data: dict[str, Any], case: str) -> Any:
 def engine(args: argparse.Namespace) -> dict[str, Any]:
     """Steps of the cases in turns, in this process."""
     import jax
-    import jax.numpy as jnp
-    import optax
 
-    from echorl_jax.core import load_objective
     from echorl_jax.models import load_model
     from echorl_jax.parallel import make_mesh
     from echorl_jax.training.micro_batches import micro_batches, trainable_rows
-    from echorl_jax.training.optimizer import init_state, make_optimizer
-    from echorl_jax.training.step import Update
+    from echorl_jax.training.optimizer import init_state
+    from echorl_jax.training.step import apply_update
 
     sys.path.insert(0, args.peers)
     import peerlib  # pyright: ignore[reportMissingImports]
@@ -89,11 +88,8 @@ def engine(args: argparse.Namespace) -> dict[str, Any]:
     cases = args.worker.split("+")
     mesh = make_mesh(1, 1, 1)
     model, params = load_model(args.models, dtype="float32", mesh=mesh, remat=args.remat)
-    # Peers do not clip the gradient.
-    optimizer = make_optimizer(beta1=0.9, beta2=0.99, weight_decay=0.1, max_grad_norm=1e9)
-    objective = load_objective("grpo", aggregation="seq-mean-token-mean", kl_coef=0.0)
-    update = Update(model, objective, optimizer, optax.constant_schedule(1e-6), mesh)
-    state = init_state(params, optimizer, mesh)
+    setup = setup_of(model)
+    state = init_state(params, setup.optimizer, setup.mesh)
     ready = {}
     for case in cases:
         rows = 40 if case in ("groups", "degenerate") else 32
@@ -107,7 +103,8 @@ def engine(args: argparse.Namespace) -> dict[str, Any]:
         start = time.perf_counter()
         pieces = micro_batches(batch, used, bounds(args))
         coef = 1e-3 if batch.echo_weights.any() else 0.0
-        state, stats = update(state, (piece for _, piece in pieces), echo_coef=jnp.float32(coef))
+        micro = (piece for _, piece in pieces)
+        state, stats = apply_update(setup, state, micro, echo_coef=coef)
         loss = [float(stats.loss), float(stats.grad_norm)]
         jax.block_until_ready(state)
         return time.perf_counter() - start, loss
@@ -126,6 +123,26 @@ def engine(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def setup_of(model: "Decoder") -> "Setup":
+    """One device, a constant learning rate; the gradient is not clipped, as peers do not."""
+    from echorl_jax.config import Config, OptimConfig
+    from echorl_jax.core import load_objective
+    from echorl_jax.parallel import make_mesh, platform_of
+    from echorl_jax.training.setup import static_setup
+
+    mesh = make_mesh(1, 1, 1)
+    objective = load_objective("grpo", aggregation="seq-mean-token-mean", kl_coef=0.0)
+    optim = OptimConfig(
+        learning_rate=1e-6,
+        schedule="constant",
+        warmup_steps=0,
+        beta2=0.99,
+        weight_decay=0.1,
+        max_grad_norm=1e9,
+    )
+    return static_setup(Config(optim=optim), mesh, model, objective, platform=platform_of(mesh))
+
+
 def bounds(args: argparse.Namespace) -> "Bounds":
     """Micro-batches of ``args.rows`` of the longest rows."""
     from echorl_jax.training.micro_batches import Bounds
@@ -136,27 +153,18 @@ def bounds(args: argparse.Namespace) -> "Bounds":
 
 def temporary_bytes(args: argparse.Namespace) -> int:
     """What the compiler sets aside for the gradient of a micro-batch of the case ``full``."""
-    import optax
-
-    from echorl_jax.core import load_objective
     from echorl_jax.models import load_decoder
-    from echorl_jax.parallel import make_mesh
-    from echorl_jax.training import step
     from echorl_jax.training.micro_batches import micro_batches, trainable_rows
-    from echorl_jax.training.optimizer import make_optimizer
+    from echorl_jax.training.step import lower_accumulate
 
     sys.path.insert(0, args.peers)
     import peerlib  # pyright: ignore[reportMissingImports]
 
     model = load_decoder(args.models, dtype="float32", remat=args.remat)
     data = peerlib.train_batch(32, PROMPT, NEW, GROUP, model.config.vocab_size)
-    optimizer = make_optimizer(beta1=0.9, beta2=0.99, weight_decay=0.1, max_grad_norm=1e9)
-    objective = load_objective("grpo", kl_coef=0.0)
-    schedule = optax.constant_schedule(1e-6)
-    update = step.Update(model, objective, optimizer, schedule, make_mesh(1, 1, 1))
     batch, used = trainable_rows(batch_of(data, "full"), every_row=False)
     _, piece = next(micro_batches(batch, used, bounds(args)))
-    lowered = step.lower_accumulate(update, model.param_shapes(), piece)
+    lowered = lower_accumulate(setup_of(model), model.param_shapes(), piece)
     compiled = lowered.compile()
     return compiled.memory_analysis().temp_size_in_bytes
 

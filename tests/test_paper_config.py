@@ -10,7 +10,7 @@ from echorl_jax.config import ConfigError
 from echorl_jax.config_file import load_config
 from echorl_jax.core import OBJECTIVES
 from echorl_jax.models.published import architecture
-from echorl_jax.training.session import configured_objective
+from echorl_jax.training.setup import configured_objective
 
 FILE = str(Path(__file__).parent.parent / "configs" / "paper.py")
 MODELS = ("qwen2.5-math-1.5b", "qwen2.5-math-7b", "qwen2.5-7b-instruct", "llama-3.1-8b-instruct")

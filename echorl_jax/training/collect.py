@@ -16,7 +16,7 @@ from echorl_jax.rollout import Finished, Progress, generate_with_progress
 from echorl_jax.training.experts import append_experts, expert_completions
 from echorl_jax.training.logs import timed
 from echorl_jax.training.run import Run
-from echorl_jax.training.session import Session
+from echorl_jax.training.setup import Setup
 from echorl_jax.types import Array, Graded, HostArray, PyTree, Rollouts
 
 _T = TypeVar("_T")
@@ -44,7 +44,7 @@ def collect(run: Run, params: PyTree, key: Array, *, step: int) -> Experience:
     ``max_rounds`` is reached. Groups that are not mixed, or too many, are left out of the policy
     loss; all-right ones still give clips. Groups are in the order in which mini-batches take them.
     """
-    config = run.session.config
+    config = run.setup.config
     rounds: list[Experience] = []
     for number in range(config.objective.max_rounds if run.objective.dynamic_sampling else 1):
         rounds.append(_sample_round(run, params, jax.random.fold_in(key, number), step=step))
@@ -79,14 +79,14 @@ def split(found: Experience, parts: int) -> list[Experience]:
 
 
 def _sample_round(run: Run, params: PyTree, key: Array, *, step: int) -> Experience:
-    session, objective, config = run.session, run.objective, run.session.config
+    setup, objective, config = run.setup, run.objective, run.setup.config
     seconds: dict[str, float] = {}
     prompts = next(run.stream)
     if objective.hints:
         prompts = [
             add_hint(
                 prompt,
-                session.tokenizer,
+                setup.tokenizer,
                 step=step - 1,
                 seed=config.seed,
                 hint_steps=config.objective.hint_steps or max(1, round(0.6 * config.steps)),
@@ -97,7 +97,7 @@ def _sample_round(run: Run, params: PyTree, key: Array, *, step: int) -> Experie
     each = [prompt for prompt in prompts for _ in range(config.rollout.group_size)]
     grading = Grading(
         [prompt.row for prompt in each],
-        tokenizer=session.tokenizer,
+        tokenizer=setup.tokenizer,
         grader=run.grader,
         # A solution that goes on from a hint is right or wrong together with it.
         openings=[prompt.ids[len(prompt.ids) - prompt.hint_tokens :] for prompt in each],
@@ -112,7 +112,7 @@ def _sample_round(run: Run, params: PyTree, key: Array, *, step: int) -> Experie
     return Experience(
         prompts=tuple(prompts),
         rollouts=rollouts,
-        graded=_graded(session, objective, rollouts, texts.verdicts, on_policy),
+        graded=_graded(setup, objective, rollouts, texts.verdicts, on_policy),
         in_policy=np.ones(len(on_policy), bool),
         in_echo=np.ones(len(on_policy), bool),
         reasons=tuple(verdict.reason for verdict in texts.verdicts),
@@ -136,11 +136,11 @@ def sample(
       finished: is told each row and its tokens as soon as they are known, experts' first.
       row_limits: shorter limits for single sampled rows.
     """
-    session, objective, config = run.session, run.objective, run.session.config
+    setup, objective, config = run.setup, run.objective, run.setup.config
     group, longest = config.rollout.group_size, config.rollout.max_new_tokens
-    sampled, experts = group - objective.expert_rows, None
+    sampled, experts = setup.sampled_group_size, None
     if objective.expert_rows:
-        experts = expert_completions(prompts, session.tokenizer, longest=longest)
+        experts = expert_completions(prompts, setup.tokenizer, longest=longest)
         places = [row for row in range(len(prompts) * group) if row % group >= sampled]
         finished(places, [experts.completions[row // group] for row in places])
 
@@ -148,7 +148,7 @@ def sample(
         finished([row // sampled * group + row % sampled for row in rows], completions)
 
     rollouts, progress = generate_with_progress(
-        session.model,
+        setup.model,
         params,
         [prompt.ids for prompt in prompts],
         key,
@@ -158,11 +158,11 @@ def sample(
         top_k=config.rollout.top_k,
         top_p=config.rollout.top_p,
         kv_dtype=config.rollout.kv_dtype,
-        slots=run.slots,
-        eos_ids=session.eos_ids,
+        slots=setup.slots,
+        eos_ids=setup.eos_ids,
         row_limits=row_limits,
         prompt_tokens=_prompt_tokens(config, max(len(prompt.ids) for prompt in prompts)),
-        mesh=session.mesh,
+        mesh=setup.mesh,
         finished=tell,
     )
     rollouts = jax.device_get(rollouts)
@@ -183,7 +183,7 @@ def _prompt_tokens(config: Config, longest: int) -> int:
 
 
 def _graded(
-    session: Session,
+    setup: Setup,
     objective: Objective,
     rollouts: Rollouts,
     verdicts: Sequence[Verdict],
@@ -191,10 +191,10 @@ def _graded(
 ) -> Graded:
     """Scores as rewards, with the overlong punishment where the objective has one."""
     scores: HostArray = np.array([verdict.score for verdict in verdicts], np.float32)
-    threshold = session.config.objective.success_threshold
+    threshold = setup.config.objective.success_threshold
     right = [v.correct if threshold is None else v.score >= threshold for v in verdicts]
     correct: HostArray = np.array(right, bool)
-    longest = session.config.rollout.max_new_tokens
+    longest = setup.config.rollout.max_new_tokens
     buffer_tokens = int(objective.overlong_buffer * longest)
     if buffer_tokens:
         punishment = overlong_punishment(

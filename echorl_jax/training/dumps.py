@@ -21,7 +21,7 @@ from echorl_jax.errors import UserError
 from echorl_jax.models import to_hf
 from echorl_jax.models.tensor_files import write_json
 from echorl_jax.parallel import any_process, is_first, wait_for_all
-from echorl_jax.training.session import Session
+from echorl_jax.training.setup import Setup
 from echorl_jax.training.step import UpdateStats
 from echorl_jax.types import PyTree, TrainBatch
 
@@ -63,7 +63,7 @@ def begin_dump(workdir: Path, step: int, update: int, params: PyTree) -> Path:
 
 def finish_dump(
     partial: Path,
-    session: Session,
+    setup: Setup,
     micro_batches: Iterable[TrainBatch],
     done: UpdateStats,
     *,
@@ -81,7 +81,7 @@ def finish_dump(
         }
         save_file(arrays, partial / BATCHES)
         (partial / MODEL).mkdir()
-        write_json(partial / MODEL / "config.json", to_hf(session.model.config))
+        write_json(partial / MODEL / "config.json", to_hf(setup.model.config))
         facts = {
             "step": int(step),
             "update": int(update),
@@ -89,8 +89,8 @@ def finish_dump(
             "grad_norm": _number(done.grad_norm),
             "finite": bool(done.finite),
             "echo_coef": echo_coef,
-            "mesh": dict(session.mesh.shape),
-            "config": to_dict(session.config),
+            "mesh": dict(setup.mesh.shape),
+            "config": to_dict(setup.config),
         }
         write_json(partial / FACTS, facts)
         shutil.rmtree(final, ignore_errors=True)

@@ -14,7 +14,7 @@ from echorl_jax.evaluation.evaluate import attempt_rows
 from echorl_jax.evaluation.scores import score_by_source
 from echorl_jax.parallel import texts_from_shares
 from echorl_jax.rewards import GraderPool
-from echorl_jax.training.session import Session
+from echorl_jax.training.setup import Setup
 from echorl_jax.types import PyTree
 
 _T = TypeVar("_T")
@@ -26,44 +26,44 @@ REASON_BYTES = 600
 class Evaluator:
     """Held-out rows and how they are tried."""
 
-    session: Session
+    setup: Setup
     grader: GraderPool
     rows: Sequence[Mapping[str, Any]]
     prompts: Sequence[Sequence[int]]
 
     @classmethod
-    def load(cls, session: Session, grader: GraderPool) -> "Evaluator":
+    def load(cls, setup: Setup, grader: GraderPool) -> "Evaluator":
         """Reads and encodes ``config.data.eval``; no rows when nothing is to be evaluated."""
-        config = session.config
+        config = setup.config
         if not config.eval.every:
-            return cls(session, grader, (), ())
+            return cls(setup, grader, (), ())
         rows = load_rows(config.data.eval, on_bad_row=config.data.on_bad_row)
         rows = list(itertools.islice(rows, config.eval.rows or None))
-        prompts = [encode_prompt(session.tokenizer, row, config.data.template) for row in rows]
+        prompts = [encode_prompt(setup.tokenizer, row, config.data.template) for row in rows]
         longest = config.data.max_prompt_tokens
         fits = [i for i, ids in enumerate(prompts) if len(ids) <= longest]
-        return cls(session, grader, [rows[i] for i in fits], [prompts[i] for i in fits])
+        return cls(setup, grader, [rows[i] for i in fits], [prompts[i] for i in fits])
 
     def due(self, step: int) -> bool:
         """Whether to evaluate: before the first step, at the last, every ``eval.every`` steps."""
-        every, last = self.session.config.eval.every, self.session.config.steps
+        every, last = self.setup.config.eval.every, self.setup.config.steps
         return bool(self.rows) and (step % every == 0 or step == last)
 
     def scores(self, params: PyTree) -> dict[str, float]:
         """``eval/<source>/pass@1`` and pass@k for each data source; the same draws every time."""
-        config = self.session.config
+        config = self.setup.config
         attempts = attempt_rows(
-            self.session.model,
+            self.setup.model,
             params,
             self.rows,
             self.prompts,
             jax.random.key(config.seed + 1),
-            tokenizer=self.session.tokenizer,
+            tokenizer=self.setup.tokenizer,
             grader=self.grader,
             samples=config.eval.samples,
             max_new_tokens=config.rollout.max_new_tokens,
             temperature=config.eval.temperature,
-            mesh=self.session.mesh,
+            mesh=self.setup.mesh,
         )
         outcomes = [(a.data_source, a.problem, a.verdict.correct) for a in attempts]
         return {

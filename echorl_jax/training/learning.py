@@ -12,7 +12,13 @@ from echorl_jax.training.dumps import begin_dump, finish_dump, room_for_dump
 from echorl_jax.training.micro_batches import micro_batches, trainable_rows
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.run import Run
-from echorl_jax.training.step import UpdateStats, add_stats, require_healthy, score_batch
+from echorl_jax.training.step import (
+    UpdateStats,
+    add_stats,
+    apply_update,
+    require_healthy,
+    score_batch,
+)
 from echorl_jax.types import PyTree, TrainBatch
 
 # Largest accepted gap between sampler and trainer log-probabilities (nats), by the narrowest type
@@ -32,7 +38,7 @@ def improve(
     Raises:
       RunStopped: the run cannot be trusted any more.
     """
-    config = run.session.config
+    config = run.setup.config
     window = {"start_step": config.echo.start_step, "end_step": config.echo.end_step}
     coef = float(active_coef(step - 1, config.echo.coef, **window)) * config.echo.enabled
     batches = [run.faults.spoil(batches[0], step), *batches[1:]]
@@ -46,7 +52,7 @@ def improve(
             first = epoch == 0 and number == 0
             _require_healthy(run, state, stats, step, updates=updates, check_gap=first)
     run.faults.reach("update", step)
-    done_steps = place_whole(np.int32(step), run.session.mesh)
+    done_steps = place_whole(np.int32(step), run.setup.mesh)
     state = dataclasses.replace(state, step=done_steps)
     used = [np.where(rows, batch.length, 0) for batch, rows in ready]
     return state, add_stats(done), np.concatenate(used)
@@ -63,20 +69,20 @@ def _apply(
     number: int,
 ) -> tuple[TrainState, UpdateStats]:
     """One update; dumped if asked for or not finite, when the parameters stay as they were."""
-    debug = run.session.config.debug
+    debug = run.setup.config.debug
 
     def pieces() -> Iterator[TrainBatch]:
-        return (micro for _, micro in micro_batches(batch, rows, run.session.bounds))
+        return (micro for _, micro in micro_batches(batch, rows, run.setup.bounds))
 
     dump = None
     if number == 0 and step == debug.dump_step:
         dump = begin_dump(run.directory, step, number, state.params)
-    state, stats = run.update(state, pieces(), echo_coef=coef)
+    state, stats = apply_update(run.setup, state, pieces(), echo_coef=coef)
     done: UpdateStats = jax.device_get(stats)
     if dump is None and not done.finite and room_for_dump(run.directory, debug.max_dumps):
         dump = begin_dump(run.directory, step, number, state.params)
     if dump is not None:
-        path = finish_dump(dump, run.session, pieces(), done, echo_coef=coef)
+        path = finish_dump(dump, run.setup, pieces(), done, echo_coef=coef)
         run.log.say(f"step {step}: update written to {path} for `echorl replay`")
     return state, done
 
@@ -97,15 +103,13 @@ def _ready(
 
     def score(weights: PyTree) -> np.ndarray:
         return score_batch(
-            run.session.model,
+            run.setup,
             weights,
-            micro_batches(batch, rows, run.session.bounds),
+            micro_batches(batch, rows, run.setup.bounds),
             shape=batch.loss_mask.shape,
-            temperature=run.update.temperature,
-            mesh=run.session.mesh,
         )
 
-    if run.session.config.objective.old_logprobs == "trainer" and not objective.supervised:
+    if run.setup.scores_old_policy:
         batch = dataclasses.replace(batch, old_logprobs=score(params))
     if run.reference is not None:
         batch = dataclasses.replace(batch, ref_logprobs=score(run.reference))
@@ -115,7 +119,7 @@ def _ready(
 def _require_healthy(
     run: Run, state: TrainState, done: UpdateStats, step: int, *, updates: int, check_gap: bool
 ) -> None:
-    config = run.session.config
+    config = run.setup.config
     check_gap &= not run.objective.supervised and run.gap_check.due(step)
     # An update without a trainable row has compared nothing: the check stays due.
     check_gap &= bool(done.mean_gap.count > 0)

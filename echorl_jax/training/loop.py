@@ -64,7 +64,7 @@ def train(
                 found,
                 made,
                 groups=groups_to_show(config, step),
-                tokenizer=run.session.tokenizer,
+                tokenizer=run.setup.tokenizer,
             )
             speed = learning_metrics(
                 used=used,
@@ -87,7 +87,7 @@ def train(
 
 def make_batches(run: Run, found: Experience, key: Array) -> list[Assembled]:
     """Advantages over the whole step; then clips and final weights for each mini-batch (NumPy)."""
-    config, objective = run.session.config, run.objective
+    config, objective = run.setup.config, run.objective
     advantages = np.asarray(step_advantages(found.rollouts, found.graded, objective=objective))
     parts = split(found, config.objective.mini_batches)
     made = []
@@ -98,7 +98,7 @@ def make_batches(run: Run, found: Experience, key: Array) -> list[Assembled]:
             own,
             part.in_policy,
             part.in_echo,
-            run.session.is_delimiter,
+            run.setup.is_delimiter,
             jax.random.fold_in(key, number),
             objective=objective,
             echo=config.echo,

@@ -13,21 +13,20 @@ from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import Objective
 from echorl_jax.data import PromptStream, Rows, load_rows
 from echorl_jax.errors import RunStopped
-from echorl_jax.parallel import is_first, platform_of, smallest
+from echorl_jax.parallel import is_first, smallest
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout.memory import device_bytes
+from echorl_jax.training.capacity import with_slots
 from echorl_jax.training.checkpoints import Checkpoints, Restored
 from echorl_jax.training.compiled import CompileCounter, keep_compiled
 from echorl_jax.training.evaluator import Evaluator
 from echorl_jax.training.faults import Faults
-from echorl_jax.training.job import Job, with_slots
 from echorl_jax.training.logs import RunLog
 from echorl_jax.training.optimizer import TrainState, init_state
 from echorl_jax.training.overview import overview, title
 from echorl_jax.training.preemption import stop_on_signal
 from echorl_jax.training.run import GapCheck, Run
-from echorl_jax.training.session import Session, configured_objective, start_session
-from echorl_jax.training.step import Update
+from echorl_jax.training.setup import Setup, configured_objective, make_setup
 from echorl_jax.training.workdir import open_workdir, require_new, rewind
 
 
@@ -60,13 +59,13 @@ def open_run(
         keep_compiled(directory, config.checkpoint.compiled),
     ):
         compiles = CompileCounter()
-        session, params = start_session(config, devices=devices)
+        setup, params = make_setup(config, devices=devices)
         rows = load_rows(config.data.train, on_bad_row=config.data.on_bad_row)
-        stream = _stream(session, rows, prompts_per_step)
+        stream = _stream(setup, rows, prompts_per_step)
         # A copy: the state's own buffers are given away at the first update.
-        reference = jax.jit(session.model.cast)(params) if objective.kl_coef else None
+        reference = jax.jit(setup.model.cast)(params) if objective.kl_coef else None
         checkpoints = Checkpoints.open(directory, config, faults)
-        state = init_state(params, session.optimizer, session.mesh)
+        state = init_state(params, setup.optimizer, setup.mesh)
         restored = checkpoints.restore(state, _warn)
         if restored is not None:
             state = restored.state
@@ -75,26 +74,24 @@ def open_run(
         first = int(state.step)
         _rewind(directory, restored)
         grader, log = _pool(config, faults), _log(directory, config, first)
-        job = _job(session, objective)
+        setup = _with_slots(setup)
         with _file_errors(directory, checkpoints), grader, log, stop_on_signal() as stop:
             run = Run(
                 directory=directory,
-                session=session,
-                update=_update(session, objective),
+                setup=setup,
                 stream=stream,
                 checkpoints=checkpoints,
                 grader=grader,
                 log=log,
-                evaluator=Evaluator.load(session, grader),
+                evaluator=Evaluator.load(setup, grader),
                 compiles=compiles,
                 gap_check=GapCheck(config.rollout.check_every),
                 stop=stop,
                 faults=faults,
                 reference=reference,
                 first_step=first,
-                slots=job.slots,
             )
-            _present(run, job, state)
+            _present(run, state)
             if rows.bad:
                 log.say(f"data.train: {len(rows.bad)} bad rows left out, the first: {rows.bad[0]}")
             if restored is None and run.evaluator.due(0):
@@ -116,26 +113,15 @@ def _tell_of_other_steps(config: Config, objective: Objective, before: int) -> N
         )
 
 
-def _stream(session: Session, rows: Rows, prompts_per_step: int) -> PromptStream:
-    data = session.config.data
+def _stream(setup: Setup, rows: Rows, prompts_per_step: int) -> PromptStream:
+    data = setup.config.data
     return PromptStream(
         rows,
-        session.tokenizer,
+        setup.tokenizer,
         prompts_per_step=prompts_per_step,
         max_prompt_tokens=data.max_prompt_tokens,
         template=data.template,
-        seed=session.config.seed,
-    )
-
-
-def _update(session: Session, objective: Objective) -> Update:
-    return Update(
-        session.model,
-        objective,
-        session.optimizer,
-        session.schedule,
-        session.mesh,
-        session.config.rollout.temperature,
+        seed=setup.config.seed,
     )
 
 
@@ -160,25 +146,17 @@ def _log(directory: Path, config: Config, first_step: int) -> RunLog:
     )
 
 
-def _present(run: Run, job: Job, state: TrainState) -> None:
-    lines = overview(job, first_step=run.first_step, device_bytes=device_bytes())
-    run.log.present(title(job, state.params), lines)
+def _present(run: Run, state: TrainState) -> None:
+    lines = overview(run.setup, first_step=run.first_step, device_bytes=device_bytes())
+    run.log.present(title(run.setup, state.params), lines)
 
 
-def _job(session: Session, objective: Objective) -> Job:
-    """The run as a plan sees it, with slots that fit on every process's devices."""
-    job = Job(
-        config=session.config,
-        model=session.model,
-        objective=objective,
-        mesh=session.mesh,
-        slots=session.bounds.row_multiple,
-        platform=platform_of(session.mesh),
-    )
-    if objective.supervised:
-        return job
-    job = with_slots(job, device_bytes=device_bytes())
-    return dataclasses.replace(job, slots=smallest(job.slots))
+def _with_slots(setup: Setup) -> Setup:
+    """The setup with slots that fit on the devices of every process."""
+    if setup.objective.supervised:
+        return setup
+    setup = with_slots(setup, device_bytes=device_bytes())
+    return dataclasses.replace(setup, slots=smallest(setup.slots))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from echorl_jax.training.batch import Assembled
 from echorl_jax.training.collect import Experience, join_rounds, sample
 from echorl_jax.training.micro_batches import micro_batch_shapes, take_rows
 from echorl_jax.training.run import Run
-from echorl_jax.training.step import score_batch
+from echorl_jax.training.step import micro_gradient, score_batch
 from echorl_jax.types import Array, Graded, HostArray, PyTree, TrainBatch
 
 MakeBatches = Callable[[Run, Experience, Array], list[Assembled]]
@@ -40,7 +40,7 @@ def rehearse(run: Run, params: PyTree, make_batches: MakeBatches) -> None:
         run.log.say("compiling ahead: sampler")
         key = jax.random.key(0)
         found = _experience(run, params, key)
-        objective = run.session.config.objective
+        objective = run.setup.config.objective
         most = objective.max_rounds if run.objective.dynamic_sampling else 1
         rounds = [make_batches(run, join_rounds([found] * n), key) for n in range(1, most + 1)]
         sizes = {len(part.batch.length) for parts in rounds for part in parts}
@@ -71,7 +71,7 @@ def _timed(run: Run) -> Iterator[None]:
 
 
 def _every_shape(run: Run, params: PyTree, batch: TrainBatch, rows: int) -> None:
-    shapes = micro_batch_shapes(rows, run.session.bounds)
+    shapes = micro_batch_shapes(rows, run.setup.bounds)
     for number, (count, width) in enumerate(shapes, 1):
         shape = f"{count} x {width} tokens"
         run.log.say(f"compiling ahead: micro-batch {number}/{len(shapes)}, {shape}")
@@ -80,7 +80,7 @@ def _every_shape(run: Run, params: PyTree, batch: TrainBatch, rows: int) -> None
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            budget = run.session.config.optim.micro_batch_tokens
+            budget = run.setup.config.optim.micro_batch_tokens
             raise ConfigError(
                 f"config.optim.micro_batch_tokens = {budget}: the gradient of {count} rows x "
                 f"{width} tokens does not fit in memory; `echorl plan` says what to change"
@@ -108,24 +108,23 @@ def _experience(run: Run, params: PyTree, key: Array) -> Experience:
     position = run.stream.get_state()
     prompts = next(run.stream)
     run.stream.set_state(position)
-    config = run.session.config
-    group = config.rollout.group_size - run.objective.expert_rows
-    limits = np.empty((len(prompts), group), np.int64)
+    config = run.setup.config
+    limits = np.empty((len(prompts), run.setup.sampled_group_size), np.int64)
     lanes = choose_lanes(
-        run.session.model,
+        run.setup.model,
         prompts=len(prompts),
-        slots=run.slots,
+        slots=run.setup.slots,
         max_new_tokens=config.rollout.max_new_tokens,
         kv_dtype=config.rollout.kv_dtype,
-        mesh=run.session.mesh,
+        mesh=run.setup.mesh,
     )
     for lane in range(lanes):
         own = limits[lane::lanes]
         own[:] = np.reshape(
             slot_limits(
                 own.size,
-                -(-run.slots // lanes),
-                shards=run.session.bounds.row_multiple,
+                -(-run.setup.slots // lanes),
+                shards=run.setup.bounds.row_multiple,
                 longest=config.rollout.max_new_tokens,
             ),
             own.shape,
@@ -168,17 +167,15 @@ def _learn_nothing(run: Run, params: PyTree, batch: TrainBatch, rows: int, width
     length = np.minimum(micro.length, width).astype(np.int32)
     before = np.minimum(micro.prompt_length, width).astype(np.int32)
     micro = dataclasses.replace(micro, length=length, prompt_length=before)
-    jax.block_until_ready(run.update.gradient(params, micro, echo_coef=0.0).loss)
+    jax.block_until_ready(micro_gradient(run.setup, params, micro, echo_coef=0.0).loss)
     scored = [run.reference] if run.reference is not None else []
-    if run.session.config.objective.old_logprobs == "trainer" and not run.objective.supervised:
+    if run.setup.scores_old_policy:
         scored.append(params)
     for weights in scored:
         before_scores = dataclasses.replace(micro, ref_logprobs=None)
         score_batch(
-            run.session.model,
+            run.setup,
             weights,
             [(chosen, before_scores)],
             shape=batch.loss_mask.shape,
-            temperature=run.update.temperature,
-            mesh=run.session.mesh,
         )

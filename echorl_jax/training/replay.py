@@ -15,11 +15,11 @@ from jax.sharding import Mesh
 from echorl_jax.config_file import from_dict
 from echorl_jax.errors import UserError
 from echorl_jax.models import abstract_params, load_decoder
-from echorl_jax.parallel import make_mesh
+from echorl_jax.parallel import make_mesh, platform_of
 from echorl_jax.training.dumps import MODEL, PARAMS, Dump, read_dump
 from echorl_jax.training.optimizer import init_state
-from echorl_jax.training.session import configured_objective, configured_optimizer, model_options
-from echorl_jax.training.step import Accumulated, Update
+from echorl_jax.training.setup import Setup, configured_objective, model_options, static_setup
+from echorl_jax.training.step import Accumulated, apply_update, micro_gradient
 from echorl_jax.types import HostArray, PyTree, TrainBatch
 
 # Accepted relative difference on another mesh than the run's, where sums have another order.
@@ -73,14 +73,13 @@ def replay(directory: Path) -> Replayed:
     config = from_dict(dump.facts["config"])
     mesh, same_mesh = _mesh(dump.facts["mesh"])
     model = load_decoder(directory / MODEL, **model_options(config))
-    schedule, optimizer = configured_optimizer(config)
     objective = configured_objective(config)
-    update = Update(model, objective, optimizer, schedule, mesh, config.rollout.temperature)
-    params = _read_params(directory, update)
+    setup = static_setup(config, mesh, model, objective, platform=platform_of(mesh))
+    params = _read_params(directory, setup)
     coef = dump.facts["echo_coef"]
-    pieces = [_look_at(update, params, micro, coef) for micro in dump.micro_batches]
-    state = init_state(params, optimizer, mesh)
-    _, stats = update(state, dump.micro_batches, echo_coef=coef)
+    pieces = [_look_at(setup, params, micro, coef) for micro in dump.micro_batches]
+    state = init_state(params, setup.optimizer, mesh)
+    _, stats = apply_update(setup, state, dump.micro_batches, echo_coef=coef)
     return Replayed(dump, float(stats.loss), float(stats.grad_norm), pieces, same_mesh)
 
 
@@ -117,8 +116,8 @@ def _mesh(sizes: dict[str, int]) -> tuple[Mesh, bool]:
     return make_mesh(data=1, fsdp=len(devices), tensor=1), False
 
 
-def _read_params(directory: Path, update: Update) -> PyTree:
-    like = abstract_params(update.model, update.mesh)
+def _read_params(directory: Path, setup: Setup) -> PyTree:
+    like = abstract_params(setup.model, setup.mesh)
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore((directory / PARAMS).resolve(), like)
@@ -126,8 +125,8 @@ def _read_params(directory: Path, update: Update) -> PyTree:
         raise UserError(f"{directory / PARAMS} cannot be read: {error}") from error
 
 
-def _look_at(update: Update, params: PyTree, micro: TrainBatch, coef: float) -> Piece:
-    found = update.gradient(params, micro, echo_coef=coef)
+def _look_at(setup: Setup, params: PyTree, micro: TrainBatch, coef: float) -> Piece:
+    found = micro_gradient(setup, params, micro, echo_coef=coef)
     bad_params = tuple(
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, leaf in jax.tree_util.tree_leaves_with_path(found.gradient)
@@ -135,7 +134,7 @@ def _look_at(update: Update, params: PyTree, micro: TrainBatch, coef: float) -> 
     )
     bad_rows: tuple[int, ...] = ()
     if not _finite(found):
-        bad_rows = tuple(_bad_rows(update, params, micro, coef, np.arange(len(micro.length))))
+        bad_rows = tuple(_bad_rows(setup, params, micro, coef, np.arange(len(micro.length))))
     return Piece(
         rows=int(np.sum(np.asarray(micro.length) > 1)),
         width=int(micro.tokens.shape[1]),
@@ -152,15 +151,15 @@ def _finite(found: Accumulated) -> bool:
 
 
 def _bad_rows(
-    update: Update, params: PyTree, micro: TrainBatch, coef: float, rows: np.ndarray
+    setup: Setup, params: PyTree, micro: TrainBatch, coef: float, rows: np.ndarray
 ) -> list[int]:
     """The rows that are not finite on their own, by halves."""
-    if _finite(update.gradient(params, _only(micro, rows), echo_coef=coef)):
+    if _finite(micro_gradient(setup, params, _only(micro, rows), echo_coef=coef)):
         return []
     if len(rows) == 1:
         return rows.tolist()
     halves = np.array_split(rows, 2)
-    return [row for half in halves for row in _bad_rows(update, params, micro, coef, half)]
+    return [row for half in halves for row in _bad_rows(setup, params, micro, coef, half)]
 
 
 def _only(micro: TrainBatch, rows: np.ndarray) -> TrainBatch:

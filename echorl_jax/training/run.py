@@ -21,8 +21,7 @@ from echorl_jax.training.faults import Faults
 from echorl_jax.training.logs import RunLog
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.preemption import StopRequest
-from echorl_jax.training.session import Session
-from echorl_jax.training.step import Update
+from echorl_jax.training.setup import Setup
 from echorl_jax.types import Array, PyTree
 
 
@@ -50,8 +49,7 @@ class Run:
     """An open run; the training state passes through its methods and is not part of it."""
 
     directory: Path
-    session: Session
-    update: Update
+    setup: Setup
     stream: PromptStream
     checkpoints: Checkpoints
     grader: GraderPool
@@ -63,16 +61,15 @@ class Run:
     faults: Faults
     reference: PyTree | None  # weights that a KL term holds on to
     first_step: int  # steps that were done when the run was opened
-    slots: int  # rows decoded at once
 
     @property
     def objective(self) -> Objective:
         """The objective whose loss the run minimises."""
-        return self.update.objective
+        return self.setup.objective
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, counted from 1; those of ``log.profile_steps`` are traced."""
-        config = self.session.config
+        config = self.setup.config
         for step in range(self.first_step + 1, config.steps + 1):
             if step in config.log.profile_steps:
                 directory = self.directory / "profile" / f"step_{step}"
@@ -83,7 +80,7 @@ class Run:
 
     def key(self, step: int) -> Array:
         """The PRNG key of a step."""
-        return jax.random.fold_in(jax.random.key(self.session.config.seed), step)
+        return jax.random.fold_in(jax.random.key(self.setup.config.seed), step)
 
     def end_step(self, step: int, state: TrainState, metrics: dict[str, float]) -> bool:
         """Evaluates when due, writes the metrics, then saves: what is saved is always logged.
@@ -91,12 +88,12 @@ class Run:
         Returns:
           Whether to go on; False once a signal has asked to stop, with everything saved.
         """
-        config = self.session.config
+        config = self.setup.config
         metrics = {
             "step": step,
             **metrics,
             "data/prompts_too_long": self.stream.too_long,
-            "optim/learning_rate": np.asarray(self.update.schedule(step - 1)).item(),
+            "optim/learning_rate": np.asarray(self.setup.schedule(step - 1)).item(),
             "memory/peak_bytes": peak_memory_bytes(),
             "compile/count": self.compiles.count,
         }
@@ -130,7 +127,7 @@ class Run:
             scores, failure = attempt(
                 lambda: evaluator.scores(params),
                 name=f"evaluation {step}",
-                within_s=self.session.config.mesh.start_timeout_s,
+                within_s=self.setup.config.mesh.start_timeout_s,
             )
         if scores is None:
             self.log.say(f"warning: step {step}: the evaluation failed ({failure})")
@@ -147,9 +144,9 @@ class Run:
     def finish(self, state: TrainState) -> None:
         """Waits for the last checkpoint; after the last step writes ``export/``."""
         self.checkpoints.close()
-        config = self.session.config
+        config = self.setup.config
         if config.checkpoint.export and int(state.step) == config.steps:
-            export_model(self.directory, self.session, state.params)
+            export_model(self.directory, self.setup, state.params)
 
 
 def peak_memory_bytes() -> int:

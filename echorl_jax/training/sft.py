@@ -82,31 +82,31 @@ def packs(config: Config, model: Decoder) -> bool:
 
 def _widest(run: Run) -> TrainBatch:
     """The next rows, as wide as any of the run can be; the stream stays where it is."""
-    session = run.session
+    setup = run.setup
     position = run.stream.get_state()
     batch = demonstrations(run, next(run.stream))
     run.stream.set_state(position)
-    if not packs(session.config, session.model):
+    if not packs(setup.config, setup.model):
         return batch
     return pack_rows(batch, width=batch.tokens.shape[1])
 
 
 def _packed(run: Run, batch: TrainBatch) -> TrainBatch:
     """The batch in packed rows, or as it is."""
-    session = run.session
-    if not packs(session.config, session.model):
+    setup = run.setup
+    if not packs(setup.config, setup.model):
         return batch
     return pack_rows(
         batch,
-        width=packed_width(batch.length.tolist(), session.bounds),
+        width=packed_width(batch.length.tolist(), setup.bounds),
     )
 
 
 def demonstrations(run: Run, prompts: Sequence[Prompt]) -> TrainBatch:
     """Prompts and expert trajectories as a batch (NumPy) whose token losses all count."""
-    config = run.session.config
+    config = run.setup.config
     width = config.rollout.max_new_tokens
-    targets = [target_ids(run.session.tokenizer, prompt)[:width] for prompt in prompts]
+    targets = [target_ids(run.setup.tokenizer, prompt)[:width] for prompt in prompts]
     tokens = np.zeros((len(prompts), config.data.max_prompt_tokens + width), np.int32)
     mask = np.zeros((len(prompts), width), np.float32)
     for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):

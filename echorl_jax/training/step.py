@@ -17,6 +17,7 @@ from echorl_jax.models import Decoder, param_shardings
 from echorl_jax.parallel import place_rows
 from echorl_jax.rollout import score_rows
 from echorl_jax.training.optimizer import TrainState
+from echorl_jax.training.setup import Setup
 from echorl_jax.types import Array, LossTerm, PyTree, TrainBatch, pytree
 
 
@@ -43,61 +44,57 @@ class Accumulated:
     mean_gap: LossTerm
 
 
-@dataclasses.dataclass(frozen=True)
-class Update:
-    """The compiled update of one run: everything static in it.
+def micro_gradient(
+    setup: Setup, params: PyTree, micro: TrainBatch, *, echo_coef: Array | float
+) -> Accumulated:
+    """The gradient of one micro-batch, by the program that a run sums gradients with."""
+    with jax.set_mesh(setup.mesh):
+        zeros = _zeros(setup.model, setup.mesh)(params)
+        return _accumulate(
+            zeros, params, place_rows(micro, setup.mesh), np.float32(echo_coef), **_loss_of(setup)
+        )
 
-    Attributes:
-      model: the decoder.
-      objective: how token losses are made.
-      optimizer: AdamW at learning rate 1, see :func:`make_optimizer`.
-      schedule: learning rate at a training step, counted from 0.
-      mesh: rows of a micro-batch are spread over its ``data`` and ``fsdp`` axes.
-      temperature: the sampling temperature, which divides the trainer's logits too.
+
+def apply_update(
+    setup: Setup,
+    state: TrainState,
+    micro_batches: Iterable[TrainBatch],
+    *,
+    echo_coef: Array | float,
+) -> tuple[TrainState, UpdateStats]:
+    """Applies the sum of the micro-batches' gradients; ``state`` is donated.
+
+    Rows of a micro-batch are spread over the mesh axes ``data`` and ``fsdp``. A non-finite gradient
+    leaves parameters and optimizer as they were and counts one up in ``bad_updates``. Without any
+    micro-batch everything stays as it is.
     """
+    total = None
+    coef = np.float32(echo_coef)
+    with jax.set_mesh(setup.mesh):
+        for micro in micro_batches:
+            total = _zeros(setup.model, setup.mesh)(state.params) if total is None else total
+            placed = place_rows(micro, setup.mesh)
+            total = _accumulate(total, state.params, placed, coef, **_loss_of(setup))
+        if total is None:
+            return state, _no_stats()
+        return _apply(state, total, optimizer=setup.optimizer, schedule=setup.schedule)
 
-    model: Decoder
-    objective: Objective
-    optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
-    mesh: Mesh
-    temperature: float = 1.0
 
-    def gradient(
-        self, params: PyTree, micro: TrainBatch, *, echo_coef: Array | float
-    ) -> "Accumulated":
-        """The gradient of one micro-batch, from the program that a run adds them up with."""
-        with jax.set_mesh(self.mesh):
-            nothing = _nothing(self.model, self.mesh)(params)
-            placed = place_rows(micro, self.mesh)
-            return _accumulate(self, nothing, params, placed, np.float32(echo_coef))
-
-    def __call__(
-        self, state: TrainState, micro_batches: Iterable[TrainBatch], *, echo_coef: Array | float
-    ) -> tuple[TrainState, UpdateStats]:
-        """Applies the sum of the micro-batches' gradients; ``state`` is donated.
-
-        A non-finite gradient leaves parameters and optimizer as they were and counts one up in
-        ``bad_updates``. Without any micro-batch everything stays as it is.
-        """
-        total = None
-        coef = np.float32(echo_coef)
-        with jax.set_mesh(self.mesh):
-            for micro in micro_batches:
-                total = _nothing(self.model, self.mesh)(state.params) if total is None else total
-                placed = place_rows(micro, self.mesh)
-                total = _accumulate(self, total, state.params, placed, coef)
-            return (state, _no_stats()) if total is None else _apply(self, state, total)
+def _loss_of(setup: Setup) -> dict[str, Any]:
+    """The static arguments of the loss; runs that share them share compiled programs."""
+    return {
+        "model": setup.model,
+        "objective": setup.objective,
+        "temperature": setup.config.rollout.temperature,
+    }
 
 
 def score_batch(
-    model: Decoder,
+    setup: Setup,
     params: PyTree,
     micro_batches: Iterable[tuple[np.ndarray, TrainBatch]],
     *,
     shape: tuple[int, ...],
-    temperature: float,
-    mesh: Mesh,
 ) -> np.ndarray:
     """Log-probabilities of target tokens under other parameters, such as the reference policy's.
 
@@ -110,17 +107,22 @@ def score_batch(
     """
     scores = np.zeros(shape, np.float32)
     for places, micro in micro_batches:
-        placed = place_rows(micro, mesh)
-        with jax.set_mesh(mesh):
-            found = _score(model, params, placed, temperature=temperature, mesh=mesh)
-        found = np.asarray(found)[: len(places)]
-        scores[places, : found.shape[1]] = found
+        placed = place_rows(micro, setup.mesh)
+        with jax.set_mesh(setup.mesh):
+            logprobs = _score(params, placed, **_score_of(setup))
+        logprobs = np.asarray(logprobs)[: len(places)]
+        scores[places, : logprobs.shape[1]] = logprobs
     return scores
+
+
+def _score_of(setup: Setup) -> dict[str, Any]:
+    temperature = setup.config.rollout.temperature
+    return {"model": setup.model, "temperature": temperature, "mesh": setup.mesh}
 
 
 @functools.partial(jax.jit, static_argnames=("model", "temperature", "mesh"))
 def _score(
-    model: Decoder, params: PyTree, micro: TrainBatch, *, temperature: float, mesh: Mesh
+    params: PyTree, micro: TrainBatch, *, model: Decoder, temperature: float, mesh: Mesh
 ) -> Array:
     logprobs, _ = score_rows(
         model,
@@ -136,27 +138,35 @@ def _score(
     return jax.lax.with_sharding_constraint(logprobs, NamedSharding(mesh, PartitionSpec()))
 
 
-def _loss(params: PyTree, update: Update, micro: TrainBatch, echo_coef: Array):
+def _loss(
+    params: PyTree,
+    micro: TrainBatch,
+    echo_coef: Array,
+    *,
+    model: Decoder,
+    objective: Objective,
+    temperature: float,
+):
     logprobs, entropy = score_rows(
-        update.model,
+        model,
         params,
         micro.tokens,
         micro.prompt_length,
         micro.length,
         max_new_tokens=micro.loss_mask.shape[1],
-        temperature=update.temperature,
+        temperature=temperature,
         segment_ids=micro.segment_ids,
     )
-    total, terms = batch_loss(logprobs, entropy, micro, update.objective, echo_coef=echo_coef)
+    total, terms = batch_loss(logprobs, entropy, micro, objective, echo_coef=echo_coef)
     sampled = micro.loss_mask * micro.on_policy[:, None].astype(jnp.float32)
-    # Chosen, not multiplied: what has no weight may be no number.
+    # where(), not *: unweighted entries may be NaN.
     gaps = jnp.where(sampled > 0, jnp.abs(logprobs - micro.rollout_logprobs), 0.0)
     mean_gap = LossTerm(gaps.sum(), sampled.sum())
     return total, (terms, *jax.lax.stop_gradient((gaps.max(), mean_gap)))
 
 
 @functools.cache
-def _nothing(model: Decoder, mesh: Mesh) -> Callable[[PyTree], Accumulated]:
+def _zeros(model: Decoder, mesh: Mesh) -> Callable[[PyTree], Accumulated]:
     """Makes a gradient sum of zeros, placed as the parameters are."""
 
     def zeros(params: PyTree) -> Accumulated:
@@ -170,12 +180,22 @@ def _nothing(model: Decoder, mesh: Mesh) -> Callable[[PyTree], Accumulated]:
     return jax.jit(zeros, out_shardings=shardings)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+@functools.partial(
+    jax.jit, static_argnames=("model", "objective", "temperature"), donate_argnames="total"
+)
 def _accumulate(
-    update: Update, total: Accumulated, params: PyTree, micro: TrainBatch, echo_coef: Array
+    total: Accumulated,
+    params: PyTree,
+    micro: TrainBatch,
+    echo_coef: Array,
+    *,
+    model: Decoder,
+    objective: Objective,
+    temperature: float,
 ) -> Accumulated:
-    grads = jax.value_and_grad(_loss, has_aux=True)
-    (loss, (terms, gap, mean_gap)), gradient = grads(params, update, micro, echo_coef)
+    loss_of = functools.partial(_loss, model=model, objective=objective, temperature=temperature)
+    grads = jax.value_and_grad(loss_of, has_aux=True)
+    (loss, (terms, gap, mean_gap)), gradient = grads(params, micro, echo_coef)
     return Accumulated(
         gradient=jax.tree.map(jnp.add, total.gradient, gradient),
         loss=total.loss + loss,
@@ -185,14 +205,20 @@ def _accumulate(
     )
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-def _apply(update: Update, state: TrainState, total: Accumulated) -> tuple[TrainState, UpdateStats]:
+@functools.partial(jax.jit, static_argnames=("optimizer", "schedule"), donate_argnames="state")
+def _apply(
+    state: TrainState,
+    total: Accumulated,
+    *,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+) -> tuple[TrainState, UpdateStats]:
     grad_norm = optax.tree.norm(total.gradient)
     finite = jnp.isfinite(grad_norm) & jnp.isfinite(total.loss)
     # optax mixes Python numbers and integers with float32.
     with jax.numpy_dtype_promotion("standard"):
-        changes, opt_state = update.optimizer.update(total.gradient, state.opt_state, state.params)
-    rate = update.schedule(state.step)
+        changes, opt_state = optimizer.update(total.gradient, state.opt_state, state.params)
+    rate = schedule(state.step)
     params = jax.tree.map(lambda p, change: p + rate * change, state.params, changes)
 
     def keep(new: PyTree, old: PyTree) -> PyTree:
@@ -214,35 +240,37 @@ def _apply(update: Update, state: TrainState, total: Accumulated) -> tuple[Train
     )
 
 
-def lower_accumulate(update: Update, params: PyTree, micro: TrainBatch) -> jax.stages.Lowered:
+def lower_accumulate(setup: Setup, params: PyTree, micro: TrainBatch) -> jax.stages.Lowered:
     """The program of one micro-batch, from shapes with shardings: nothing is computed."""
-    with jax.set_mesh(update.mesh):
-        return _accumulate.lower(
-            update, _abstract_total(update, params), params, micro, np.float32(0)
-        )
+    with jax.set_mesh(setup.mesh):
+        total = _abstract_total(setup, params)
+        return _accumulate.lower(total, params, micro, np.float32(0), **_loss_of(setup))
 
 
-def lower_apply(update: Update, state: TrainState) -> jax.stages.Lowered:
+def lower_apply(setup: Setup, state: TrainState) -> jax.stages.Lowered:
     """The program that ends an update, from shapes with shardings."""
-    with jax.set_mesh(update.mesh):
-        return _apply.lower(update, state, _abstract_total(update, state.params))
-
-
-def lower_score(update: Update, params: PyTree, micro: TrainBatch) -> jax.stages.Lowered:
-    """The program that scores one micro-batch, from shapes with shardings."""
-    with jax.set_mesh(update.mesh):
-        return _score.lower(
-            update.model, params, micro, temperature=update.temperature, mesh=update.mesh
+    with jax.set_mesh(setup.mesh):
+        return _apply.lower(
+            state,
+            _abstract_total(setup, state.params),
+            optimizer=setup.optimizer,
+            schedule=setup.schedule,
         )
 
 
-def _abstract_total(update: Update, params: PyTree) -> Accumulated:
-    whole = NamedSharding(update.mesh, PartitionSpec())
+def lower_score(setup: Setup, params: PyTree, micro: TrainBatch) -> jax.stages.Lowered:
+    """The program that scores one micro-batch, from shapes with shardings."""
+    with jax.set_mesh(setup.mesh):
+        return _score.lower(params, micro, **_score_of(setup))
+
+
+def _abstract_total(setup: Setup, params: PyTree) -> Accumulated:
+    whole = NamedSharding(setup.mesh, PartitionSpec())
 
     def scalar(leaf: Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
 
-    shapes = jax.eval_shape(_nothing(update.model, update.mesh), params)
+    shapes = jax.eval_shape(_zeros(setup.model, setup.mesh), params)
     rest = dataclasses.replace(shapes, gradient=None)
     return dataclasses.replace(jax.tree.map(scalar, rest), gradient=params)
 

@@ -59,6 +59,6 @@ def opened(config: Config, workdir: Path) -> None:
     """Opens a run and ends one step in which nothing is learnt."""
     with open_run(config, workdir, prompts_per_step=4, devices=jax.devices()[:1]) as (run, state):
         step = run.first_step + 1
-        state = dataclasses.replace(state, step=place_whole(np.int32(step), run.session.mesh))
+        state = dataclasses.replace(state, step=place_whole(np.int32(step), run.setup.mesh))
         run.end_step(step, state, {})
         run.finish(state)

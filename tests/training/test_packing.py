@@ -6,17 +6,16 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import optax
 import pytest
 
 from echorl_jax.config import ConfigError
 from echorl_jax.core import load_objective
-from echorl_jax.models import Decoder, load_model
+from echorl_jax.models import load_model
 from echorl_jax.parallel import make_mesh
-from echorl_jax.training.optimizer import make_optimizer
 from echorl_jax.training.packing import first_fit, pack_rows
+from echorl_jax.training.setup import Setup, static_setup
 from echorl_jax.training.sft import packs, train_supervised
-from echorl_jax.training.step import Update
+from echorl_jax.training.step import micro_gradient
 from echorl_jax.types import TrainBatch
 from tests.integration.conftest import small_config
 
@@ -25,13 +24,12 @@ PROMPTS, TARGETS = [3, 5, 2, 4, 6, 3, 1], [9, 4, 12, 1, 7, 2, 5]
 
 
 @pytest.fixture(scope="module")
-def tiny_update() -> tuple[Update, Decoder, dict]:
-    """The update of supervised training with the shipped model."""
+def tiny_setup() -> tuple[Setup, dict]:
+    """Supervised training of the shipped model."""
     mesh = make_mesh(devices=jax.devices()[:1])
     model, params = load_model(ASSETS, dtype="float32", mesh=mesh)
-    optimizer = make_optimizer(beta1=0.9, beta2=0.99, weight_decay=0.0, max_grad_norm=1.0)
-    schedule = optax.constant_schedule(1e-3)
-    return Update(model, load_objective("sft"), optimizer, schedule, mesh), model, params
+    objective = load_objective("sft")
+    return static_setup(small_config(), mesh, model, objective, platform="cpu"), params
 
 
 def demonstrations(vocab: int) -> TrainBatch:
@@ -69,15 +67,15 @@ def test_the_scale_of_the_entropy_bonus_goes_with_its_rows() -> None:
 
 
 def test_the_loss_and_gradient_are_those_of_single_rows(
-    tiny_update: tuple[Update, Decoder, dict],
+    tiny_setup: tuple[Setup, dict],
 ) -> None:
-    update, model, params = tiny_update
-    batch = demonstrations(model.config.vocab_size)
+    setup, params = tiny_setup
+    batch = demonstrations(setup.model.config.vocab_size)
     packed = pack_rows(batch, width=20)
     # 64 tokens in rows of 20.
     assert len(packed.length) == 4 and packed.length.sum() == batch.length.sum()
-    alone = update.gradient(params, batch, echo_coef=0.0)
-    together = update.gradient(params, packed, echo_coef=0.0)
+    alone = micro_gradient(setup, params, batch, echo_coef=0.0)
+    together = micro_gradient(setup, params, packed, echo_coef=0.0)
     np.testing.assert_allclose(together.loss, alone.loss, rtol=1e-5)
     for a, b in zip(
         jax.tree.leaves(together.gradient), jax.tree.leaves(alone.gradient), strict=True
@@ -103,8 +101,8 @@ def test_what_cannot_be_packed_is_refused() -> None:
         pack_rows(mixed, width=20)
 
 
-def test_dynamic_rope_is_not_packed(tiny_update: tuple[Update, Decoder, dict]) -> None:
-    model = tiny_update[1]
+def test_dynamic_rope_is_not_packed(tiny_setup: tuple[Setup, dict]) -> None:
+    model = tiny_setup[0].model
     rope = dataclasses.replace(model.config.rope, kind="dynamic", factor=2.0)
     dynamic = dataclasses.replace(model, config=dataclasses.replace(model.config, rope=rope))
     config = small_config(objective={"name": "sft", "kl_coef": None}, echo={"enabled": False})

@@ -15,7 +15,7 @@ import jax
 from echorl_jax.parallel import local_bytes
 from echorl_jax.tools.plan.chips import Chip
 from echorl_jax.tools.plan.roofline import Lengths, decode_turns
-from echorl_jax.training.job import Job
+from echorl_jax.training.setup import Setup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ def all_reduced(whole: float, chips: int) -> float:
     return 2 * gathered(whole, chips)
 
 
-def exchanges(job: Job, lengths: Lengths) -> list[Exchange]:
+def exchanges(setup: Setup, lengths: Lengths) -> list[Exchange]:
     """What a chip sends in a step with rows of these mean lengths; none where an axis is 1.
 
     With W bytes of weights in the compute type on a chip that has its part of ``tensor`` only, and
@@ -65,28 +65,28 @@ def exchanges(job: Job, lengths: Lengths) -> list[Exchange]:
       reduced and scattered; what is then on a chip all-reduced over ``data``; two all-reduces in a
       layer over ``tensor`` forward, two backward, two where layers are recomputed.
     """
-    found = _learning(job, lengths)
-    if not job.objective.supervised:
-        found = [*_sampling(job, lengths), *found]
+    found = _learning(setup, lengths)
+    if not setup.objective.supervised:
+        found = [*_sampling(setup, lengths), *found]
     return [exchange for exchange in found if exchange.bytes]
 
 
-def _sampling(job: Job, lengths: Lengths) -> Iterator[Exchange]:
-    prompts = job.config.rollout.prompts_per_step
-    yield Exchange("weights", "fsdp", gathered(_weight_bytes(job), job.mesh.shape["fsdp"]))
-    yield Exchange("prefill", "tensor", _layers(job, prompts * lengths.prompt / job.shards))
-    turn = _layers(job, job.slots / job.shards)
-    yield Exchange("decode", "tensor", turn * decode_turns(job, lengths))
+def _sampling(setup: Setup, lengths: Lengths) -> Iterator[Exchange]:
+    prompts = setup.config.rollout.prompts_per_step
+    yield Exchange("weights", "fsdp", gathered(_weight_bytes(setup), setup.mesh.shape["fsdp"]))
+    yield Exchange("prefill", "tensor", _layers(setup, prompts * lengths.prompt / setup.shards))
+    turn = _layers(setup, setup.slots / setup.shards)
+    yield Exchange("decode", "tensor", turn * decode_turns(setup, lengths))
 
 
-def _learning(job: Job, lengths: Lengths) -> Iterator[Exchange]:
-    config, mesh = job.config, job.mesh.shape
-    weights = _weight_bytes(job)
-    tokens = job.rows * (lengths.prompt + lengths.completion)
-    layers = _layers(job, tokens / job.shards)
-    parts = job.mini_batches
-    micro = parts * math.ceil(tokens / parts / math.prod(job.micro_batch))
-    if passes := job.scoring_passes:
+def _learning(setup: Setup, lengths: Lengths) -> Iterator[Exchange]:
+    config, mesh = setup.config, setup.mesh.shape
+    weights = _weight_bytes(setup)
+    tokens = setup.rows * (lengths.prompt + lengths.completion)
+    layers = _layers(setup, tokens / setup.shards)
+    parts = setup.mini_batches
+    micro = parts * math.ceil(tokens / parts / math.prod(setup.micro_batch))
+    if passes := setup.scoring_passes:
         yield Exchange("score", "fsdp", passes * micro * gathered(weights, mesh["fsdp"]))
         yield Exchange("score", "tensor", passes * layers)
     epochs = config.objective.epochs
@@ -94,19 +94,19 @@ def _learning(job: Job, lengths: Lengths) -> Iterator[Exchange]:
     yield Exchange("accumulate", "fsdp", 3 * micro * gathered(weights, mesh["fsdp"]))
     own = weights / mesh["fsdp"]
     yield Exchange("accumulate", "data", micro * all_reduced(own, mesh["data"]))
-    times = 3 if job.model.remat == "layer" else 2
+    times = 3 if setup.model.remat == "layer" else 2
     yield Exchange("accumulate", "tensor", times * epochs * layers)
 
 
-def _weight_bytes(job: Job) -> int:
+def _weight_bytes(setup: Setup) -> int:
     """All weights in the compute type, split over ``tensor`` alone."""
-    narrow = jax.eval_shape(job.model.cast, job.model.param_shapes())
-    return local_bytes(job.model.param_axes(), narrow, job.mesh, "rollout")
+    narrow = jax.eval_shape(setup.model.cast, setup.model.param_shapes())
+    return local_bytes(setup.model.param_axes(), narrow, setup.mesh, "rollout")
 
 
-def _layers(job: Job, tokens: float) -> float:
+def _layers(setup: Setup, tokens: float) -> float:
     """One pass through all layers: attention and MLP each add up their parts."""
-    size = 2 if job.model.dtype == "bfloat16" else 4
-    shape = job.model.config
-    one = all_reduced(tokens * shape.hidden_size * size, job.mesh.shape["tensor"])
+    size = 2 if setup.model.dtype == "bfloat16" else 4
+    shape = setup.model.config
+    one = all_reduced(tokens * shape.hidden_size * size, setup.mesh.shape["tensor"])
     return 2 * shape.num_layers * one

@@ -4,7 +4,8 @@ import dataclasses
 import functools
 
 from echorl_jax.tools.plan.programs import Memory
-from echorl_jax.training.job import Job
+from echorl_jax.training.capacity import persistent_memory, sampling_memory
+from echorl_jax.training.setup import Setup
 
 # Tokens whose logits exist at once in the update; see rollout.scoring.
 LOGIT_CHUNK = 1024
@@ -14,7 +15,7 @@ LOGIT_CHUNK = 1024
 LAYER_COPIES = 10
 
 
-def estimate(job: Job) -> list[Memory]:
+def estimate(setup: Setup) -> list[Memory]:
     """The programs of a step with the terms that grow with tokens, rows and vocabulary.
 
     Sampling: see :func:`echorl_jax.rollout.rollout_memory`. Learning, with n tokens on a chip: the
@@ -22,7 +23,7 @@ def estimate(job: Job) -> list[Memory]:
     layer's products are held at once, and of the logits of 1,024 tokens three copies; the head's
     gradient is summed in float32 on every chip.
     """
-    held, rollout = job.held, job.rollout_memory
+    held, rollout = persistent_memory(setup), sampling_memory(setup)
     sampling = functools.partial(
         Memory,
         weights=held.master + held.reference + held.sampler,
@@ -41,39 +42,39 @@ def estimate(job: Job) -> list[Memory]:
         source="formula",
     )
     # A smaller number of slots is a copy: both are there while it is made.
-    shrink = dataclasses.replace(job, slots=max(job.slots // 2, 1)).rollout_memory.slots
+    shrink = sampling_memory(dataclasses.replace(setup, slots=max(setup.slots // 2, 1))).slots
     return [
         sampling("prefill", temporaries=rollout.logits),
         sampling("decode", temporaries=max(rollout.logits, shrink)),
-        learning("accumulate", batch=_batch_bytes(job), temporaries=activation_bytes(job)),
+        learning("accumulate", batch=_batch_bytes(setup), temporaries=activation_bytes(setup)),
         learning("apply", batch=0, temporaries=0),
     ]
 
 
-def activation_bytes(job: Job) -> int:
+def activation_bytes(setup: Setup) -> int:
     """What the backward pass of the largest micro-batch holds on a chip."""
-    rows, width = job.micro_batch
-    shape, tensor = job.model.config, job.mesh.shape["tensor"]
-    tokens = rows * width // job.shards
-    size = 2 if job.model.dtype == "bfloat16" else 4
+    rows, width = setup.micro_batch
+    shape, tensor = setup.model.config, setup.mesh.shape["tensor"]
+    tokens = rows * width // setup.shards
+    size = 2 if setup.model.dtype == "bfloat16" else 4
     kept = tokens * shape.hidden_size * shape.num_layers * size
     layer = LAYER_COPIES * tokens * (shape.hidden_size + shape.intermediate_size // tensor) * size
-    if job.model.remat == "none":
+    if setup.model.remat == "none":
         layer *= shape.num_layers
-    elif job.model.remat == "dots":
+    elif setup.model.remat == "dots":
         layer += (
             tokens
             * (shape.hidden_size + shape.intermediate_size // tensor)
             * (3 * size * shape.num_layers)
         )
     vocab = shape.vocab_size // tensor if shape.vocab_size % tensor == 0 else shape.vocab_size
-    logits = 3 * max(LOGIT_CHUNK // job.shards, 1) * vocab * 4
+    logits = 3 * max(LOGIT_CHUNK // setup.shards, 1) * vocab * 4
     head = 2 * shape.hidden_size * vocab * 4
     # The new gradient exists beside the sum that it is added to.
-    return kept + layer + logits + head + job.held.master
+    return kept + layer + logits + head + persistent_memory(setup).master
 
 
-def _batch_bytes(job: Job) -> int:
-    rows, width = job.micro_batch
-    fields = 6 + bool(job.objective.hints) + bool(job.objective.kl_coef)
-    return rows // job.shards * width * 4 * fields
+def _batch_bytes(setup: Setup) -> int:
+    rows, width = setup.micro_batch
+    fields = 6 + bool(setup.objective.hints) + bool(setup.objective.kl_coef)
+    return rows // setup.shards * width * 4 * fields

@@ -18,8 +18,8 @@ from echorl_jax.tools.plan.chips import GPUS, Chip, local_chip, parse_topology
 from echorl_jax.tools.plan.estimate import estimate
 from echorl_jax.tools.plan.programs import PROGRAMS, Memory, compile_programs
 from echorl_jax.tools.plan.roofline import Lengths, step_phases
-from echorl_jax.training.job import USABLE, Job, with_slots
-from echorl_jax.training.session import configured_objective
+from echorl_jax.training.capacity import USABLE, persistent_memory, with_slots
+from echorl_jax.training.setup import Setup, configured_objective, static_setup
 
 Say = Callable[[str], None]
 _SAMPLING = ("prefill", "decode")
@@ -43,7 +43,7 @@ class Target:
 class Plan:
     """One way to run the config, with its figures."""
 
-    job: Job
+    setup: Setup
     target: Target
     changes: dict[str, Any]  # config keys that differ from what was asked
     memory: list[Memory]
@@ -109,8 +109,8 @@ def make_plan(
 
 def _same_sampling(plan: Plan, config: Config) -> dict[str, Memory]:
     """What need not be compiled again: sampling depends on the mesh and the slots alone."""
-    job = make_job(config, plan.target)
-    if job.mesh != plan.job.mesh or job.slots != plan.job.slots:
+    setup = plan_setup(config, plan.target)
+    if setup.mesh != plan.setup.mesh or setup.slots != plan.setup.slots:
         return {}
     return {m.program: m for m in plan.memory if m.program in _SAMPLING}
 
@@ -148,25 +148,25 @@ def _plan(
     known: dict[str, Memory],
     say: Say,
 ) -> Plan:
-    job = make_job(changed(config, changes), target)
+    setup = plan_setup(changed(config, changes), target)
     if target.devices is None:
-        memory = estimate(job)
+        memory = estimate(setup)
     else:
-        wanted = PROGRAMS if job.scoring_passes else tuple(n for n in PROGRAMS if n != "score")
-        if job.objective.supervised:
+        wanted = PROGRAMS if setup.scoring_passes else tuple(n for n in PROGRAMS if n != "score")
+        if setup.objective.supervised:
             wanted = ("accumulate", "apply")
         missing = tuple(name for name in wanted if name not in known)
-        fresh = compile_programs(job, names=missing, say=say)
+        fresh = compile_programs(setup, names=missing, say=say)
         by_name = known | {m.program: m for m in fresh}
         memory = [by_name[name] for name in wanted if name in by_name]
-    phases = step_phases(job, lengths)
+    phases = step_phases(setup, lengths)
     seconds = {phase.name: phase.seconds(target.chip) for phase in phases}
-    if job.objective.supervised:
+    if setup.objective.supervised:
         seconds = {name: seconds[name] for name in ("accumulate", "apply")}
-    return Plan(job, target, changes, memory, seconds, lengths)
+    return Plan(setup, target, changes, memory, seconds, lengths)
 
 
-def make_job(config: Config, target: Target) -> Job:
+def plan_setup(config: Config, target: Target) -> Setup:
     """The config on the target's mesh, with slots that fit.
 
     Raises:
@@ -180,12 +180,12 @@ def make_job(config: Config, target: Target) -> Job:
     )
     objective = configured_objective(config)
     mesh = _mesh(config, target)
-    job = Job(config, model, objective, mesh, slots=1, platform=target.chip.platform)
-    slots = job.shards
+    setup = static_setup(config, mesh, model, objective, platform=target.chip.platform)
+    slots = setup.shards
     # Without room for one slot on each device the plan shows by how much it is too large.
     with suppress(ConfigError):
-        slots = with_slots(job, device_bytes=target.chip.memory_bytes).slots
-    return dataclasses.replace(job, slots=max(slots // job.shards, 1) * job.shards)
+        slots = with_slots(setup, device_bytes=target.chip.memory_bytes).slots
+    return dataclasses.replace(setup, slots=max(slots // setup.shards, 1) * setup.shards)
 
 
 def _mesh(config: Config, target: Target) -> Mesh | AbstractMesh:
@@ -210,8 +210,8 @@ def candidates(config: Config, target: Target, lengths: Lengths) -> list[dict[st
     found = []
     for changes in _variants(config, target):
         plan = _plan(changed(config, changes), changes, target, lengths, known={}, say=print)
-        tensor = plan.job.mesh.shape["tensor"]
-        budget = plan.job.config.optim.micro_batch_tokens
+        tensor = plan.setup.mesh.shape["tensor"]
+        budget = plan.setup.config.optim.micro_batch_tokens
         rank = plan.step_seconds * (1 + 0.05 * math.log2(tensor)), -budget, len(changes)
         found.append((not plan.fits, rank if plan.fits else (plan.peak_bytes, 0, 0), changes))
     found.sort(key=lambda entry: entry[:2])
@@ -220,7 +220,7 @@ def candidates(config: Config, target: Target, lengths: Lengths) -> list[dict[st
 
 
 def _variants(config: Config, target: Target) -> Iterator[dict[str, Any]]:
-    own = make_job(config, target)
+    own = plan_setup(config, target)
     shape, given = own.model.config, dict(own.mesh.shape)
     remats = dict.fromkeys((config.model.remat, "layer"))
     budgets, most = [], config.optim.micro_batch_tokens
@@ -258,6 +258,6 @@ def describe(changes: dict[str, Any]) -> str:
 
 def chips_needed(plan: Plan) -> int:
     """Chips over which the state alone has to be split, by its bytes."""
-    held = plan.job.held
-    copies = plan.job.mesh.shape["fsdp"] * plan.job.mesh.shape["tensor"]
-    return math.ceil((held.always + held.master) * copies / plan.target.usable_bytes)
+    memory = persistent_memory(plan.setup)
+    copies = plan.setup.mesh.shape["fsdp"] * plan.setup.mesh.shape["tensor"]
+    return math.ceil((memory.always + memory.master) * copies / plan.target.usable_bytes)

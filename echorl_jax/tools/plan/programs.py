@@ -11,10 +11,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.models import abstract_params
 from echorl_jax.rollout.ahead import lower_decode, lower_prefill
-from echorl_jax.training.job import Job
+from echorl_jax.training.capacity import persistent_memory, sampling_memory
 from echorl_jax.training.optimizer import abstract_state
-from echorl_jax.training.session import configured_optimizer
-from echorl_jax.training.step import Update, lower_accumulate, lower_apply, lower_score
+from echorl_jax.training.setup import Setup
+from echorl_jax.training.step import lower_accumulate, lower_apply, lower_score
 from echorl_jax.types import TrainBatch
 
 # The order in which a step runs them.
@@ -45,12 +45,12 @@ class Memory:
 
 
 def compile_programs(
-    job: Job, *, names: tuple[str, ...], say: Callable[[str], None]
+    setup: Setup, *, names: tuple[str, ...], say: Callable[[str], None]
 ) -> list[Memory]:
-    """Compiles the named programs for the job's mesh and reads the compiler's figures.
+    """Compiles the named programs for the mesh of the setup and reads the compiler's figures.
 
     Args:
-      job: with a mesh of real or described devices.
+      setup: with a mesh of real or described devices.
       names: of :data:`PROGRAMS`, in order; decode needs prefill.
       say: told what is being compiled, and how long it took.
 
@@ -59,9 +59,9 @@ def compile_programs(
       the bytes that it asked for.
     """
     compilers = {
-        "score": lambda: _update_program(job, "score"),
-        "accumulate": lambda: _update_program(job, "accumulate"),
-        "apply": lambda: _update_program(job, "apply"),
+        "score": lambda: _update_program(setup, "score"),
+        "accumulate": lambda: _update_program(setup, "accumulate"),
+        "apply": lambda: _update_program(setup, "apply"),
     }
     found, prefilled = [], None
     for name in names:
@@ -69,88 +69,79 @@ def compile_programs(
         say(f"compiling {name} ...")
         try:
             if name == "prefill":
-                lowered = _prefill(job)
+                lowered = _prefill(setup)
                 prefilled = lowered, lowered.compile()
                 compiled = prefilled[1]
             elif name == "decode":
                 if prefilled is None:
                     continue  # there is nothing to go on from
-                compiled = _decode(job, *prefilled).compile()
+                compiled = _decode(setup, *prefilled).compile()
             else:
                 compiled = compilers[name]().compile()
         except jax.errors.JaxRuntimeError as error:
             refused = refused_bytes(str(error))
             if refused is None:
                 raise
-            found.append(_memory(job, name, refused, time.monotonic() - start))
+            found.append(_memory(setup, name, refused, time.monotonic() - start))
         else:
-            found.append(_memory(job, name, compiled, time.monotonic() - start))
+            found.append(_memory(setup, name, compiled, time.monotonic() - start))
         seconds, total = found[-1].compile_s, found[-1].total
         say(f"compiled {name} in {seconds:.0f} s: {total / 1e9:.2f} GB a chip")
     return found
 
 
-def _prefill(job: Job) -> jax.stages.Lowered:
-    rollout = job.config.rollout
-    assert isinstance(job.mesh, Mesh)
+def _prefill(setup: Setup) -> jax.stages.Lowered:
+    rollout = setup.config.rollout
+    assert isinstance(setup.mesh, Mesh)
     return lower_prefill(
-        job.model,
-        job.mesh,
+        setup.model,
+        setup.mesh,
         prompts=rollout.prompts_per_step,
-        group_size=job.group_size,
-        prompt_tokens=job.config.data.max_prompt_tokens,
+        group_size=setup.sampled_group_size,
+        prompt_tokens=setup.config.data.max_prompt_tokens,
         max_new_tokens=rollout.max_new_tokens,
-        slots=job.slots,
+        slots=setup.slots,
         kv_dtype=rollout.kv_dtype,
     )
 
 
 def _decode(
-    job: Job, prefill: jax.stages.Lowered, prefilled: jax.stages.Compiled
+    setup: Setup, prefill: jax.stages.Lowered, prefilled: jax.stages.Compiled
 ) -> jax.stages.Lowered:
-    assert isinstance(job.mesh, Mesh)
+    assert isinstance(setup.mesh, Mesh)
     return lower_decode(
-        job.model,
-        job.mesh,
+        setup.model,
+        setup.mesh,
         prefilled,
         prefill,
-        eos_ids=job.model.config.eos_ids,
-        temperature=job.config.rollout.temperature,
+        eos_ids=setup.model.config.eos_ids,
+        temperature=setup.config.rollout.temperature,
     )
 
 
-def _update_program(job: Job, name: str) -> jax.stages.Lowered:
-    assert isinstance(job.mesh, Mesh)
-    schedule, optimizer = configured_optimizer(job.config)
-    update = Update(
-        job.model,
-        job.objective,
-        optimizer,
-        schedule,
-        job.mesh,
-        job.config.rollout.temperature,
-    )
-    params = abstract_params(job.model, job.mesh)
+def _update_program(setup: Setup, name: str) -> jax.stages.Lowered:
+    assert isinstance(setup.mesh, Mesh)
+    params = abstract_params(setup.model, setup.mesh)
     if name == "apply":
-        return lower_apply(update, abstract_state(params, optimizer, job.mesh))
-    micro = abstract_batch(job)
+        return lower_apply(setup, abstract_state(params, setup.optimizer, setup.mesh))
+    micro = abstract_batch(setup)
     if name == "score":
-        return lower_score(update, params, micro)
-    return lower_accumulate(update, params, micro)
+        return lower_score(setup, params, micro)
+    return lower_accumulate(setup, params, micro)
 
 
-def abstract_batch(job: Job) -> TrainBatch:
+def abstract_batch(setup: Setup) -> TrainBatch:
     """The largest micro-batch, with the fields that the objective has."""
-    assert isinstance(job.mesh, Mesh)
-    rows, width = job.micro_batch
+    assert isinstance(setup.mesh, Mesh)
+    rows, width = setup.micro_batch
     # Hints belong to the prompt but are targets too.
-    targets = width if job.objective.hints else min(width, job.config.rollout.max_new_tokens)
-    split = NamedSharding(job.mesh, PartitionSpec(("data", "fsdp")))
+    targets = width if setup.objective.hints else min(width, setup.config.rollout.max_new_tokens)
+    split = NamedSharding(setup.mesh, PartitionSpec(("data", "fsdp")))
 
     def array(*shape: int, dtype: object = np.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=split)
 
-    objective, per_token = job.objective, array(rows, targets)
+    objective, per_token = setup.objective, array(rows, targets)
     fields = {
         "tokens": array(rows, width, dtype=np.int32),
         "prompt_length": array(rows, dtype=np.int32),
@@ -178,9 +169,11 @@ class Refused:
     with_arguments: bool  # or temporaries alone
 
 
-def _memory(job: Job, name: str, compiled: jax.stages.Compiled | Refused, seconds: float) -> Memory:
+def _memory(
+    setup: Setup, name: str, compiled: jax.stages.Compiled | Refused, seconds: float
+) -> Memory:
     """What is held, and the rest of what the compiler counts."""
-    held = job.held
+    held = persistent_memory(setup)
     sampling = name in ("prefill", "decode")
     weights = held.master + held.reference + (held.sampler if sampling else 0)
     gradient = held.master if name in ("accumulate", "apply") else 0
@@ -190,7 +183,7 @@ def _memory(job: Job, name: str, compiled: jax.stages.Compiled | Refused, second
         arguments = held.master + held.moments + gradient
     else:
         arguments = held.master + gradient
-    cache = job.rollout_memory.cache if sampling else 0
+    cache = sampling_memory(setup).cache if sampling else 0
     if isinstance(compiled, Refused):
         batch = whole = 0
         given = arguments + cache if compiled.with_arguments else 0

@@ -41,17 +41,17 @@ def as_dict(plans: list[Plan], topology: str) -> dict[str, Any]:
 
 
 def _figures(plan: Plan) -> dict[str, Any]:
-    job = plan.job
+    setup = plan.setup
     rows = _rows_per_step(plan)
     tokens = rows * plan.lengths.completion
     sampling = sum(plan.seconds.get(name, 0.0) for name in ("prefill", "decode"))
     return {
         "fits": plan.fits,
         "changes": plan.changes,
-        "mesh": dict(job.mesh.shape),
-        "slots": job.slots,
+        "mesh": dict(setup.mesh.shape),
+        "slots": setup.slots,
         "rows_per_step": rows,
-        "micro_batch": dict(zip(("rows", "tokens_per_row"), job.micro_batch, strict=True)),
+        "micro_batch": dict(zip(("rows", "tokens_per_row"), setup.micro_batch, strict=True)),
         "peak_bytes_per_chip": plan.peak_bytes,
         "programs": [dataclasses.asdict(m) | {"total": m.total} for m in plan.memory],
         "roofline": {
@@ -76,7 +76,7 @@ def _communication(plan: Plan) -> list[dict[str, Any]]:
             "bytes_per_chip": round(exchange.bytes),
             "seconds": None if (s := exchange.seconds(chip)) is None else round(s, 4),
         }
-        for exchange in exchanges(plan.job, plan.lengths)
+        for exchange in exchanges(plan.setup, plan.lengths)
     ]
 
 
@@ -93,11 +93,11 @@ def _communication_line(plan: Plan) -> list[str]:
 def print_plan(plans: list[Plan], console: Console) -> None:
     """The table of the last plan and one verdict."""
     plan = plans[-1]
-    chip, job = plan.target.chip, plan.job
-    axes = " x ".join(f"{name} {size}" for name, size in job.mesh.shape.items())
+    chip, setup = plan.target.chip, plan.setup
+    axes = " x ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
     where = f"{plan.target.count} x {chip.name}, mesh {axes}"
     unit, name = (_GB, "GB") if plan.peak_bytes > _GB else (_MB, "MB")
-    table = Table(title=f"{job.config.model.path} on {where}: {name} per chip")
+    table = Table(title=f"{setup.config.model.path} on {where}: {name} per chip")
     for heading in ("program", *_COLUMNS.values(), "used"):
         table.add_column(heading, justify="left" if heading == "program" else "right")
     for memory in plan.memory:
@@ -105,11 +105,11 @@ def print_plan(plans: list[Plan], console: Console) -> None:
         table.add_row(memory.program, *cells, f"{memory.total / chip.memory_bytes:.0%}")
     console.print(table)
     source = "the compiler's" if plan.memory[0].source == "compiler" else "estimated by formula"
-    rows, width = job.micro_batch
+    rows, width = setup.micro_batch
     seconds = "  ".join(f"{name} {s:.3g}" for name, s in plan.seconds.items())
     figures = _figures(plan)["roofline"]
     lines = [
-        f"figures are {source}; {job.slots} slots for {_rows_per_step(plan)} rows; "
+        f"figures are {source}; {setup.slots} slots for {_rows_per_step(plan)} rows; "
         f"micro-batches of up to {rows} x {width} tokens",
         f"least seconds per step at the chip's peaks, {plan.lengths.prompt:g} + "
         f"{plan.lengths.completion:g} tokens a row: {seconds}  = {plan.step_seconds:.3g}",
@@ -128,7 +128,7 @@ def _bytes(memory: Memory, field: str) -> int:
 
 def _rows_per_step(plan: Plan) -> int:
     """Rows sampled in a step, or demonstrations in one."""
-    return plan.job.rows if plan.job.objective.supervised else plan.job.sampled_rows
+    return plan.setup.rows if plan.setup.objective.supervised else plan.setup.sampled_rows
 
 
 def verdict(plans: list[Plan]) -> str:

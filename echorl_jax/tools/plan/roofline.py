@@ -14,7 +14,7 @@ from echorl_jax.models import Decoder
 from echorl_jax.rollout import turn_cost
 from echorl_jax.rollout.cost import layer_weights
 from echorl_jax.tools.plan.chips import Chip
-from echorl_jax.training.job import Job
+from echorl_jax.training.setup import Setup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,52 +50,52 @@ def forward_flops(model: Decoder, *, length: float, targets: float) -> float:
     return 2 * layer_weights(model) * length + attention + head
 
 
-def step_phases(job: Job, lengths: Lengths) -> list[Phase]:
+def step_phases(setup: Setup, lengths: Lengths) -> list[Phase]:
     """Sampling, scoring if the config asks for it, and learning, all rows with a gradient."""
-    config, chips = job.config, job.mesh.size
+    config, chips = setup.config, setup.mesh.size
     rollout, objective = config.rollout, config.objective
-    rows = job.rows
+    rows = setup.rows
     length = lengths.prompt + lengths.completion
-    whole = forward_flops(job.model, length=length, targets=lengths.completion)
-    layers = forward_flops(job.model, length=length, targets=0)
+    whole = forward_flops(setup.model, length=length, targets=lengths.completion)
+    layers = forward_flops(setup.model, length=length, targets=0)
     # Backward costs two forward passes; logits are always computed again, layers as remat says.
-    learn = 3 * whole + (whole - layers) + (layers if job.model.remat == "layer" else 0)
-    passes = job.scoring_passes
-    params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(job.model.param_shapes()))
-    updates = job.mini_batches * objective.epochs
+    learn = 3 * whole + (whole - layers) + (layers if setup.model.remat == "layer" else 0)
+    passes = setup.scoring_passes
+    params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.model.param_shapes()))
+    updates = setup.mini_batches * objective.epochs
     # Parameters, both moments: read and written; gradient: read. Float32.
-    apply = Phase("apply", 0.0, 28 * params * updates / (job.mesh.size / job.mesh.shape["data"]))
+    apply = Phase("apply", 0.0, 28 * params * updates / (chips / setup.mesh.shape["data"]))
     return [
         Phase(
             "prefill",
-            forward_flops(job.model, length=lengths.prompt, targets=0)
+            forward_flops(setup.model, length=lengths.prompt, targets=0)
             * rollout.prompts_per_step
             / chips,
             0.0,
         ),
-        _decode(job, lengths),
+        _decode(setup, lengths),
         *([Phase("score", whole * rows * passes / chips, 0.0)] if passes else []),
         Phase("accumulate", learn * rows * objective.epochs / chips, 0.0),
         apply,
     ]
 
 
-def decode_turns(job: Job, lengths: Lengths) -> float:
+def decode_turns(setup: Setup, lengths: Lengths) -> float:
     """Turns of the decode loop in a step, all slots busy: N rows of c tokens take N c / M."""
-    return job.sampled_rows * lengths.completion / job.slots
+    return setup.sampled_rows * lengths.completion / setup.slots
 
 
-def _decode(job: Job, lengths: Lengths) -> Phase:
+def _decode(setup: Setup, lengths: Lengths) -> Phase:
     cost = turn_cost(
-        job.model,
-        slots=job.slots,
+        setup.model,
+        slots=setup.slots,
         prompt_tokens=lengths.prompt,
         completion_tokens=lengths.completion / 2,
-        group_size=job.group_size if job.slots >= job.sampled_rows else 1,
-        kv_dtype=job.config.rollout.kv_dtype,
+        group_size=setup.sampled_group_size if setup.slots >= setup.sampled_rows else 1,
+        kv_dtype=setup.config.rollout.kv_dtype,
     )
-    turns = decode_turns(job, lengths)
-    chips = job.mesh.size
+    turns = decode_turns(setup, lengths)
+    chips = setup.mesh.size
     # Weights are split over tensor only: each group of chips reads them all.
-    read = cost.weight_bytes / job.mesh.shape["tensor"] + cost.cache_bytes / chips
+    read = cost.weight_bytes / setup.mesh.shape["tensor"] + cost.cache_bytes / chips
     return Phase("decode", cost.flops * turns / chips, read * turns)

@@ -6,22 +6,23 @@ from pathlib import Path
 
 import jax
 import pytest
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from echorl_jax import cli
-from echorl_jax.config import ConfigError
+from echorl_jax.config import Config, ConfigError
 from echorl_jax.config_file import load_config
 from echorl_jax.core import OBJECTIVES
 from echorl_jax.models import Decoder, DecoderConfig, init_params
-from echorl_jax.parallel import AXES, make_mesh
+from echorl_jax.parallel import AXES, Platform, make_mesh
 from echorl_jax.tools.plan.chips import GB, GPUS, TPUS, parse_topology
 from echorl_jax.tools.plan.communication import Exchange, exchanges
-from echorl_jax.tools.plan.plan import Target, candidates, find_target, make_job, make_plan
+from echorl_jax.tools.plan.plan import Target, candidates, find_target, make_plan, plan_setup
 from echorl_jax.tools.plan.programs import compile_programs
 from echorl_jax.tools.plan.report import as_dict
 from echorl_jax.tools.plan.roofline import Lengths, forward_flops, step_phases
-from echorl_jax.training.job import Job, held_bytes
+from echorl_jax.training.capacity import weight_memory
 from echorl_jax.training.optimizer import init_state, make_optimizer
+from echorl_jax.training.setup import Setup, static_setup
 from tests.integration.conftest import small_config
 
 ROOT = Path(__file__).parents[3]
@@ -51,21 +52,28 @@ def test_demonstrations_are_counted_as_such() -> None:
     assert found["roofline"]["step_tokens_per_second"] == round(tokens / seconds)
 
 
+def with_slots_for(
+    config: Config, model: Decoder, mesh: Mesh | AbstractMesh, *, slots: int, platform: Platform
+) -> Setup:
+    setup = static_setup(config, mesh, model, OBJECTIVES["dr_grpo"], platform=platform)
+    return dataclasses.replace(setup, slots=slots)
+
+
 @pytest.mark.parametrize("moment,each", [("float32", 8), ("bfloat16", 6)])
-def test_held_bytes_are_those_of_the_arrays(moment: str, each: int) -> None:
+def test_weight_memory_is_that_of_the_arrays(moment: str, each: int) -> None:
     model, mesh = Decoder(ONE_LAYER, dtype="bfloat16"), make_mesh(2, 2, 2)
     params = init_params(model, jax.random.key(0), mesh=mesh)
     optimizer = make_optimizer(
         beta1=0.9, beta2=0.99, weight_decay=0.0, max_grad_norm=1.0, moment_dtype=moment
     )
     state = init_state(params, optimizer, mesh)
-    held = held_bytes(model, mesh, moment_bytes=each, reference=True, shares_weights=False)
-    assert held.master == local_bytes(state.params)
+    memory = weight_memory(model, mesh, moment_bytes=each, reference=True, shares_weights=False)
+    assert memory.master == local_bytes(state.params)
     counters = 8  # two step counts of AdamW at most
-    assert abs(held.moments - local_bytes(state.opt_state)) <= counters
+    assert abs(memory.moments - local_bytes(state.opt_state)) <= counters
     copy = jax.jit(model.cast)(params)
-    assert held.reference == local_bytes(copy)
-    assert held.always == held.master + held.moments + held.reference
+    assert memory.reference == local_bytes(copy)
+    assert memory.always == memory.master + memory.moments + memory.reference
 
 
 def test_operations_are_those_of_the_compiler() -> None:
@@ -85,13 +93,13 @@ def test_the_update_is_counted_like_the_compiler() -> None:
     )
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     model = Decoder(ONE_LAYER, dtype="float32", remat="none")
-    job = Job(config, model, OBJECTIVES["dr_grpo"], mesh, slots=32, platform="cpu")
-    assert job.micro_batch == (32, 32)
+    setup = with_slots_for(config, model, mesh, slots=32, platform="cpu")
+    assert setup.micro_batch == (32, 32)
     from echorl_jax.tools.plan.programs import _update_program
 
-    compiled = _update_program(job, "accumulate").compile()
+    compiled = _update_program(setup, "accumulate").compile()
     counted = (compiled.cost_analysis() or {})["flops"]
-    phases = {phase.name: phase for phase in step_phases(job, Lengths(4, 28))}
+    phases = {phase.name: phase for phase in step_phases(setup, Lengths(4, 28))}
     assert phases["accumulate"].flops == pytest.approx(counted, rel=0.1)
     turns = 28  # 32 rows in 32 slots
     weights = 4 * (256 * 12 * 32 + 256 * 256 + 3 * 256 * 512 + 256 * 1000)
@@ -107,13 +115,13 @@ def test_communication_is_that_of_the_sharding_table() -> None:
     )
     mesh = AbstractMesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
     model = Decoder(ONE_LAYER, dtype="bfloat16", remat="layer")
-    job = Job(config, model, OBJECTIVES["dr_grpo"], mesh, slots=16, platform="tpu")
-    assert job.micro_batch == (16, 32)  # 128 tokens on each of 4; so 2 for 32 rows
+    setup = with_slots_for(config, model, mesh, slots=16, platform="tpu")
+    assert setup.micro_batch == (16, 32)  # 128 tokens on each of 4; so 2 for 32 rows
     # Half of table, head, q, k and v, o, three of the MLP and biases in bfloat16; norms in float32.
     matrices = 2 * 1000 * 256 + 2 * 256 * 8 * 32 + 2 * 256 * 2 * 32 + 3 * 256 * 512 + 12 * 32
     weights = 2 * matrices // 2 + 3 * 256 * 4
     token = 256 * 2
-    found = {(e.phase, e.axis): e.bytes for e in exchanges(job, Lengths(4, 28))}
+    found = {(e.phase, e.axis): e.bytes for e in exchanges(setup, Lengths(4, 28))}
     assert found == {
         ("weights", "fsdp"): weights / 2,
         ("prefill", "tensor"): 2 * (8 * 4 / 4) * token,
@@ -123,9 +131,9 @@ def test_communication_is_that_of_the_sharding_table() -> None:
         ("accumulate", "tensor"): 6 * (32 * 32 / 4) * token,
     }
     assert Exchange("decode", "tensor", 1.2e12).seconds(TPUS["v5p"]) == 2.0
-    one = dataclasses.replace(job, mesh=AbstractMesh((1, 1, 1), AXES))
+    one = dataclasses.replace(setup, mesh=AbstractMesh((1, 1, 1), AXES))
     assert exchanges(one, Lengths(4, 28)) == []
-    scored = dataclasses.replace(job, objective=OBJECTIVES["grpo"], slots=32)
+    scored = dataclasses.replace(setup, objective=OBJECTIVES["grpo"], slots=32)
     more = {(e.phase, e.axis): e.bytes for e in exchanges(scored, Lengths(4, 28))}
     assert more["score", "fsdp"] == 2 * weights / 2
     assert more["score", "tensor"] == 2 * (32 * 32 / 4) * token
@@ -134,15 +142,15 @@ def test_communication_is_that_of_the_sharding_table() -> None:
 def test_local_programs_compile_and_fit() -> None:
     config = small_config()
     target = Target(TPUS["v5p"], 1, jax.devices()[:1], None)
-    job = make_job(config, target)
-    found = compile_programs(job, names=("prefill", "decode", "apply"), say=quiet)
+    setup = plan_setup(config, target)
+    found = compile_programs(setup, names=("prefill", "decode", "apply"), say=quiet)
     assert [m.program for m in found] == ["prefill", "decode", "apply"]
     weights = 4 * 855_552
     for memory in found:
         assert abs(memory.weights - weights) < 0.02 * weights and memory.source == "compiler"
         assert memory.optimizer == 2 * memory.weights
     # 16 rows x (24 tokens) and 4 prompts x 32 in 4 layers of keys and values.
-    shape = job.model.config
+    shape = setup.model.config
     position = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 4
     assert found[1].cache == (16 * 24 + 4 * 32) * position
     assert found[1].batch < 1e6 < found[1].total
@@ -153,13 +161,13 @@ def test_micro_batches_are_those_of_the_run() -> None:
     target = Target(TPUS["v5p"], 1, None, None)
     sizes = {"rollout": {"prompts_per_step": 8, "group_size": 8, "max_new_tokens": 96}}
     sizes |= {"data": {"max_prompt_tokens": 32}, "optim": {"micro_batch_tokens": 32768}}
-    grpo = make_job(small_config(**sizes), target)
-    assert (grpo.rows, grpo.most_rows, grpo.micro_batch) == (64, 64, (64, 128))
-    dapo = make_job(small_config(**sizes, objective={"name": "dapo", "max_rounds": 3}), target)
-    assert (dapo.rows, dapo.most_rows, dapo.micro_batch) == (64, 192, (128, 128))
+    grpo = plan_setup(small_config(**sizes), target)
+    assert (grpo.rows, grpo.max_rows, grpo.micro_batch) == (64, 64, (64, 128))
+    dapo = plan_setup(small_config(**sizes, objective={"name": "dapo", "max_rounds": 3}), target)
+    assert (dapo.rows, dapo.max_rows, dapo.micro_batch) == (64, 192, (128, 128))
     sizes["optim"]["sft_rows_per_step"] = 16
-    sft = make_job(small_config(**sizes, objective={"name": "sft"}), target)
-    assert (sft.rows, sft.most_rows, sft.micro_batch) == (16, 16, (32, 128))
+    sft = plan_setup(small_config(**sizes, objective={"name": "sft"}), target)
+    assert (sft.rows, sft.max_rows, sft.micro_batch) == (16, 16, (32, 128))
 
 
 def test_topologies() -> None:

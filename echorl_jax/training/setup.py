@@ -1,0 +1,203 @@
+"""What a run or a plan is made of before its first step: config, mesh, model, text, optimizer."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import AbstractMesh, Mesh
+
+from echorl_jax.config import Config, ConfigError
+from echorl_jax.core import Objective, load_objective
+from echorl_jax.data import load_tokenizer, newline_delimiters, require_vocabulary
+from echorl_jax.data.tokens import model_path
+from echorl_jax.evaluation.evaluate import end_tokens
+from echorl_jax.models import Decoder, init_params, load_decoder, load_model
+from echorl_jax.parallel import Platform, make_mesh, platform_of
+from echorl_jax.training.micro_batches import Bounds, micro_batch_shapes
+from echorl_jax.training.optimizer import learning_rate_schedule, make_optimizer
+from echorl_jax.types import HostArray, PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Everything static about a run, once. The properties follow from the fields."""
+
+    config: Config
+    mesh: Any  # a Mesh; an AbstractMesh only in a plan for devices that are not present
+    platform: Platform
+    model: Decoder
+    objective: Objective
+    optimizer: optax.GradientTransformation  # at learning rate 1, see make_optimizer
+    schedule: optax.Schedule  # learning rate by training step, counted from 0
+    slots: int  # rows decoded at once
+    # A transformers tokenizer; None in a plan, which reads no text.
+    tokenizer: Any = dataclasses.field(default=None, compare=False)
+    # bool [V], tokens that end a reasoning step; None in a plan.
+    is_delimiter: HostArray = dataclasses.field(default=None, compare=False)
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Tokens that end a completion."""
+        return end_tokens(self.tokenizer, self.model)
+
+    @property
+    def shards(self) -> int:
+        """Devices that rows are split over."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    @property
+    def sampled_group_size(self) -> int:
+        """Rows of a group that the policy samples; experts are the rest."""
+        return self.config.rollout.group_size - self.objective.expert_rows
+
+    @property
+    def sampled_rows(self) -> int:
+        """Rows of one round of sampling."""
+        return self.config.rollout.prompts_per_step * self.sampled_group_size
+
+    @property
+    def rows(self) -> int:
+        """Rows that a step with one round of sampling trains on."""
+        if self.objective.supervised:
+            return self.config.optim.sft_rows_per_step
+        return self.config.rollout.prompts_per_step * self.config.rollout.group_size
+
+    @property
+    def max_rows(self) -> int:
+        """Rows that a step trains on after the most rounds of sampling."""
+        rounds = self.config.objective.max_rounds if self.objective.dynamic_sampling else 1
+        return self.rows * rounds
+
+    @property
+    def mini_batches(self) -> int:
+        """Updates in one pass over a step's rows; demonstrations take one."""
+        return 1 if self.objective.supervised else self.config.objective.mini_batches
+
+    @property
+    def scores_old_policy(self) -> bool:
+        """Whether the trainer, not the sampler, computes the old policy's log-probabilities."""
+        return self.config.objective.old_logprobs == "trainer" and not self.objective.supervised
+
+    @property
+    def scoring_passes(self) -> int:
+        """Forward passes over the step's rows before its updates: old and reference policy."""
+        return int(self.scores_old_policy) + int(self.objective.kl_coef != 0)
+
+    @property
+    def bounds(self) -> Bounds:
+        """Limits of every micro-batch."""
+        return Bounds(
+            longest=self.config.data.max_prompt_tokens + self.config.rollout.max_new_tokens,
+            token_budget=self.config.optim.micro_batch_tokens * self.shards,
+            row_multiple=self.shards,
+        )
+
+    @property
+    def micro_batch_shapes(self) -> list[tuple[int, int]]:
+        """Every (rows, length) that a step may meet, the largest first."""
+        return micro_batch_shapes(max(self.max_rows // self.mini_batches, 1), self.bounds)
+
+    @property
+    def micro_batch(self) -> tuple[int, int]:
+        """The largest micro-batch: rows on all devices, and their length."""
+        return self.micro_batch_shapes[0]
+
+
+def make_setup(config: Config, *, devices: Sequence[Any] | None = None) -> tuple[Setup, PyTree]:
+    """Builds the setup and the sharded initial parameters, on all devices unless some are given.
+
+    ``slots`` is one for each device; :func:`~echorl_jax.training.capacity.with_slots` chooses more.
+
+    Raises:
+      UserError: an objective, model directory, tokenizer or mesh that does not work, in one line.
+    """
+    objective = configured_objective(config)
+    sizes = config.mesh
+    mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor, devices=devices)
+    tokenizer = load_tokenizer(config.model.path)
+    path = model_path(config.model.path)
+    options = model_options(config)
+    if config.model.init == "pretrained":
+        model, params = load_model(path, mesh=mesh, **options)
+    else:
+        model = load_decoder(path, **options)
+        params = init_params(model, jax.random.key(config.seed), mesh=mesh)
+    require_vocabulary(tokenizer, model.config.vocab_size)
+    setup = static_setup(config, mesh, model, objective, platform=platform_of(mesh))
+    is_delimiter = step_delimiters(config, tokenizer, model.config.vocab_size)
+    return dataclasses.replace(setup, tokenizer=tokenizer, is_delimiter=is_delimiter), params
+
+
+def static_setup(
+    config: Config,
+    mesh: Mesh | AbstractMesh,
+    model: Decoder,
+    objective: Objective,
+    *,
+    platform: Platform,
+) -> Setup:
+    """The setup without text: what an update, a replay or a plan needs."""
+    schedule = learning_rate_schedule(
+        peak=config.optim.learning_rate,
+        warmup_steps=config.optim.warmup_steps,
+        total_steps=config.steps,
+        kind=config.optim.schedule,
+    )
+    optimizer = make_optimizer(
+        beta1=config.optim.beta1,
+        beta2=config.optim.beta2,
+        weight_decay=config.optim.weight_decay,
+        max_grad_norm=config.optim.max_grad_norm,
+        moment_dtype=config.optim.moment_dtype,
+    )
+    slots = mesh.shape["data"] * mesh.shape["fsdp"]
+    return Setup(config, mesh, platform, model, objective, optimizer, schedule, slots)
+
+
+def model_options(config: Config) -> dict[str, Any]:
+    """How the model computes, as :func:`load_decoder` takes it."""
+    return {
+        "dtype": config.model.dtype,
+        "remat": config.model.remat,
+        "attention": config.model.attention,
+    }
+
+
+def configured_objective(config: Config) -> Objective:
+    """The objective that ``config.objective`` names, with the settings that it changes.
+
+    Raises:
+      ConfigError: an unknown objective, or groups too small for its expert rows.
+    """
+    settings = {
+        name: value
+        for name, value in vars(config.objective).items()
+        if name in {field.name for field in dataclasses.fields(Objective)}
+    }
+    try:
+        objective = load_objective(config.objective.name, **settings)
+    except ValueError as error:
+        raise ConfigError(f"config.objective.name: {error}") from error
+    if objective.expert_rows >= config.rollout.group_size:
+        raise ConfigError(
+            f"config.rollout.group_size = {config.rollout.group_size}: must be above the "
+            f"{objective.expert_rows} expert row(s) in each group"
+        )
+    return objective
+
+
+def step_delimiters(config: Config, tokenizer: Any, vocab_size: int) -> np.ndarray:
+    """Marks the tokens that end a reasoning step, bool ``[V]``."""
+    if config.echo.delimiter == "newline":
+        return newline_delimiters(tokenizer, vocab_size)
+    ids = config.echo.delimiter_ids
+    if not all(0 <= token < vocab_size for token in ids):
+        raise ConfigError(
+            f"config.echo.delimiter_ids = {ids}: the vocabulary has ids from 0 to {vocab_size - 1}"
+        )
+    marks = np.zeros(vocab_size, bool)
+    marks[list(ids)] = True
+    return marks
