@@ -42,7 +42,7 @@ SHAPES = [
 @pytest.mark.parametrize("name", sorted(GRADERS))
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: ascii("".join(shape))[:20])
 def test_time_is_linear_in_the_length(name, shape):
-    """At most 0.5 s and 20 us a character of processor time, which leaves room for slow machines."""
+    """At most 0.5 s and 20 us a character of processor time, with room for slow machines."""
     grade, row = load_grader(name), ROWS[name]
     start, repeated, end = shape
     grade("The answer is 1.", row)  # imports what it needs
