@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     from rich.console import Console
 
     from echorl_jax.tools.plan.plan import make_plan
-    from echorl_jax.tools.plan.report import as_dict, print_plan
+    from echorl_jax.tools.plan.plan_table import as_dict, print_plan
     from echorl_jax.tools.plan.roofline import Lengths
 
     lengths = Lengths(

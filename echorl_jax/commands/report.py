@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes the report and says where."""
-    from echorl_jax.tools.report.report import write_report
+    from echorl_jax.tools.report.page import write_report
 
     path = write_report(arguments.workdir, compare=tuple(arguments.compare), out=arguments.out)
     print(f"report: {path}")

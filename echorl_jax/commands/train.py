@@ -51,7 +51,7 @@ def finish(workdir: Path, *, report: bool) -> None:
     """Says what the run achieved and where its files are; writes the report. Once per run."""
     from echorl_jax.parallel import is_first
     from echorl_jax.tools.report.headline import headline
-    from echorl_jax.tools.report.report import write_report
+    from echorl_jax.tools.report.page import write_report
     from echorl_jax.tools.report.runs import read_run
 
     if not is_first():

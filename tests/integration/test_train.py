@@ -13,7 +13,7 @@ import pytest
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.data import load_tokenizer
 from echorl_jax.models import load_model
-from echorl_jax.tools.report.report import write_report
+from echorl_jax.tools.report.page import write_report
 from echorl_jax.training import loop
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.workdir import whole_lines

@@ -15,8 +15,7 @@ from echorl_jax.models import Decoder
 from echorl_jax.models.published import architecture
 from echorl_jax.parallel import AXES, ShardingError, make_mesh
 from echorl_jax.tools.plan.chips import GPUS, Chip, local_chip, parse_topology
-from echorl_jax.tools.plan.estimate import estimate
-from echorl_jax.tools.plan.programs import PROGRAMS, Memory, compile_programs
+from echorl_jax.tools.plan.memory_table import PROGRAMS, Memory, compile_programs, estimate
 from echorl_jax.tools.plan.roofline import Lengths, step_phases
 from echorl_jax.training.capacity import USABLE, persistent_memory, with_slots
 from echorl_jax.training.setup import Setup, configured_objective, static_setup

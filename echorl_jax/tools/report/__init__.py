@@ -1,6 +1,5 @@
-"""Looks at runs: the HTML report, and studies of entropy, clips and step deletion.
+"""The HTML report of a run, and studies of entropy, clips and step deletion.
 
-Everything here reads the files of a working directory or small arrays and draws no conclusions of
-its own. Only ``policy.py`` runs a model, for the studies that ask one: golden entropy and step
-deletion.
+Everything here reads the files of a working directory or small arrays. Only ``policy.py`` runs a
+model, for the two studies that need one: golden entropy and step deletion.
 """

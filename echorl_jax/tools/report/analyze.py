@@ -11,13 +11,13 @@ from echorl_jax.data import load_rows
 from echorl_jax.errors import UserError
 from echorl_jax.evaluation.evaluate import MOST_SAMPLES
 from echorl_jax.rewards import GraderPool
-from echorl_jax.tools.report import deletion_study, entropy_study
-from echorl_jax.tools.report.deletion import deletion_curve, deletion_rows
+from echorl_jax.tools.report import golden_entropy, step_deletion
+from echorl_jax.tools.report.golden_entropy import entropy_profiles, profile_rows
+from echorl_jax.tools.report.page import write_report
 from echorl_jax.tools.report.policy import Policy
-from echorl_jax.tools.report.report import write_report
 from echorl_jax.tools.report.runs import read_run, write_jsonl
+from echorl_jax.tools.report.step_deletion import deletion_curve, deletion_rows
 from echorl_jax.tools.report.studies import DELETION, FOLDER, TRAJECTORIES, write_studies
-from echorl_jax.tools.report.trajectories import entropy_profiles, profile_rows
 
 STUDIES = ("run", "entropy", "deletion")
 
@@ -33,7 +33,7 @@ class Analysis:
     data: str | None = None
     rollouts: Path | None = None
     limit: int = 0
-    solutions: deletion_study.Solver = "policy"
+    solutions: step_deletion.Solver = "policy"
     deletions: tuple[int, ...] = (0, 1, 2)
     samples: int = 4
     temperature: float = 1.0
@@ -140,16 +140,16 @@ def _rows(options: Analysis) -> Sequence[Mapping[str, Any]]:
 
 def _stored_entropy(options: Analysis) -> list[Path]:
     assert options.rollouts is not None
-    rows = entropy_study.stored_rows(options.rollouts, limit=options.limit)
+    rows = golden_entropy.stored_rows(options.rollouts, limit=options.limit)
     return _write_entropy(options, rows, f"Rollouts of {options.rollouts.name}.")
 
 
 def _entropy(options: Analysis, policy: Policy) -> list[Path]:
-    expert, used = entropy_study.expert_rows(policy, _rows(options))
+    expert, used = golden_entropy.expert_rows(policy, _rows(options))
     if options.rollouts is None:
-        own = entropy_study.policy_rows(policy, used)
+        own = golden_entropy.policy_rows(policy, used)
     else:
-        own = entropy_study.rescored_rows(policy, options.rollouts, limit=options.limit)
+        own = golden_entropy.rescored_rows(policy, options.rollouts, limit=options.limit)
     return _write_entropy(options, [*expert, *own], _about(options))
 
 
@@ -164,16 +164,16 @@ def _write_entropy(options: Analysis, rows: list[dict[str, Any]], about: str) ->
         )
     return [
         write_jsonl(options.folder / TRAJECTORIES, profiles),
-        write_jsonl(options.folder / "step_entropy.jsonl", entropy_study.step_rows(rows)),
+        write_jsonl(options.folder / "step_entropy.jsonl", golden_entropy.step_rows(rows)),
     ]
 
 
 def _deletion(options: Analysis, policy: Policy) -> list[Path]:
     rows = _rows(options)
-    solutions = deletion_study.find_solutions(
+    solutions = step_deletion.find_solutions(
         policy, rows, solver=options.solutions, samples=options.samples
     )
-    outcomes = deletion_study.deletion_outcomes(policy, rows, solutions, counts=options.deletions)
+    outcomes = step_deletion.deletion_outcomes(policy, rows, solutions, counts=options.deletions)
     used = len({row["row"] for row in outcomes})
     about = (
         f"{_about(options)} {used} solutions by the {options.solutions} with at least "

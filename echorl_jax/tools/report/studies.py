@@ -6,10 +6,9 @@ Two more studies need a model; whoever runs it writes their rows to the names in
 
 from pathlib import Path
 
-from echorl_jax.tools.report.clips import Clip, clip_of, clip_rows
-from echorl_jax.tools.report.collapse import collapse_rows
-from echorl_jax.tools.report.entropy_law import law_rows
+from echorl_jax.tools.report.entropy_decay import collapse_rows, law_rows
 from echorl_jax.tools.report.runs import Run, integer, read_jsonl, read_runs, write_jsonl
+from echorl_jax.tools.report.viewer import Clip, clip_of, clip_rows
 
 FOLDER = "analysis"
 TRAJECTORIES = "trajectories.jsonl"

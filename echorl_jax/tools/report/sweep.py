@@ -13,9 +13,17 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
-from echorl_jax.tools.report.curves import bucket, smoothed, span_of
+from echorl_jax.tools.report.curves import (
+    Panel,
+    Section,
+    Series,
+    bucket,
+    rounded,
+    run_colour,
+    smoothed,
+    span_of,
+)
 from echorl_jax.tools.report.headline import edges, eval_keys, number, share
-from echorl_jax.tools.report.panels import Panel, Section, Series, rounded, run_colour
 from echorl_jax.tools.report.runs import Run, read_run
 
 _CURVES = (

@@ -15,11 +15,10 @@ from echorl_jax.core import OBJECTIVES
 from echorl_jax.models import Decoder, DecoderConfig, init_params
 from echorl_jax.parallel import AXES, Platform, make_mesh
 from echorl_jax.tools.plan.chips import GB, GPUS, TPUS, parse_topology
-from echorl_jax.tools.plan.communication import Exchange, exchanges
+from echorl_jax.tools.plan.memory_table import compile_programs
 from echorl_jax.tools.plan.plan import Target, candidates, find_target, make_plan, plan_setup
-from echorl_jax.tools.plan.programs import compile_programs
-from echorl_jax.tools.plan.report import as_dict
-from echorl_jax.tools.plan.roofline import Lengths, forward_flops, step_phases
+from echorl_jax.tools.plan.plan_table import as_dict
+from echorl_jax.tools.plan.roofline import Exchange, Lengths, exchanges, forward_flops, step_phases
 from echorl_jax.training.capacity import weight_memory
 from echorl_jax.training.optimizer import init_state, make_optimizer
 from echorl_jax.training.setup import Setup, static_setup
@@ -95,7 +94,7 @@ def test_the_update_is_counted_like_the_compiler() -> None:
     model = Decoder(ONE_LAYER, dtype="float32", remat="none")
     setup = with_slots_for(config, model, mesh, slots=32, platform="cpu")
     assert setup.micro_batch == (32, 32)
-    from echorl_jax.tools.plan.programs import _update_program
+    from echorl_jax.tools.plan.memory_table import _update_program
 
     compiled = _update_program(setup, "accumulate").compile()
     counted = (compiled.cost_analysis() or {})["flops"]

@@ -10,9 +10,9 @@ from collections import defaultdict
 import pytest
 from synthetic_run import dump_lines, write_run
 
-from echorl_jax.tools.report.report import write_report
+from echorl_jax.tools.report.page import write_report
 from echorl_jax.tools.report.runs import read_jsonl, read_run
-from echorl_jax.tools.report.text import visible
+from echorl_jax.tools.report.viewer import visible
 
 pytestmark = pytest.mark.slow
 # Quiet: no look-ups of updates or components by the browser itself.

@@ -11,7 +11,7 @@ from synthetic_run import dump_lines, write_run
 
 from echorl_jax.config import ConfigError
 from echorl_jax.tools.report.headline import duration, facts, headline, progress
-from echorl_jax.tools.report.report import config_differences, config_table, write_report
+from echorl_jax.tools.report.page import config_differences, config_table, write_report
 from echorl_jax.tools.report.runs import read_run, read_runs, write_jsonl
 
 

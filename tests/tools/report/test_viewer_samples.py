@@ -8,8 +8,13 @@ from hypothesis import strategies as st
 from synthetic_run import dump_lines, write_run
 
 from echorl_jax.tools.report.runs import read_jsonl, read_run
-from echorl_jax.tools.report.samples import MAX_TOKENS, build_viewer, pack_rollout
-from echorl_jax.tools.report.text import embed_json, visible
+from echorl_jax.tools.report.viewer import (
+    MAX_TOKENS,
+    build_viewer,
+    embed_json,
+    pack_rollout,
+    visible,
+)
 
 
 def test_groups_are_those_of_the_files(tmp_path):

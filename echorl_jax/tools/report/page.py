@@ -2,7 +2,7 @@
 
 It needs no network. The page's parts live beside this module: ``report.html.jinja``,
 ``report.css``, the scripts ``charts.js``, ``ledger.js`` and ``viewer.js``, and uPlot (MIT licence),
-which draws the curves. A content security policy names the scripts by their hashes, so the page can
+which draws the curves. A content security policy lists the scripts by their hashes, so the page can
 neither fetch anything nor run a script that came with the data.
 """
 
@@ -19,16 +19,13 @@ import jinja2
 
 from echorl_jax.config import Config
 from echorl_jax.tools.report import curves, headline, studies
-from echorl_jax.tools.report.clips import clip_section
-from echorl_jax.tools.report.collapse import collapse_section
-from echorl_jax.tools.report.deletion import deletion_section
-from echorl_jax.tools.report.entropy_law import law_section
+from echorl_jax.tools.report.curves import Section
+from echorl_jax.tools.report.entropy_decay import collapse_section, law_section
+from echorl_jax.tools.report.golden_entropy import profile_section
 from echorl_jax.tools.report.ledger import Visit, build_ledger, read_ledger
-from echorl_jax.tools.report.panels import Section
 from echorl_jax.tools.report.runs import Run, read_jsonl, read_runs
-from echorl_jax.tools.report.samples import Viewer, build_viewer
-from echorl_jax.tools.report.text import embed_json, visible
-from echorl_jax.tools.report.trajectories import profile_section
+from echorl_jax.tools.report.step_deletion import deletion_section
+from echorl_jax.tools.report.viewer import Viewer, build_viewer, clip_section, embed_json, visible
 
 _SCRIPTS = ("uplot.min.js", "charts.js", "ledger.js", "viewer.js")
 _STYLES = ("uplot.min.css", "report.css")

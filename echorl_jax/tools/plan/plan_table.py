@@ -6,9 +6,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from echorl_jax.tools.plan.communication import exchanges
+from echorl_jax.tools.plan.memory_table import Memory
 from echorl_jax.tools.plan.plan import Plan, chips_needed, describe
-from echorl_jax.tools.plan.programs import Memory
+from echorl_jax.tools.plan.roofline import exchanges
 
 _GB = 1e9
 _MB = 1e6
