@@ -7,6 +7,7 @@ from echorl_jax.data.experts import (
     encode_target,
     expert_text,
     hint_segments,
+    require_embedded_rows,
 )
 from echorl_jax.data.rows import Row
 from echorl_jax.data.sources import Rows, load_rows
@@ -16,6 +17,7 @@ from echorl_jax.data.tokens import (
     encode_prompt,
     load_tokenizer,
     newline_delimiters,
+    require_embedded,
     require_vocabulary,
 )
 
@@ -36,5 +38,7 @@ __all__ = [
     "load_tokenizer",
     "newline_delimiters",
     "parse_countdown",
+    "require_embedded",
+    "require_embedded_rows",
     "require_vocabulary",
 ]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import numpy as np
 from echorl_jax.core import hint_probability
 from echorl_jax.data.errors import DataError
 from echorl_jax.data.stream import Prompt
+from echorl_jax.data.tokens import encode_prompt, require_embedded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,6 +42,42 @@ def encode_target(tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any]) 
     end = tokenizer.convert_tokens_to_ids(str(tokenizer.eos_token))
     assert isinstance(end, int)
     return [*tokenizer.encode(text, add_special_tokens=False), end]
+
+
+def require_embedded_rows(
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Iterable[Mapping[str, Any]],
+    *,
+    template: str,
+    vocab_size: int,
+    experts: bool,
+    source: str,
+) -> None:
+    """Checks that a model has an embedding for every token of its prompts and expert texts.
+
+    Nothing is encoded when all of the tokenizer's tokens are within the vocabulary.
+
+    Args:
+      rows: in verl's columns.
+      template: of the prompts.
+      vocab_size: rows of the model's embedding.
+      experts: whether expert texts are used too.
+      source: name of the rows in messages.
+
+    Raises:
+      DataError: the first row with a token beyond the vocabulary.
+    """
+    if max(tokenizer.get_vocab().values(), default=0) < vocab_size:
+        return
+    for place, row in enumerate(rows):
+        texts = {"prompt": encode_prompt(tokenizer, row, template)}
+        if experts and expert_text(row) is not None:
+            texts["expert text"] = encode_target(tokenizer, row)
+        if experts and row.get("hint"):
+            hint = "".join(hint_segments(row))
+            texts["hint"] = tokenizer.encode(hint, add_special_tokens=False)
+        for name, ids in texts.items():
+            require_embedded(tokenizer, ids, vocab_size, f"{source}, row {place}, {name}")
 
 
 def hint_segments(row: Mapping[str, Any]) -> list[str]:

@@ -1,7 +1,7 @@
 """From rows to token ids."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,8 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
             f"`echorl convert --model={path} --out=DIR` makes of a checkpoint"
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
+        # Otherwise transformers asks on standard input whether to run the directory's code.
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path}: no tokenizer: {_first_line(error)}") from error
     if not len(tokenizer):
@@ -68,17 +69,27 @@ def encode_prompt(
     ``template`` is a name in :data:`~echorl_jax.data.templates.TEMPLATES`.
 
     Raises:
-      DataError: an unknown template, or one that the tokenizer or the row cannot serve.
+      DataError: an unknown template, or one that the tokenizer or the row cannot serve; a tokenizer
+        that ends every text with an end token.
     """
     text = render_prompt(tokenizer, row["prompt"], template)
-    return tokenizer.encode(text, add_special_tokens=not starts_itself(template))
+    ids = tokenizer.encode(text, add_special_tokens=not starts_itself(template))
+    if ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if ids[-1:] != tokenizer.encode(text, add_special_tokens=False)[-1:]:
+            raise DataError(
+                f"{tokenizer.name_or_path}: the tokenizer appends its end token "
+                f"{tokenizer.convert_ids_to_tokens(ids[-1])!r} to every prompt, so the model would "
+                "start after an end; take it out of post_processor in tokenizer.json (or set "
+                "add_eos_token to false in tokenizer_config.json), or take template chat"
+            )
+    return ids
 
 
 def require_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:
     """Checks that a model has a row for what text turns into, and for the end token.
 
-    Tokens that were added and that no text turns into by itself, such as a padding token, may lie
-    beyond: many published models have those.
+    Tokens that were added, such as a padding token, may lie beyond: many published models have
+    those. Texts that hold one are refused by :func:`require_embedded`.
 
     Raises:
       DataError: the tokenizer is of another model.
@@ -91,6 +102,23 @@ def require_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) ->
             f"{tokenizer.name_or_path}: the tokenizer's token {largest} "
             f"({tokenizer.convert_ids_to_tokens(largest)!r}) is beyond the model's vocabulary of "
             f"{vocab_size}; they do not belong together"
+        )
+
+
+def require_embedded(
+    tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], vocab_size: int, text: str
+) -> None:
+    """Checks that a model has an embedding for each token id of a text; ``text`` is its name.
+
+    Raises:
+      DataError: a token is beyond the model's vocabulary.
+    """
+    largest = max(ids, default=0)
+    if largest >= vocab_size:
+        raise DataError(
+            f"{text}: token {largest} ({tokenizer.convert_ids_to_tokens(largest)!r}) is beyond the "
+            f"model's vocabulary of {vocab_size}: it was added to the tokenizer, but the model's "
+            "embedding was not resized"
         )
 
 

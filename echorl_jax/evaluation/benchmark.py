@@ -6,13 +6,20 @@ import dataclasses
 import itertools
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
 
-from echorl_jax.data import encode_prompt, load_rows, load_tokenizer, require_vocabulary
+from echorl_jax.data import (
+    encode_prompt,
+    load_rows,
+    load_tokenizer,
+    require_embedded_rows,
+    require_vocabulary,
+)
 from echorl_jax.data.tokens import model_path
 from echorl_jax.errors import UserError
 from echorl_jax.evaluation.evaluate import MOST_SAMPLES, Attempt, attempt_rows
@@ -223,6 +230,18 @@ def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: i
         layout="rollout",
     )
     require_vocabulary(work.tokenizer, model.config.vocab_size)
+    require_embedded_rows(
+        work.tokenizer,
+        work.rows,
+        template=options.template,
+        vocab_size=model.config.vocab_size,
+        experts=False,
+        source=options.data,
+    )
+    longest = max(map(len, work.prompts))
+    warning = model.config.warn_of_positions(longest, options.max_new_tokens)
+    if warning and is_first():
+        print(f"echorl: {warning}", file=sys.stderr)
     with (
         GraderPool(options.grader, workers=options.workers) as grader,
         (file if is_first() else Path(os.devnull)).open("a", encoding="utf-8") as lines,

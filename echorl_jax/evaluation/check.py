@@ -4,6 +4,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from echorl_jax.config import Config, ConfigError
@@ -15,8 +16,12 @@ from echorl_jax.data import (
     expert_text,
     load_rows,
     load_tokenizer,
+    require_embedded_rows,
+    require_vocabulary,
 )
+from echorl_jax.data.tokens import model_path
 from echorl_jax.evaluation.contamination import find_overlap
+from echorl_jax.models import read_config
 from echorl_jax.rewards import GraderPool, grading_failed
 
 if TYPE_CHECKING:
@@ -39,12 +44,14 @@ def check(config: Config, *, rows: int, show: int) -> bool:
       UserError: data, tokenizer or grader that cannot be used.
     """
     tokenizer = load_tokenizer(config.model.path)
+    vocab_size = _check_model(config, tokenizer)
     try:
         experts = config.objective.expert_rows
         objective = load_objective(config.objective.name, expert_rows=experts)
     except ValueError as error:
         raise ConfigError(f"config.objective.name: {error}") from error
     needed = objective.supervised or objective.expert_rows > 0
+    learns_from_experts = needed or objective.hints
     wrong, sets = list[str](), dict[str, Rows]()
     with GraderPool(
         config.data.grader,
@@ -62,10 +69,18 @@ def check(config: Config, *, rows: int, show: int) -> bool:
                 print(f"  left out: {len(loaded.bad)} bad rows")
             for line in loaded.bad[:NAMED]:
                 print(f"  left out: {line}")
+            require_embedded_rows(
+                tokenizer,
+                seen,
+                template=config.data.template,
+                vocab_size=vocab_size,
+                experts=learns_from_experts and name == "train",
+                source=f"data.{name}",
+            )
             prompts = [encode_prompt(tokenizer, row, config.data.template) for row in seen]
             if not _check_lengths(prompts, config.data.max_prompt_tokens):
                 wrong.append(f"{name}: no prompt is short enough")
-            if name == "train" and (needed or objective.hints):
+            if name == "train" and learns_from_experts:
                 if not _check_experts(config, tokenizer, seen) and needed:
                     wrong.append(f"{name}: {config.objective.name} needs expert texts")
             if not _check_grader(grader, seen):
@@ -77,6 +92,19 @@ def check(config: Config, *, rows: int, show: int) -> bool:
         wrong.append("overlap: evaluation problems are among the training problems")
     print("\n".join(f"wrong: {what}" for what in wrong) or "nothing wrong found")
     return not wrong
+
+
+def _check_model(config: Config, tokenizer: "PreTrainedTokenizerBase") -> int:
+    """The size of the model's vocabulary; the tokenizer's where there is no ``config.json``."""
+    path = Path(model_path(config.model.path))
+    if not (path / "config.json").is_file():
+        return 1 + max(tokenizer.get_vocab().values())
+    shape = read_config(path)
+    require_vocabulary(tokenizer, shape.vocab_size)
+    lengths = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    if warning := shape.warn_of_positions(*lengths):
+        print(warning)
+    return shape.vocab_size
 
 
 def _check_lengths(prompts: Sequence[Sequence[int]], longest: int) -> bool:

@@ -67,6 +67,28 @@ class DecoderConfig:
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
 
+    @property
+    def positions(self) -> int:
+        """Positions that the model is made for, its rope scaling included."""
+        if self.rope.kind == "yarn":
+            scaled = self.rope.factor * self.rope.original_max_position_embeddings
+        else:
+            scaled = self.max_position_embeddings * (
+                self.rope.factor if self.rope.kind == "linear" else 1.0
+            )
+        return max(self.max_position_embeddings, int(scaled))
+
+    def warn_of_positions(self, prompt_tokens: int, max_new_tokens: int) -> str:
+        """A line about rows that may be longer than :attr:`positions`; "" if none can be."""
+        longest = prompt_tokens + max_new_tokens
+        if longest <= self.positions:
+            return ""
+        return (
+            f"warning: prompt and completion may reach {prompt_tokens} + {max_new_tokens} = "
+            f"{longest} tokens, but the model is made for {self.positions} positions "
+            "(max_position_embeddings and rope scaling in its config.json)"
+        )
+
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ModelError(

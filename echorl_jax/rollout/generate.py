@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from echorl_jax.models import Decoder, param_shardings
+from echorl_jax.models import Decoder, ModelError, param_shardings
 from echorl_jax.parallel import Platform, constrain, place_whole, platform_of, smallest
 from echorl_jax.rollout.buckets import greatest_divisor
 from echorl_jax.rollout.cache import KVDtype, empty_cache, place
@@ -269,7 +269,7 @@ def _check_context(model: Decoder, request: Request, *, length: int) -> None:
     longest = int(request.length.max()) + length
     if config.rope.kind == "dynamic" and longest > config.max_position_embeddings:
         # Its keys change with the row's length, so cached ones would not be the trainer's.
-        raise ValueError(
+        raise ModelError(
             f"prompt and completion may reach {longest} tokens, but with dynamic rope scaling "
             f"only {config.max_position_embeddings} can be sampled"
         )

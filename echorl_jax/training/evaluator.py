@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 from orbax.checkpoint import multihost
 
-from echorl_jax.data import encode_prompt, load_rows
+from echorl_jax.data import encode_prompt, load_rows, require_embedded_rows
 from echorl_jax.errors import one_line
 from echorl_jax.evaluation.evaluate import attempt_rows
 from echorl_jax.evaluation.scores import score_by_source
@@ -39,6 +39,14 @@ class Evaluator:
             return cls(setup, grader, (), ())
         rows = load_rows(config.data.eval, on_bad_row=config.data.on_bad_row)
         rows = list(itertools.islice(rows, config.eval.rows or None))
+        require_embedded_rows(
+            setup.tokenizer,
+            rows,
+            template=config.data.template,
+            vocab_size=setup.model.config.vocab_size,
+            experts=False,
+            source="data.eval",
+        )
         prompts = [encode_prompt(setup.tokenizer, row, config.data.template) for row in rows]
         longest = config.data.max_prompt_tokens
         fits = [i for i, ids in enumerate(prompts) if len(ids) <= longest]

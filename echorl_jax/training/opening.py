@@ -11,7 +11,7 @@ import jax
 
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import Objective
-from echorl_jax.data import PromptStream, Rows, load_rows
+from echorl_jax.data import PromptStream, Rows, load_rows, require_embedded_rows
 from echorl_jax.errors import RunStopped
 from echorl_jax.parallel import is_first, smallest
 from echorl_jax.rewards import GraderPool
@@ -61,6 +61,14 @@ def open_run(
         compiles = CompileCounter()
         setup, params = make_setup(config, devices=devices)
         rows = load_rows(config.data.train, on_bad_row=config.data.on_bad_row)
+        require_embedded_rows(
+            setup.tokenizer,
+            rows,
+            template=config.data.template,
+            vocab_size=setup.model.config.vocab_size,
+            experts=objective.supervised or objective.hints or objective.expert_rows > 0,
+            source="data.train",
+        )
         stream = _stream(setup, rows, prompts_per_step)
         # A copy: the state's own buffers are given away at the first update.
         reference = jax.jit(setup.model.cast)(params) if objective.kl_coef else None
@@ -147,8 +155,12 @@ def _log(directory: Path, config: Config, first_step: int) -> RunLog:
 
 
 def _present(run: Run, state: TrainState) -> None:
-    lines = overview(run.setup, first_step=run.first_step, device_bytes=device_bytes())
-    run.log.present(title(run.setup, state.params), lines)
+    setup = run.setup
+    lines = overview(setup, first_step=run.first_step, device_bytes=device_bytes())
+    run.log.present(title(setup, state.params), lines)
+    prompt, completion = setup.config.data.max_prompt_tokens, setup.config.rollout.max_new_tokens
+    if warning := setup.model.config.warn_of_positions(prompt, completion):
+        run.log.say(warning)
 
 
 def _with_slots(setup: Setup) -> Setup:

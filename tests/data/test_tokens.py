@@ -96,6 +96,36 @@ def test_a_plain_template_joins_the_contents(tokenizer):
     assert tokenizer.decode(encode_prompt(tokenizer, row, "plain")) == "1+2="
 
 
+def test_a_tokenizer_that_ends_every_prompt_is_refused(tmp_path):
+    """Its post-processor appends the end token, as add_eos_token does in Llama's."""
+    for file in ASSETS.glob("tokenizer*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    raw = json.loads((tmp_path / "tokenizer.json").read_text())
+    text = {"Sequence": {"id": "A", "type_id": 0}}
+    end = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+    ids = {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}
+    raw["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [text, end],
+        "pair": [text, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<|endoftext|>": ids},
+    }
+    (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    ending = load_tokenizer(str(tmp_path))
+    row = {"prompt": [{"role": "user", "content": "1+1?"}]}
+    assert ending.encode("1+1?")[-1] == ending.eos_token_id
+    for template in ("plain", "boxed", "uft"):
+        with pytest.raises(DataError, match=r"appends its end token '<\|endoftext\|>' to every"):
+            encode_prompt(ending, row, template)
+    assert encode_prompt(ending, row, "chat")[-1] != ending.eos_token_id
+    # A text that ends so by itself is the row's affair.
+    row["prompt"][0]["content"] += "<|endoftext|>"
+    assert encode_prompt(load_tokenizer("builtin:countdown"), row, "plain")[-1] == 0
+
+
 def test_a_tokenizer_without_chat_template_says_so(qwen):
     with pytest.raises(DataError, match="no chat template"):
         encode_prompt(qwen, {"prompt": [{"role": "user", "content": "hi"}]})

@@ -95,6 +95,9 @@ def make_plan(
     target = find_target(topology, formula=formula)
     lengths = lengths or Lengths(config.data.max_prompt_tokens, config.rollout.max_new_tokens)
     plans = [_plan(config, {}, target, lengths, known={}, say=say)]
+    prompt, completion = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    if warning := plans[0].setup.model.config.warn_of_positions(prompt, completion):
+        say(warning)
     if plans[0].fits or not tries:
         return plans
     for changes in candidates(config, target, lengths)[:tries]:

@@ -13,6 +13,7 @@ from echorl_jax.data import (
     encode_prompt,
     load_tokenizer,
     newline_delimiters,
+    require_embedded,
     require_vocabulary,
 )
 from echorl_jax.data.tokens import model_path
@@ -132,6 +133,7 @@ class Policy:
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], what: str
     ) -> list[Trajectory]:
         """The policy's entropy at each token of given completions."""
+        self._require_embedded([*prompts, *completions], what)
         order = sorted(range(len(completions)), key=lambda i: len(completions[i]))
         found: dict[int, HostArray] = {}
         with Bar(what, len(order), every_s=LINE_EVERY_SECONDS) as bar:
@@ -167,6 +169,7 @@ class Policy:
           prefixes: how each prompt's answers have to begin.
           draw: added to the seed, for answers that do not repeat another call's draws.
         """
+        self._require_embedded(prompts, what)
         attempts: list[Attempt] = []
 
         def count(_: Progress | None = None) -> None:
@@ -196,6 +199,11 @@ class Policy:
             for trajectory, attempt in zip(trajectories, attempts, strict=True)
         ]
         return list(_cut(answers, samples))
+
+    def _require_embedded(self, texts: Sequence[Sequence[int]], what: str) -> None:
+        for number, ids in enumerate(texts):
+            size = self.model.config.vocab_size
+            require_embedded(self.tokenizer, ids, size, f"{what}, text {number}")
 
     def _trajectories(
         self, completions: Sequence[Sequence[int]], entropy: Sequence[HostArray]
