@@ -95,8 +95,10 @@ class DecoderConfig:
                 f"num_attention_heads={self.num_heads} is no multiple of "
                 f"num_key_value_heads={self.num_kv_heads}"
             )
-        if self.head_dim % 2:
-            raise ModelError(f"head_dim={self.head_dim} is odd; rotary embedding needs pairs")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ModelError(f"head_dim={self.head_dim} is odd or 0; rotary embedding needs pairs")
+        if self.head_dim == 2 and self.rope.kind == "dynamic":
+            raise ModelError("rope type 'dynamic' needs a head_dim above 2")
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
         if len(self.windows) != self.num_layers:

@@ -110,7 +110,7 @@ def save_model(
     tokenizer: Tokenizer | None = None,
     *,
     dtype: str | None = None,
-    shard_bytes: int = 5_000_000_000,
+    shard_bytes: int = 2_000_000_000,
 ) -> None:
     """Writes a directory that transformers loads.
 
@@ -123,7 +123,7 @@ def save_model(
       tokenizer: written beside them if given.
       dtype: of the stored tensors; the type the model was loaded from unless given, which makes a
         round trip bit-identical.
-      shard_bytes: largest file.
+      shard_bytes: largest file; one is held in host memory while it is written.
     """
     directory = Path(path)
     stored_dtype = np.dtype(dtype or model.config.stored_dtype)

@@ -1,20 +1,20 @@
-"""Safetensors files, one tensor at a time: headers first, bytes only where they are needed.
+"""Safetensors files: headers first, bytes only where they are needed.
 
-The format is eight bytes of header length, a JSON header with each tensor's type, shape and byte
-range, then the bytes. Reading goes through a memory map, so that a slice of a tensor costs that
-slice; writing streams, so that no more than one tensor is in memory.
+Reading goes through a memory map, so that a slice of a tensor costs that slice. Writing holds one
+shard in memory.
 """
 
 import dataclasses
 import json
 import math
-import struct
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from echorl_jax.models.config import ModelError
 
@@ -26,9 +26,10 @@ _DTYPES: Mapping[str, Any] = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
 }
-_CODES = {np.dtype(dtype).name: code for code, dtype in _DTYPES.items()}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+# Bytes of the largest JSON file that is read; the index of a model of 1T parameters has some 10 MB.
+_JSON_BYTES = 100_000_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,59 +60,74 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """All tensors of a model directory, by name.
 
     Raises:
-      ModelError: no safetensors, a shard of the index that is missing, or a file that is damaged.
+      ModelError: no safetensors, a shard of the index that is missing, a file that is damaged, or
+        two sets of weights.
     """
-    index = directory / _INDEX
-    if index.exists():
-        files = _shards(index)
-    elif (directory / _SINGLE).exists():
-        files = [directory / _SINGLE]
-    else:
-        pickled = sorted(path.name for path in directory.glob("*.bin"))
-        hint = f"; {pickled[0]} is a pickle, which is never loaded" if pickled else ""
-        raise ModelError(f"{directory} holds no {_SINGLE} and no {_INDEX}{hint}")
     tensors: dict[str, StoredTensor] = {}
-    for file in files:
-        tensors |= _read_header(file)
+    for file in _files(directory):
+        for name, tensor in _read_header(file).items():
+            if name in tensors:
+                raise ModelError(f"{tensors[name].file} and {file} both hold tensor {name}")
+            tensors[name] = tensor
     return tensors
 
 
-def _shards(index: Path) -> list[Path]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
-        raise ModelError(f"{index} is not an index of safetensors shards") from None
-    outside = [name for name in names if Path(name).name != name]
-    if outside:
-        raise ModelError(f"{index} names a file outside its directory: {outside[0]}")
-    missing = [name for name in names if not (index.parent / name).exists()]
+def _files(directory: Path) -> list[Path]:
+    """The files that transformers reads: ``model.safetensors`` where there is one, else the shards
+    of the index. Both in one directory are of two saves, and nothing tells which one is meant.
+    """
+    single, index = directory / _SINGLE, directory / _INDEX
+    shards = _shards(index) if index.exists() else []
+    if single.exists():
+        others = [file.name for file in shards if file != single and file.exists()]
+        if others:
+            raise ModelError(
+                f"{directory} holds {_SINGLE} and {_INDEX}, which names other weights "
+                f"({others[0]}); delete the ones that are out of date"
+            )
+        return [single]
+    missing = [file.name for file in shards if not file.exists()]
     if missing:
         raise ModelError(f"{index} names missing file(s): {', '.join(missing)}")
-    return [index.parent / name for name in names]
+    if not shards:
+        pickled = sorted(path.name for path in directory.glob("*.bin"))
+        hint = f"; {pickled[0]} is a pickle, which is never loaded" if pickled else ""
+        raise ModelError(f"{directory} holds no {_SINGLE} and no {_INDEX}{hint}")
+    return shards
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"{index} is not an index of safetensors shards")
+    # A backslash is a separator on some systems, a null byte no name anywhere.
+    outside = [name for name in names if Path(name).name != name or {"\\", "\0"} & set(name)]
+    if outside:
+        raise ModelError(f"{index} names a file outside its directory: {outside[0]!r:.99}")
+    return [index.parent / name for name in sorted(set(names))]
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
-    size = file.stat().st_size
+    """The tensors of one file. The library checks that they fill it without gap or overlap, so
+    that offsets are sums of sizes.
+    """
+    tensors = {}
     try:
         with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size - 8:
-                raise ModelError(f"{file} is damaged or no safetensors file: its header is cut off")
-            header = json.loads(stream.read(length))
-        header.pop("__metadata__", None)
-        return {name: _entry(file, name, entry, 8 + length, size) for name, entry in header.items()}
-    except (struct.error, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ModelError(f"{file} is damaged or no safetensors file: {error!r}") from None
-
-
-def _entry(file: Path, name: str, entry: Mapping[str, Any], start: int, size: int) -> StoredTensor:
-    if entry["dtype"] not in _DTYPES:
-        raise ModelError(f"{file}: tensor {name} has unsupported type {entry['dtype']}")
-    dtype, shape = np.dtype(_DTYPES[entry["dtype"]]), tuple(entry["shape"])
-    first, last = entry["data_offsets"]
-    if last - first != math.prod(shape) * dtype.itemsize or start + last > size or first < 0:
-        raise ModelError(f"{file} is damaged: tensor {name} {list(shape)} does not fit its bytes")
-    return StoredTensor(file, start + first, shape, dtype)
+            offset = 8 + int.from_bytes(stream.read(8), "little")
+        with safe_open(file, framework="numpy") as opened:
+            for name in opened.offset_keys():
+                entry = opened.get_slice(name)
+                shape, code = tuple(entry.get_shape()), entry.get_dtype()
+                if code not in _DTYPES:
+                    raise ModelError(f"{file}: tensor {name} has unsupported type {code}")
+                tensors[name] = StoredTensor(file, offset, shape, np.dtype(_DTYPES[code]))
+                offset += math.prod(shape) * tensors[name].dtype.itemsize
+    except (SafetensorError, OSError) as error:
+        reason = " ".join(str(error).split())
+        raise ModelError(f"{file} is damaged or no safetensors file: {reason:.200}") from None
+    return tensors
 
 
 def write_tensors(
@@ -124,7 +140,8 @@ def write_tensors(
     files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     files = files if len(shards) > 1 else [_SINGLE]
     for file, names in zip(files, shards, strict=True):
-        _write_file(directory / f"{file}.part", tensors, names, dtype)
+        values = {name: np.ascontiguousarray(tensors[name].fetch(), dtype) for name in names}
+        save_file(values, directory / f"{file}.part", {"format": "pt"})
     # Only now that all is written: a run that stops earlier leaves the old weights whole.
     for old in [*directory.glob("model*.safetensors"), *directory.glob(_INDEX)]:
         old.unlink()
@@ -136,6 +153,26 @@ def write_tensors(
         total = sum(_bytes(source, dtype) for source in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_json(directory / _INDEX, index)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object of a file.
+
+    Raises:
+      ModelError: no such file, or one that holds anything else or is longer than 100 MB.
+    """
+    try:
+        with path.open("rb") as stream:
+            text = stream.read(_JSON_BYTES + 1)
+        raw = json.loads(text)
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist") from None
+    # ValueError also stands for text that is not UTF-8 and for numbers of too many digits.
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path} holds no JSON object")
+    return raw
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -160,25 +197,3 @@ def _cut(tensors: Mapping[str, TensorSource], dtype: np.dtype, limit: int) -> li
         shards[-1].append(name)
         filled += size
     return shards
-
-
-def _write_file(
-    path: Path, tensors: Mapping[str, TensorSource], names: list[str], dtype: np.dtype
-) -> None:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in names:
-        start, end = end, end + _bytes(tensors[name], dtype)
-        header[name] = {
-            "dtype": _CODES[dtype.name],
-            "shape": list(tensors[name].shape),
-            "data_offsets": [start, end],
-        }
-    encoded = json.dumps(header).encode()
-    # Readers map the file; a header padded to eight bytes keeps every tensor aligned.
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as stream:
-        stream.write(struct.pack("<Q", len(encoded)) + encoded)
-        for name in names:
-            values = np.ascontiguousarray(tensors[name].fetch(), dtype)
-            stream.write(values.reshape(-1).view(np.uint8).data)

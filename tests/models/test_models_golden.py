@@ -26,6 +26,18 @@ def test_logits_in_bfloat16_stay_near_float32(name, tmp_path):
     check_logits(directory, CASES[name], load_golden(GOLDEN, name)["logits"], "bfloat16", 0.1)
 
 
+def test_yarn_added_to_a_saved_directory_equals_transformers(tmp_path):
+    """As Qwen's model card says: rope_scaling beside the default rope_parameters of the save."""
+    raw = json.loads((GOLDEN / "qwen2_yarn.json").read_text())
+    theta = raw["rope_parameters"]["rope_theta"]
+    scaling = {k: v for k, v in raw["rope_parameters"].items() if k != "rope_theta"}
+    raw |= {"rope_scaling": scaling}
+    raw["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
+    directory = write_case(tmp_path, CASES["qwen2_yarn"], raw)
+    golden = load_golden(GOLDEN, "qwen2_yarn")
+    check_logits(directory, CASES["qwen2_yarn"], golden["logits"], "float32", 2e-5)
+
+
 @pytest.mark.parametrize("name", GRADIENTS)
 def test_gradients_equal_torch(name, tmp_path):
     check_gradients(_directory(tmp_path, name), CASES[name], load_golden(GOLDEN, name))
