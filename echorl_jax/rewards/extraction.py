@@ -32,7 +32,7 @@ DISPLAY_MATH = re.compile(r"\$\$[^$]*\$\$|\\\[[^\]]*\\\]")
 MATH = re.compile(r"\$\$[^$]*\$\$|\$[^$\n]*\$|\\\([^\n)]*\\\)|\\\([^\n]*?\\\)|\\\[[^\n]*?\\\]")
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
 # Verbs that state a value, and those that do so in a finished sentence only.
-STATES = re.compile(r"(?:\b(?:is|are|was|were|equals|equal to)\b|[=:≈])(?![^()]*\?)", re.IGNORECASE)
+STATES = re.compile(r"(?:\b(?:is|are|was|were|equals|equal to)\b|[=:≈])", re.IGNORECASE)
 MENTIONS = re.compile(
     r"\b(?:be|by|has|have|had|get|gets|gives|needs|there (?:is|are)|of)\b", re.IGNORECASE
 )
@@ -71,8 +71,14 @@ def last_boxed(response: str) -> str | None:
     >>> last_boxed(r"so \boxed{\frac{1}{2}}")
     '\\frac{1}{2}'
     """
+    span = last_boxed_span(response)
+    return response[span[0] : span[1]] if span else None
+
+
+def last_boxed_span(response: str) -> tuple[int, int] | None:
+    """Where the inside of the last balanced box begins and ends."""
     spans = boxed_spans(response)
-    return response[spans[-1][0] : spans[-1][1]] if spans else None
+    return spans[-1] if spans else None
 
 
 def boxed_spans(response: str) -> list[tuple[int, int]]:

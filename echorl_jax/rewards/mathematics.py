@@ -8,83 +8,60 @@ for the rest.
 
 import dataclasses
 import functools
-import logging
 import re
-import threading
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
-import sympy
-from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
-from math_verify import verify
-from math_verify.errors import TimeoutException
-from math_verify.grader import should_treat_as_complex
-from math_verify.utils import timeout
-
-from echorl_jax.rewards import choice, notation
+from echorl_jax.rewards import choice, literals
+from echorl_jax.rewards.algebra import evaluate, is_costly, same_expression
 from echorl_jax.rewards.extraction import GSM8K_MARK, after_thinking, boxed_spans, final_answer
-from echorl_jax.rewards.notation import Number, canonical, key, number
+from echorl_jax.rewards.literals import number
+from echorl_jax.rewards.notation import canonical, key, words
 from echorl_jax.rewards.verdict import Verdict
 
-# SymPy is interrupted after this long (seconds); only possible in a main thread.
-SYMPY_LIMIT_S = 4
 MAX_ANSWER = 1000
-MAX_NESTING = 40
-# Parts of a list, and a list of lists of lists.
+# Parts of a list, and lists within tuples within lists.
 MAX_PARTS, MAX_DEPTH = 40, 6
+# A shorter answer may stand in its problem by chance.
+MIN_RESTATED = 4
 
-# Towers of powers, exponents and factorials of large numbers, numbers of hundreds of digits:
-# parsing evaluates them.
-COSTLY = re.compile(
-    r"\^[\s{(]*[^\s=,;]{0,20}\^[\s{(]*[^\s=,;]{0,20}\^"
-    r"|(?:\^|\*\*)[\s{(]*\d{5,}"
-    r"|\d\)?\*\*\(?\d+\)?\*\*"
-    r"|\d{4,}[\s)}\]]*!|!\s*!\s*!"
-    r"|\d{200,}"
-)
 LETTER = re.compile(r"\(?[A-J]\)?")
 MEANINGFUL = re.compile(r"[^\W_]|\\(?:emptyset|infty)")
-# A restatement of the problem instead of its answer.
+# Work that an answer leaves to its reader.
 UNEVALUATED = re.compile(
-    r"\\(?:i*int|oint|sum|prod|coprod|lim|limsup|liminf|max|min|gcd|lcm|det|sup|inf|arg)(?![A-Za-z])"
+    r"\\(?:i*int|oint|(?:co)?prod|sum|lim|limsup|liminf|max|min|gcd|lcm|det|sup|inf|arg)(?![A-Za-z])"
+    r"|\\text\{(?:lcm|gcd|max|min)\}"
 )
-# All that may stand in a calculation that a number is the gold of.
+# All that may stand in a calculation whose gold is a number.
 CALCULATION = re.compile(
-    r"(?:[-+*/^!(){}|0-9.\s]|(?<![A-Za-z])[ei](?![A-Za-z])|\\(?:frac|sqrt|cdot|times|div|pi|binom|log"
-    r"|ln|exp|a?r?c?(?:sin|cos|tan)|cot|sec|csc|[lr]floor|[lr]ceil|circ)(?![A-Za-z])|_(?=[0-9{])|\[|\])+"
+    r"(?:[-+*/^!(){}|0-9.\s\[\]]|(?<![A-Za-z])[ei](?![A-Za-z])|_(?=[0-9{])"
+    r"|\\(?:frac|sqrt|cdot|times|div|pi|binom|log|ln|exp|(?:arc)?(?:sin|cos|tan)|cot|sec|csc"
+    r"|[lr]floor|[lr]ceil|circ)(?![A-Za-z]))+"
 )
 # Two numbers side by side are no product.
 SIDE_BY_SIDE = re.compile(r"[0-9.] +[0-9.]|[0-9]\}? *\\text")
 RELATION = re.compile(r"\\(?:leq|geq|neq|approx|in|equiv|sim)(?![A-Za-z])|[=<>]")
+APPROXIMATELY = r"\\(?:approx|sim)(?![A-Za-z])"
+TURNED = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
 OR_AND = re.compile(
     r"\\text\s*\{[\s,]*(?:and|or)[\s,]*\}|(?<![A-Za-z\\])(?:and|or)(?![A-Za-z])"
     r"|\\(?:lor|vee|land|wedge)(?![A-Za-z])"
 )
-PLUS_MINUS = re.compile(r"\\pm(?![A-Za-z])|\\mp(?![A-Za-z])")
+PLUS_MINUS = re.compile(r"\\(?:pm|mp)(?![A-Za-z])")
 THOUSANDS = re.compile(r"[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])")
-# The left side of an equation that only says what is found: x, f(x), a_1, P(A), |AB|, \frac{AB}{CD}.
+# The side of an equation that only says what is found: x, f(x), a_1, f(2), |AB|, \frac{AB}{CD}.
 NAME = re.compile(
-    r"(?:[^\W\d]|\\(?!text\{\s*or)[A-Za-z]+|[{}()|,: ']|/|_[0-9]|_\{[^{}]*\}|\([-0-9, ]+\)|\^\{-1\}|\^\\circ)+"
+    r"(?:[^\W\d_]|\\[A-Za-z]+(?![A-Za-z])|[{}()|,: '/]|_[0-9]|_\{[^{}]*\}"
+    r"|\([-0-9, ]*[0-9][-0-9, ]*\)|\^\{-1\}|\^\\circ)+"
 )
-VARIABLE = re.compile(
-    r"(?<!\\mathbb\{)(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])|(?<![A-Za-z\\])[A-Za-z]+"
-    r"|\\(?:[Aa]lpha|[Bb]eta|[Gg]amma|[Dd]elta|[Tt]heta|[Ll]ambda|[Ss]igma|[Pp]hi|[Pp]si|[Oo]mega"
-    r"|[Pp]i|[Xx]i)(?![A-Za-z])"
-)
+BRACKETS = {"(": ")", "[": "]", "\\{": "\\}", "\\langle": "\\rangle"}
 MATRIX = re.compile(
     r"\\begin\{([bpB]?matrix|array)\}(?:\{[^{}]*\})?((?:(?!\\begin).)*)\\end\{\1\}", re.DOTALL
 )
 TRAILING_UNIT = re.compile(
-    r"(?<=[0-9})\]A-Za-z\s])\s*(?:\\text\{([^{}]*)\}(?:\^[0-9])?|\^\\circ)\s*$"
+    r"(?<=[0-9})\]A-Za-z\s])\s?(?:\\text\{([^{}]*)\}(?:\^[0-9])?|\^\\circ) ?\Z"
 )
-_POINTS = tuple(Fraction(*pair) for pair in ((7, 5), (13, 11), (-9, 7), (29, 13), (-17, 5)))
-_NORMALISE = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
-_PRECISION, _TOLERANCE = 40, sympy.Float("1e-25", 40)
-_ZERO = sympy.Float("1e-60", 40)
-
-# It warns of its own time limits, which are part of normal work here.
-logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,7 +90,7 @@ def grade(response: str, row: Mapping[str, Any]) -> Verdict:
     answer = canonical(answer)
     if any(_same_text(canonical(gold), answer) for gold in golds):
         return Verdict.right("is the answer, word for word")
-    if _is_costly(answer):
+    if is_costly(answer):
         return Verdict.wrong("an answer too costly to evaluate")
     problem = _problem(row)
     if any(_same(canonical(gold), answer, problem, MAX_DEPTH) for gold in golds):
@@ -139,7 +116,7 @@ def second_spelling(gold: str) -> str | None:
         return rf"\frac{{{value.numerator}}}{{{value.denominator}}}"
     if match := re.fullmatch(r"\\text\{([^{}\\]*[^\W\d][^{}\\]*)\}", text):
         return match[1].strip()
-    if notation.words(text) is not None and "\\" not in text and len(text) > 1:
+    if words(text) is not None and "\\" not in text and len(text) > 1:
         return rf"\text{{{text}}}"
     return None
 
@@ -166,14 +143,6 @@ def _problem(row: Mapping[str, Any]) -> _Problem:
     return _Problem(re.sub(r"\s|\$|\\[,;:!]|\\left|\\right", "", prompt), asked)
 
 
-def _is_costly(text: str) -> bool:
-    depth = deepest = 0
-    for sign in text:
-        depth += (sign in "([{") - (sign in ")]}")
-        deepest = max(deepest, depth)
-    return deepest > MAX_NESTING or COSTLY.search(text) is not None
-
-
 def _same_text(gold: str, answer: str) -> bool:
     return key(gold) == key(answer) and MEANINGFUL.search(gold) is not None
 
@@ -186,29 +155,29 @@ def _same(gold: str, answer: str, problem: _Problem, depth: int) -> bool:
         return True
     numbers = number(gold), number(answer)
     if numbers[0] and numbers[1]:
-        return notation.equal(numbers[0], numbers[1], percent_asked=problem.percent_asked)
-    for read in (notation.based, notation.words):
+        return literals.equal(numbers[0], numbers[1], percent_asked=problem.percent_asked)
+    for read in (literals.based, words):
         found = read(gold), read(answer)
         if found[0] is not None or found[1] is not None:
-            if None not in found and read is notation.words and found[0] != found[1]:
+            if None not in found and read is words and found[0] != found[1]:
                 break  # both may list names
             return found[0] == found[1]
-    if notation.is_decimal_comma(gold, answer):
+    if literals.is_decimal_comma(gold, answer):
         return True
     parts = _parts(gold), _parts(answer)
     if len(parts[0]) > 1 or len(parts[1]) > 1:
         return _same_list(parts[0], parts[1], problem, depth - 1)
-    if notation.words(gold):
+    if words(gold):
         return False
     if RELATION.search(gold) or RELATION.search(answer):
         return _same_relation(gold, answer, problem, depth - 1)
-    ratios = notation.ratio(gold), notation.ratio(answer)
+    ratios = literals.ratio(gold), literals.ratio(answer)
     if ratios[0] is not None and ratios[1] is not None:
-        return notation.equal_ratios(ratios[0], ratios[1])
+        return literals.equal_ratios(ratios[0], ratios[1])
     boxes = _container(gold), _container(answer)
     if boxes[0] and boxes[1]:
         return _same_container(boxes[0], boxes[1], problem, depth - 1)
-    return _same_expression(gold, answer, problem)
+    return _same_algebra(gold, answer, problem)
 
 
 def _split(text: str, separator: str, *, keep: bool = False) -> list[str]:
@@ -258,10 +227,14 @@ def _same_list(golds: list[str], answers: list[str], problem: _Problem, depth: i
     golds, answers = list(dict.fromkeys(golds)), list(dict.fromkeys(answers))
     if len(golds) != len(answers):
         return False
-    in_order = all(_same(g, a, problem, depth) for g, a in zip(golds, answers, strict=True))
+    in_order = _same_each(golds, answers, problem, depth)
     if in_order or _labelled(golds) != _labelled(answers):
         return in_order
     return _same_unordered(golds, answers, problem, depth)
+
+
+def _same_each(golds: Sequence[str], answers: Sequence[str], problem: _Problem, depth: int) -> bool:
+    return all(_same(g, a, problem, depth) for g, a in zip(golds, answers, strict=True))
 
 
 def _same_unordered(
@@ -296,30 +269,34 @@ def _same_as_one(golds: list[str], answers: list[str], problem: _Problem, depth:
     pair = (parts, many) if one is golds[0] else (many, parts)
     if opening == "\\{":
         return _same_unordered(*pair, problem, depth)
-    return all(_same(g, a, problem, depth) for g, a in zip(*pair, strict=True))
+    return _same_each(*pair, problem, depth)
 
 
 def _container(text: str) -> tuple[str, list[str], str] | None:
     """The brackets around a whole text and what they hold: tuples, intervals, sets, matrices."""
     if match := MATRIX.fullmatch(text):
-        rows = [_split(row, "&") for row in re.split(r"\\\\", match[2]) if row.strip()]
-        if all(len(row) == 1 for row in rows) or len(rows) == 1:
-            return "matrix", [cell for row in rows for cell in row], str(len(rows))
-        return "matrix", [cell for row in rows for cell in row], f"{len(rows)}x{len(rows[0])}"
-    for opening in ("(", "[", "\\{", "\\langle"):
-        for closing in (")", "]", "\\}", "\\rangle"):
-            if text.startswith(opening) and text.endswith(closing):
-                inside = text[len(opening) : -len(closing)]
-                if not _balanced(inside):
-                    return None
-                parts = _split(inside.replace(";", ","), ",")
-                if opening == "\\{":
-                    parts = _parts(inside)
-                elif THOUSANDS.search(inside):
-                    parts = [part.strip() for part in inside.split(",")]
-                if len(parts) > 1 or opening == "\\{":
-                    return opening.replace("\\langle", "("), parts, closing.replace("\\rangle", ")")
-    return None
+        rows = [_split(row, "&") for row in match[2].split("\\\\") if row.strip()]
+        cells = [cell for row in rows for cell in row]
+        vector = len(rows) == 1 or len(cells) == len(rows)
+        return "matrix", cells, "" if vector else f"{len(rows)} rows"
+    opening = next((each for each in BRACKETS if text.startswith(each)), None)
+    closing = next((each for each in BRACKETS.values() if text.endswith(each)), None)
+    if opening is None or closing is None:
+        return None
+    inside = text[len(opening) : -len(closing)]
+    if not _balanced(inside):
+        return None
+    if opening == "\\{":
+        return opening, _parts(inside), closing
+    # A comma between numbers separates them here, whatever it does outside.
+    parts = inside.split(",") if THOUSANDS.search(inside) else _split(inside.replace(";", ","), ",")
+    if len(parts) == 1:
+        return None
+    return (
+        opening.replace("\\langle", "("),
+        list(map(str.strip, parts)),
+        closing.replace("\\rangle", ")"),
+    )
 
 
 def _balanced(text: str) -> bool:
@@ -334,7 +311,7 @@ def _balanced(text: str) -> bool:
 def _same_container(gold: Any, answer: Any, problem: _Problem, depth: int) -> bool:
     if "matrix" in (gold[0], answer[0]) and gold[0] != answer[0]:
         # A vector may be written as a tuple.
-        if {gold[0], answer[0]} != {"matrix", "("} or "x" in gold[2] + answer[2]:
+        if {gold[0], answer[0]} != {"matrix", "("} or "rows" in gold[2] + answer[2]:
             return False
     elif (gold[0], gold[2]) != (answer[0], answer[2]):
         return False
@@ -342,7 +319,7 @@ def _same_container(gold: Any, answer: Any, problem: _Problem, depth: int) -> bo
         return False
     if gold[0] == "\\{":
         return _same_unordered(gold[1], answer[1], problem, depth)
-    return all(_same(g, a, problem, depth) for g, a in zip(gold[1], answer[1], strict=True))
+    return _same_each(gold[1], answer[1], problem, depth)
 
 
 def _relation(text: str) -> tuple[list[str], list[str]]:
@@ -362,7 +339,7 @@ def _same_relation(gold: str, answer: str, problem: _Problem, depth: int) -> boo
     if signs and signs[-1] in ("\\approx", "\\sim"):
         return _same_approximation(gold, answer, problem, depth)
     if len(gold_sides) == 1 == len(sides):
-        return _same_expression(gold, answer, problem)
+        return _same_algebra(gold, answer, problem)
     if "\\in" in (gold_signs + signs)[:1] or "\\in" in signs[:1]:
         values = [
             s[1] if n[:1] == ["\\in"] else t
@@ -373,49 +350,42 @@ def _same_relation(gold: str, answer: str, problem: _Problem, depth: int) -> boo
         return _same_equation(gold_sides, sides, problem, depth)
     if set(gold_signs) == {"="}:
         return not signs and _same_equation(gold_sides, sides, problem, depth)
-    if not gold_signs and (number(gold) or notation.words(gold)):
+    if not gold_signs and (number(gold) or words(gold)):
         return False
     return _same_inequality((gold_sides, gold_signs), (sides, signs), problem, depth) or (
-        _same_expression(gold, answer, problem)
+        _same_algebra(gold, answer, problem)
     )
 
 
 def _same_inequality(gold: Any, answer: Any, problem: _Problem, depth: int) -> bool:
-    turned = {"<": ">", ">": "<", "\\leq": "\\geq", "\\geq": "\\leq"}
-    for sides, signs in (answer, (answer[0][::-1], [turned.get(s, s) for s in answer[1][::-1]])):
-        if signs and signs == gold[1]:
-            if all(_same(g, a, problem, depth) for g, a in zip(gold[0], sides, strict=True)):
-                return True
-    return False
+    sides, signs = answer
+    turned = sides[::-1], [TURNED.get(sign, sign) for sign in signs[::-1]]
+    return bool(signs) and any(
+        there == gold[1] and _same_each(gold[0], these, problem, depth)
+        for these, there in (answer, turned)
+    )
 
 
 def _same_approximation(gold: str, answer: str, problem: _Problem, depth: int) -> bool:
-    r"""``1/3 \approx 0.33`` is 1/3, and 0.33 where it is what 1/3 rounds to."""
-    exact, *rounded = _split(answer, r"\\(?:approx|sim)(?![A-Za-z])")
+    r"""``1/3 \approx 0.33`` is 1/3, and 0.33 where it is what 1/3 rounds to.
+
+    Of two whole or decimal numbers, one must be the other rounded: else they are two options.
+    """
+    exact, *rounded = _split(answer, APPROXIMATELY)
     exact_side = _relation(exact)[0][-1]
     literal = number(exact_side)
     option = literal is not None and (literal.places is not None or literal.value.denominator == 1)
     for text in rounded:
-        found = number(text)
-        fits = found is not None and _rounds(exact_side, found, half=option)
+        found, value = number(text), evaluate(exact_side)
+        fits = False
+        if found is not None and value is not None:
+            last_digit = Fraction(1, 10) ** (found.places or 0)
+            fits = abs(value - found.value) <= (last_digit / 2 if option else last_digit)
         if option and found is not None and not fits:
-            return False  # two numbers, one of which is not the other rounded
+            return False
         if fits and _same(gold, text, problem, depth):
             return True
     return _same(gold, exact, problem, depth)
-
-
-def _rounds(text: str, decimal: Number, *, half: bool) -> bool:
-    """Whether the value of a text is a decimal to within its last digit, or half of that."""
-    literal = number(text)
-    if literal is None:
-        parsed = None if _is_costly(text) else _parse(text)
-        value = _value(parsed, {}) if isinstance(parsed, sympy.Expr) else None
-        if value is None or not value.is_real:
-            return False
-        literal = Number(Fraction(str(value)))
-    last_digit = Fraction(1, 10) ** (decimal.places or 0)
-    return abs(literal.value - decimal.value) <= (last_digit / 2 if half else last_digit)
 
 
 def _same_equation(golds: list[str], answers: list[str], problem: _Problem, depth: int) -> bool:
@@ -425,14 +395,14 @@ def _same_equation(golds: list[str], answers: list[str], problem: _Problem, dept
     if len(golds) > 1 and not gold_names:
         if len(answers) == 1:
             return False
-        return _same_expression(" = ".join(golds), " = ".join(answers), problem)
+        return _same_algebra(" = ".join(golds), " = ".join(answers), problem)
     if gold_names and names and {*map(key, gold_names)}.isdisjoint(map(key, names)):
         if number(gold_values[-1]) or number(values[-1]):
             return False
-        return _same_expression(" = ".join(golds), " = ".join(answers), problem)
+        return _same_algebra(" = ".join(golds), " = ".join(answers), problem)
     gold, value = gold_values[-1], values[-1]
     if len(answers) > 1 and gold_names and not names and len(values) > 1:
-        return _same_expression(" = ".join(golds), " = ".join(answers), problem)
+        return _same_algebra(" = ".join(golds), " = ".join(answers), problem)
     if not _same(gold, value, problem, depth):
         return False
     for other in values[:-1]:
@@ -454,20 +424,16 @@ def _names_and_values(sides: list[str]) -> tuple[list[str], list[str]]:
     return names, values
 
 
-def _same_expression(gold: str, answer: str, problem: _Problem) -> bool:
+def _same_algebra(gold: str, answer: str, problem: _Problem) -> bool:
     """What only algebra can tell. A number is the gold of calculations, not of other objects."""
-    if _restates(gold, answer, problem) or _letters(gold) != _letters(answer):
+    if _restates(gold, answer, problem):
         return False
     gold, answer = _without_unit(gold), _without_unit(answer)
     if SIDE_BY_SIDE.search(answer):
         return False
-    literal = number(gold)
-    if literal is not None and not CALCULATION.fullmatch(answer):
+    if number(gold) is not None and not CALCULATION.fullmatch(answer):
         return False
-    try:
-        return timeout(_limit())(_algebra)(gold, answer)
-    except TimeoutException:
-        return False
+    return same_expression(gold, answer)
 
 
 def _restates(gold: str, answer: str, problem: _Problem) -> bool:
@@ -475,128 +441,15 @@ def _restates(gold: str, answer: str, problem: _Problem) -> bool:
     if UNEVALUATED.search(answer) and not UNEVALUATED.search(gold):
         return True
     text = re.sub(r"\s", "", answer)
-    if len(text) < 4 or number(answer):
-        return False
     place = problem.text.find(text)
-    if place < 0:
+    if len(text) < MIN_RESTATED or number(answer) or place < 0:
         return False
-    around = problem.text[max(place - 1, 0) : place], problem.text[place + len(text) :][:1]
-    return not any(sign and sign in "0123456789+-*/^_{}\\(" for sign in around)
-
-
-def _letters(text: str) -> set[str]:
-    """The variables of a text that has capital ones: the parser reads a for A, and pi for Pi."""
-    found = VARIABLE.findall(text)
-    if not any(sign.isupper() for name in found for sign in name):
-        return set()
-    return {part for name in found for part in ([name] if name[0] == "\\" else name)}
+    around = problem.text[max(place - 1, 0) : place] + problem.text[place + len(text) :][:1]
+    return not any(sign in "0123456789+-*/^_{}\\(" for sign in around)
 
 
 def _without_unit(text: str) -> str:
     match = TRAILING_UNIT.search(text)
-    if match is None or not match.start() or (match[1] and notation._NO_UNIT.search(match[1])):
+    if match is None or not match.start() or literals.NO_UNIT.search(match[1] or ""):
         return text
     return text[: match.start()]
-
-
-def _algebra(gold: str, answer: str) -> bool:
-    parsed = _exact(gold), _exact(answer)
-    if parsed[0] is None or parsed[1] is None:
-        return False
-    if all(isinstance(p, sympy.Expr) and not isinstance(p, sympy.MatrixExpr) for p in parsed):
-        same = _same_values(parsed[0], parsed[1], number(gold), number(answer))
-        if same is not None:
-            return same
-    return verify([parsed[0]], [parsed[1]], allow_set_relation_comp=True, timeout_seconds=None)
-
-
-def _exact(text: str) -> Any:
-    literal = number(text)
-    if literal is None:
-        return _parse(text)
-    return sympy.Rational(literal.value) / (100 if literal.percent else 1)
-
-
-def _limit() -> int | None:
-    return SYMPY_LIMIT_S if threading.current_thread() is threading.main_thread() else None
-
-
-@functools.lru_cache(maxsize=4096)
-def _parse(text: str) -> Any:
-    """A SymPy object, or None for what is no mathematics. Decimals are exact fractions."""
-    if _is_costly(text):
-        return None
-    normal = normalize_latex(text, _NORMALISE)
-    try:
-        parsed = latex2sympy(
-            normal,
-            is_real=not should_treat_as_complex(normal),
-            convert_degrees=False,
-            normalization_config=None,
-        )
-    except Exception:  # the parser raises all kinds of errors for text that it cannot read
-        return None
-    if not isinstance(parsed, sympy.Basic):
-        return parsed
-    decimals = parsed.atoms(sympy.Float)
-    return parsed.xreplace({d: sympy.Rational(str(d)) for d in decimals}) if decimals else parsed
-
-
-def _same_values(
-    gold: Any, answer: Any, gold_number: Number | None, answer_number: Number | None
-) -> bool | None:
-    """Compares by values, at points if there are variables; None if there are no values."""
-    if gold.free_symbols != answer.free_symbols:
-        return False
-    gold, answer = gold.doit(), answer.doit()
-    if gold.is_Rational and answer.is_Rational:
-        return bool(gold == answer)
-    symbols = sorted(gold.free_symbols, key=str)
-    if not symbols:
-        values = _value(gold, {}), _value(answer, {})
-        if values[0] is None or values[1] is None:
-            return None
-        return _close(*values) or _rounded(values, gold_number, answer_number)
-    compared = 0
-    for shift in range(len(_POINTS)):
-        point = {s: _POINTS[(shift + 2 * i) % len(_POINTS)] + i for i, s in enumerate(symbols)}
-        exact = {s: sympy.Rational(p.numerator, p.denominator) for s, p in point.items()}
-        values = _value(gold, exact), _value(answer, exact)
-        if values[0] is None or values[1] is None:
-            return None
-        real = [value.is_real for value in values]
-        if not all(real) and not gold.has(sympy.I):
-            if any(real):
-                return False
-            continue
-        compared += 1
-        if not _close(*values):
-            return False
-    return True if compared else None
-
-
-def _value(expression: Any, point: Mapping[Any, Any]) -> Any:
-    value = expression.evalf(_PRECISION, subs=dict(point))
-    if value.has(sympy.nan, sympy.zoo) or not value.is_number or not value.is_finite:
-        return None
-    real, imaginary = value.as_real_imag()
-    if not (real.is_Number and imaginary.is_Number):
-        return None
-    if abs(imaginary) <= _TOLERANCE * abs(real):
-        return real
-    return value
-
-
-def _close(first: Any, second: Any) -> bool:
-    size = max(abs(first), abs(second))
-    return bool(size <= _ZERO or abs(first - second) <= _TOLERANCE * size)
-
-
-def _rounded(values: Any, gold: Number | None, answer: Number | None) -> bool:
-    """Whether one is a decimal of enough digits that the other, irrational value rounds to."""
-    for literal, value in ((gold, values[1]), (answer, values[0])):
-        if literal is not None and literal.places is not None and value.is_real:
-            exact = sympy.Rational(str(value))
-            if notation.rounds_to(literal, Number(Fraction(int(exact.p), int(exact.q)))):
-                return True
-    return False

@@ -1,0 +1,206 @@
+"""Compares mathematical expressions with SymPy, by their values to 25 digits.
+
+The parser of Math-Verify reads the LaTeX. Values are compared relatively, at a few points where
+there are variables; equations, inequalities and sets go to Math-Verify. SymPy can run for hours on
+a short text: texts known to be costly are refused, a main thread is interrupted, and the pool's
+limits are for the rest.
+"""
+
+import functools
+import logging
+import re
+import threading
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import sympy
+from latex2sympy2_extended import (  # pyright: ignore[reportMissingImports]
+    NormalizationConfig,
+    latex2sympy,
+    normalize_latex,
+)
+from math_verify import verify  # pyright: ignore[reportMissingImports]
+from math_verify.errors import TimeoutException  # pyright: ignore[reportMissingImports]
+from math_verify.grader import should_treat_as_complex  # pyright: ignore[reportMissingImports]
+from math_verify.utils import timeout  # pyright: ignore[reportMissingImports]
+
+from echorl_jax.rewards.literals import Number, number, rounds_to
+
+# SymPy is interrupted after this long (seconds); only possible in a main thread.
+LIMIT_S = 4
+MAX_NESTING = 40
+# Towers of powers, exponents and factorials of large numbers, numbers of hundreds of digits:
+# parsing evaluates them.
+COSTLY = re.compile(
+    r"\^[\s{(]*[^\s=,;]{0,20}\^[\s{(]*[^\s=,;]{0,20}\^"
+    r"|(?:\^|\*\*)[\s{(]*\d{5,}"
+    r"|\d\)?\*\*\(?\d+\)?\*\*"
+    r"|\d{4,}[\s)}\]]*!|!\s*!\s*!"
+    r"|\d{200,}"
+)
+VARIABLE = re.compile(
+    r"(?<!\\mathbb\{)(?<![A-Za-z\\])[A-Za-z]+"
+    r"|\\(?:[Aa]lpha|[Bb]eta|[Gg]amma|[Dd]elta|[Tt]heta|[Ll]ambda|[Ss]igma|[Pp]hi|[Pp]si|[Oo]mega"
+    r"|[Pp]i|[Xx]i)(?![A-Za-z])"
+)
+# Both signs, and real roots and logarithms at some of them.
+POINTS = tuple(sympy.Rational(*pair) for pair in ((7, 5), (13, 11), (-9, 7), (29, 13), (-17, 5)))
+NORMALISE = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
+# Digits of an evaluation; the relative difference of equal values; what is zero but for rounding.
+PRECISION, TOLERANCE, ZERO = 40, sympy.Float("1e-25", 40), sympy.Float("1e-60", 40)
+
+# It warns of its own time limits, which are part of normal work here.
+logging.getLogger("math_verify").setLevel(logging.ERROR)
+
+
+def is_costly(text: str) -> bool:
+    """Whether parsing a text might take more time or memory than an answer is worth."""
+    depth = deepest = 0
+    for sign in text:
+        depth += (sign in "([{") - (sign in ")]}")
+        deepest = max(deepest, depth)
+    return deepest > MAX_NESTING or COSTLY.search(text) is not None
+
+
+def same_expression(gold: str, answer: str) -> bool:
+    r"""Whether two canonical texts are the same expression, equation, inequality or set.
+
+    >>> same_expression("\\sqrt{\\frac{1}{n}}", "\\frac{1}{\\sqrt{n}}"), same_expression("x", "|x|")
+    (True, False)
+    """
+    if _variables(gold) != _variables(answer):
+        return False
+    try:
+        return timeout(_limit())(_same)(gold, answer)
+    except TimeoutException:
+        return False
+
+
+def evaluate(text: str) -> Fraction | None:
+    """The real value of a text without variables, to :data:`PRECISION` digits, or None."""
+    literal = number(text)
+    if literal is not None:
+        return literal.value
+    try:
+        parsed = timeout(_limit())(_parse)(text)
+    except TimeoutException:
+        return None
+    value = _value(parsed, {}) if isinstance(parsed, sympy.Expr) else None
+    return Fraction(str(value)) if isinstance(value, sympy.Number) else None
+
+
+def _limit() -> int | None:
+    return LIMIT_S if threading.current_thread() is threading.main_thread() else None
+
+
+def _variables(text: str) -> set[str]:
+    """The variables of a text that has capital ones: the parser reads a for A, and pi for Pi."""
+    found = VARIABLE.findall(text)
+    if not any(sign.isupper() for name in found for sign in name):
+        return set()
+    return {part for name in found for part in ([name] if name[0] == "\\" else name)}
+
+
+def _same(gold: str, answer: str) -> bool:
+    numbers = number(gold), number(answer)
+    first, second = (
+        _parse(text) if literal is None else _exact(literal)
+        for text, literal in zip((gold, answer), numbers, strict=True)
+    )
+    if first is None or second is None:
+        return False
+    if all(
+        isinstance(p, sympy.Expr) and not isinstance(p, sympy.MatrixExpr) for p in (first, second)
+    ):
+        same = _same_values(first, second, numbers)
+        if same is not None:
+            return same
+    return verify([first], [second], allow_set_relation_comp=True, timeout_seconds=None)
+
+
+def _exact(literal: Number) -> Any:
+    return sympy.Rational(literal.value) / (100 if literal.percent else 1)
+
+
+@functools.lru_cache(maxsize=4096)
+def _parse(text: str) -> Any:
+    """A SymPy object, or None for what is no mathematics. Decimals are exact fractions."""
+    if is_costly(text):
+        return None
+    normal = normalize_latex(text, NORMALISE)
+    try:
+        parsed = latex2sympy(
+            normal,
+            is_real=not should_treat_as_complex(normal),
+            convert_degrees=False,
+            normalization_config=None,
+        )
+    except Exception:  # the parser raises all kinds of errors for text that it cannot read
+        return None
+    if not isinstance(parsed, sympy.Basic):
+        return parsed
+    decimals = parsed.atoms(sympy.Float)
+    return parsed.xreplace({d: sympy.Rational(str(d)) for d in decimals}) if decimals else parsed
+
+
+def _same_values(
+    gold: Any, answer: Any, literals: tuple[Number | None, Number | None]
+) -> bool | None:
+    """Compares by values, at points if there are variables; None if there are no values."""
+    if gold.free_symbols != answer.free_symbols:
+        return False
+    gold, answer = gold.doit(), answer.doit()
+    if gold.is_Rational and answer.is_Rational:
+        return bool(gold == answer)
+    symbols = sorted(gold.free_symbols, key=str)
+    if symbols:
+        return _same_at_points(gold, answer, symbols)
+    values = _value(gold, {}), _value(answer, {})
+    if values[0] is None or values[1] is None:
+        return None
+    if _close(*values):
+        return True
+    return _is_rounded(literals[0], values[1]) or _is_rounded(literals[1], values[0])
+
+
+def _same_at_points(gold: Any, answer: Any, symbols: list[Any]) -> bool | None:
+    """Real expressions are compared where both are real, and must be real at the same points."""
+    compared = False
+    for shift in range(len(POINTS)):
+        point = {s: POINTS[(shift + 2 * i) % len(POINTS)] + i for i, s in enumerate(symbols)}
+        values = _value(gold, point), _value(answer, point)
+        if values[0] is None or values[1] is None:
+            return None
+        real = [bool(value.is_real) for value in values]
+        if not all(real) and not gold.has(sympy.I):
+            if any(real):
+                return False
+            continue
+        if not _close(*values):
+            return False
+        compared = True
+    return True if compared else None
+
+
+def _value(expression: Any, point: Mapping[Any, Any]) -> Any:
+    """A number, without an imaginary part that is only rounding; None if there is none."""
+    value = expression.evalf(PRECISION, subs=dict(point))
+    if value.has(sympy.nan, sympy.zoo) or not value.is_number or not value.is_finite:
+        return None
+    real, imaginary = value.as_real_imag()
+    if not (real.is_Number and imaginary.is_Number):
+        return None
+    return real if abs(imaginary) <= TOLERANCE * abs(real) else value
+
+
+def _close(first: Any, second: Any) -> bool:
+    size = max(abs(first), abs(second))
+    return bool(size <= ZERO or abs(first - second) <= TOLERANCE * size)
+
+
+def _is_rounded(literal: Number | None, value: Any) -> bool:
+    """Whether a decimal of enough digits is what another, irrational value rounds to."""
+    if literal is None or not isinstance(value, sympy.Number):
+        return False
+    return rounds_to(literal, Number(Fraction(str(value))))
