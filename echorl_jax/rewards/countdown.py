@@ -1,9 +1,8 @@
 """Judges Countdown: reach the target with the given numbers, each used at most once.
 
-Two forms of response are understood. With ``<answer> ... </answer>``, the last such expression
-counts. Otherwise the response (after ``</think>``, if it has one) must be steps, one a line,
-``5*9=45``: each uses numbers that are given or earlier results, each of them once, and the last
-result is the target.
+Two forms of response are understood, after the reasoning. With ``<answer> ... </answer>``, the last
+such expression counts. Otherwise the response must be steps, one a line, ``5*9=45``: each uses
+numbers that are given or earlier results, each of them once, and the last result is the target.
 """
 
 from collections import Counter
@@ -30,10 +29,11 @@ def grade(response: str, row: Mapping[str, Any]) -> Verdict:
     truth = row["reward_model"]["ground_truth"]
     available = Counter(map(Fraction, truth["numbers"]))
     target = Fraction(truth["target"])
-    answer = last_answer(response)
+    text = after_thinking(response)
+    answer = last_answer(text)
     try:
         if answer is None:
-            result = _follow_steps(after_thinking(response), available)
+            result = _follow_steps(text, available)
         else:
             result = _evaluate(answer, available)
     except (_Mistake, ArithmeticSyntaxError) as error:

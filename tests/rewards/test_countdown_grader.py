@@ -128,3 +128,11 @@ def test_the_answers_of_the_public_files_are_right_and_shuffled_ones_wrong():
     assert all(grade(text, each).correct for text, each in zip(answers, rows, strict=True))
     shifted = zip(answers[1:] + answers[:1], rows, strict=True)
     assert not any(grade(text, each).correct for text, each in shifted)
+
+
+def test_an_answer_inside_of_unfinished_reasoning_is_none():
+    truth = {"numbers": [5, 7, 9], "target": 52}
+    row = {"reward_model": {"ground_truth": truth}}
+    answer = "<answer>9*5+7</answer>"
+    assert load_grader("countdown")(f"<think> so {answer}</think> {answer}", row).correct
+    assert not load_grader("countdown")(f"<think> perhaps {answer} or", row).correct
