@@ -24,7 +24,7 @@ from typing import Any, TypeVar, dataclass_transform
 import jax
 import jax.numpy as jnp
 
-__all__ = ["EchoClips", "Graded", "LossTerm", "Rollouts", "TrainBatch"]
+__all__ = ["EchoClips", "Graded", "LossTerm", "Metrics", "Rollouts", "TrainBatch"]
 
 Array = jax.Array
 PyTree = Any
@@ -95,6 +95,10 @@ class LossTerm:
     def mean(self) -> Array:
         """``sum / count``; exactly 0, with zero gradient, when nothing was counted."""
         return jnp.where(self.count > 0, self.sum / jnp.where(self.count > 0, self.count, 1.0), 0.0)
+
+
+# Terms of the loss and metrics by their public keys, summed over micro-batches.
+Metrics = dict[str, LossTerm]
 
 
 @pytree

@@ -65,7 +65,7 @@ def train_step(params, state, key):
 
     slopes, terms = jax.grad(loss, has_aux=True)(params)
     updates, state = OPTIMIZER.update(slopes, state)
-    return optax.apply_updates(params, updates), state, rewards.mean(), terms.echo.mean()
+    return optax.apply_updates(params, updates), state, rewards.mean(), terms["loss/echo"].mean()
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from echorl_jax.core.aggregation import aggregation_weights, mean_scale
 from echorl_jax.core.clips import active_coef, clip_weights, echo_loss, mine_echo_clips
 from echorl_jax.core.entropy import logprobs_and_entropy, token_entropy, token_logprobs
 from echorl_jax.core.hints import hint_probability
-from echorl_jax.core.loss import LossTerms, batch_loss
+from echorl_jax.core.loss import LOSS_TERMS, batch_loss
 from echorl_jax.core.losses import (
     cispo_loss,
     clipped_tokens,
@@ -29,8 +29,8 @@ from echorl_jax.core.selection import clip_cov_selection, kl_cov_selection, toke
 from echorl_jax.core.steps import joined_steps, step_entropy, step_ids
 
 __all__ = [
+    "LOSS_TERMS",
     "OBJECTIVES",
-    "LossTerms",
     "Objective",
     "active_coef",
     "aggregation_weights",

@@ -1,31 +1,22 @@
-"""The whole loss of some rows: objective, echo, likelihood, KL and entropy in one sum."""
+"""The loss of a batch or a micro-batch: objective, echo, likelihood, KL and entropy summed."""
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
 from echorl_jax.core.losses import clipped_tokens, kl_penalty, truncated_importance_weights
 from echorl_jax.core.objectives import Objective
-from echorl_jax.types import Array, LossTerm, TrainBatch, pytree
+from echorl_jax.types import Array, LossTerm, Metrics, TrainBatch
 
-
-@pytree
-class LossTerms:
-    """The parts of a loss before their coefficients.
-
-    ``sum`` is what enters the loss, ``mean()`` the mean under the same weights.
-    """
-
-    policy: LossTerm
-    echo: LossTerm
-    nll: LossTerm
-    kl: LossTerm
-    entropy: LossTerm
-    clip_fraction: LossTerm
-
-    def __add__(self, other: "LossTerms") -> "LossTerms":
-        return jax.tree.map(jnp.add, self, other)
+# Keys of the terms that batch_loss returns.
+LOSS_TERMS = (
+    "loss/policy",
+    "loss/echo",
+    "loss/nll",
+    "kl/ref",
+    "entropy/weighted",
+    "ratio/clip_fraction",
+)
 
 
 def batch_loss(
@@ -35,16 +26,16 @@ def batch_loss(
     objective: Objective,
     *,
     echo_coef: Array | float,
-) -> tuple[Array, LossTerms]:
-    """The loss of some rows of a batch; summed over micro-batches it is that of the whole.
+) -> tuple[Array, Metrics]:
+    """The loss of some rows of a batch; summed over micro-batches it is the loss of the whole.
 
     L = sum w l + kl_coef sum w kl - entropy_coef mean H + echo_coef sum w_echo nll + nll_coef sum
     w_nll nll, with w the batch's final ``token_weights`` and l the objective's token loss, times
     truncated importance weights on rows that the policy sampled where the objective asks for them.
     Mean H is the mean entropy with the weights w, over the whole batch (``entropy_scale``).
-    Terms whose coefficient is 0 or whose field is None are left out of the program. What has no
-    weight anywhere may hold anything, NaN included, and gets exactly zero gradient; a NaN that has
-    weight shows in the loss.
+    Terms whose coefficient is 0 or whose field is None are left out of the program. Entries without
+    a weight may hold anything, NaN included, and get exactly zero gradient; a NaN that has a weight
+    shows in the loss.
 
     Args:
       logprobs: ``[B, T]``, the current policy's, differentiated.
@@ -54,9 +45,10 @@ def batch_loss(
       echo_coef: lambda at this step, see :func:`active_coef`; 0 costs nothing.
 
     Returns:
-      The total, float32 ``[]``, and its terms. ``policy``, ``kl``, ``entropy``, ``echo``, ``nll``:
-      (weighted sum, sum of weights). ``clip_fraction``: (clipped, all weighted) tokens of rows that
-      the policy sampled.
+      The total, float32 ``[]``, and its terms before their coefficients, by metric key.
+      ``loss/policy``, ``loss/echo``, ``loss/nll``, ``kl/ref``, ``entropy/weighted``: (weighted sum,
+      sum of weights). ``ratio/clip_fraction``: (clipped, all weighted) tokens of rows that the
+      policy sampled.
 
     Raises:
       ValueError: if ``kl_coef`` is not 0 and the batch has no ``ref_logprobs``.
@@ -75,7 +67,7 @@ def batch_loss(
     ...     on_policy=zeros == 0,
     ... )
     >>> total, terms = batch_loss(logprobs, -logprobs, batch, Objective(), echo_coef=2.0)
-    >>> total.item(), terms.echo.mean().item()
+    >>> total.item(), terms["loss/echo"].mean().item()
     (3.0, 1.5)
     """
     batch, used = _quiet(batch)
@@ -87,23 +79,23 @@ def batch_loss(
             batch.old_logprobs, batch.rollout_logprobs, cap=objective.tis_cap
         )
         token_loss *= jnp.where(batch.on_policy[:, None], weights, 1.0)
-    terms = LossTerms(
-        policy=_weighted(batch.token_weights, token_loss),
-        echo=_weighted(batch.echo_weights, -logprobs),
-        nll=_nll_term(logprobs, batch, objective),
-        kl=_kl_term(logprobs, batch, objective),
-        entropy=_entropy_term(entropy, batch),
-        clip_fraction=_clip_term(logprobs, batch, objective),
-    )
-    total = terms.policy.sum
-    for coef, term in (
-        (objective.kl_coef, terms.kl),
-        (-objective.entropy_coef, terms.entropy),
-        (echo_coef, terms.echo),
-        (objective.nll_coef, terms.nll),
+    terms = {
+        "loss/policy": _weighted(batch.token_weights, token_loss),
+        "loss/echo": _weighted(batch.echo_weights, -logprobs),
+        "loss/nll": _nll_term(logprobs, batch, objective),
+        "kl/ref": _kl_term(logprobs, batch, objective),
+        "entropy/weighted": _entropy_term(entropy, batch),
+        "ratio/clip_fraction": _clip_term(logprobs, batch, objective),
+    }
+    total = terms["loss/policy"].sum
+    for coef, key in (
+        (objective.kl_coef, "kl/ref"),
+        (-objective.entropy_coef, "entropy/weighted"),
+        (echo_coef, "loss/echo"),
+        (objective.nll_coef, "loss/nll"),
     ):
         if not (isinstance(coef, float | int) and coef == 0):
-            total += coef * term.sum
+            total += coef * terms[key].sum
     return total, terms
 
 

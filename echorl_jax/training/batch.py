@@ -19,35 +19,17 @@ from echorl_jax.core import (
     step_ids,
 )
 from echorl_jax.rollout import join_rows
-from echorl_jax.types import Array, EchoClips, Graded, LossTerm, Rollouts, TrainBatch, pytree
-
-
-@pytree
-class BatchStats:
-    """What a step's rollouts looked like, before any update."""
-
-    reward: LossTerm
-    correct: LossTerm
-    all_success: LossTerm  # over groups
-    all_failure: LossTerm  # over groups
-    length: LossTerm  # tokens
-    truncated: LossTerm
-    token_entropy: LossTerm  # nats, over completion tokens
-    clips: Array  # i32 []
-    clip_tokens: LossTerm
-    clip_entropy: LossTerm  # nats
-    joined_steps: LossTerm  # rows with more steps than the bound
+from echorl_jax.types import Array, EchoClips, Graded, Rollouts, TrainBatch, pytree
 
 
 @pytree
 class Assembled:
-    """A batch and what the logs want to know of it."""
+    """A batch, and the clips and steps behind its echo weights, which the logs show."""
 
     batch: TrainBatch
     clips: EchoClips
     step_ids: Array  # i32 [N, T]
     step_entropy: Array  # f32 [N, num_steps]
-    stats: BatchStats
 
 
 @functools.partial(jax.jit, static_argnames=("objective",))
@@ -135,58 +117,19 @@ def assemble(
             batch.old_logprobs, batch.old_logprobs, advantages, loss_mask, key, objective
         )
         batch = dataclasses.replace(batch, selected=selected)
-    stats = _stats(rollouts, graded, clips, steps, mask, num_groups, num_steps)
-    return Assembled(batch, clips, steps, mean_entropy, stats)
+    return Assembled(batch, clips, steps, mean_entropy)
 
 
 def join_assembled(parts: Sequence[Assembled]) -> Assembled:
-    """Mini-batches end to end (NumPy); rows of clips count over all of them."""
-    if len(parts) == 1:
-        return parts[0]
+    """Concatenates mini-batches (NumPy); the clips' row numbers count over all of them."""
     starts = np.cumsum([0] + [len(part.batch.advantages) for part in parts[:-1]])
     moved = [
         dataclasses.replace(part, clips=dataclasses.replace(part.clips, row=part.clips.row + start))
         for part, start in zip(parts, starts, strict=True)
     ]
-    stats = jax.tree.map(lambda *values: sum(values), *[part.stats for part in parts])
-    joined = [dataclasses.replace(part, stats=stats) for part in moved]
-    arrays = jax.tree.map(
-        lambda *values: np.concatenate(values) if np.ndim(values[0]) else values[0], *joined
-    )
-    return arrays
+    return jax.tree.map(lambda *arrays: np.concatenate(arrays), *moved)
 
 
 def _completion_mask(rollouts: Rollouts) -> Array:
     width = rollouts.completion_ids.shape[1]
     return jnp.arange(width)[None, :] < rollouts.completion_length[:, None]
-
-
-def _stats(
-    rollouts: Rollouts,
-    graded: Graded,
-    clips: EchoClips,
-    steps: Array,
-    mask: Array,
-    num_groups: int,
-    num_steps: int,
-) -> BatchStats:
-    """Over the rows that the policy wrote."""
-    own = graded.on_policy
-    right = own & graded.correct
-    size = jax.ops.segment_sum(own.astype(jnp.float32), rollouts.group, num_groups)
-    hits = jax.ops.segment_sum(right.astype(jnp.float32), rollouts.group, num_groups)
-    rows, mask = own.sum(), mask & own[:, None]
-    valid = clips.valid.sum()
-    return BatchStats(
-        reward=LossTerm.of(jnp.where(own, graded.rewards, 0.0).sum(), rows),
-        correct=LossTerm.of(right.sum(), rows),
-        all_success=LossTerm.of(((hits == size) & (size > 0)).sum(), num_groups),
-        all_failure=LossTerm.of(((hits == 0) & (size > 0)).sum(), num_groups),
-        length=LossTerm.of(mask.sum(), rows),
-        truncated=LossTerm.of((rollouts.truncated & own).sum(), rows),
-        token_entropy=LossTerm.of(jnp.where(mask, rollouts.token_entropy, 0.0).sum(), mask.sum()),
-        clips=valid,
-        clip_tokens=LossTerm.of(jnp.where(clips.valid, clips.length, 0).sum(), valid),
-        clip_entropy=LossTerm.of(jnp.where(clips.valid, clips.entropy, 0.0).sum(), valid),
-        joined_steps=LossTerm.of((own & (steps.max(axis=1) >= num_steps)).sum(), rows),
-    )

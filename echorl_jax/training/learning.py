@@ -13,8 +13,8 @@ from echorl_jax.training.micro_batches import micro_batches, trainable_rows
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.run import Run
 from echorl_jax.training.step import (
+    GAP_MEAN,
     UpdateStats,
-    add_stats,
     apply_update,
     require_healthy,
     score_batch,
@@ -28,12 +28,12 @@ LOGPROB_GAP = {"float32": 1e-2, "bfloat16": 0.5, "int8": 2.0}
 
 def improve(
     run: Run, state: TrainState, batches: Sequence[TrainBatch], step: int
-) -> tuple[TrainState, UpdateStats, np.ndarray]:
+) -> tuple[TrainState, list[UpdateStats], np.ndarray]:
     """One update for each batch (NumPy), ``objective.epochs`` times over; donates ``state``.
 
     Returns:
-      The new state, what was done (NumPy, joined over updates), and how many tokens of each row had
-      a gradient, i32 ``[N]`` over all batches; 0 of a row that was left out.
+      The new state, the results of each update (NumPy), and the number of tokens of each row that
+      had a gradient, i32 ``[N]`` over all batches; 0 for a row that was left out.
 
     Raises:
       RunStopped: the run cannot be trusted any more.
@@ -55,7 +55,7 @@ def improve(
     done_steps = place_whole(np.int32(step), run.setup.mesh)
     state = dataclasses.replace(state, step=done_steps)
     used = [np.where(rows, batch.length, 0) for batch, rows in ready]
-    return state, add_stats(done), np.concatenate(used)
+    return state, done, np.concatenate(used)
 
 
 def _apply(
@@ -122,7 +122,7 @@ def _require_healthy(
     config = run.setup.config
     check_gap &= not run.objective.supervised and run.gap_check.due(step)
     # An update without a trainable row has compared nothing: the check stays due.
-    check_gap &= bool(done.mean_gap.count > 0)
+    check_gap &= bool(done.terms[GAP_MEAN].count > 0)
     types = config.model.dtype, config.rollout.kv_dtype or config.model.dtype
     bound = config.rollout.max_logprob_gap or max(LOGPROB_GAP[name] for name in types)
     require_healthy(

@@ -14,18 +14,13 @@ from echorl_jax.training.collect import Experience, collect, split
 from echorl_jax.training.experts import learn_hints
 from echorl_jax.training.learning import improve
 from echorl_jax.training.logs import timed
-from echorl_jax.training.metrics import (
-    batch_metrics,
-    covariance_metric,
-    learning_metrics,
-    sampling_metrics,
-    update_metrics,
-)
+from echorl_jax.training.metrics import step_metrics, throughput_metrics
 from echorl_jax.training.opening import open_run
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.rehearsal import rehearse
 from echorl_jax.training.run import Run
 from echorl_jax.training.samples import record_samples
+from echorl_jax.training.step import update_metrics
 from echorl_jax.types import Array
 
 
@@ -56,7 +51,7 @@ def train(
             found = collect(run, state.params, sample_key, step=step)
             with timed(found.seconds, "update"):
                 parts = make_batches(run, found, clip_key)
-                state, done, used = improve(run, state, [part.batch for part in parts], step)
+                state, updates, used = improve(run, state, [part.batch for part in parts], step)
             made = join_assembled(parts)
             record_samples(
                 run.directory,
@@ -66,19 +61,18 @@ def train(
                 groups=groups_to_show(config, step),
                 tokenizer=run.setup.tokenizer,
             )
-            speed = learning_metrics(
-                used=used,
-                trained_tokens=int(used.sum()) * config.objective.epochs,
-                sampled_tokens=int(found.rollouts.completion_length[found.graded.on_policy].sum()),
-                seconds=found.seconds,
-            )
-            metrics = (
-                batch_metrics(made.stats)
-                | covariance_metric(made.batch)
-                | update_metrics(done)
-                | speed
-                | sampling_metrics(found, hints=run.objective.hints)
-            )
+            metrics = {
+                **step_metrics(found, made, hints=run.objective.hints),
+                **update_metrics(updates),
+                **throughput_metrics(
+                    used=used,
+                    trained_tokens=int(used.sum()) * config.objective.epochs,
+                    sampled_tokens=int(
+                        found.rollouts.completion_length[found.graded.on_policy].sum()
+                    ),
+                    seconds=found.seconds,
+                ),
+            }
             if not run.end_step(step, state, metrics):
                 break
         run.finish(state)

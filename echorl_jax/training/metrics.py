@@ -1,87 +1,103 @@
-"""The public names of what a step found and did."""
+"""Metrics of a step under their public keys, computed on the host from what the step made."""
 
 from collections.abc import Mapping
 
 import numpy as np
 
 from echorl_jax.rewards import grading_failed
-from echorl_jax.training.batch import BatchStats
+from echorl_jax.training.batch import Assembled
 from echorl_jax.training.collect import Experience
-from echorl_jax.training.step import UpdateStats
-from echorl_jax.types import LossTerm, TrainBatch
+from echorl_jax.types import EchoClips, HostArray, TrainBatch
 
 
-def batch_metrics(stats: BatchStats) -> dict[str, float]:
-    """What the rollouts looked like (NumPy leaves)."""
+def step_metrics(found: Experience, made: Assembled, *, hints: bool) -> dict[str, float]:
+    """Rewards, groups, completions, clips and sampling of a step; expert rows are not counted.
+
+    Args:
+      found: the step's experience.
+      made: its batch and clips (NumPy).
+      hints: whether prompts may end with a part of the solution (UFT).
+    """
     return {
-        "reward/mean": _mean(stats.reward),
-        "reward/correct": _mean(stats.correct),
-        "group/all_success_fraction": _mean(stats.all_success),
-        "group/all_failure_fraction": _mean(stats.all_failure),
-        "completion/length_mean": _mean(stats.length),
-        "completion/truncated_fraction": _mean(stats.truncated),
-        "entropy/token_mean": _mean(stats.token_entropy),
-        "echo/clips": float(stats.clips),
-        "echo/clip_tokens_mean": _mean(stats.clip_tokens),
-        "echo/step_entropy_mean": _mean(stats.clip_entropy),
-        "echo/joined_steps_fraction": _mean(stats.joined_steps),
+        **reward_metrics(found),
+        **completion_metrics(found),
+        **clip_metrics(made.clips),
+        **sampling_metrics(found, hints=hints),
+        "echo/joined_steps_fraction": _mean(
+            made.step_ids.max(axis=1) >= made.step_entropy.shape[1], found.graded.on_policy
+        ),
+        "entropy/covariance": covariance(made.batch),
     }
 
 
-def covariance_metric(batch: TrainBatch) -> dict[str, float]:
-    """Covariance of log-probability and advantage over the step's own tokens (NumPy leaves).
-
-    mean((log pi - mean log pi) (A - mean A)) over the tokens of the policy loss that the policy
-    sampled itself, log pi the sampler's. To first order the update lowers the entropy in proportion
-    to it. Source: arXiv 2505.22617, section 3.2.
-    """
-    kept = (batch.loss_mask > 0) & batch.on_policy[:, None]
-    logprobs = np.asarray(batch.rollout_logprobs, np.float64)[kept]
-    if not logprobs.size:
-        return {"entropy/covariance": 0.0}
-    advantages = np.broadcast_to(batch.advantages[:, None], kept.shape)[kept].astype(np.float64)
-    shares = (logprobs - logprobs.mean()) * (advantages - advantages.mean())
-    return {"entropy/covariance": float(shares.mean())}
-
-
-def update_metrics(stats: UpdateStats) -> dict[str, float]:
-    """What the update did (NumPy leaves)."""
-    terms = stats.terms
+def reward_metrics(found: Experience) -> dict[str, float]:
+    """Rewards and successes of the policy's rows, and groups with a single outcome."""
+    own, groups = found.graded.on_policy, found.rollouts.prompt_ids.shape[0]
+    group, correct = found.rollouts.group, found.graded.correct & found.graded.on_policy
+    size = np.bincount(group, weights=own, minlength=groups)
+    successes = np.bincount(group, weights=correct, minlength=groups)
     return {
-        "loss/total": float(stats.loss),
-        "loss/policy": float(terms.policy.sum),
-        "loss/echo": float(terms.echo.sum),
-        "loss/nll": float(terms.nll.sum),
-        "kl/ref": _mean(terms.kl),
-        "ratio/clip_fraction": _mean(terms.clip_fraction),
-        "rollout/logprob_gap_max": float(stats.logprob_gap),
-        "rollout/logprob_gap_mean": _mean(stats.mean_gap),
-        "optim/grad_norm": float(stats.grad_norm),
-        "optim/skipped": float(not stats.finite),
+        "reward/mean": _mean(found.graded.rewards, own),
+        "reward/correct": _mean(correct, own),
+        "reward/ungraded_fraction": float(np.mean([*map(grading_failed, found.reasons)])),
+        "group/all_success_fraction": float(np.mean((successes == size) & (size > 0))),
+        "group/all_failure_fraction": float(np.mean((successes == 0) & (size > 0))),
+        "group/in_policy_fraction": float(found.in_policy.mean()),
+    }
+
+
+def completion_metrics(found: Experience) -> dict[str, float]:
+    """Lengths (tokens) and token entropies (nats) of the policy's completions."""
+    rollouts, own = found.rollouts, found.graded.on_policy
+    places = np.arange(rollouts.completion_ids.shape[1])
+    tokens = own[:, None] & (places[None, :] < rollouts.completion_length[:, None])
+    return {
+        "completion/length_mean": _mean(rollouts.completion_length, own),
+        "completion/truncated_fraction": _mean(rollouts.truncated, own),
+        "entropy/token_mean": _mean(rollouts.token_entropy, tokens),
+    }
+
+
+def clip_metrics(clips: EchoClips) -> dict[str, float]:
+    """The number of EchoClips, their length (tokens) and the entropy of their last step (nats)."""
+    return {
+        "echo/clips": float(clips.valid.sum()),
+        "echo/clip_tokens_mean": _mean(clips.length, clips.valid),
+        "echo/step_entropy_mean": _mean(clips.entropy, clips.valid),
     }
 
 
 def sampling_metrics(found: Experience, *, hints: bool) -> dict[str, float]:
-    """How the rollouts came about; ``hints``: whether prompts end with a part of a solution."""
-    metrics = {
-        "rollout/slot_occupancy": found.slot_occupancy,
-        "rollout/rounds": found.rounds,
-        "group/in_policy_fraction": float(found.in_policy.mean()),
-        "reward/ungraded_fraction": float(np.mean([*map(grading_failed, found.reasons)])),
-    }
+    """How the rollouts were sampled."""
+    metrics = {"rollout/slot_occupancy": found.slot_occupancy, "rollout/rounds": found.rounds}
     if hints:
         tokens = [prompt.hint_tokens for prompt in found.prompts]
         metrics["prompt/hint_tokens_mean"] = float(np.mean(tokens))
     return metrics
 
 
-def learning_metrics(
+def covariance(batch: TrainBatch) -> float:
+    """Covariance of log-probability and advantage over the policy's tokens in its loss.
+
+    mean((log pi - mean log pi) (A - mean A)), log pi the sampler's. To first order the update
+    lowers the entropy in proportion to it. Source: arXiv 2505.22617, section 3.2.
+    """
+    kept = (batch.loss_mask > 0) & batch.on_policy[:, None]
+    logprobs = np.asarray(batch.rollout_logprobs, np.float64)[kept]
+    if not logprobs.size:
+        return 0.0
+    advantages = np.broadcast_to(batch.advantages[:, None], kept.shape)[kept].astype(np.float64)
+    shares = (logprobs - logprobs.mean()) * (advantages - advantages.mean())
+    return float(shares.mean())
+
+
+def throughput_metrics(
     *, used: np.ndarray, trained_tokens: int, sampled_tokens: int, seconds: Mapping[str, float]
 ) -> dict[str, float]:
-    """How much of the batch had a gradient, and how fast it went.
+    """The share of rows without a gradient, and the speed of sampling and training.
 
     Args:
-      used: ``[N]``, tokens of each row that had one.
+      used: ``[N]``, tokens of each row that had a gradient.
       trained_tokens: computed by the updates, padding not counted.
       sampled_tokens: written by the policy.
       seconds: by part of the step.
@@ -94,5 +110,7 @@ def learning_metrics(
     }
 
 
-def _mean(term: LossTerm) -> float:
-    return float(np.asarray(term.sum) / max(float(term.count), 1e-12)) if term.count else 0.0
+def _mean(values: HostArray, kept: HostArray) -> float:
+    """The mean of the kept entries, 0 where there are none; the others may be NaN."""
+    chosen = np.asarray(values, np.float64)[kept]
+    return float(chosen.mean()) if chosen.size else 0.0

@@ -15,12 +15,13 @@ from echorl_jax.models import Decoder
 from echorl_jax.training.experts import target_ids
 from echorl_jax.training.learning import improve
 from echorl_jax.training.logs import timed
-from echorl_jax.training.metrics import learning_metrics, update_metrics
+from echorl_jax.training.metrics import throughput_metrics
 from echorl_jax.training.opening import open_run
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.packing import pack_rows, packed_width
 from echorl_jax.training.rehearsal import rehearse_updates
 from echorl_jax.training.run import Run
+from echorl_jax.training.step import update_metrics
 from echorl_jax.types import TrainBatch
 
 
@@ -52,14 +53,14 @@ def train_supervised(
                 real_tokens = int(batch.length.sum())
                 batch = _packed(run, batch)
             with timed(seconds, "update"):
-                state, done, used = improve(run, state, [batch], step)
-            speed = learning_metrics(
+                state, updates, used = improve(run, state, [batch], step)
+            speed = throughput_metrics(
                 used=used,
                 trained_tokens=real_tokens,
                 sampled_tokens=0,
                 seconds=seconds,
             )
-            metrics = update_metrics(done) | speed
+            metrics = update_metrics(updates) | speed
             if not run.end_step(step, state, {**metrics, "loss/nll": metrics["loss/total"]}):
                 break
         run.finish(state)

@@ -11,24 +11,26 @@ import numpy as np
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from echorl_jax.core import LossTerms, Objective, batch_loss
+from echorl_jax.core import LOSS_TERMS, Objective, batch_loss
 from echorl_jax.errors import RunStopped
 from echorl_jax.models import Decoder, param_shardings
 from echorl_jax.parallel import place_rows
 from echorl_jax.rollout import score_rows
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.setup import Setup
-from echorl_jax.types import Array, LossTerm, PyTree, TrainBatch, pytree
+from echorl_jax.types import Array, LossTerm, Metrics, PyTree, TrainBatch, pytree
+
+# Mean of |trainer - sampler| over sampled tokens before the update, nats.
+GAP_MEAN = "rollout/logprob_gap_mean"
 
 
 @pytree
 class UpdateStats:
-    """What an update did, summed over its micro-batches."""
+    """The results of an update."""
 
     loss: Array  # f32 [], the total
-    terms: LossTerms
+    terms: Metrics  # summed over micro-batches
     logprob_gap: Array  # f32 [], largest |trainer - sampler| before the update, nats
-    mean_gap: LossTerm  # nats, over sampled tokens
     grad_norm: Array  # f32 [], before clipping
     finite: Array  # bool []
 
@@ -39,9 +41,8 @@ class Accumulated:
 
     gradient: PyTree
     loss: Array
-    terms: LossTerms
+    terms: Metrics
     logprob_gap: Array
-    mean_gap: LossTerm
 
 
 def micro_gradient(
@@ -161,8 +162,8 @@ def _loss(
     sampled = micro.loss_mask * micro.on_policy[:, None].astype(jnp.float32)
     # where(), not *: unweighted entries may be NaN.
     gaps = jnp.where(sampled > 0, jnp.abs(logprobs - micro.rollout_logprobs), 0.0)
-    mean_gap = LossTerm(gaps.sum(), sampled.sum())
-    return total, (terms, *jax.lax.stop_gradient((gaps.max(), mean_gap)))
+    terms[GAP_MEAN] = LossTerm(gaps.sum(), sampled.sum())
+    return total, jax.lax.stop_gradient((terms, gaps.max()))
 
 
 @functools.cache
@@ -171,12 +172,10 @@ def _zeros(model: Decoder, mesh: Mesh) -> Callable[[PyTree], Accumulated]:
 
     def zeros(params: PyTree) -> Accumulated:
         zero = jnp.zeros(())
-        return Accumulated(
-            jax.tree.map(jnp.zeros_like, params), zero, _no_terms(), zero, LossTerm(zero, zero)
-        )
+        return Accumulated(jax.tree.map(jnp.zeros_like, params), zero, _no_terms(), zero)
 
     whole: Any = NamedSharding(mesh, PartitionSpec())
-    shardings = Accumulated(param_shardings(model, mesh), whole, whole, whole, whole)
+    shardings = Accumulated(param_shardings(model, mesh), whole, whole, whole)
     return jax.jit(zeros, out_shardings=shardings)
 
 
@@ -195,13 +194,12 @@ def _accumulate(
 ) -> Accumulated:
     loss_of = functools.partial(_loss, model=model, objective=objective, temperature=temperature)
     grads = jax.value_and_grad(loss_of, has_aux=True)
-    (loss, (terms, gap, mean_gap)), gradient = grads(params, micro, echo_coef)
+    (loss, (terms, gap)), gradient = grads(params, micro, echo_coef)
     return Accumulated(
         gradient=jax.tree.map(jnp.add, total.gradient, gradient),
         loss=total.loss + loss,
-        terms=total.terms + terms,
+        terms={key: total.terms[key] + term for key, term in terms.items()},
         logprob_gap=jnp.maximum(total.logprob_gap, gap),
-        mean_gap=total.mean_gap + mean_gap,
     )
 
 
@@ -234,7 +232,6 @@ def _apply(
         loss=total.loss,
         terms=total.terms,
         logprob_gap=total.logprob_gap,
-        mean_gap=total.mean_gap,
         grad_norm=grad_norm,
         finite=finite,
     )
@@ -275,33 +272,37 @@ def _abstract_total(setup: Setup, params: PyTree) -> Accumulated:
     return dataclasses.replace(jax.tree.map(scalar, rest), gradient=params)
 
 
-def _no_terms() -> LossTerms:
-    zero = jnp.zeros(())
-    return LossTerms(*[LossTerm(zero, zero)] * len(dataclasses.fields(LossTerms)))
+def _no_terms() -> Metrics:
+    return {key: LossTerm.of(0.0, 0.0) for key in (*LOSS_TERMS, GAP_MEAN)}
 
 
 def _no_stats() -> UpdateStats:
-    """Statistics of an update with no trainable rows: zeros."""
+    """Statistics of an update without trainable rows: zeros."""
     zero = jnp.zeros(())
-    return UpdateStats(zero, _no_terms(), zero, LossTerm(zero, zero), zero, jnp.array(True))
+    return UpdateStats(zero, _no_terms(), zero, zero, jnp.array(True))
 
 
-def add_stats(parts: Sequence[UpdateStats]) -> UpdateStats:
-    """Joins the updates of a step: mean loss and terms, gap of the first, worst norm.
+def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
+    """Metrics of a step's updates (NumPy leaves).
 
-    The echo term's mean is over the updates that had a clip.
+    ``loss/total`` is the mean over all updates, another loss that over the updates in which any
+    token has a weight in it. The gap between trainer and sampler is that of the first update,
+    before the policy moved. The gradient norm is the largest; ``optim/skipped`` is 1 if any update
+    was skipped.
     """
-    mean = jax.tree.map(lambda *values: sum(values) / len(values), *parts)
-    with_clips = sum(bool(part.terms.echo.count > 0) for part in parts)
-    echo = jax.tree.map(lambda value: value * len(parts) / max(with_clips, 1), mean.terms.echo)
-    return dataclasses.replace(
-        mean,
-        terms=dataclasses.replace(mean.terms, echo=echo),
-        logprob_gap=parts[0].logprob_gap,
-        mean_gap=parts[0].mean_gap,
-        grad_norm=max(part.grad_norm for part in parts),
-        finite=all(part.finite for part in parts),
-    )
+    metrics = {
+        "loss/total": float(np.mean([update.loss for update in updates])),
+        "rollout/logprob_gap_max": float(updates[0].logprob_gap),
+        "optim/grad_norm": float(max(update.grad_norm for update in updates)),
+        "optim/skipped": float(not all(update.finite for update in updates)),
+    }
+    for key in updates[0].terms:
+        terms = [update.terms[key] for update in updates[: 1 if key == GAP_MEAN else None]]
+        counts = [float(term.count) for term in terms if term.count > 0]
+        # A loss is a sum under final weights, a mean over its update already.
+        count = len(counts) if key.startswith("loss/") else sum(counts)
+        metrics[key] = float(sum(term.sum for term in terms)) / count if count else 0.0
+    return metrics
 
 
 def require_healthy(

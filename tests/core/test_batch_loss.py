@@ -126,7 +126,7 @@ def test_any_split_order_and_padding_adds_up_to_the_whole(name):
             inputs = rows((logprobs, entropy), index, ROWS)
             (value, part), slope = value_and_slopes(inputs, piece, objective, echo_coef)
             parts += value
-            sums = part if sums is None else sums + part
+            sums = part if sums is None else jax.tree.map(jnp.add, sums, part)
             for target, source in zip(gathered, slope, strict=True):
                 assert not source[len(index) :].any()
                 target[index] = source[: len(index)]
@@ -158,7 +158,7 @@ def test_nothing_to_learn_is_exactly_zero(name):
     (value, terms), slopes = value_and_slopes((logprobs, entropy), empty, objective, ECHO)
     assert value == 0.0 and not any(slope.any() for slope in slopes)
     assert all(leaf == 0.0 for leaf in jax.tree.leaves(terms))
-    assert terms.policy.mean() == 0.0
+    assert terms["loss/policy"].mean() == 0.0
 
 
 # Every kind of token loss once. Not CISPO's: its weight is a constant by design, so its gradient
@@ -215,8 +215,12 @@ def test_the_sum_of_all_terms_by_hand():
     value, terms = core.batch_loss(logprobs, entropy, batch, objective, echo_coef=8.0)
     # policy 0.5 * -4; kl 2 * 0.5 * 0.5; entropy -3 * 0.5 * 0.5; echo 8 * 0.25 * (1 + 2); nll 5 * 2.
     assert value == -2.0 + 0.5 - 0.75 + 6.0 + 10.0
-    assert (terms.policy.sum, terms.policy.mean()) == (-2.0, -4.0)
-    assert terms.echo.sum == 0.75 and terms.nll.sum == 2.0 and terms.kl.mean() == 0.5
+    assert (terms["loss/policy"].sum, terms["loss/policy"].mean()) == (-2.0, -4.0)
+    assert (
+        terms["loss/echo"].sum == 0.75
+        and terms["loss/nll"].sum == 2.0
+        and terms["kl/ref"].mean() == 0.5
+    )
 
 
 @pytest.mark.parametrize("mode", ["token-mean", "seq-mean-token-sum", "seq-mean-token-sum-norm"])
@@ -228,7 +232,7 @@ def test_the_entropy_bonus_is_of_the_mean_entropy_whatever_adds_up_token_losses(
         jax.tree.map(lambda x, rows=rows: x[rows], (logprobs, entropy, batch))
         for rows in (np.arange(3), np.arange(3, ROWS))
     ]
-    terms = [total(half[:2], half[2], objective, 0.0)[1].entropy.sum for half in halves]
+    terms = [total(half[:2], half[2], objective, 0.0)[1]["entropy/weighted"].sum for half in halves]
     real = np.asarray(batch.loss_mask) > 0
     assert sum(terms) == pytest.approx(np.asarray(entropy)[real].mean(), rel=1e-5)
 
@@ -238,8 +242,8 @@ def test_terms_that_are_off_need_no_field_and_have_no_gradient():
     logprobs, entropy, batch = example(objective)
     bare = dataclasses.replace(batch, nll_weights=None, ref_logprobs=None)
     (value, terms), slopes = value_and_slopes((logprobs, entropy), bare, objective, 0.0)
-    assert value == terms.policy.sum and not slopes[1].any()
-    assert terms.kl.mean() == terms.nll.mean() == 0.0
+    assert value == terms["loss/policy"].sum and not slopes[1].any()
+    assert terms["kl/ref"].mean() == terms["loss/nll"].mean() == 0.0
 
 
 def test_missing_fields_are_named():

@@ -57,7 +57,9 @@ def test_luffys_expert_tokens_weigh_what_the_formula_says(
 
         def policy_loss(logprobs):
             coef = {"echo_coef": 0.0}
-            return batch_loss(logprobs, -logprobs, batch, run.objective, **coef)[1].policy.sum
+            return batch_loss(logprobs, -logprobs, batch, run.objective, **coef)[1][
+                "loss/policy"
+            ].sum
 
         loss, slope = jax.value_and_grad(policy_loss)(logprobs)
 

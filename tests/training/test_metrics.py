@@ -1,17 +1,16 @@
 """Numbers of a step: whose rows they count, and how updates are joined."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from echorl_jax.config import EchoConfig
-from echorl_jax.core import OBJECTIVES, LossTerms
+from echorl_jax.core import OBJECTIVES
 from echorl_jax.training.batch import assemble
-from echorl_jax.training.metrics import batch_metrics, covariance_metric
-from echorl_jax.training.step import UpdateStats, add_stats
+from echorl_jax.training.collect import Experience
+from echorl_jax.training.metrics import covariance, step_metrics
+from echorl_jax.training.step import GAP_MEAN, UpdateStats, update_metrics
 from echorl_jax.types import Graded, LossTerm, Rollouts, TrainBatch
 
 
@@ -46,8 +45,8 @@ def test_it_is_the_covariance_over_the_policys_own_tokens(seed):
         if own[n] and mask[n, t]
     ]
     expected = np.cov(np.array(pairs, np.float64).T, bias=True)[0, 1]
-    found = covariance_metric(batch_of(logprobs, advantages, mask, own))
-    assert found["entropy/covariance"] == pytest.approx(expected, rel=1e-9)
+    found = covariance(batch_of(logprobs, advantages, mask, own))
+    assert found == pytest.approx(expected, rel=1e-9)
 
 
 def test_by_hand():
@@ -56,18 +55,16 @@ def test_by_hand():
     mask = np.array([[1.0, 0.0], [1.0, 0.0]], np.float32)
     advantages = np.array([1.0, -1.0], np.float32)
     batch = batch_of(logprobs, advantages, mask, np.array([True, True]))
-    assert covariance_metric(batch) == {"entropy/covariance": 1.0}
+    assert covariance(batch) == 1.0
 
 
 def test_no_token_and_equal_advantages_give_zero():
     logprobs = np.array([[-1.0], [-3.0]], np.float32)
     ones = np.ones((2, 1), np.float32)
     own = np.array([True, True])
-    assert covariance_metric(batch_of(logprobs, np.zeros(2, np.float32), ones, own)) == {
-        "entropy/covariance": 0.0
-    }
+    assert covariance(batch_of(logprobs, np.zeros(2, np.float32), ones, own)) == 0.0
     nothing = batch_of(logprobs, np.array([1.0, -1.0], np.float32), 0 * ones, own)
-    assert covariance_metric(nothing) == {"entropy/covariance": 0.0}
+    assert covariance(nothing) == 0.0
 
 
 def test_an_experts_rows_are_not_the_policys_results():
@@ -85,9 +82,10 @@ def test_an_experts_rows_are_not_the_policys_results():
         truncated=jnp.array([False, True, True] * 2),
     )
     correct = np.array([False, False, True, True, True, True])
+    graded = Graded(rewards=correct.astype(np.float32), correct=correct, on_policy=own)
     made = assemble(
         rollouts,
-        Graded(rewards=correct.astype(np.float32), correct=correct, on_policy=own),
+        graded,
         jnp.zeros(6),
         np.ones(6, bool),
         np.ones(6, bool),
@@ -97,7 +95,16 @@ def test_an_experts_rows_are_not_the_policys_results():
         echo=EchoConfig(),
         max_tokens=8,
     )
-    found = batch_metrics(jax.device_get(made.stats))
+    experience = Experience(
+        prompts=(),
+        rollouts=jax.device_get(rollouts),
+        graded=graded,
+        in_policy=np.ones(6, bool),
+        in_echo=np.ones(6, bool),
+        reasons=("",) * 6,
+        seconds={},
+    )
+    found = step_metrics(experience, jax.device_get(made), hints=False)
     assert found["reward/mean"] == found["reward/correct"] == 0.5
     assert found["group/all_failure_fraction"] == found["group/all_success_fraction"] == 0.5
     assert found["completion/length_mean"] == 3 and found["completion/truncated_fraction"] == 0.5
@@ -106,19 +113,20 @@ def test_an_experts_rows_are_not_the_policys_results():
 
 def test_losses_are_means_over_updates_and_the_echos_over_those_with_a_clip():
     def update(policy: float, echo: tuple[float, float], gap: float) -> UpdateStats:
-        zero = LossTerm(np.float32(0), np.float32(0))
-        terms = LossTerms(*[zero] * len(dataclasses.fields(LossTerms)))
-        terms = dataclasses.replace(
-            terms,
-            policy=LossTerm(np.float32(policy), np.float32(1)),
-            echo=LossTerm(*map(np.float32, echo)),
-        )
+        terms = {
+            "loss/policy": LossTerm(np.float32(policy), np.float32(2)),
+            "loss/echo": LossTerm(*map(np.float32, echo)),
+            "ratio/clip_fraction": LossTerm(np.float32(policy), np.float32(10)),
+            GAP_MEAN: LossTerm(np.float32(gap), np.float32(2)),
+        }
         loss = np.float32(policy + echo[0])
-        return UpdateStats(loss, terms, np.float32(gap), zero, np.float32(gap), np.array(True))
+        return UpdateStats(loss, terms, np.float32(gap), np.float32(gap), np.array(gap < 0.2))
 
-    done = add_stats(
+    found = update_metrics(
         [update(1.0, (0.8, 1), 0.1), update(3.0, (0, 0), 0.2), update(2.0, (0.4, 1), 0)]
     )
-    assert done.terms.policy.sum == 2.0 and done.terms.echo.sum == pytest.approx(0.6)
-    assert done.loss == pytest.approx(7.2 / 3)
-    assert done.logprob_gap == np.float32(0.1) and done.grad_norm == np.float32(0.2)
+    assert found["loss/policy"] == 2.0 and found["loss/echo"] == pytest.approx(0.6)
+    assert found["loss/total"] == pytest.approx(7.2 / 3)
+    assert found["ratio/clip_fraction"] == pytest.approx(0.2)
+    assert found["rollout/logprob_gap_max"] == found[GAP_MEAN] * 2 == np.float32(0.1)
+    assert found["optim/grad_norm"] == np.float32(0.2) and found["optim/skipped"] == 1.0
