@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 bad usage, config or input (one line says which), 1 anythi
 """
 
 import argparse
+import contextlib
 import faulthandler
 import importlib
 import os
@@ -15,7 +16,14 @@ from typing import NoReturn
 
 from echorl_jax import __version__, xla
 from echorl_jax.cluster.worker import assignment, tell
-from echorl_jax.errors import RunStopped, UserError, nearest, one_line
+from echorl_jax.errors import (
+    STORAGE,
+    RunStopped,
+    UserError,
+    nearest,
+    one_line,
+    plain_line,
+)
 
 COMMANDS = {
     "train": "reinforcement learning with verifiable rewards, EchoRL on top; resumes by itself",
@@ -43,16 +51,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     if sys.__stderr__:  # a crash in native code then says where Python was
         faulthandler.enable(sys.__stderr__)
     try:
-        sys.exit(run(list(sys.argv[1:] if argv is None else argv)))
+        code = run(list(sys.argv[1:] if argv is None else argv))
+        sys.stdout.flush()  # a full disk shows here, and not after the last line of this program
+        sys.exit(code)
     except UserError as error:
-        _fail(2, " ".join(str(error).split()))
+        _fail(2, str(error))
     except RunStopped as error:
         _fail(1, str(error))
     except KeyboardInterrupt:
         _fail(130, "interrupted; the last checkpoint stays")
     except Exception as error:
+        _tell_of_file(error)
         if assignment() is None:
-            _tell_of_file(error)
             raise
         traceback.print_exc()
         # What the runtime reports is most often the end of another process.
@@ -66,6 +76,8 @@ def _tell_of_file(error: Exception) -> None:
         sys.exit(1)
     if isinstance(error, OSError) and error.filename is not None:
         _fail(1, f"{error.filename}: {error.strerror}")
+    if isinstance(error, OSError) and error.errno in STORAGE:  # a write names no file
+        _fail(1, f"a file cannot be written: {error.strerror}")
 
 
 def _output_is_closed() -> bool:
@@ -77,13 +89,23 @@ def _output_is_closed() -> bool:
 
 def _fail(code: int, line: str, *, certain: bool = True) -> NoReturn:
     """Prints the line and exits; under a supervisor, hands the line to it instead."""
+    line = plain_line(line, most=4000)
     if tell(line, certain=certain):
-        sys.stdout.flush()
-        sys.stderr.flush()
-        # At an orderly exit JAX would wait for the other processes.
-        os._exit(code)
+        _leave(code)
     print(f"echorl: {line}", file=sys.stderr)
-    sys.exit(code)
+    _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """Exits at once.
+
+    An orderly exit waits for threads: Orbax's wait minutes for a checkpoint that failed, and JAX
+    waits for the other processes.
+    """
+    with contextlib.suppress(OSError):  # nobody reads the output, or its disk is full
+        sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run(argv: list[str]) -> int:

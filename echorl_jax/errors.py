@@ -1,10 +1,16 @@
 """The errors that a command prints as one line, and any other in one line."""
 
 import difflib
-from collections.abc import Iterable
+import errno
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 # Characters of an error in one line.
 MOST = 300
+# Reasons of the system why a file cannot be written; libraries repeat them in their own errors.
+STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class UserError(ValueError):
@@ -23,7 +29,45 @@ def one_line(error: BaseException) -> str:
     >>> one_line(OSError("no\\n  room"))
     'OSError: no room'
     """
-    return " ".join(f"{type(error).__name__}: {error}".split())[:MOST]
+    return plain_line(f"{type(error).__name__}: {error}", most=MOST)
+
+
+def plain_line(text: str, *, most: int = 1000) -> str:
+    """A text from elsewhere as one line: no line breaks and control characters, bounded length.
+
+    >>> plain_line("no\\n  \\x1b[2Jroom")
+    'no [2Jroom'
+    """
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:most]
+
+
+def storage_reason(error: BaseException) -> str | None:
+    """Why a file could not be read or written, if that is what the error comes from.
+
+    The causes of the error are searched too: each library wraps a full disk in an error of its own.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return f"{cause.strerror} ({cause.filename})" if cause.filename else cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return next((reason for reason in map(os.strerror, STORAGE) if reason in str(error)), None)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Names ``path`` where a write fails without naming a file, as on a full disk.
+
+    Raises:
+      RunStopped: storage has failed.
+    """
+    try:
+        yield
+    except Exception as error:  # an OSError, or what a library makes of one
+        reason = storage_reason(error)
+        if isinstance(error, RunStopped | UserError) or reason not in [*map(os.strerror, STORAGE)]:
+            raise
+        raise RunStopped(f"{path} cannot be written: {reason}") from error
 
 
 def nearest(word: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:

@@ -23,6 +23,8 @@ processes="$1"
 shift
 port="$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
 export ECHORL_COORDINATOR="127.0.0.1:$port" ECHORL_PROCESSES="$processes"
+ECHORL_SECRET="$(python3 -c 'import secrets; print(secrets.token_hex(16))')"
+export ECHORL_SECRET
 gpus=0
 if [ "${JAX_PLATFORMS:-cuda}" != cpu ] && command -v nvidia-smi >/dev/null; then
   gpus="$(nvidia-smi --list-gpus | wc -l)"

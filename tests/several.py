@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 DRIVER = Path(__file__).parent / "cluster" / "one_process.py"
+SECRET = "known to the processes of a test"
 LIMITS = {"start_timeout_s": 30.0, "lost_after_s": 3.0}
 
 
@@ -43,7 +44,12 @@ class Run:
                 + [sys.executable, "-c", *command],
                 stderr=subprocess.PIPE,
                 text=True,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **(environment or {})},
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(sys.path),
+                    "ECHORL_SECRET": SECRET,
+                    **(environment or {}),
+                },
             )
         )
         return self.started[-1]

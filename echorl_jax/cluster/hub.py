@@ -1,22 +1,29 @@
 """Process 0's list of who takes part: who has come, whether all agree, who was the first to fail.
 
 The hub runs as threads of the supervisor of process 0. All supervisors, that one included, connect
-to it, and stay connected until the run has ended on every process.
+to it, and stay connected until the run has ended on every process. Anybody can connect to its port:
+only a connection that has proved to know the run's secret makes an event.
 """
 
 import contextlib
 import dataclasses
 import queue
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
+from echorl_jax.cluster.secret import is_signed
 from echorl_jax.cluster.wire import Message, Wire
 
 # How long others get to take the verdict before process 0 goes, and the hub with it (seconds).
 FAREWELL_S = 5.0
+# A connection has this long to prove that it belongs to the run (seconds).
+HELLO_WITHIN_S = 10.0
+# Connections that may be about to prove it at one time, and bytes of such a proof.
+UNPROVED, PROOF_BYTES = 256, 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +34,16 @@ class Ending:
     line: str = ""
 
 
+_FULL = Ending(2, "all processes of this run have come already")
+
+
 @dataclasses.dataclass(frozen=True)
 class _Event:
-    process: int
-    message: Message | None  # None: the connection is gone
-    silent: bool = False  # gone because nothing came for too long
+    """What a process of this run said or did; ``message`` is empty once it is gone or silent."""
+
+    wire: Wire
+    kind: Literal["hello", "said", "gone", "silent"]
+    message: Message = dataclasses.field(default_factory=dict)
 
 
 class Hub:
@@ -45,18 +57,21 @@ class Hub:
         start_timeout_s: float,
         lost_after_s: float,
         address: Callable[[], str],
+        secret: bytes,
+        source: str,
     ) -> None:
         self._listener = listener
         self._processes = processes
         self._start_timeout_s = start_timeout_s
         self._lost_after_s = lost_after_s
         self._address = address
-        self._wires: dict[int, Wire] = {}
+        self._secret, self._source = secret, source
+        self._wires: dict[int, Wire] = {}  # of the processes that take part
+        self._turned_away: list[Wire] = []
         self._hellos: dict[int, Message] = {}
         self._events: queue.Queue[_Event] = queue.Queue()
         self._ended: set[int] = set()
-        self._refusal = Ending(2, "all processes of this run have come already")
-        self._complete = threading.Event()
+        self._unproved = threading.Semaphore(UNPROVED)
         self._done = threading.Event()
 
     def start(self) -> None:
@@ -69,50 +84,76 @@ class Hub:
         self._done.wait(FAREWELL_S)
 
     def _accept(self) -> None:
-        while True:
+        while not self._done.is_set():
             try:
                 connection, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError:  # a connection was reset, or there are too many
+                time.sleep(0.05)
+                continue
+            self._unproved.acquire()
             threading.Thread(target=self._listen, args=(Wire(connection),), daemon=True).start()
 
     def _listen(self, wire: Wire) -> None:
-        """Turns what one supervisor says into events; a stranger is not listened to."""
-        process = -1
+        """Turns what one supervisor says into events; a stranger makes none."""
+        timer = threading.Timer(HELLO_WITHIN_S, wire.close)
+        timer.start()
         try:
-            hello = wire.receive(timeout_s=10.0)
-            if hello is None or not _is_hello(hello):
-                return
-            if self._complete.is_set():
-                wire.send(code=self._refusal.code, line=self._refusal.line)
-                return
-            process = hello["process"]
-            hello["wire"] = wire
-            self._events.put(_Event(process, hello))
+            hello = self._hello(wire)
+        except OSError:
+            hello = None
+        finally:
+            timer.cancel()
+            self._unproved.release()
+        if hello is not None:
+            self._follow(wire, hello)
+        wire.close()
+
+    def _hello(self, wire: Wire) -> Message | None:
+        """The first message of a supervisor that knows the secret.
+
+        Raises:
+          OSError: the connection broke, was silent, or sent something else than messages.
+        """
+        challenge = secrets.token_hex(16)
+        wire.send(challenge=challenge)
+        proof = wire.receive(timeout_s=HELLO_WITHIN_S, most_bytes=PROOF_BYTES) or {}
+        if not is_signed(self._secret, challenge, proof.get("signature")):
+            wire.send(refused=self._source)
+            return None
+        wire.send(accepted=True)
+        hello = wire.receive(timeout_s=HELLO_WITHIN_S) or {}
+        return hello if _is_hello(hello) else None
+
+    def _follow(self, wire: Wire, hello: Message) -> None:
+        self._events.put(_Event(wire, "hello", hello))
+        end: Literal["gone", "silent"] = "gone"
+        try:
             while (message := wire.receive(timeout_s=self._lost_after_s)) is not None:
                 if "beat" in message:
                     wire.send(beat=True)
                 else:
-                    self._events.put(_Event(process, message))
-            self._events.put(_Event(process, None))
+                    self._events.put(_Event(wire, "said", message))
         except TimeoutError:
-            self._events.put(_Event(process, None, silent=True))
+            end = "silent"
         except OSError:
-            self._events.put(_Event(process, None))
-        finally:
-            wire.close()
+            pass
+        self._events.put(_Event(wire, end))
 
     def _preside(self) -> None:
-        ending = self._assemble()
-        self._refusal = ending or self._refusal
-        self._complete.set()
-        if ending is None:
-            self._tell(address=self._address())
-            ending = self._watch()
-        self._tell(code=ending.code, line=ending.line)
-        self._take_leave(ending)
-        self._listener.close()
-        self._done.set()
+        try:
+            ending = self._assemble()
+            if ending is None:
+                self._tell(address=self._address())
+                ending = self._watch()
+            self._tell(code=ending.code, line=ending.line)
+            self._take_leave(ending)
+        except BaseException:  # the others must not wait for a hub that has failed
+            for wire in (*self._wires.values(), *self._turned_away):
+                wire.close()
+            raise
+        finally:
+            self._done.set()
+            self._listener.close()
 
     def _assemble(self) -> Ending | None:
         """Waits for all hellos; an ending if the run cannot start.
@@ -131,20 +172,25 @@ class Hub:
         return ending or self._disagreement()
 
     def _greet(self, event: _Event) -> Ending | None:
-        """Takes down who has come; an ending if somebody has left again, or should not be here."""
-        process, message = event.process, event.message
-        known = self._hellos.get(process)
-        if message is None:
+        """Takes down who has come; an ending if one has left again, or should not be here."""
+        if event.kind != "hello":
+            known = self._process(event.wire)
             if known is None:
                 return None
-            return Ending(1, f"{self._name(process)} left before all had come")
+            return Ending(1, f"{self._name(known)} left before all had come")
+        process = event.message["process"]
+        known = self._hellos.get(process)
         if known is not None or not 0 <= process < self._processes:
-            self._wires[-1 - len(self._wires)] = message["wire"]
-            newcomer = f"process {process} on {message['host']}"
+            self._turned_away.append(event.wire)
+            newcomer = f"process {process} on {event.message['host']}"
             taken = f"already there on {known['host']}" if known else "not to be expected"
             return Ending(2, f"{newcomer} is {taken}: there are {self._processes} processes")
-        self._hellos[process], self._wires[process] = message, message["wire"]
+        self._hellos[process], self._wires[process] = event.message, event.wire
         return None
+
+    def _process(self, wire: Wire) -> int | None:
+        """The process that this connection belongs to, if it takes part."""
+        return next((process for process, own in self._wires.items() if own is wire), None)
 
     def _absent(self) -> str:
         missing = [str(i) for i in range(self._processes) if i not in self._hellos]
@@ -191,43 +237,46 @@ class Hub:
 
     def _judge(self, event: _Event) -> tuple[Ending | None, bool]:
         """What an event means for the run, and whether it is certain to be the cause."""
-        if event.process in self._ended:
+        if event.kind == "hello":
+            self._turn_away(event.wire, _FULL)
+        process = self._process(event.wire)
+        if process is None or process in self._ended:
             return None, True
-        name = self._name(event.process)
-        if event.message is None:
-            how = f"has been silent for {self._lost_after_s:g} s" if event.silent else "is gone"
+        name = self._name(process)
+        if event.kind != "said":
+            silent = event.kind == "silent"
+            how = f"has been silent for {self._lost_after_s:g} s" if silent else "is gone"
             return Ending(1, f"{name} {how}"), True
-        if "code" not in event.message:
-            return None, True
         code = int(event.message["code"])
-        self._ended.add(event.process)
+        self._ended.add(process)
         if code == 0:
             return None, True
         return Ending(code, f"{name}: {event.message['line']}"), bool(event.message["certain"])
 
     def _tell(self, **message: Any) -> None:
-        for wire in self._wires.values():
+        for wire in (*self._wires.values(), *self._turned_away):
             with contextlib.suppress(OSError):
                 wire.send(**message)
+
+    def _turn_away(self, wire: Wire, ending: Ending) -> None:
+        self._turned_away.append(wire)
+        with contextlib.suppress(OSError):
+            wire.send(code=ending.code, line=ending.line)
 
     def _take_leave(self, ending: Ending) -> None:
         """Waits until the others have hung up; process 0 itself is the one that waits.
 
-        Who came too late to be told with the rest is told now.
+        A process that came too late to be told with the rest is told now.
         """
         deadline = time.monotonic() + FAREWELL_S
-        left = 0
-        while time.monotonic() < deadline:
-            if left >= len(self._wires.keys() - {0}) and self._events.empty():
-                return
-            with contextlib.suppress(queue.Empty, OSError):
+        others = {wire for process, wire in self._wires.items() if process} | {*self._turned_away}
+        while time.monotonic() < deadline and (others or not self._events.empty()):
+            with contextlib.suppress(queue.Empty):
                 event = self._events.get(timeout=0.1)
-                if event.message is None:
-                    left += event.process != 0
-                elif "wire" in event.message:
-                    wire = event.message["wire"]
-                    self._wires[-1 - len(self._wires)] = wire
-                    wire.send(code=ending.code, line=ending.line)
+                if event.kind == "hello":
+                    self._turn_away(event.wire, ending)
+                elif event.kind != "said":
+                    others.discard(event.wire)
 
     def _name(self, process: int) -> str:
         hello = self._hellos[process]

@@ -21,10 +21,11 @@ from typing import Any
 
 from echorl_jax.cluster.hub import Hub
 from echorl_jax.cluster.place import Place
+from echorl_jax.cluster.secret import Secret, sign
 from echorl_jax.cluster.signals import handling
 from echorl_jax.cluster.wire import Message, Wire
 from echorl_jax.cluster.worker import VARIABLE, Assignment
-from echorl_jax.errors import RunStopped, UserError
+from echorl_jax.errors import RunStopped, UserError, plain_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,12 @@ class Limits:
 
 
 def supervise(
-    place: Place, command: Sequence[str], *, facts: Mapping[str, Any], limits: Limits
+    place: Place,
+    command: Sequence[str],
+    *,
+    facts: Mapping[str, Any],
+    limits: Limits,
+    secret: Secret,
 ) -> int:
     """Runs ``command`` as one process of a run; returns its exit code when all have ended well.
 
@@ -45,14 +51,15 @@ def supervise(
       command: the training process; its environment gets an :class:`Assignment`.
       facts: what has to be the same on all processes, as JSON can hold it.
       limits: how long to wait.
+      secret: known to all processes of the run, and to nobody else.
 
     Raises:
       UserError: the processes disagree, or one was told something wrong.
       RunStopped: a process did not come, is gone, or failed. In either case the line names it, and
         the training processes of all have ended.
     """
-    hub = _open_hub(place, limits) if place.process == 0 else None
-    wire = _connect(place, limits.start_timeout_s, facts)
+    hub = _open_hub(place, limits, secret) if place.process == 0 else None
+    wire = _connect(place, limits.start_timeout_s, facts, secret)
     peers = _Peers(wire, limits)
     child = _Child()
     with handling(child.signal):  # goes to the training process
@@ -149,7 +156,7 @@ def _run(
         if message is None:
             return 1, _hub_gone(place)
         if "code" in message:
-            return int(message["code"]), str(message["line"])
+            return int(message["code"]), plain_line(str(message["line"]))
         ours, theirs = socket.socketpair()
         given = Assignment(
             coordinator=message["address"],
@@ -162,15 +169,33 @@ def _run(
         )
         with theirs:
             child.start(command, given, theirs)
-        threading.Thread(target=_report, args=(child, ours, peers.wire), daemon=True).start()
+        arguments = (child, Wire(ours), peers.wire, limits)
+        for work in (_close_at_end, _report):
+            threading.Thread(target=work, args=arguments, daemon=True).start()
 
 
-def _report(child: _Child, ours: socket.socket, wire: Wire) -> None:
-    """Waits for the training process and tells the hub how it ended."""
+def _close_at_end(child: _Child, line: Wire, *_: object) -> None:
+    """Ends the line with the training process, even if a child of that still holds it open."""
+    child.wait()
+    line.close()
+
+
+def _report(child: _Child, line: Wire, wire: Wire, limits: Limits) -> None:
+    """Follows the training process and tells the hub how it ended, or that it is frozen."""
+    said: Message = {}
+    patience = limits.start_timeout_s
+    try:
+        while (message := line.receive(timeout_s=patience)) is not None:
+            if "beat" in message:
+                patience = limits.lost_after_s
+            else:
+                said = message
+    except TimeoutError:
+        frozen = f"its training process is frozen: no sign of life for {patience:g} s"
+        with contextlib.suppress(OSError):
+            wire.send(code=1, line=frozen, certain=True)
+        return
     code = child.wait()
-    with ours, ours.makefile("rb") as lines:
-        words = lines.readline()
-    said = json.loads(words) if words.endswith(b"\n") else {}
     if code < 0:
         name = signal.Signals(-code).name
         # JAX's runtime aborts when it loses another process.
@@ -184,7 +209,7 @@ def _hub_gone(place: Place) -> str:
     return f"process 0 of {place.processes} on {place.address[0]} is gone"
 
 
-def _open_hub(place: Place, limits: Limits) -> Hub:
+def _open_hub(place: Place, limits: Limits, secret: Secret) -> Hub:
     host, port = place.address
     try:
         if host in ("localhost", "127.0.0.1"):
@@ -211,24 +236,60 @@ def _open_hub(place: Place, limits: Limits) -> Hub:
         start_timeout_s=limits.start_timeout_s,
         lost_after_s=limits.lost_after_s,
         address=free_address,
+        secret=secret.create(),
+        source=secret.source,
     )
     hub.start()
     return hub
 
 
-def _connect(place: Place, timeout_s: float, facts: Mapping[str, Any]) -> Wire:
-    """Connects to process 0 as soon as it listens, and says who this is."""
-    host, port = place.address
+class _RefusedError(OSError):
+    """Process 0 has another secret, or this process has none yet."""
+
+
+def _connect(place: Place, timeout_s: float, facts: Mapping[str, Any], secret: Secret) -> Wire:
+    """Connects to process 0 as soon as it listens, and says who this is.
+
+    A file system may take a while to show the secret, and an earlier start of the run may still
+    listen with another one: a process that is refused tries again.
+    """
+    me = f"process {place.process} of {place.processes}"
     deadline = time.monotonic() + timeout_s
     while True:
         try:
-            wire = Wire(socket.create_connection((host, port), timeout=10.0))
+            wire = Wire(socket.create_connection(place.address, timeout=10.0))
+            _prove(wire, secret, me)
             wire.send(process=place.process, host=socket.gethostname(), facts=dict(facts))
             return wire
+        except _RefusedError as error:
+            if time.monotonic() >= deadline:
+                raise RunStopped(
+                    f"{me} was refused at {place.coordinator}: {secret.source} is not the same "
+                    f"there and here after {timeout_s:g} s; the workdir must be on a file system "
+                    "that all hosts share, or set ECHORL_SECRET for all"
+                ) from error
         except OSError as error:
             if time.monotonic() >= deadline:
                 raise RunStopped(
-                    f"process {place.process} of {place.processes} found no process 0 at "
-                    f"{place.coordinator} within {timeout_s:g} s ({error.strerror or error})"
+                    f"{me} found no process 0 at {place.coordinator} within {timeout_s:g} s "
+                    f"({error.strerror or error})"
                 ) from error
-            time.sleep(min(0.5, timeout_s / 10))
+        time.sleep(min(0.5, timeout_s / 10))
+
+
+def _prove(wire: Wire, secret: Secret, me: str) -> None:
+    """Proves to the hub that this process belongs to the run.
+
+    Raises:
+      UserError: the hub takes its secret from another place than this process.
+      OSError: whoever listens there is no hub, or has another secret.
+    """
+    challenge = (wire.receive(timeout_s=10.0) or {}).get("challenge")
+    wire.send(signature=sign(secret.read(), str(challenge)))
+    answer = wire.receive(timeout_s=10.0) or {}
+    if "accepted" in answer:
+        return
+    source = answer.get("refused")
+    if isinstance(source, str) and source != secret.source:
+        raise UserError(f"{me} has its secret from {secret.source}, but process 0 from {source}")
+    raise _RefusedError("refused" if source else "no answer of a hub")

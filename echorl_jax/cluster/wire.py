@@ -34,7 +34,7 @@ class Wire:
         with self._lock:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
-    def receive(self, *, timeout_s: float) -> Message | None:
+    def receive(self, *, timeout_s: float, most_bytes: int = MAX_BYTES) -> Message | None:
         """The next message; None when the other side has closed.
 
         Raises:
@@ -42,12 +42,12 @@ class Wire:
           OSError: the connection broke, or something else than a message came.
         """
         self._socket.settimeout(timeout_s)
-        line = self._lines.readline(MAX_BYTES)
+        line = self._lines.readline(most_bytes)
         if not line:
             return None
         try:
             message = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise WireError("no message") from error
         if not isinstance(message, dict):
             raise WireError("no message")

@@ -6,6 +6,7 @@ import json
 import os
 import socket
 import threading
+import time
 
 VARIABLE = "ECHORL_WORKER"
 
@@ -34,8 +35,16 @@ def assignment() -> Assignment | None:
 
 
 def follow_supervisor(given: Assignment) -> None:
-    """Ends this process as soon as its supervisor is gone, however that ended."""
+    """Shows the supervisor that this process runs, and ends it once the supervisor is gone."""
+    threading.Thread(target=_beat, args=(given,), daemon=True).start()
     threading.Thread(target=_wait_for_end, args=(given.line,), daemon=True).start()
+
+
+def _beat(given: Assignment) -> None:
+    with contextlib.suppress(OSError):
+        while True:
+            os.write(given.line, b'{"beat": true}\n')
+            time.sleep(given.lost_after_s / 4)
 
 
 def _wait_for_end(line: int) -> None:

@@ -56,7 +56,8 @@ def run(arguments: argparse.Namespace) -> int:
     facts = {f"--{name}": str(value) for name, value in options.items()}
     meeting = MeshConfig()
     limits = Limits(meeting.start_timeout_s, meeting.lost_after_s)
-    if (code := take_place(arguments, facts=facts, limits=limits)) is not None:
+    code = take_place(arguments, facts=facts, limits=limits, directory=arguments.out)
+    if code is not None:
         return code
     from echorl_jax.evaluation.benchmark import Benchmark, run_benchmark
 

@@ -5,9 +5,17 @@ import os
 import sys
 from collections.abc import Iterator, Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from echorl_jax.cluster import Limits, assignment, find_place, follow_supervisor, supervise
+from echorl_jax.cluster import (
+    Limits,
+    Secret,
+    assignment,
+    find_place,
+    follow_supervisor,
+    supervise,
+)
 from echorl_jax.config import Config
 from echorl_jax.config_file import flatten, to_dict
 
@@ -18,11 +26,12 @@ def join(config: Config, arguments: argparse.Namespace) -> int | None:
         arguments,
         facts={"--workdir": arguments.workdir, **flatten(to_dict(config), "config.")},
         limits=Limits(config.mesh.start_timeout_s, config.mesh.lost_after_s),
+        directory=Path(arguments.workdir),
     )
 
 
 def take_place(
-    arguments: argparse.Namespace, *, facts: Mapping[str, Any], limits: Limits
+    arguments: argparse.Namespace, *, facts: Mapping[str, Any], limits: Limits, directory: Path
 ) -> int | None:
     """Takes this process's place among several that run the same command.
 
@@ -33,6 +42,7 @@ def take_place(
       arguments: of the command.
       facts: what has to be the same on all processes, beside the command and the packages.
       limits: how long to wait for the others.
+      directory: that the processes write; it holds their secret unless ``ECHORL_SECRET`` is set.
 
     Returns:
       The exit code of a supervisor; None in a process that goes on to do the work.
@@ -63,6 +73,7 @@ def take_place(
         [sys.executable, "-m", "echorl_jax", *arguments.command_line],
         facts={**dict(_versions()), "command": arguments.command_line[0], **facts},
         limits=limits,
+        secret=Secret.find(os.environ, directory),
     )
 
 

@@ -182,20 +182,83 @@ def test_who_comes_late_is_sent_away(run: Callable[..., Run], tmp_path: Path) ->
     assert said == "all processes of this run have come already"
 
 
-def test_strangers_at_the_door_do_no_harm(run: Callable[..., Run], tmp_path: Path) -> None:
+def test_strangers_before_and_during_a_run_do_no_harm(
+    run: Callable[..., Run], tmp_path: Path
+) -> None:
     pair = run()
-    pair.start(0, "pass")
-    deadline = time.monotonic() + 10
     sent: Sequence[bytes] = (b"GET / HTTP/1.0\r\n\r\n", b"[1]\n", b"{}\n", b"\xff" * 100 + b"\n")
-    sent = (*sent, b'{"process": 1}\n')
+    sent = (*sent, b'{"process": 1}\n', b"")
+
+    def knock() -> None:
+        for data in sent:
+            with socket.create_connection(("127.0.0.1", pair.port)) as stranger:
+                stranger.sendall(data)
+
+    wait = (
+        "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid()))"
+        "\nwhile not os.path.exists(sys.argv[2]): time.sleep(0.02)"
+    )
+    pair.start(0, wait, str(tmp_path / "0"), str(tmp_path / "go"))
+    deadline = time.monotonic() + 20
     while True:
         try:
-            for data in sent:
-                with socket.create_connection(("127.0.0.1", pair.port)) as stranger:
-                    stranger.sendall(data)
+            knock()
             break
         except OSError:
             assert time.monotonic() < deadline
             time.sleep(0.05)
-    pair.start(1, "pass")
+    pair.start(1, wait, str(tmp_path / "1"), str(tmp_path / "go"))
+    for process in (0, 1):
+        number_in(tmp_path / str(process))
+    knock()
+    time.sleep(0.5)
+    (tmp_path / "go").touch()
     assert pair.ends() == [(0, "")] * 2
+
+
+def test_a_process_with_another_secret_does_not_join(run: Callable[..., Run]) -> None:
+    pair = run()
+    limits = {**LIMITS, "start_timeout_s": 2.0}
+    pair.start(0, "pass", limits=limits)
+    pair.start(1, "pass", limits=limits, environment={"ECHORL_SECRET": "another"})
+    (first, missing), (second, refused) = pair.ends()
+    assert (first, second) == (1, 1) and "process 1 of 2 did not come within 2 s" in missing
+    assert "process 1 of 2 was refused" in refused or "found no process 0" in refused, refused
+
+
+def test_the_secret_may_be_a_file_of_the_directory_in_common(
+    run: Callable[..., Run], tmp_path: Path
+) -> None:
+    """A process with a secret from another place is refused at once; the rest is one run."""
+    pair, file = run(), {"ECHORL_SECRET": "", "ECHORL_TEST_DIRECTORY": str(tmp_path / "run")}
+    pair.start(0, "pass", environment=file)
+    other = pair.start(1, "pass")
+    _, said = other.communicate(timeout=30)
+    assert other.returncode == 2
+    assert f"has its secret from ECHORL_SECRET, but process 0 from {tmp_path}/run/.secret" in said
+    assert (tmp_path / "run" / ".secret").stat().st_mode & 0o777 == 0o600
+    pair.start(1, "pass", environment=file)
+    pair.started.remove(other)
+    assert pair.ends() == [(0, "")] * 2
+
+
+def test_what_a_process_says_stays_one_line(run: Callable[..., Run], tmp_path: Path) -> None:
+    pair = run()
+    pair.start(0, WAIT, str(tmp_path / "0"))
+    pair.start(1, fails("two\nlines \x1b[31mred\r" + "x" * 5000, certain=True, code=1))
+    for process in pair.started:
+        _, said = process.communicate(timeout=30)
+        assert ": two lines [31mred xxx" in said and said.count("\n") == 1 and len(said) < 1100
+
+
+def test_a_frozen_training_process_is_named(run: Callable[..., Run], tmp_path: Path) -> None:
+    """The healthy one waits for it and fails first; the cause is told all the same."""
+    pair, work = run(), WORKER + "follow_supervisor(given);"
+    pair.start(0, work + "import time; time.sleep(4);" + fails("lost", certain=False, code=1))
+    pair.start(1, work + WAIT, str(tmp_path / "1"))
+    number = number_in(tmp_path / "1")
+    os.kill(number, signal.SIGSTOP)
+    for code, said in pair.ends(within_s=30):
+        assert code == 1 and said.startswith("process 1 of 2"), said
+        assert "its training process is frozen: no sign of life for 3 s" in said
+    assert gone(number)
