@@ -28,6 +28,8 @@ done
 [ "$code" -eq 0 ] || exit "$code"
 total="$(sed -n 's/^  "steps": \([0-9]*\),\{0,1\}$/\1/p' "$workdir/config.json" 2>/dev/null | head -n 1)"
 done_steps="$(tail -n 1 "$workdir/metrics.jsonl" 2>/dev/null | sed -n 's/.*"step": \([0-9]*\)[,}].*/\1/p')"
+# Stopped before the first step was logged.
+[ -s "$workdir/metrics.jsonl" ] || [ ! -e "$workdir/metrics.jsonl" ] || done_steps=0
 if [ -z "$total" ] || [ -z "$done_steps" ]; then
   echo "attempt.sh: no config.json and metrics.jsonl in $workdir" >&2
   exit 1

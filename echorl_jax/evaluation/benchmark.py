@@ -21,7 +21,7 @@ from echorl_jax.data import (
     require_vocabulary,
 )
 from echorl_jax.data.tokens import model_path
-from echorl_jax.errors import UserError
+from echorl_jax.errors import UserError, writing
 from echorl_jax.evaluation.evaluate import MOST_SAMPLES, Attempt, attempt_rows
 from echorl_jax.evaluation.generations import (
     claim,
@@ -140,7 +140,8 @@ def run_benchmark(options: Benchmark, out: Path) -> dict[str, SourceResult]:
     with contextlib.ExitStack() as held:
         done = on_first(lambda: _take_up(options, work, path, file, order, held))
         if done < len(order):
-            _generate(options, work, path, file, done=done)
+            with writing(file):
+                _generate(options, work, path, file, done=done)
     if not is_first():
         return {}
     outcomes = list(read_outcomes(file, order))
@@ -153,7 +154,8 @@ def run_benchmark(options: Benchmark, out: Path) -> dict[str, SourceResult]:
         "ungraded": ungraded,
         "scores": {name: result.as_json() for name, result in results.items()},
     }
-    (out / "scores.json").write_text(json.dumps(document, indent=2) + "\n")
+    with writing(out / "scores.json"):
+        (out / "scores.json").write_text(json.dumps(document, indent=2) + "\n")
     print_results(results, left_out=work.left_out, bad=work.bad)
     if ungraded:
         print(
@@ -177,7 +179,8 @@ def _take_up(
       How many attempts it holds.
     """
     try:
-        held.enter_context(sole_writer(file.parent))
+        with writing(file.parent):
+            held.enter_context(sole_writer(file.parent))
     except OSError as error:
         raise UserError(f"{file.parent}: {error.strerror}") from error
     settled = {name: value for name, value in vars(options).items() if name not in FREE}

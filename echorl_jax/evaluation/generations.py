@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from echorl_jax.errors import UserError
+from echorl_jax.errors import UserError, writing
 
 # Of each weight file so much is read, at both ends, to tell one model from another.
 FINGERPRINT_BYTES = 1 << 20
@@ -42,8 +42,9 @@ def claim(out: Path, identity: Mapping[str, Any]) -> None:
                     f"{out}: generations.jsonl without options.json; take another --out"
                 )
             partial = file.with_suffix(".partial")
-            partial.write_text(json.dumps(known, indent=2) + "\n")
-            os.replace(partial, file)
+            with writing(out):
+                partial.write_text(json.dumps(known, indent=2) + "\n")
+                os.replace(partial, file)
             return
         before = json.loads(file.read_text())
     except json.JSONDecodeError as error:

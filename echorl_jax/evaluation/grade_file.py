@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from echorl_jax.errors import UserError
+from echorl_jax.errors import UserError, writing
 from echorl_jax.rewards import GraderPool, Verdict
 
 # Lines graded together: progress is shown, and written, this often.
@@ -100,7 +100,7 @@ def grade_file(
     partial = out
     if out is not None and not out.is_symlink() and (out.is_file() or not out.exists()):
         partial = out.with_name(f"{out.name}.partial")
-    with contextlib.ExitStack() as stack:
+    with writing(out or Path("standard output")), contextlib.ExitStack() as stack:
         pool = stack.enter_context(GraderPool(grader, workers=workers, timeout_s=timeout_s))
         target = sys.stdout if partial is None else stack.enter_context(partial.open("w"))
         for numbered in _chunks(path, response_key, answer_key, verdict_key):

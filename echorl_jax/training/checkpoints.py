@@ -7,9 +7,7 @@ interrupted leaves nothing that looks like a checkpoint.
 """
 
 import dataclasses
-import errno
 import logging
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +18,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
 from echorl_jax.config import Config, ConfigError
-from echorl_jax.errors import RunStopped, UserError
+from echorl_jax.errors import MOST, RunStopped, UserError, storage_reason
 from echorl_jax.parallel import any_process, is_first, wait_for_all
 from echorl_jax.training.checksums import checksums, digest
 from echorl_jax.training.faults import Faults
@@ -33,8 +31,6 @@ from echorl_jax.types import PyTree
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 DIRECTORY = "checkpoints"
-# Reasons of the system for a write that fails.
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 class DamagedError(ValueError):
@@ -307,15 +303,6 @@ def _require_same(saved: Mapping[str, int], found: Mapping[str, int]) -> None:
 
 
 def _first_line(error: BaseException) -> str:
-    """The reason in one line: of a system error if there is one among the causes."""
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, OSError) and cause.strerror:
-            return f"{cause.strerror} ({cause.filename})" if cause.filename else cause.strerror
-        cause = cause.__cause__ or cause.__context__
-    text = str(error).strip()
-    for reason in map(os.strerror, FULL):
-        if reason in text:  # TensorStore tells in a long text
-            return reason
-    lines = text.splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
+    """The reason in one line: that of the system if the error comes from a file."""
+    lines = str(error).strip().splitlines()
+    return storage_reason(error) or (lines[0] if lines else type(error).__name__)[:MOST]

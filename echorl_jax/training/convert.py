@@ -11,9 +11,10 @@ from jax.sharding import SingleDeviceSharding
 from echorl_jax.config_file import from_dict
 from echorl_jax.data import load_tokenizer
 from echorl_jax.data.tokens import model_path
-from echorl_jax.errors import UserError
+from echorl_jax.errors import UserError, writing
 from echorl_jax.models import load_decoder, load_model, save_model
 from echorl_jax.training.checkpoints import DIRECTORY, read_params
+from echorl_jax.training.late_writes import leave_out_late_writes
 
 # Inside a converted directory: the weights, and all that is not weights as it came.
 WEIGHTS, ORIGINAL = "params", "huggingface"
@@ -32,25 +33,31 @@ def convert(model: str, out: Path, *, step: str = "latest") -> str:
     """
     if out.exists():
         raise UserError(f"{out} exists already")
-    source = Path(model_path(model))
-    if (source / WEIGHTS).is_dir():
-        return _to_hugging_face(source, out)
-    if (source / DIRECTORY).is_dir():
-        return _from_workdir(source, out, step)
-    return _to_orbax(source, model, out)
+    source, fresh = Path(model_path(model)), out.with_name(f"{out.name}.partial")
+    shutil.rmtree(fresh, ignore_errors=True)
+    with writing(out):
+        if (source / WEIGHTS).is_dir():
+            written = _to_hugging_face(source, fresh)
+        elif (source / DIRECTORY).is_dir():
+            written = _from_workdir(source, fresh, step)
+        else:
+            written = _to_orbax(source, model, fresh)
+        fresh.rename(out)
+    return f"{out}: {written}"
 
 
 def _to_orbax(source: Path, model: str, out: Path) -> str:
     path = str(source) if source.is_dir() else model
     decoder, params = load_model(path, param_dtype="float32")
     out.mkdir(parents=True)  # fails here, not in a thread of Orbax's
+    leave_out_late_writes()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((out / WEIGHTS).resolve(), params)
     (out / ORIGINAL).mkdir()
     for file in source.glob("*"):
         if file.is_file() and not file.name.endswith((".safetensors", ".safetensors.index.json")):
             shutil.copy(file, out / ORIGINAL)
-    return f"{out}: Orbax checkpoint of {_count(params)} parameters"
+    return f"Orbax checkpoint of {_count(params)} parameters"
 
 
 def _to_hugging_face(source: Path, out: Path) -> str:
@@ -58,7 +65,7 @@ def _to_hugging_face(source: Path, out: Path) -> str:
     with ocp.StandardCheckpointer() as checkpointer:
         params = checkpointer.restore((source / WEIGHTS).resolve(), decoder.param_shapes())
     save_model(out, decoder, params, load_tokenizer(str(source / ORIGINAL)))
-    return f"{out}: Hugging Face directory of {_count(params)} parameters"
+    return f"Hugging Face directory of {_count(params)} parameters"
 
 
 def _from_workdir(workdir: Path, out: Path, step: str) -> str:
@@ -74,7 +81,7 @@ def _from_workdir(workdir: Path, out: Path, step: str) -> str:
     )
     found, params = read_params(workdir, step, like)
     save_model(out, decoder, params, load_tokenizer(config.model.path))
-    return f"{out}: Hugging Face directory of {_count(params)} parameters after step {found}"
+    return f"Hugging Face directory of {_count(params)} parameters after step {found}"
 
 
 def _count(params) -> str:

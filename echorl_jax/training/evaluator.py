@@ -14,6 +14,7 @@ from echorl_jax.evaluation.evaluate import attempt_rows
 from echorl_jax.evaluation.scores import score_by_source
 from echorl_jax.parallel import texts_from_shares
 from echorl_jax.rewards import GraderPool
+from echorl_jax.rollout import Progress
 from echorl_jax.training.setup import Setup
 from echorl_jax.types import PyTree
 
@@ -57,8 +58,13 @@ class Evaluator:
         every, last = self.setup.config.eval.every, self.setup.config.steps
         return bool(self.rows) and (step % every == 0 or step == last)
 
-    def scores(self, params: PyTree) -> dict[str, float]:
-        """``eval/<source>/pass@1`` and pass@k for each data source; the same draws every time."""
+    def scores(self, params: PyTree, look: Callable[[Progress], None]) -> dict[str, float]:
+        """``eval/<source>/pass@1`` and pass@k for each data source; the same draws every time.
+
+        Args:
+          params: of the policy.
+          look: called now and then by the sampler, on all processes alike; an error ends the work.
+        """
         config = self.setup.config
         attempts = attempt_rows(
             self.setup.model,
@@ -72,6 +78,7 @@ class Evaluator:
             max_new_tokens=config.rollout.max_new_tokens,
             temperature=config.eval.temperature,
             mesh=self.setup.mesh,
+            progress=look,
         )
         outcomes = [(a.data_source, a.problem, a.verdict.correct) for a in attempts]
         return {

@@ -19,11 +19,12 @@ from echorl_jax.config import ConfigError
 from echorl_jax.rewards import GraderPool
 from echorl_jax.types import TrainBatch
 
-PHASES = ("rollout", "grading", "update", "save")
+PHASES = ("rollout", "grading", "update", "evaluation", "save")
 REWARDS = ("hang", "crash", "leak")
 FORMS = (
     *(f"kill@{phase}:STEP" for phase in PHASES),
     "term@STEP",
+    "term@evaluation:STEP",
     "nan@STEP",
     "eval_fail@STEP",
     "disk_full@checkpoint:STEP",
@@ -88,7 +89,7 @@ class Faults:
         last = jax.process_index() == jax.process_count() - 1
         if not self.at_steps or not (last or phase == "save"):
             return
-        if phase == "update" and self.hits("term", step):
+        if (phase == "update" and self.hits("term", step)) or self.hits(f"term@{phase}", step):
             os.kill(os.getpid(), signal.SIGTERM)
         if self.hits(f"kill@{phase}", step):
             os.kill(os.getpid(), signal.SIGKILL)

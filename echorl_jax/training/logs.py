@@ -15,6 +15,10 @@ from rich.table import Table
 from echorl_jax.config import ConfigError
 from echorl_jax.evaluation.bar import Bar
 from echorl_jax.parallel import is_first
+from echorl_jax.training.workdir import replace_text, whole_lines
+
+# TensorBoard sees new events this often; on a bucket each flush uploads the file again (seconds).
+EVENTS_EVERY_S = 60.0
 
 
 class RunLog:
@@ -33,10 +37,10 @@ class RunLog:
         online = bool(wandb_project) and self._speaks
         self._wandb = _open_wandb(wandb_project, workdir) if online else None
         tensorboard &= self._speaks
-        path = workdir / "metrics.jsonl"
+        self._path = path = workdir / "metrics.jsonl"
         self._lines = path.read_text().count("\n") if self._speaks and path.exists() else 0
         self._file = path.open("a") if self._speaks else None
-        self._events = _open_events(workdir / "tensorboard", first_step) if tensorboard else None
+        self._events = _Events(workdir / "tensorboard", first_step) if tensorboard else None
         self._total = total_steps
         self._bar = Bar("step", total_steps, at_once=True)
 
@@ -44,14 +48,16 @@ class RunLog:
         self._bar.__enter__()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.__exit__()
-        if self._events:
-            self._events.close()
         if self._wandb:
             self._wandb.finish()
-        if self._file:
-            self._file.close()
+        for file in filter(None, (self._events, self._file)):
+            try:
+                file.close()
+            except OSError:
+                if kind is None:  # else the first error is the one to report
+                    raise
 
     def write(self, metrics: dict[str, float]) -> None:
         """Records one step; ``metrics["step"]`` says which. A value that is no number is null."""
@@ -63,12 +69,27 @@ class RunLog:
         self._file.flush()
         self._lines += 1
         if self._events:
-            for name, value in metrics.items():
-                if name != "step":
-                    self._events.add_scalar(name, value, step)
+            self._events.write(metrics, step)
         if self._wandb:
             self._wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
         self._show(step, metrics)
+
+    def lacks(self, key: str) -> bool:
+        """Whether the last line is without this key; False where there is no line."""
+        lines = list(whole_lines(self._path)) if self._file is not None else []
+        return bool(lines) and key not in lines[-1]
+
+    def amend(self, metrics: dict[str, float]) -> None:
+        """Adds metrics to the last line."""
+        if self._file is None:
+            return
+        *lines, last = whole_lines(self._path)
+        self._file.close()
+        text = "".join(json.dumps(line) + "\n" for line in [*lines, {**last, **metrics}])
+        replace_text(self._path, text)
+        self._file = self._path.open("a")
+        if self._events:
+            self._events.write(metrics, last["step"])
 
     def secure(self) -> int:
         """Waits until all lines are on the disk; returns how many there are, 0 if silent."""
@@ -127,10 +148,42 @@ def _open_wandb(project: str, workdir: Path):
     return wandb.init(project=project, dir=str(workdir), id=name.read_text(), resume="allow")
 
 
-def _open_events(directory: Path, first_step: int):
-    from tensorboardX import SummaryWriter
+class _Events:
+    """TensorBoard events, written by the caller's thread so that the caller sees a full disk.
 
-    return SummaryWriter(str(directory), purge_step=first_step + 1)
+    tensorboardX's ``SummaryWriter`` has a thread for it. When that dies of a full disk, it leaves a
+    traceback, and the caller waits forever once its queue is full.
+    """
+
+    def __init__(self, directory: Path, first_step: int) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.summary import scalar
+
+        directory.mkdir(parents=True, exist_ok=True)
+        self._event, self._scalar = Event, scalar
+        self._writer = EventsWriter(str(directory / "events"))
+        # TensorBoard hides what an earlier process wrote from this step on.
+        start = SessionLog(status=SessionLog.START)
+        self._writer.write_event(Event(session_log=start, step=first_step + 1))
+        self._flush()
+
+    def write(self, metrics: dict[str, float], step: int) -> None:
+        for name, value in metrics.items():
+            if name != "step":
+                summary = self._scalar(name, value)
+                self._writer.write_event(
+                    self._event(wall_time=time.time(), step=step, summary=summary)
+                )
+        if time.monotonic() - self._flushed > EVENTS_EVERY_S:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._flushed = time.monotonic()
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def _summary(metrics: dict[str, float]) -> Iterator[str]:

@@ -44,7 +44,7 @@ def train(
     prompts = config.rollout.prompts_per_step
     with open_run(config, workdir, prompts_per_step=prompts, devices=devices) as opened:
         run, state = opened
-        if config.optim.compile_ahead:
+        if config.optim.compile_ahead and not run.stopping():
             rehearse(run, state.params, make_batches)
         for step in run.steps():
             sample_key, clip_key = jax.random.split(run.key(step))

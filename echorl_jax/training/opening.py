@@ -12,7 +12,7 @@ import jax
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import Objective
 from echorl_jax.data import PromptStream, Rows, load_rows, require_embedded_rows
-from echorl_jax.errors import RunStopped
+from echorl_jax.errors import RunStopped, writing
 from echorl_jax.parallel import is_first, smallest
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout.memory import device_bytes
@@ -56,6 +56,7 @@ def open_run(
         raise ConfigError(f"config.objective.name = {config.objective.name!r}: use `{command}`")
     with (
         open_workdir(workdir, config) as (directory, steps_before),
+        writing(directory),
         keep_compiled(directory, config.checkpoint.compiled),
     ):
         compiles = CompileCounter()
@@ -102,8 +103,10 @@ def open_run(
             _present(run, state)
             if rows.bad:
                 log.say(f"data.train: {len(rows.bad)} bad rows left out, the first: {rows.bad[0]}")
-            if restored is None and run.evaluator.due(0):
-                log.write({"step": 0, **run.evaluate(0, state.params)})
+            if restored is None:
+                run.evaluate_first(state.params)
+            else:
+                run.evaluate_again(first, state.params)
             yield run, state
 
 
@@ -173,11 +176,11 @@ def _with_slots(setup: Setup) -> Setup:
 
 @contextmanager
 def _file_errors(directory: Path, checkpoints: Checkpoints) -> Iterator[None]:
-    """Turns a file that cannot be written into one line; a checkpoint on its way is finished."""
+    """Reports a file that cannot be written in one line; the checkpoint in progress is finished."""
     try:
         yield
     except (RunStopped, OSError) as error:
-        with suppress(RunStopped):  # the first error is the one to tell
+        with suppress(RunStopped):  # the first error is the one to report
             checkpoints.close()
         if isinstance(error, RunStopped):
             raise

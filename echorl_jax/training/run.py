@@ -11,8 +11,10 @@ import numpy as np
 
 from echorl_jax.core import Objective
 from echorl_jax.data import PromptStream
-from echorl_jax.parallel import any_process
+from echorl_jax.errors import RunStopped
+from echorl_jax.parallel import any_process, from_first
 from echorl_jax.rewards import GraderPool
+from echorl_jax.rollout import Progress
 from echorl_jax.training.checkpoints import Checkpoints
 from echorl_jax.training.compiled import CompileCounter
 from echorl_jax.training.evaluator import Evaluator, attempt
@@ -70,6 +72,9 @@ class Run:
     def steps(self) -> Iterator[int]:
         """The steps that are left, counted from 1; those of ``log.profile_steps`` are traced."""
         config = self.setup.config
+        if self.stopping():
+            self.log.say("stopped by a signal before the first step of this process")
+            return
         for step in range(self.first_step + 1, config.steps + 1):
             if step in config.log.profile_steps:
                 directory = self.directory / "profile" / f"step_{step}"
@@ -85,6 +90,9 @@ class Run:
     def end_step(self, step: int, state: TrainState, metrics: dict[str, float]) -> bool:
         """Evaluates when due, writes the metrics, then saves: what is saved is always logged.
 
+        A request to stop ends the evaluation, so that the save comes first; the next process makes
+        up for it (:meth:`evaluate_again`).
+
         Returns:
           Whether to go on; False once a signal has asked to stop, with everything saved.
         """
@@ -98,7 +106,7 @@ class Run:
             "compile/count": self.compiles.count,
         }
         if self.evaluator.due(step):
-            metrics |= self.evaluate(step, state.params)
+            metrics |= self.evaluate(step, state.params) or {}
         self.log.write(metrics)
         self.checkpoints.raise_errors()
         if config.optim.compile_ahead and self.compiles.surprised():
@@ -106,7 +114,7 @@ class Run:
                 f"warning: step {step}: a program was compiled after the warm-up; compile/count "
                 "counts them (log.profile_steps shows which)"
             )
-        every, stop = config.checkpoint.every, any_process(self.stop.requested)
+        every, stop = config.checkpoint.every, self.stopping()
         if stop or step == config.steps or (every and step % every == 0):
             self.checkpoints.save(
                 step,
@@ -119,16 +127,46 @@ class Run:
             self.log.say(f"stopped after step {step}; the same command goes on from there")
         return not stop
 
-    def evaluate(self, step: int, params: PyTree) -> dict[str, float]:
-        """The scores; only ``eval/failed`` if the evaluation fails, and training goes on."""
+    def stopping(self) -> bool:
+        """Whether a signal has asked any process to stop; the same answer on all."""
+        return any_process(self.stop.requested)
+
+    def evaluate_first(self, params: PyTree) -> None:
+        """Evaluates a new run before its first step, if that is due and no signal ends it."""
+        if self.evaluator.due(0) and (scores := self.evaluate(0, params)):
+            self.log.write({"step": 0, **scores})
+
+    def evaluate_again(self, step: int, params: PyTree) -> None:
+        """Evaluates after a resume at a step whose evaluation a signal had ended."""
+        owed = self.evaluator.due(step) and from_first(int(self.log.lacks("eval/failed")))
+        if owed and (scores := self.evaluate(step, params)):
+            self.log.amend(scores)
+
+    def evaluate(self, step: int, params: PyTree) -> dict[str, float] | None:
+        """The scores; only ``eval/failed`` if the evaluation fails, and training goes on.
+
+        Returns:
+          The metrics; None if a signal has asked to stop, which ends the evaluation at once.
+        """
+        if self.stopping():
+            return None
+
+        def look(_: Progress) -> None:
+            self.faults.reach("evaluation", step)
+            if self.stopping():
+                raise RunStopped("a signal has ended the evaluation")
+
         grader = self.faults.grader(self.grader, step)
         evaluator = dataclasses.replace(self.evaluator, grader=grader)
         with self.compiles.expected():
             scores, failure = attempt(
-                lambda: evaluator.scores(params),
+                lambda: evaluator.scores(params, look),
                 name=f"evaluation {step}",
                 within_s=self.setup.config.mesh.start_timeout_s,
             )
+        if scores is None and self.stopping():
+            self.log.say("the evaluation is left to the next start")
+            return None
         if scores is None:
             self.log.say(f"warning: step {step}: the evaluation failed ({failure})")
             return {"eval/failed": 1.0}

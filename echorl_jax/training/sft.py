@@ -44,7 +44,7 @@ def train_supervised(
         config, workdir, prompts_per_step=rows, supervised=True, devices=devices
     ) as opened:
         run, state = opened
-        if config.optim.compile_ahead:
+        if config.optim.compile_ahead and not run.stopping():
             rehearse_updates(run, state.params, _widest(run), rows=rows)
         for step in run.steps():
             seconds: dict[str, float] = {}

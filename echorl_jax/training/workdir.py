@@ -16,6 +16,7 @@ import jax
 
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.config_file import RENAMED, flatten, to_dict
+from echorl_jax.errors import writing
 from echorl_jax.locks import sole_writer
 from echorl_jax.parallel import is_first, wait_for_all
 
@@ -48,7 +49,8 @@ def open_workdir(path: str | Path, config: Config) -> Iterator[tuple[Path, int]]
 
     Raises:
       UserError: it holds a run of another config (names the first key that differs), is written by
-        another run at the moment, cannot be written, or is another directory for each process.
+        another run at the moment, is no directory, or is another directory for each process.
+      RunStopped: it cannot be written, such as on a full disk.
     """
     workdir = Path(path)
     file, steps = workdir / "config.json", config.steps
@@ -66,17 +68,18 @@ def open_workdir(path: str | Path, config: Config) -> Iterator[tuple[Path, int]]
 def _claim(workdir: Path, file: Path, config: Config, held: ExitStack) -> int:
     steps = config.steps
     try:
-        held.enter_context(sole_writer(workdir))
-        if file.exists() and _has_begun(workdir):
-            before = json.loads(file.read_text())
-            _require_same(workdir, before, config)
-            steps = before["steps"]
-        _write_json(file, to_dict(config))
-        _write_json(workdir / "environment.json", environment())
+        with writing(workdir):
+            held.enter_context(sole_writer(workdir))
+            if file.exists() and _has_begun(workdir):
+                before = json.loads(file.read_text())
+                _require_same(workdir, before, config)
+                steps = before["steps"]
+            _write_json(file, to_dict(config))
+            _write_json(workdir / "environment.json", environment())
     except json.JSONDecodeError as error:
         raise ConfigError(f"{file}: not readable as JSON ({error})") from error
-    except OSError as error:
-        raise ConfigError(f"workdir {workdir}: {error.strerror or error}") from error
+    except (NotADirectoryError, FileExistsError) as error:
+        raise ConfigError(f"workdir {workdir}: {error.strerror}") from error
     return steps
 
 

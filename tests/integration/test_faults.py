@@ -144,6 +144,38 @@ def test_bad_graders_and_a_failing_evaluation_cost_themselves(tmp_path: Path) ->
         assert len(bad) < len(samples)
 
 
+def test_a_signal_ends_an_evaluation_which_is_made_up_for(tmp_path: Path) -> None:
+    sections = {"data": {"eval": "countdown:split=eval&count=8"}, "eval": {"every": 1}}
+    config = small_config(steps=2, **sections, debug={"inject": "term@evaluation:1"})
+    train(config, tmp_path / "run")
+    before = steady(tmp_path / "run")
+    assert [line["step"] for line in before] == [0, 1] and "eval/failed" not in before[1]
+    assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
+    train(config, tmp_path / "run")
+    train(small_config(steps=2, **sections), tmp_path / "whole")
+    require_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+def test_a_signal_before_the_first_step_is_heeded_at_once(tmp_path: Path) -> None:
+    """The evaluation of the start would take many minutes."""
+    config = small_config(
+        data={"eval": "countdown:split=eval&count=4096"},
+        eval={"every": 1, "rows": 4096, "samples": 64},
+        optim={"compile_ahead": True},
+    )
+    process, metrics = command(config, tmp_path / "run"), tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(10)
+    process.send_signal(signal.SIGTERM)
+    try:
+        assert process.wait(timeout=60) == 0
+    finally:
+        process.kill()
+    assert metrics.read_text() == ""
+
+
 @pytest.mark.slow
 def test_a_signal_from_the_switch(tmp_path: Path) -> None:
     config = small_config(steps=3, checkpoint={"every": 0}, debug={"inject": "term@2"})

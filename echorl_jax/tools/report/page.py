@@ -18,6 +18,7 @@ from typing import Any
 import jinja2
 
 from echorl_jax.config import Config
+from echorl_jax.errors import writing
 from echorl_jax.tools.report import curves, headline, studies
 from echorl_jax.tools.report.curves import Section
 from echorl_jax.tools.report.entropy_decay import collapse_section, law_section
@@ -152,10 +153,11 @@ def _render(
 
 def _replace(out: Path, page: str) -> Path:
     """Writes a file so that nobody ever reads half of it."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = out.with_name(out.name + ".part")
-    unfinished.write_text(page, encoding="utf-8")
-    os.replace(unfinished, out)
+    with writing(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = out.with_name(out.name + ".part")
+        unfinished.write_text(page, encoding="utf-8")
+        os.replace(unfinished, out)
     return out
 
 
