@@ -8,8 +8,8 @@ import pytest
 
 from echorl_jax.models import init_params
 from echorl_jax.parallel import make_mesh
-from echorl_jax.rollout import generate, lanes
-from tests.rollout.conftest import EOS, PROMPTS, check_equal, completions
+from echorl_jax.rollout import generate, lanes, score_rollouts
+from tests.rollout.conftest import EOS, PROMPTS, check_equal, completions, decoder
 
 SETTINGS = {"group_size": 6, "max_new_tokens": 20, "eos_ids": EOS}
 KEY = jax.random.key(1)
@@ -61,3 +61,12 @@ def test_same_samples_on_any_mesh(model, base, shape, slots, monkeypatch):
     # Activations of a device's rows, block sums and one number per slot travel; logits [rows, V]
     # and caches do not.
     assert max((size for _, size in sizes), default=0) <= max(rows * 32, 24)
+
+
+def test_an_untied_bf16_head_on_a_mesh():
+    """Split over the vocabulary; sampler and trainer agree."""
+    model, mesh = decoder("bfloat16", tied_embeddings=False), make_mesh(2, 2, 2)
+    params = init_params(model, jax.random.key(0), mesh)
+    rollouts = generate(model, params, PROMPTS, KEY, **SETTINGS, mesh=mesh)
+    logprobs, _ = score_rollouts(model, jax.device_get(params), jax.device_get(rollouts))
+    assert abs(logprobs - jax.device_get(rollouts.rollout_logprobs)).max() < 0.3
