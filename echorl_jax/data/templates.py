@@ -1,9 +1,14 @@
-"""How a row's messages become the text that a model goes on from."""
+"""Renders a row's messages as the text of a prompt."""
 
+import functools
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from echorl_jax.data.errors import DataError
+from echorl_jax.errors import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,6 +41,39 @@ UFT_END = (
 )
 
 
+_NO_MEMORY = 3
+_TRIAL_MESSAGES = [
+    [{"role": "user", "content": "1 + 1 = ?"}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1 + 1 = ?"}],
+]
+# The environment is that of transformers. Errors of a template are left to the real rendering.
+_TRIAL = f"""
+import json, re, resource, sys
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+resource.setrlimit(resource.RLIMIT_AS, (2**30, 2**30))
+resource.setrlimit(resource.RLIMIT_CPU, (2, 2))
+template, special_tokens, conversations = json.load(sys.stdin)
+environment = ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+)
+environment.globals.update(raise_exception=int, strftime_now=str)
+template = re.sub(r"{{%-?\\s*(end)?generation\\s*-?%}}", "", template)
+for messages in conversations:
+    try:
+        text = environment.from_string(template).render(
+            messages=messages, tools=None, documents=None, add_generation_prompt=True,
+            **special_tokens,
+        )
+        if len(text) > 10**6:
+            raise MemoryError
+    except MemoryError:
+        sys.exit({_NO_MEMORY})
+    except Exception:
+        pass
+"""
+
+
 def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Messages, template: str) -> str:
     """The prompt's text under a template of :data:`TEMPLATES`.
 
@@ -56,16 +94,40 @@ def starts_itself(template: str) -> bool:
 def _chat(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
     if not tokenizer.chat_template:
         raise DataError("the tokenizer has no chat template; take another template, say plain")
-    from jinja2 import TemplateError
-
     try:
+        _try_out(
+            tokenizer.get_chat_template(), json.dumps(tokenizer.special_tokens_map, default=str)
+        )
         text = tokenizer.apply_chat_template(
             list(messages), tokenize=False, add_generation_prompt=True
         )
-    except TemplateError as error:
-        raise DataError(f"the tokenizer's chat template refuses a prompt: {error}") from error
+    except DataError:
+        raise
+    # A template is a program of the model directory, which may raise anything.
+    except Exception as error:
+        raise DataError(
+            f"the tokenizer's chat template refuses a prompt: {one_line(error)}"
+        ) from error
     assert isinstance(text, str)
     return text
+
+
+@functools.cache
+def _try_out(template: str, special_tokens: str) -> None:
+    """Renders short conversations in a process with limits, once for each template: a loop or a
+    large product would otherwise take this process with it.
+    """
+    trial = subprocess.run(
+        [sys.executable, "-c", _TRIAL],
+        input=json.dumps([template, json.loads(special_tokens), _TRIAL_MESSAGES]),
+        text=True,
+        capture_output=True,
+    )
+    if trial.returncode == _NO_MEMORY or trial.returncode < 0:
+        raise DataError(
+            "the tokenizer's chat template takes more than 2 seconds, 1 GiB or a million "
+            "characters for a short prompt"
+        )
 
 
 def _luffy(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:

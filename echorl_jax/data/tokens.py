@@ -1,5 +1,6 @@
 """From rows to token ids."""
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,10 +10,12 @@ import numpy as np
 
 from echorl_jax.data.errors import DataError
 from echorl_jax.data.templates import render_prompt, starts_itself
+from echorl_jax.errors import one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MOST_LAYERS = 4096
 BUILTIN = {"builtin:countdown": Path(__file__).parent.parent / "assets" / "countdown"}
 
 
@@ -45,20 +48,33 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
             f"{path} is the workdir of a run, not a model: take {path}/export, or what "
             f"`echorl convert --model={path} --out=DIR` makes of a checkpoint"
         )
+    _require_layers(Path(source) / "config.json")
     try:
         # Otherwise transformers asks on standard input whether to run the directory's code.
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{path}: no tokenizer: {_first_line(error)}") from error
-    if not len(tokenizer):
+        # Some files load and then fail on the first text.
+        usable = len(tokenizer) > 0 and tokenizer.encode("1 + 1 = 2\n") is not None
+    # The libraries raise bare exceptions for files of other versions.
+    except Exception as error:
+        raise DataError(f"{path}: no tokenizer: {one_line(error)}") from error
+    if not usable:
         raise DataError(f"{path}: the tokenizer has no vocabulary; is tokenizer.json there?")
     if tokenizer.eos_token_id is None:
         raise DataError(f"{path}: the tokenizer has no end-of-text token")
     return tokenizer
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _require_layers(file: Path) -> None:
+    """Refuses a layer count that no model has: transformers, which reads the configuration to find
+    the tokenizer's class, makes a list of that length.
+    """
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return  # No such file, or one that transformers refuses at once.
+    layers = config.get("num_hidden_layers") if isinstance(config, dict) else None
+    if isinstance(layers, int | float) and layers > MOST_LAYERS:
+        raise DataError(f"{file}: num_hidden_layers={layers} is more than {MOST_LAYERS}")
 
 
 def encode_prompt(

@@ -1,5 +1,7 @@
 """Named prompt templates, against the prompts in the public files."""
 
+import resource
+import time
 from pathlib import Path
 
 import pytest
@@ -57,14 +59,48 @@ def test_ufts_prompts_are_those_of_its_files(tokenizer):
     assert render_prompt(tokenizer, row["prompt"], "uft") == message["content"]
 
 
-def test_a_chat_template_that_refuses_is_one_clear_line(tokenizer):
-    original = tokenizer.chat_template
-    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
-    try:
-        with pytest.raises(DataError, match="refuses a prompt: no system role"):
-            render_prompt(tokenizer, QUESTION, "chat")
-    finally:
-        tokenizer.chat_template = original
+@pytest.mark.parametrize(
+    "template,message",
+    [
+        ("{{ raise_exception('no\nsystem role') }}", "TemplateError: no system role"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError: division by zero"),
+        ("{{ messages[9].content }}", "UndefinedError: "),
+        ("{% for", "TemplateSyntaxError: "),
+        ("{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}", "RecursionError: "),
+        ({"tools": "{{ messages }}"}, "no default"),
+    ],
+)
+def test_a_chat_template_that_fails_is_one_line(template, message):
+    tokenizer = load_tokenizer("builtin:countdown")
+    tokenizer.chat_template = template
+    with pytest.raises(DataError, match=f"chat template refuses a prompt: .*{message}") as error:
+        render_prompt(tokenizer, QUESTION, "chat")
+    assert "\n" not in str(error.value)
+
+
+LOOP = "{% for i in range(9**5) %}{% for j in range(9**5) %}{% endfor %}{% endfor %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        LOOP,
+        "{% if messages[0].role == 'system' %}" + LOOP + "{% endif %}",
+        "{{ 'a' * 10**11 }}",
+        "{% generation %}{{ messages[0].content * 10**10 }}{% endgeneration %}",
+        "{% set n = namespace(x='ab') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}"
+        "{% endfor %}",
+        "{{ 'a' * 10**7 }}",
+    ],
+)
+def test_a_chat_template_without_end_or_measure_is_refused_within_limits(template):
+    tokenizer = load_tokenizer("builtin:countdown")
+    tokenizer.chat_template = template
+    start, memory = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(DataError, match="takes more than 2 seconds, 1 GiB or a million characters"):
+        render_prompt(tokenizer, QUESTION, "chat")
+    assert time.monotonic() - start < 20
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200_000  # KiB
 
 
 def test_an_unknown_template_names_the_known(tokenizer):

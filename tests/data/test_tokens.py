@@ -1,12 +1,13 @@
 """The tiny tokenizer, prompts as ids, and delimiters."""
 
 import json
+import tempfile
 import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import echorl_jax
@@ -63,6 +64,74 @@ def test_a_tokenizer_of_another_model_is_refused(tokenizer):
     grown.eos_token = "<|later|>"
     with pytest.raises(DataError, match="later"):
         require_vocabulary(grown, vocab_size)
+
+
+def _places(value, path=()):
+    """Every place of a JSON value, long lists and tables only at their start."""
+    yield path
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, inner in list(items)[:30]:
+        if isinstance(inner, dict | list):
+            yield from _places(inner, (*path, key))
+        else:
+            yield (*path, key)
+
+
+def _replaced(value, path, new):
+    """``value`` with another value at a place; no value deletes the key."""
+    if not path:
+        return new
+    copy = dict(value) if isinstance(value, dict) else list(value)
+    if len(path) == 1 and new == "delete":
+        del copy[path[0]]
+    else:
+        copy[path[0]] = _replaced(copy[path[0]], path[1:], new)
+    return copy
+
+
+FILES = {
+    name: json.loads((ASSETS / name).read_text())
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json")
+}
+PLACES = {name: list(_places(content)) for name, content in FILES.items()}
+OTHER = [None, True, -1, 10**12, 2.5, "", "x", [], {}, ["a"], {"a": 1}, "delete"]
+
+
+def test_an_absurd_layer_count_is_one_line_and_costs_no_memory(tmp_path):
+    for file, content in FILES.items():
+        (tmp_path / file).write_text(json.dumps(content))
+    config = FILES["config.json"] | {"num_hidden_layers": 10**12}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="config.json: num_hidden_layers=1000000000000 is more"):
+        load_tokenizer(str(tmp_path))
+
+
+# Without shrinking: each example loads a tokenizer.
+@settings(max_examples=60, deadline=None, phases=[Phase.generate], derandomize=True)
+@given(st.data())
+def test_a_tokenizer_of_another_version_gives_ids_or_one_line(data):
+    name = data.draw(st.sampled_from(sorted(FILES)))
+    path = data.draw(st.sampled_from(PLACES[name]))
+    changed = _replaced(FILES[name], path, data.draw(st.sampled_from(OTHER)))
+    with tempfile.TemporaryDirectory() as directory:
+        for file, content in (FILES | {name: changed}).items():
+            (Path(directory) / file).write_text(json.dumps(content))
+        try:
+            tokenizer = load_tokenizer(directory)
+            encode_prompt(tokenizer, {"prompt": [{"role": "user", "content": "1, 2?\n"}]})
+        except DataError as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[1]", '{"model": {"type": "Unknown"}}', "[" * 100_000, '{"version": "9.0"}']
+)
+def test_a_tokenizer_file_that_is_none_is_one_line(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
+    (tmp_path / "config.json").write_text(json.dumps(FILES["config.json"]))
+    with pytest.raises(DataError, match="no tokenizer: ") as error:
+        load_tokenizer(str(tmp_path))
+    assert "\n" not in str(error.value)
 
 
 @settings(max_examples=200, deadline=None)
