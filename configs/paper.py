@@ -17,7 +17,8 @@ from echorl_jax.config_file import default_config
 # [paper] Its text backbones. Qwen2.5-Math was trained with a context of 4,096 tokens, less than a
 # prompt and a completion may take here. LUFFY, on whose scripts the authors build, therefore starts
 # from a copy with rope_theta 40000 and max_position_embeddings 16384 in its config.json
-# (Elliott/Qwen2.5-Math-7B-16k-think); for the paper's numbers edit your copy likewise.
+# (Elliott/Qwen2.5-Math-7B-16k-think); for the paper's numbers edit your copy likewise, rope_theta
+# also inside rope_parameters if the file has that field.
 MODELS = {
     "qwen2.5-math-1.5b": "Qwen/Qwen2.5-Math-1.5B",
     "qwen2.5-math-7b": "Qwen/Qwen2.5-Math-7B",
