@@ -20,6 +20,9 @@ from echorl_jax.choices import (
 )
 from echorl_jax.errors import UserError
 
+# Devices count in 32 bits: larger whole numbers would fail or wrap there.
+LARGEST = 2**31 - 1
+
 
 class ConfigError(UserError):
     """A wrong option: names the key and what is allowed."""
@@ -318,17 +321,21 @@ def _rules(c: Config) -> list[tuple[str, bool, str]]:
     at_least_zero += ["seed", "data.grader_workers", "echo.coef", "echo.start_step"]
     at_least_zero += ["checkpoint.keep_best", "checkpoint.keep_every"]
     at_least_zero += ["debug.dump_step", "debug.max_dumps", "objective.hint_steps"]
-    above_zero = ["optim.learning_rate", "optim.max_grad_norm", "rollout.temperature"]
+    above_zero = ["optim.learning_rate", "optim.max_grad_norm"]
     above_zero += ["data.grader_timeout_s", "mesh.start_timeout_s"]
     axes = {"data": c.mesh.data, "fsdp": c.mesh.fsdp, "tensor": c.mesh.tensor}
     return [
         *((key, _value(c, key) >= 1, "at least 1") for key in positive),
         *((key, _value(c, key) >= 0, "at least 0") for key in at_least_zero),
         *((key, _value(c, key) > 0, "above 0") for key in above_zero),
+        ("rollout.temperature", c.rollout.temperature >= 1e-30, "at least 1e-30"),
+        ("eval.temperature", not 0 < c.eval.temperature < 1e-30, "0 or at least 1e-30"),
+        ("log.profile_steps", min(c.log.profile_steps, default=1) >= 1, "steps from 1 on"),
         ("rollout.top_p", 0 < c.rollout.top_p <= 1, "in (0, 1]"),
         (
             "objective.mini_batches",
-            c.rollout.prompts_per_step % c.objective.mini_batches == 0,
+            c.objective.mini_batches > 0
+            and c.rollout.prompts_per_step % c.objective.mini_batches == 0,
             "a divisor of rollout.prompts_per_step",
         ),
         (
@@ -377,7 +384,8 @@ def _rules(c: Config) -> list[tuple[str, bool, str]]:
         ),
         (
             "checkpoint.resume",
-            c.checkpoint.resume in ("auto", "none") or c.checkpoint.resume.isdecimal(),
+            c.checkpoint.resume in ("auto", "none")
+            or (c.checkpoint.resume.isdecimal() and len(c.checkpoint.resume) < 11),
             "auto, none, or the step of a checkpoint",
         ),
         (

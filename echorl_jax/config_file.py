@@ -4,6 +4,7 @@ import dataclasses
 import importlib.util
 import inspect
 import json
+import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any, Literal
 
 import ml_collections
 
-from echorl_jax.config import Config, ConfigError, validate
+from echorl_jax.config import LARGEST, Config, ConfigError, validate
 from echorl_jax.errors import nearest
 
 # Keys of configs that were saved before these had their present names.
@@ -99,7 +100,7 @@ class _Typed:
 def _run_file(spec: str) -> dict[str, Any]:
     path, colon, argument = spec.partition(".py:")
     file = Path(path + ".py" if colon else path)
-    if not file.is_file():
+    if not _is_file(file):
         near = _hint(file.name, [p.name for p in file.parent.glob("*.py")])
         raise ConfigError(f"config file {file} does not exist{near}")
     module_spec = importlib.util.spec_from_file_location(f"echorl_config_{file.stem}", file)
@@ -114,7 +115,17 @@ def _run_file(spec: str) -> dict[str, Any]:
     except Exception as error:  # the file is the user's program: anything can go wrong in it
         reason = " ".join(str(error).split())
         raise ConfigError(f"config file {file}: {type(error).__name__}: {reason}") from error
+    if not isinstance(config, ml_collections.ConfigDict):
+        raise ConfigError(f"config file {file}: get_config returned {type(config).__name__}")
     return config.to_dict()
+
+
+def _is_file(path: Path) -> bool:
+    """False for a path that no file can have too, such as one that is too long."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _set(values: dict[str, Any], key: str, value: _Typed) -> None:
@@ -157,21 +168,28 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
         value = _parse(value.text, kind)
     if origin is Literal and value in args:
         return value
-    if origin is tuple and isinstance(value, list | tuple) and all(type(v) is int for v in value):
+    if origin is tuple and isinstance(value, list | tuple) and all(map(_is_whole, value)):
         return tuple(value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if isinstance(kind, type) and type(value) is kind:
+    if kind is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if abs(value) <= sys.float_info.max:
+            return float(value)
+    if kind is int and _is_whole(value):
+        return value
+    if kind in (bool, str) and type(value) is kind:
         return value
     near = _hint(str(original), [str(a) for a in args]) if origin is Literal else ""
     raise ConfigError(f"config.{key} = {original!r}: must be {_name(kind)}{near}")
 
 
+def _is_whole(value: Any) -> bool:
+    return type(value) is int and -LARGEST <= value <= LARGEST
+
+
 def _parse(text: str, kind: Any) -> Any:
     """The text as ``kind``; unchanged where it is none, and the caller's type check reports it."""
     if typing.get_origin(kind) is tuple:
-        parts = [part for part in text.strip("()[] ").replace(" ", "").split(",") if part]
-        return [int(p) for p in parts] if all(p.lstrip("-").isdigit() for p in parts) else text
+        parts = [_parse(part, int) for part in text.strip("()[] ").split(",") if part.strip()]
+        return text if any(isinstance(part, str) for part in parts) else parts
     if kind is bool:
         return {"true": True, "false": False, "1": True, "0": False}.get(text.lower(), text)
     if kind in (int, float):
@@ -186,8 +204,9 @@ def _name(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return " | ".join(repr(a) for a in typing.get_args(kind))
     if typing.get_origin(kind) is tuple:
-        return "whole numbers separated by commas"
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
+        return f"whole numbers separated by commas, of at most {LARGEST}"
+    whole, number = f"a whole number of at most {LARGEST}", "a number, and finite"
+    return {bool: "true or false", int: whole, float: number, str: "text"}[kind]
 
 
 def _suggest(prefix: str, name: str) -> str:

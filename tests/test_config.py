@@ -1,10 +1,14 @@
 """Options: strict types, helpful errors, and no key that nobody reads."""
 
 import ast
+import contextlib
 import dataclasses
 from pathlib import Path
 
+import jax
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.config_file import (
@@ -75,6 +79,18 @@ def test_overrides_take_the_type_of_their_key() -> None:
         ("objective.hint_steps", "-3", "at least 0"),
         ("mesh.data", "-1", "when another axis is -1"),
         ("data.eval", "", "0 without data.eval"),
+        ("seed", str(2**63), "a whole number of at most 2147483647"),
+        ("steps", "9" * 5000, "a whole number of at most"),
+        ("rollout.temperature", "inf", "a number, and finite"),
+        ("rollout.temperature", "1e-40", "at least 1e-30"),
+        ("eval.temperature", "nan", "a number, and finite"),
+        ("optim.learning_rate", "1e999", "a number, and finite"),
+        ("objective.tis_cap", "infinity", "a number, and finite"),
+        ("log.profile_steps", "--5", "whole numbers separated by commas"),
+        ("log.profile_steps", "3,-5", "steps from 1 on"),
+        ("log.profile_steps", "\u00b2", "whole numbers separated by commas"),
+        ("echo.delimiter_ids", f"1,{2**40}", "of at most 2147483647"),
+        ("checkpoint.resume", "9" * 30, "the step of a checkpoint"),
     ],
 )
 def test_a_wrong_option_is_named(key: str, text: str, expected: str) -> None:
@@ -91,6 +107,9 @@ def test_a_wrong_option_is_named(key: str, text: str, expected: str) -> None:
         ("config.echo.coef = None", "coef"),
         ("import nothing_like_this", "nothing_like_this"),
         ("1 / 0", "ZeroDivisionError"),
+        ("return {'steps': 3}", "get_config returned dict"),
+        ("return None", "get_config returned NoneType"),
+        ("config.echo.coef = float('nan')", "a number, and finite"),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> None:
@@ -107,6 +126,36 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> Non
 def test_a_missing_file_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean countdown.py"):
         load_config(str(ROOT / "configs" / "countdwn.py"))
+
+
+KEYS = [key for key, _, _ in describe_options()] + ["echo", "", ".", "steps.x", "data..train"]
+numbers = st.integers() | st.floats()
+values = st.recursive(
+    st.none() | st.booleans() | numbers | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=4,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.dictionaries(st.sampled_from(KEYS), numbers.map(str) | st.text(max_size=12), max_size=3))
+def test_any_override_is_read_or_named(overrides: dict[str, str]) -> None:
+    with contextlib.suppress(ConfigError):
+        config = load_config(COUNTDOWN, overrides)
+        assert from_dict(to_dict(config)) == config
+        jax.random.key(config.seed)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(KEYS), values, st.text(max_size=300))
+def test_any_saved_config_and_any_file_name_is_read_or_named(
+    key: str, value: object, name: str
+) -> None:
+    *section, last = key.split(".")
+    with contextlib.suppress(ConfigError):
+        from_dict({section[0]: {last: value}} if section else {last: value})
+    with contextlib.suppress(ConfigError):
+        load_config(name)
 
 
 def test_every_option_has_a_meaning() -> None:

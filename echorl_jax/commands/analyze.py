@@ -25,9 +25,10 @@ examples:
 
 import argparse
 import dataclasses
-import re
 from pathlib import Path
 from typing import Any
+
+from echorl_jax.commands import number, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", help="Hugging Face directory, repository id or builtin:countdown")
     add("--data", metavar="FILE[,FILE]", help="rows, as config.data.train")
     add("--rollouts", type=Path, metavar="FILE", help="JSONL: a run's samples or generations.jsonl")
-    add("--limit", type=int, default=0, help="only the first rows (default: all)")
+    add("--limit", type=whole(), default=0, help="only the first rows (default: all)")
     add(
         "--solutions",
         choices=["policy", "expert"],
@@ -54,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="whose solutions lose steps (default: the policy's own right answers)",
     )
     add("--deletions", type=_numbers, default=(0, 1, 2), metavar="K,K", help="default 0,1,2")
-    add("--samples", type=int, default=4, help="attempts at finding a solution (default 4)")
-    add("--temperature", type=float, default=1.0, help="of sampling and entropies (default 1)")
-    add("--max_new_tokens", type=int, default=1024, help="longest trajectory (default 1024)")
-    add("--max_prompt_tokens", type=int, default=2048, help="longer prompts are left out")
+    add("--samples", type=whole(1), default=4, help="attempts at finding a solution (default 4)")
+    add("--temperature", type=number, default=1.0, help="of sampling and entropies (default 1)")
+    add("--max_new_tokens", type=whole(1), default=1024, help="longest trajectory (default 1024)")
+    add("--max_prompt_tokens", type=whole(1), default=2048, help="longer prompts are left out")
     add(
         "--delimiter_ids",
         type=_numbers,
@@ -69,9 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--template", default="chat", help="how a row becomes text, as config.data.template")
     add("--grader", default="auto", help="auto, math, choice, countdown or module:function")
     add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="compute type")
-    add("--batch", type=int, default=64, help="rows computed together (default 64)")
-    add("--workers", type=int, default=2, help="grading processes")
-    add("--seed", type=int, default=0, help="of sampling and random deletion")
+    add("--batch", type=whole(1), default=64, help="rows computed together (default 64)")
+    add("--workers", type=whole(), default=2, help="grading processes")
+    add("--seed", type=whole(), default=0, help="of sampling and random deletion")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -89,6 +90,4 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _numbers(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"\d+(,\d+)*", text):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers, as in 0,1,2")
-    return tuple(int(part) for part in text.split(","))
+    return tuple(map(whole(), text.split(",")))

@@ -11,12 +11,14 @@ examples:
 
 import argparse
 
+from echorl_jax.commands import whole
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options; any config key may be set with ``--config.KEY=VALUE``."""
     parser.add_argument("--config", required=True, metavar="FILE", help="a file under configs/")
-    parser.add_argument("--rows", type=int, default=256, help="rows to look at in each set")
-    parser.add_argument("--show", type=int, default=0, metavar="N", help="print N prompts")
+    parser.add_argument("--rows", type=whole(), default=256, help="rows to look at in each set")
+    parser.add_argument("--show", type=whole(), default=0, metavar="N", help="print N prompts")
     parser.set_defaults(overrides={})
 
 

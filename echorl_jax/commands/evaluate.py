@@ -21,6 +21,7 @@ import dataclasses
 from pathlib import Path
 
 from echorl_jax.cluster import Limits
+from echorl_jax.commands import number, whole
 from echorl_jax.commands.processes import take_place
 from echorl_jax.config import MeshConfig
 
@@ -34,20 +35,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--preset", default="", help="settings by name: paper")
     add("--grader", help="auto (default), math, choice, countdown or module:function")
     add("--samples", metavar="K|PATTERN=K,...", help="attempts per row (default 1)")
-    add("--temperature", type=float, help="default: greedy for one sample, else 0.6")
+    add("--temperature", type=number, help="default: greedy for one sample, else 0.6")
     add("--greedy", action="store_true", default=None, help="one greedy attempt per row as well")
-    add("--top_p", type=float, help="default 1.0, the whole distribution")
-    add("--max_new_tokens", type=int, help="longest completion (default 1024)")
-    add("--max_prompt_tokens", type=int, help="longer prompts are left out (default 2048)")
-    add("--limit", type=int, help="only the first rows")
+    add("--top_p", type=number, help="default 1.0, the whole distribution")
+    add("--max_new_tokens", type=whole(1), help="longest completion (default 1024)")
+    add("--max_prompt_tokens", type=whole(1), help="longer prompts are left out (default 2048)")
+    add("--limit", type=whole(), help="only the first rows")
     add("--template", help="chat (default), plain, luffy, qwen-math, boxed or uft")
     add("--dtype", choices=["bfloat16", "float32"], help="weights and compute (default bfloat16)")
-    add("--seed", type=int, help="of the sampling (default 0)")
-    add("--batch", type=int, help="completions in one call of the sampler (default 256)")
-    add("--slots", type=int, help="completions decoded at once; 0 (default) fits memory")
-    add("--workers", type=int, help="grading processes (default 2)")
-    add("--devices", type=int, help="how many to use; 0 (default) is all")
-    add("--tensor", type=int, help="devices that share one copy of the weights (default 1)")
+    add("--seed", type=whole(), help="of the sampling (default 0)")
+    add("--batch", type=whole(1), help="completions in one call of the sampler (default 256)")
+    add("--slots", type=whole(), help="completions decoded at once; 0 (default) fits memory")
+    add("--workers", type=whole(), help="grading processes (default 2)")
+    add("--devices", type=whole(), help="how many to use; 0 (default) is all")
+    add("--tensor", type=whole(1), help="devices that share one copy of the weights (default 1)")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -13,6 +13,8 @@ examples:
 import argparse
 from pathlib import Path
 
+from echorl_jax.commands import number, whole
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
@@ -22,8 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     graders = "auto, math, choice, countdown or package.module:function"
     parser.add_argument("--grader", default="auto", help=graders)
     parser.add_argument("--verdict_key", help="true or false from another judge, to compare with")
-    parser.add_argument("--workers", type=int, default=2, help="grading processes")
-    parser.add_argument("--timeout_s", type=float, default=10.0, help="limit for one verdict")
+    parser.add_argument("--workers", type=whole(), default=2, help="grading processes")
+    parser.add_argument("--timeout_s", type=number, default=10.0, help="limit for one verdict")
     parser.add_argument("--out", type=Path, metavar="OUT.jsonl", help="default: standard output")
 
 

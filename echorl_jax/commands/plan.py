@@ -18,6 +18,8 @@ import os
 import sys
 import time
 
+from echorl_jax.commands import number, whole
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options; any config key may be set with ``--config.KEY=VALUE``."""
@@ -29,12 +31,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--estimate", action="store_true", help="by formula, in seconds: compile nothing"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--tries", type=int, default=4, help="other settings to compile, at most")
     parser.add_argument(
-        "--prompt_tokens", type=float, default=0, help="mean prompt, for the times; else the bound"
+        "--tries", type=whole(), default=4, help="other settings to compile, at most"
     )
     parser.add_argument(
-        "--completion_tokens", type=float, default=0, help="mean completion, likewise"
+        "--prompt_tokens", type=number, default=0, help="mean prompt, for the times; else the bound"
+    )
+    parser.add_argument(
+        "--completion_tokens", type=number, default=0, help="mean completion, likewise"
     )
     parser.set_defaults(overrides={})
 

@@ -19,7 +19,7 @@ from echorl_jax.core import (
     step_ids,
 )
 from echorl_jax.rollout import join_rows
-from echorl_jax.types import Array, EchoClips, Graded, Rollouts, TrainBatch, pytree
+from echorl_jax.types import Array, EchoClips, Graded, HostArray, Rollouts, TrainBatch, pytree
 
 
 @pytree
@@ -70,7 +70,7 @@ def assemble(
       in_policy: bool ``[N]``, rows of the policy loss.
       in_echo: bool ``[N]``, rows that may give clips.
       is_delimiter: bool ``[V]``, tokens that end a reasoning step.
-      key: for random choices of clips or tokens.
+      key: for random choices of clips.
       objective: static.
       echo: static; ``enabled`` off mines nothing.
       max_tokens: the constant length of ``seq-mean-token-sum-norm``.
@@ -112,12 +112,39 @@ def assemble(
     )
     if objective.entropy_coef:
         batch = dataclasses.replace(batch, entropy_scale=mean_scale(weights))
-    if objective.select_tokens is not None:
-        selected = objective.select_tokens(
-            batch.old_logprobs, batch.old_logprobs, advantages, loss_mask, key, objective
-        )
-        batch = dataclasses.replace(batch, selected=selected)
     return Assembled(batch, clips, steps, mean_entropy)
+
+
+def select_tokens(
+    batch: TrainBatch, logprobs: HostArray, key: Array, *, objective: Objective
+) -> TrainBatch:
+    """Fills ``batch.selected`` (NumPy) where the objective selects tokens.
+
+    Args:
+      batch: all rows of an update, before it is cut into micro-batches.
+      logprobs: f32 ``[N, T]``, of the policy that the update starts from.
+      key: for random choices, different from those of the clips.
+      objective: static.
+    """
+    if objective.select_tokens is None:
+        return batch
+    old = batch.old_logprobs, batch.advantages, batch.loss_mask
+    selected = _selected(logprobs, *old, key, objective=objective)
+    return dataclasses.replace(batch, selected=np.asarray(selected))
+
+
+@functools.partial(jax.jit, static_argnames=("objective",))
+def _selected(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    loss_mask: Array,
+    key: Array,
+    *,
+    objective: Objective,
+) -> Array:
+    assert objective.select_tokens is not None
+    return objective.select_tokens(logprobs, old_logprobs, advantages, loss_mask, key, objective)
 
 
 def join_assembled(parts: Sequence[Assembled]) -> Assembled:

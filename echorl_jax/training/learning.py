@@ -6,8 +6,9 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from echorl_jax.core import active_coef
+from echorl_jax.core import Objective, active_coef
 from echorl_jax.parallel import place_whole
+from echorl_jax.training.batch import select_tokens
 from echorl_jax.training.dumps import begin_dump, finish_dump, room_for_dump
 from echorl_jax.training.micro_batches import micro_batches, trainable_rows
 from echorl_jax.training.optimizer import TrainState
@@ -19,7 +20,7 @@ from echorl_jax.training.step import (
     require_healthy,
     score_batch,
 )
-from echorl_jax.types import PyTree, TrainBatch
+from echorl_jax.types import Array, PyTree, TrainBatch
 
 # Largest accepted gap between sampler and trainer log-probabilities (nats), by the narrowest type
 # in use, computation's or cache's. Measured largest gaps: docs/performance.md.
@@ -42,11 +43,18 @@ def improve(
     window = {"start_step": config.echo.start_step, "end_step": config.echo.end_step}
     coef = float(active_coef(step - 1, config.echo.coef, **window)) * config.echo.enabled
     batches = [run.faults.spoil(batches[0], step), *batches[1:]]
-    ready = [_ready(run, state.params, batch, echo_active=coef != 0) for batch in batches]
-    updates = config.objective.epochs * len(ready)
+    scored = [_scored(run, state.params, batch, echo_active=coef != 0) for batch in batches]
+    updates = config.objective.epochs * len(scored)
+    # Different from the keys of samples and clips, into which a step's key is split.
+    key = jax.random.fold_in(run.key(step), 2)
     done: list[UpdateStats] = []
+    used: list[np.ndarray] = []
     for epoch in range(config.objective.epochs):
-        for number, (batch, rows) in enumerate(ready):
+        for number, batch in enumerate(scored):
+            batch = _selected(run, state.params, batch, key, number=len(done))
+            batch, rows = trainable_rows(batch, every_row=_needs_every_row(run.objective))
+            if epoch == 0:
+                used.append(np.where(rows, batch.length, 0))
             state, stats = _apply(run, state, batch, rows, coef, step=step, number=len(done))
             done.append(stats)
             first = epoch == 0 and number == 0
@@ -54,7 +62,6 @@ def improve(
     run.faults.reach("update", step)
     done_steps = place_whole(np.int32(step), run.setup.mesh)
     state = dataclasses.replace(state, step=done_steps)
-    used = [np.where(rows, batch.length, 0) for batch, rows in ready]
     return state, done, np.concatenate(used)
 
 
@@ -87,33 +94,54 @@ def _apply(
     return state, done
 
 
-def _ready(
-    run: Run, params: PyTree, batch: TrainBatch, *, echo_active: bool
-) -> tuple[TrainBatch, np.ndarray]:
-    """Leaves out rows without a gradient and fills in what other forward passes compute."""
-    objective = run.objective
-    if not echo_active:
-        batch = dataclasses.replace(batch, echo_weights=np.zeros_like(batch.echo_weights))
-    every_row = (
+def _needs_every_row(objective: Objective) -> bool:
+    """Whether rows with zero advantage have a gradient too."""
+    return (
         objective.kl_coef != 0
         or objective.entropy_coef != 0
         or not objective.zero_without_advantage
     )
-    batch, rows = trainable_rows(batch, every_row=every_row)
 
-    def score(weights: PyTree) -> np.ndarray:
-        return score_batch(
-            run.setup,
-            weights,
-            micro_batches(batch, rows, run.setup.bounds),
-            shape=batch.loss_mask.shape,
-        )
 
+def _scored(run: Run, params: PyTree, batch: TrainBatch, *, echo_active: bool) -> TrainBatch:
+    """The batch with what forward passes before the first update compute."""
+    if not echo_active:
+        batch = dataclasses.replace(batch, echo_weights=np.zeros_like(batch.echo_weights))
+    scored = batch
     if run.setup.scores_old_policy:
-        batch = dataclasses.replace(batch, old_logprobs=score(params))
+        scored = dataclasses.replace(scored, old_logprobs=_score(run, params, batch))
     if run.reference is not None:
-        batch = dataclasses.replace(batch, ref_logprobs=score(run.reference))
-    return batch, rows
+        scored = dataclasses.replace(scored, ref_logprobs=_score(run, run.reference, batch))
+    return scored
+
+
+def _score(run: Run, params: PyTree, batch: TrainBatch) -> np.ndarray:
+    """Log-probabilities ``[N, T]`` f32 of the rows that need them, zeros elsewhere.
+
+    A selection of tokens compares all rows, so it needs those with zero advantage too.
+    """
+    every_row = _needs_every_row(run.objective) or run.objective.select_tokens is not None
+    batch, rows = trainable_rows(batch, every_row=every_row)
+    pieces = micro_batches(batch, rows, run.setup.bounds)
+    return score_batch(run.setup, params, pieces, shape=batch.loss_mask.shape)
+
+
+def _selected(
+    run: Run, params: PyTree, batch: TrainBatch, key: Array, *, number: int
+) -> TrainBatch:
+    """The batch with the tokens that the objective selects for update ``number`` of the step.
+
+    The first update starts from the old policy, whose log-probabilities are there.
+    """
+    if run.objective.select_tokens is None:
+        return batch
+    before = batch.old_logprobs if number == 0 else _score(run, params, _unscored(batch))
+    return select_tokens(batch, before, jax.random.fold_in(key, number), objective=run.objective)
+
+
+def _unscored(batch: TrainBatch) -> TrainBatch:
+    """The batch as the scoring program takes it: one program for each shape, compiled once."""
+    return dataclasses.replace(batch, ref_logprobs=None, selected=None)
 
 
 def _require_healthy(

@@ -15,7 +15,7 @@ import numpy as np
 from echorl_jax.config import ConfigError
 from echorl_jax.rollout.buckets import levels
 from echorl_jax.rollout.lanes import SMALLEST_LEVEL, choose_lanes, lane_slots
-from echorl_jax.training.batch import Assembled
+from echorl_jax.training.batch import Assembled, select_tokens
 from echorl_jax.training.collect import Experience, join_rounds, sample
 from echorl_jax.training.micro_batches import micro_batch_shapes, take_rows
 from echorl_jax.training.run import Run
@@ -43,8 +43,8 @@ def rehearse(run: Run, params: PyTree, make_batches: MakeBatches) -> None:
         objective = run.setup.config.objective
         most = objective.max_rounds if run.objective.dynamic_sampling else 1
         rounds = [make_batches(run, join_rounds([found] * n), key) for n in range(1, most + 1)]
-        sizes = {len(part.batch.length) for parts in rounds for part in parts}
-        _every_shape(run, params, _as_trained(run, rounds[0][0].batch), max(sizes))
+        batches = [_as_trained(run, part.batch, key) for parts in rounds for part in parts]
+        _every_shape(run, params, batches[0], max(len(batch.length) for batch in batches))
 
 
 def rehearse_updates(run: Run, params: PyTree, batch: TrainBatch, *, rows: int) -> None:
@@ -152,8 +152,9 @@ def _experience(run: Run, params: PyTree, key: Array) -> Experience:
     )
 
 
-def _as_trained(run: Run, batch: TrainBatch) -> TrainBatch:
-    """The batch, with the fields that other forward passes fill in."""
+def _as_trained(run: Run, batch: TrainBatch, key: Array) -> TrainBatch:
+    """The batch, with the fields that are filled in before an update."""
+    batch = select_tokens(batch, batch.old_logprobs, key, objective=run.objective)
     if run.reference is None:
         return batch
     return dataclasses.replace(batch, ref_logprobs=np.zeros(batch.loss_mask.shape, np.float32))
@@ -169,10 +170,10 @@ def _learn_nothing(run: Run, params: PyTree, batch: TrainBatch, rows: int, width
     micro = dataclasses.replace(micro, length=length, prompt_length=before)
     jax.block_until_ready(micro_gradient(run.setup, params, micro, echo_coef=0.0).loss)
     scored = [run.reference] if run.reference is not None else []
-    if run.setup.scores_old_policy:
+    if run.setup.scores_policy:
         scored.append(params)
     for weights in scored:
-        before_scores = dataclasses.replace(micro, ref_logprobs=None)
+        before_scores = dataclasses.replace(micro, ref_logprobs=None, selected=None)
         score_batch(
             run.setup,
             weights,

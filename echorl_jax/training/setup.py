@@ -82,9 +82,23 @@ class Setup:
         return self.config.objective.old_logprobs == "trainer" and not self.objective.supervised
 
     @property
+    def selection_passes(self) -> int:
+        """Forward passes over the step's rows, rounded up, for the tokens that updates select."""
+        if self.objective.select_tokens is None:
+            return 0
+        # The first update starts from the old policy, whose log-probabilities are there.
+        return -(-(self.config.objective.epochs * self.mini_batches - 1) // self.mini_batches)
+
+    @property
+    def scores_policy(self) -> bool:
+        """Whether a step scores its rows with the parameters in training."""
+        return self.scores_old_policy or self.selection_passes > 0
+
+    @property
     def scoring_passes(self) -> int:
-        """Forward passes over the step's rows before its updates: old and reference policy."""
-        return int(self.scores_old_policy) + int(self.objective.kl_coef != 0)
+        """Forward passes over the step's rows besides its updates."""
+        reference = int(self.objective.kl_coef != 0)
+        return int(self.scores_old_policy) + reference + self.selection_passes
 
     @property
     def bounds(self) -> Bounds:

@@ -1,14 +1,19 @@
 """The program as a user meets it: help, errors, exit codes."""
 
+import argparse
+import importlib
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from echorl_jax.cli import COMMANDS, config_overrides
+from echorl_jax.commands import number
+from echorl_jax.commands.train import _directory
 from echorl_jax.errors import UserError
 
 
@@ -54,6 +59,20 @@ def test_bad_usage_is_one_line_and_exit_2(arguments: list[str], expected: str) -
     assert done.returncode == 2, done.stderr
     assert expected in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("value", ["-1", "nan", "inf", "1e999", str(2**63), "9" * 5000, "x", ""])
+def test_a_number_that_no_command_can_take_is_named(name: str, value: str) -> None:
+    """Every option that is read as a number; the command itself never starts."""
+    parser = argparse.ArgumentParser(prog="echorl", exit_on_error=False, add_help=False)
+    importlib.import_module(f"echorl_jax.commands.{name}").add_arguments(parser)
+    for action in parser._actions:
+        reader = action.type
+        allowed = (None, Path, _directory, *([number] if value == str(2**63) else []))
+        if action.option_strings and reader not in allowed:
+            with pytest.raises(argparse.ArgumentTypeError, match="whole number|finite number"):
+                reader(value)  # type: ignore[operator]
 
 
 def test_overrides() -> None:

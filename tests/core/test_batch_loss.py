@@ -276,3 +276,15 @@ def test_importance_weights_only_touch_what_the_policy_sampled():
     factor = np.minimum(np.exp(batch.old_logprobs - batch.rollout_logprobs), 2.0)
     factor[~batch.on_policy] = 1.0
     np.testing.assert_allclose(slope, base * factor, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(core.OBJECTIVES))
+def test_no_token_loss_hides_nan(name):
+    """Neither clipping nor selection turns the NaN of a model that has failed into a number."""
+    objective = dataclasses.replace(core.OBJECTIVES[name], dual_clip=3.0)
+    logprobs, _, batch = example(objective)
+    counted = batch.loss_mask[:, 0] > 0
+    assert np.isfinite(objective.token_loss(logprobs, batch, objective)[counted]).all()
+    logprobs[:, 0] = np.nan
+    loss = np.asarray(objective.token_loss(logprobs, batch, objective))
+    assert counted.sum() == 7 and np.isnan(loss[counted, 0]).all()

@@ -1,5 +1,6 @@
 """Every objective trains, with and without EchoRL, and its own policy of the loop holds."""
 
+import importlib
 import json
 from pathlib import Path
 
@@ -63,6 +64,74 @@ def test_an_objective_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     missing = small_config(steps=1, objective={"name": "my_objectives:yours"})
     with pytest.raises(ConfigError, match="config.objective.name.*yours"):
         loop.train(missing, tmp_path / "missing", devices=jax.devices()[:1])
+
+
+SELECTING = """
+import dataclasses
+import jax
+import jax.numpy as jnp
+import numpy as np
+import echorl_jax as echo
+from echorl_jax.core import clipped_tokens
+
+KEYS = []
+
+
+def clipped(objective, logprobs, old, advantages):
+    bounds = {"epsilon_low": objective.epsilon_low, "epsilon_high": objective.epsilon_high}
+    return clipped_tokens(logprobs - old, advantages, **bounds)
+
+
+def select(logprobs, old, advantages, mask, key, objective):
+    jax.debug.callback(keep, jax.random.key_data(key))
+    return cov.select_tokens(logprobs, old, advantages, mask, key, objective)
+
+
+def loss(logprobs, batch, objective):
+    wrong = batch.selected & clipped(objective, logprobs, batch.old_logprobs, batch.advantages)
+    wrong = wrong & (batch.loss_mask > 0) & (batch.advantages != 0)[:, None]
+    return jnp.where(wrong, jnp.nan, grpo.token_loss(logprobs, batch, objective))
+
+
+def keep(data):
+    KEYS.append(tuple(np.ravel(data).tolist()))
+
+
+cov, grpo = echo.OBJECTIVES["clip_cov"], echo.OBJECTIVES["grpo"]
+# Every token that is not clipped is selected; one that is and is selected all the same gives NaN.
+mine = dataclasses.replace(
+    cov,
+    token_loss=loss,
+    select_tokens=select,
+    selected_fraction=1.0,
+    covariance_low=-1e9,
+    covariance_high=1e9,
+)
+"""
+
+
+@pytest.mark.parametrize("old_logprobs", ["rollout", "trainer"])
+def test_tokens_are_selected_by_the_policy_before_each_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_logprobs: str
+) -> None:
+    """Clip-Cov leaves out what the ratio clips already; clips and tokens draw from other keys."""
+    (tmp_path / f"selecting_{old_logprobs}.py").write_text(SELECTING)
+    monkeypatch.syspath_prepend(tmp_path)
+    updates = {"mini_batches": 2, "epochs": 2, "old_logprobs": old_logprobs}
+    config = small_config(
+        steps=1,
+        objective={"name": f"selecting_{old_logprobs}:mine", "kl_coef": None, **updates},
+        optim={"learning_rate": 1e-3},
+        echo={"select": "random"},
+    )
+    loop.train(config, tmp_path / "run", devices=jax.devices()[:1])
+    (line,) = whole_lines(tmp_path / "run" / "metrics.jsonl")
+    assert line["optim/skipped"] == 0 and line["ratio/clip_fraction"] > 0
+    keys = importlib.import_module(f"selecting_{old_logprobs}").KEYS
+    _, for_clips = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))
+    used = [jax.random.fold_in(for_clips, number) for number in range(2)]
+    used = {tuple(jax.random.key_data(key).tolist()) for key in used}
+    assert len(keys) == len(set(keys)) == 4 and not used & set(keys)
 
 
 def test_several_updates_in_a_step(tmp_path: Path) -> None:

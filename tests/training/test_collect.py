@@ -141,8 +141,10 @@ def test_a_hint_moves_into_the_target_region() -> None:
 
 
 def test_trees_of_numpy_stay_numpy() -> None:
-    found = experience([[1, 0]])
-    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(found.rollouts))
+    found = collect.join_rounds([experience([[1, 0], [0, 1]]), experience([[1, 1], [0, 0]])])
+    for part in (found, *collect.split(collect._deal(found, 2), 2)):
+        leaves = jax.tree.leaves((part.rollouts, part.graded, part.in_policy, part.in_echo))
+        assert all(isinstance(leaf, np.ndarray) for leaf in leaves)
 
 
 def test_prompts_of_many_lengths_make_few_shapes() -> None:
