@@ -24,15 +24,18 @@ class Fact:
 def headline(run: Run) -> str:
     """One sentence on what the run did.
 
-    The evaluation says it where there is one, else the reward.
+    The evaluation says it where there is one, as the mean over its sources; else the reward.
     """
-    for key in eval_keys(run):
-        steps, values = run.series(key)
-        if len(values) > 1:
-            change = (
-                f"{_verb(values[0], values[-1])} from {share(values[0])} to {share(values[-1])}"
-            )
-            return f"Held-out success {change} in {_steps(steps[-1] - steps[0])}"
+    rows = [row for row in run.metrics if any(key in row for key in eval_keys(run))]
+    keys = [key for key in eval_keys(run) if key in rows[-1]] if rows else []
+    rows = [row for row in rows if all(key in row for key in keys)]
+    if len(rows) > 1:
+        first, last = (sum(row[key] for key in keys) / len(keys) for row in (rows[0], rows[-1]))
+        change = f"{_verb(first, last)} from {share(first)} to {share(last)}"
+        over = f" (mean of {len(keys)} sources)" if len(keys) > 1 else ""
+        return (
+            f"Held-out success{over} {change} in {_steps(int(rows[-1]['step'] - rows[0]['step']))}"
+        )
     count = _steps(run.steps_done)
     edge = edges(run, "reward/mean")
     if edge and run.steps_done > 1:

@@ -156,6 +156,17 @@ def test_a_small_change_gets_no_verdict(tmp_path):
     assert progress(run) == "3 of 120 steps"
 
 
+def test_the_headline_is_the_mean_over_sources(tmp_path):
+    """(0.2 + 0.6) / 2 = 0.4 before; (0.5 + 0.9) / 2 = 0.7 after."""
+    rows = [
+        {"step": 0, "eval/a/pass@1": 0.2, "eval/b/pass@1": 0.6},
+        {"step": 8, "eval/a/pass@1": 0.5, "eval/b/pass@1": 0.9},
+    ]
+    write_jsonl(tmp_path / "metrics.jsonl", rows)
+    expected = "Held-out success (mean of 2 sources) rose from 40.0% to 70.0% in 8 steps"
+    assert headline(read_run(tmp_path)) == expected
+
+
 def test_one_step_has_a_plain_headline(tmp_path):
     run = read_run(write_run(tmp_path / "run", steps=1))
     assert headline(run) == "A run of 1 step"
