@@ -8,6 +8,7 @@ that read them.
 """
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,6 +26,12 @@ mm_data decoded_image
 """.split()
 # How messages begin that somebody has written as text.
 MESSAGES_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content)["']\s*:""")
+# What data sets write where there is no answer that a response could have.
+SENTINELS = {"proof", "notfound", "answernotfound", "noanswerfound", "nan", "null"}
+NOT_AVAILABLE = {"n/a", "<na>"}
+# Commands around an answer, and the text of an answer that is not only punctuation.
+_WRAPPERS = re.compile(r"\\(?:boxed|fbox|text|textbf|textit|mathrm|mathbf|mbox)(?![A-Za-z])")
+_ANSWER = re.compile(r"[^\W_]|\\[{]|[<>=+*/^%∅∞]")
 
 
 class BadRow(ValueError):
@@ -127,9 +134,49 @@ def _ground_truth(raw: Mapping[str, Any]) -> Any:
         truth = raw[column]
     if isinstance(truth, str | bytes):
         truth = _unicode(truth, column)
-    if truth is None or (isinstance(truth, str) and not truth.strip()):
+    return _matchable(truth, column)
+
+
+def _matchable(truth: Any, column: str) -> Any:
+    """A ground truth that a response can match; numbers become text.
+
+    Raises:
+      BadRow: none can: it is empty, no number, a word that stands for a missing answer, or an
+        object that is neither a puzzle nor UFT's with a ``target``.
+    """
+    if isinstance(truth, Mapping):
+        return _matchable_object({k: v for k, v in truth.items() if v is not None}, column)
+    if isinstance(truth, Sequence) and not isinstance(truth, str):
+        kept = [each for each in truth if each is not None and each != ""]
+        if not kept:
+            raise BadRow(column, "a list without an answer")
+        if any(isinstance(each, Mapping | list | tuple) for each in kept):
+            raise BadRow(column, "a list must hold accepted answers as text or numbers")
+        return [_matchable(each, column) for each in kept]
+    if isinstance(truth, float) and not math.isfinite(truth):
+        raise BadRow(column, f"{truth} is no answer")
+    if truth is None or not (text := str(truth)).strip():
         raise BadRow(column, "empty")
-    return str(truth) if isinstance(truth, int | float) else truth
+    plain = _WRAPPERS.sub("", text)
+    word = re.sub(r"[\W_]", "", plain).casefold()
+    if word in SENTINELS or text.strip().casefold() in NOT_AVAILABLE:
+        raise BadRow(column, f"{text[:40]!r} stands for a missing answer")
+    if not _ANSWER.search(plain):
+        raise BadRow(column, f"{text[:40]!r} holds no answer")
+    return text if isinstance(truth, int | float) else truth
+
+
+def _matchable_object(truth: dict[str, Any], column: str) -> dict[str, Any]:
+    if "numbers" in truth:
+        _check_countdown(truth)
+    elif "target" not in truth:
+        raise BadRow(
+            column,
+            "an object must be a puzzle with numbers and target, or hold the answer in target",
+        )
+    elif not _is_whole(truth["target"]):
+        _matchable(truth["target"], f"{column}.target")
+    return truth
 
 
 def _messages(value: Any, column: str) -> list[dict[str, str]]:

@@ -22,7 +22,8 @@ from echorl_jax.data import (
 from echorl_jax.data.tokens import model_path
 from echorl_jax.evaluation.contamination import find_overlap
 from echorl_jax.models import read_config
-from echorl_jax.rewards import GraderPool, grading_failed
+from echorl_jax.rewards import GRADERS, GraderPool, grading_failed
+from echorl_jax.rewards.mathematics import second_spelling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -85,6 +86,8 @@ def check(config: Config, *, rows: int, show: int) -> bool:
                     wrong.append(f"{name}: {config.objective.name} needs expert texts")
             if not _check_grader(grader, seen):
                 wrong.append(f"{name}: grader and gold answers disagree")
+            if not _check_spellings(grader, seen) and config.data.grader in GRADERS:
+                wrong.append(f"{name}: gold answers are right in one spelling only")
             for ids in prompts[:show]:
                 print(f"  prompt of {len(ids)} tokens: {tokenizer.decode(ids)!r}")
                 print(f"    {tokenizer.convert_ids_to_tokens(ids)}")
@@ -147,6 +150,21 @@ def _check_grader(grader: GraderPool, rows: Sequence[Mapping[str, Any]]) -> bool
     if mean_s > SLOW_S:
         print(f"  grader: slow, {mean_s:.1f} s for a verdict; see config.data.grader_workers")
     return not failed and accepted == len(known) and (confused < len(known) / 2 or len(known) == 1)
+
+
+def _check_spellings(grader: GraderPool, rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Gold answers that can be written in another way must be right in that way too."""
+    golds = [(row["reward_model"]["ground_truth"], row) for row in rows]
+    texts = [(second_spelling(gold) if isinstance(gold, str) else None, row) for gold, row in golds]
+    known = [(text, row) for text, row in texts if text is not None]
+    verdicts = grader.grade([f"\\boxed{{{text}}}" for text, _ in known], [row for _, row in known])
+    refused = [pair for pair, verdict in zip(known, verdicts, strict=True) if not verdict.correct]
+    if known:
+        print(f"  grader: {len(known) - len(refused)} of {len(known)} right in a second spelling")
+    for text, row in refused[:NAMED]:
+        gold = row["reward_model"]["ground_truth"]
+        print(f"  second spelling refused: {text[:80]!r} for {gold[:80]!r}")
+    return not refused
 
 
 def _gold(row: Mapping[str, Any]) -> str | None:

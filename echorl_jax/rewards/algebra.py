@@ -15,15 +15,11 @@ from fractions import Fraction
 from typing import Any
 
 import sympy
-from latex2sympy2_extended import (  # pyright: ignore[reportMissingImports]
-    NormalizationConfig,
-    latex2sympy,
-    normalize_latex,
-)
-from math_verify import verify  # pyright: ignore[reportMissingImports]
-from math_verify.errors import TimeoutException  # pyright: ignore[reportMissingImports]
-from math_verify.grader import should_treat_as_complex  # pyright: ignore[reportMissingImports]
-from math_verify.utils import timeout  # pyright: ignore[reportMissingImports]
+from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
+from math_verify import verify
+from math_verify.errors import TimeoutException
+from math_verify.grader import should_treat_as_complex
+from math_verify.utils import timeout
 
 from echorl_jax.rewards.literals import Number, number, rounds_to
 
@@ -44,6 +40,8 @@ VARIABLE = re.compile(
     r"|\\(?:[Aa]lpha|[Bb]eta|[Gg]amma|[Dd]elta|[Tt]heta|[Ll]ambda|[Ss]igma|[Pp]hi|[Pp]si|[Oo]mega"
     r"|[Pp]i|[Xx]i)(?![A-Za-z])"
 )
+TRIGONOMETRIC = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)(?![A-Za-z])")
+DEGREES = re.compile(r"([0-9]+(?:\.[0-9]+)?) ?\^\\circ")
 # Both signs, and real roots and logarithms at some of them.
 POINTS = tuple(sympy.Rational(*pair) for pair in ((7, 5), (13, 11), (-9, 7), (29, 13), (-17, 5)))
 NORMALISE = NormalizationConfig(malformed_operators=True, nits=True, boxed="none")
@@ -128,6 +126,8 @@ def _parse(text: str) -> Any:
     """A SymPy object, or None for what is no mathematics. Decimals are exact fractions."""
     if is_costly(text):
         return None
+    if TRIGONOMETRIC.search(text):
+        text = DEGREES.sub(r"\\frac{\1\\pi}{180}", text)
     normal = normalize_latex(text, NORMALISE)
     try:
         parsed = latex2sympy(

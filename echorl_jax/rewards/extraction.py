@@ -38,6 +38,7 @@ MENTIONS = re.compile(
 )
 # An amount with the sign of its currency behind it, and no mathematics.
 AMOUNT = re.compile(r"\s*[-+]?[0-9][0-9.,]*\s?\$(?=[^$]*$)")
+DENIED = re.compile(r"\b(?:not|no|never|without|less|more|over|under)\b|n't\b", re.IGNORECASE)
 UNSURE = re.compile(r"\b(?:could|may|might|maybe|perhaps|possibly|either)\b", re.IGNORECASE)
 
 
@@ -195,6 +196,9 @@ def _value_of(sentence: str, *, certain: bool) -> str | None:
                 return None
             amount = AMOUNT.match(sentence, ends[-1])
             return amount[0] if amount else sentence[ends[-1] :]
+    numbers = list(re.finditer(r"[-+]?\$?[0-9][0-9,.]*", masked))
+    if whole and len(numbers) == 1 and "#" not in masked and not DENIED.search(masked):
+        return sentence[numbers[0].start() :]
     found = MATH.findall(sentence)
     if len(found) == 1 and not any(sign.isdigit() for sign in masked):
         return found[0]

@@ -84,11 +84,11 @@ _SCALE = re.compile(
 )
 _SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 _UNIT_TEXT = re.compile(r"\\text\{([^{}]*)\}(?:\^\{?[0-9]\}?)?")
-_UNIT_WORDS = re.compile(r"([^\W\d_]+\.?)(?:\^\{?-?[0-9]\}?)?")
+_UNIT_WORDS = re.compile(r"([^\W\d_]+(?:'[^\W\d_]+)?\.?)(?:\^\{?-?[0-9]\}?)?")
 # Words that turn a number and what follows it into something else than this number.
 NO_UNIT = re.compile(
     r"\b(?:not|no|or|and|either|neither|nor|than|least|most|but|if|maybe|perhaps|wrong|incorrect"
-    r"|minus|plus|squared|cubed|factorial|isn't|to|mod|modulo|over|divided|choose)\b",
+    r"|minus|plus|is|are|was|were|should|would|could|may|might|too|false|instead|rather|squared|cubed|factorial|isn't|to|mod|modulo|over|divided|choose)\b",
     re.IGNORECASE,
 )
 _SINGLE_LETTER_UNITS = frozenset("msghlLNJVWACKF")

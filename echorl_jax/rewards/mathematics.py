@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import Any
 
 from echorl_jax.rewards import choice, literals
-from echorl_jax.rewards.algebra import evaluate, is_costly, same_expression
+from echorl_jax.rewards.algebra import TRIGONOMETRIC, evaluate, is_costly, same_expression
 from echorl_jax.rewards.extraction import GSM8K_MARK, after_thinking, boxed_spans, final_answer
 from echorl_jax.rewards.literals import number
 from echorl_jax.rewards.notation import canonical, key, words
@@ -26,7 +26,7 @@ MAX_PARTS, MAX_DEPTH = 40, 6
 # A shorter answer may stand in its problem by chance.
 MIN_RESTATED = 4
 
-LETTER = re.compile(r"\(?[A-J]\)?")
+LETTER = re.compile(r"[(\s$]*(?:\\(?:text|textbf|mathrm|mathbf)\s*\{)?[(\s]*[A-J][\s)}.$]*")
 MEANINGFUL = re.compile(r"[^\W_]|\\(?:emptyset|infty)")
 # Work that an answer leaves to its reader.
 UNEVALUATED = re.compile(
@@ -187,12 +187,12 @@ def _split(text: str, separator: str, *, keep: bool = False) -> list[str]:
     """
     parts, start, depth = [], 0, 0
     for match in re.finditer(
-        rf"\\begin|\\end|\\?[{{}}]|[()\[\]]|{THOUSANDS.pattern}|{separator}", text
+        rf"\\begin|\\end|\\[lr]angle|\\?[{{}}]|[()\[\]]|{THOUSANDS.pattern}|{separator}", text
     ):
         sign = match[0]
-        if sign in ("\\begin", "{", "(", "[", "\\{"):
+        if sign in ("\\begin", "\\langle", "{", "(", "[", "\\{"):
             depth += 1
-        elif sign in ("\\end", "}", ")", "]", "\\}"):
+        elif sign in ("\\end", "\\rangle", "}", ")", "]", "\\}"):
             depth -= 1
         elif depth == 0 and re.fullmatch(separator, sign):
             parts += [text[start : match.start()].strip(), sign][: 1 + keep]
@@ -450,6 +450,8 @@ def _restates(gold: str, answer: str, problem: _Problem) -> bool:
 
 def _without_unit(text: str) -> str:
     match = TRAILING_UNIT.search(text)
+    if match and match[1] is None and TRIGONOMETRIC.search(text):
+        return text  # the degrees of an angle inside
     if match is None or not match.start() or literals.NO_UNIT.search(match[1] or ""):
         return text
     return text[: match.start()]

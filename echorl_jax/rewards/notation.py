@@ -50,7 +50,9 @@ _REWRITES = [
         (r"\x00", ","),
         # Synonyms.
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\(?:mathrm|mathbf|boldsymbol|vec)\s*\{([eidTxyzabcuvwn])\}", r" \1 "),
+        (r"\\(?:mathbf|boldsymbol|vec|hat)\s*\{([A-Za-z])\}", r" \1 "),
+        (r"\\mathrm\s*\{([eidTxyzabcuvwn])\}", r" \1 "),
+        (r"\\log_\s*(?:e(?![A-Za-z])|\{e\})", r"\\ln "),
         (
             r"\\(?:mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal|textsf|texttt|mbox"
             r"|emph|operatorname\*?|text)(?![A-Za-z])\s*\{",
@@ -84,6 +86,7 @@ _REWRITES = [
         # One form of arguments: \frac12, \sqrt2, x^{2}, x_{1}.
         (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
         (r"\\frac\s*([0-9])\s*\{", r"\\frac{\1}{"),
+        (r"\\frac\s*(\\pi|[A-Za-z])(?![A-Za-z])\s*(?=[0-9{\\])", r"\\frac{\1}"),
         (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
         (r"\\sqrt\s*([0-9])", r"\\sqrt{\1}"),
         (r"([_^])\s*\{\s*([A-Za-z0-9])\s*\}", r"\1\2"),
@@ -135,7 +138,7 @@ def canonical(text: str) -> str:
 
 def _strip(text: str) -> str:
     """Without what stands around an answer: spaces, a final stop, braces that group all of it."""
-    text = text.strip(" \t\n*`").rstrip(" .,;:").lstrip(" ,;:")
+    text = text.strip(" \t\n*`").rstrip(" .,;:*`").lstrip(" ,;:")
     while text.startswith("{") and text.endswith("}") and _closing(text) == len(text) - 1:
         text = text[1:-1].strip(" .,;:")
     return text

@@ -1,4 +1,4 @@
-"""Graders that take their time, or fail, for tests."""
+"""Graders that take their time, fail, or are too strict, for tests."""
 
 import time
 import zlib
@@ -18,3 +18,8 @@ def slow(response, row):
 def raising(response, row):
     """Judges nothing."""
     raise RuntimeError("no judge today")
+
+
+def by_letter(data_source, solution_str, ground_truth, extra_info):
+    """Right is the gold answer in a box, as it is spelled."""
+    return float(solution_str == f"\\boxed{{{ground_truth}}}")

@@ -174,3 +174,18 @@ def test_a_changed_problem_is_nearly_the_same() -> None:
     # 46 + 8 - 1 words with 33 telling 8-grams or more, 8 of which hold the changed word.
     assert (near.held_out, near.train, near.same) == (0, 5, False)
     assert 0.7 < near.share < 0.9
+
+
+def test_golds_are_tried_in_a_second_spelling(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    golds = ["4.5e33", "1e-05", "0.125", r"\frac{3}{4}", "12345", r"\text{East}", "x+1"]
+    rows = [{"question": f"{i}?", "answer": gold} for i, gold in enumerate(golds)]
+    path = write(tmp_path / "golds.jsonl", rows)
+    assert check(path) == 0
+    assert "grader: 6 of 6 right in a second spelling" in capsys.readouterr().out
+    strict = "--config.data.grader=tests.evaluation.slow_graders:by_letter"
+    assert check(path, strict) == 0  # the user's grader may want one spelling
+    printed = capsys.readouterr().out
+    assert "grader: 0 of 6 right in a second spelling" in printed
+    assert r"second spelling refused: '4.5 \\times 10^{33}' for '4.5e33'" in printed

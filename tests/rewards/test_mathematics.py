@@ -100,6 +100,29 @@ def test_wrong(response, gold):
 
 
 @pytest.mark.parametrize(
+    ("prompt", "gold", "answer", "right"),
+    [
+        ("What percent of 80 is 20?", "25", r"25\%", True),
+        (r"By how many \% does it grow?", "25", r"25\%", True),
+        ("How many are there?", "25", r"25\%", False),
+        ("Factor $x^2-9$.", "(x-3)(x+3)", "(x+3)(x-3)", True),
+        ("Factor $x^2-9$.", "(x-3)(x+3)", "x^2 - 9", False),
+        ("What is 17*23?", "391", "17*23", False),
+        ("What is 17*23?", "391", r"391", True),
+        (r"Simplify $\sqrt{45}$.", r"3\sqrt{5}", r"\sqrt{45}", False),
+        (r"Find $\binom{16}{5}$.", "4368", r"\binom{16}{5}", False),
+        ("Is 4.0 or 4 smaller?", "4", "4.0", True),
+        ("Take $2x+31$ apart.", "31+2x", "x+x+31", True),
+    ],
+)
+def test_the_problem_says_what_an_answer_may_be(prompt, gold, answer, right):
+    row = {"prompt": prompt, "reward_model": {"ground_truth": gold}}
+    messages = {**row, "prompt": [{"role": "user", "content": prompt}]}
+    for each in (row, messages):
+        assert grade(rf"\boxed{{{answer}}}", each).correct == right
+
+
+@pytest.mark.parametrize(
     ("response", "right"), [(r"\boxed{\text{(C)}}", True), ("**C**", True), (r"\boxed{A}", False)]
 )
 def test_a_letter_is_judged_as_a_choice(response, right):
@@ -114,8 +137,8 @@ def test_published_verdicts_on_model_outputs():
     pairs = list(zip(verdicts, rows, strict=True))
     right = [verdict for verdict, row in pairs if row["correct"]]
     wrong = [verdict for verdict, row in pairs if not row["correct"]]
-    assert len(right) == 295 and sum(right) >= 0.99 * 295
-    assert len(wrong) == 25 and sum(wrong) <= 0.03 * 25
+    assert len(right) == 295 and sum(right) == 295
+    assert len(wrong) == 25 and sum(wrong) == 0
 
 
 @needs_files
@@ -124,8 +147,8 @@ def test_published_pairs():
     rows = [json.loads(line) for line in lines]
     verdicts = [judge(row["prediction"], row["gold"]).correct for row in rows]
     pairs = list(zip(verdicts, rows, strict=True))
-    assert sum(v for v, row in pairs if row["expected"]) >= 0.95 * 105
-    assert sum(not v for v, row in pairs if not row["expected"]) >= 0.90 * 10
+    assert sum(v for v, row in pairs if row["expected"]) >= 103
+    assert sum(not v for v, row in pairs if not row["expected"]) == 10
 
 
 @needs_files
