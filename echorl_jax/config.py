@@ -89,8 +89,9 @@ class RolloutConfig:
     # Steps between checks that sampler and trainer agree on log-probabilities, the first step of a
     # run and the first after a resume included; 0 never stops a run for it.
     check_every: int = 50
-    # Largest accepted gap between the two (nats); 0 takes the bound of the narrower type of
-    # model.dtype and rollout.kv_dtype (docs/performance.md).
+    # Largest accepted gap between the two (nats); 0 takes the bounds on the largest and mean gap
+    # and on the share of wide ones of the narrower type of model.dtype and rollout.kv_dtype
+    # (docs/performance.md).
     max_logprob_gap: float = 0.0
 
 

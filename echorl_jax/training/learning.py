@@ -15,16 +15,14 @@ from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.run import Run
 from echorl_jax.training.step import (
     GAP_MEAN,
+    LOGPROB_GAP,
+    GapBounds,
     UpdateStats,
     apply_update,
     require_healthy,
     score_batch,
 )
 from echorl_jax.types import Array, PyTree, TrainBatch
-
-# Largest accepted gap between sampler and trainer log-probabilities (nats), by the narrowest type
-# in use, computation's or cache's. Measured largest gaps: docs/performance.md.
-LOGPROB_GAP = {"float32": 1e-2, "bfloat16": 0.5, "int8": 2.0}
 
 
 def improve(
@@ -152,12 +150,13 @@ def _require_healthy(
     # An update without a trainable row has compared nothing: the check stays due.
     check_gap &= bool(done.terms[GAP_MEAN].count > 0)
     types = config.model.dtype, config.rollout.kv_dtype or config.model.dtype
-    bound = config.rollout.max_logprob_gap or max(LOGPROB_GAP[name] for name in types)
+    largest = config.rollout.max_logprob_gap
+    bounds = GapBounds(largest) if largest else max(LOGPROB_GAP[name] for name in types)
     require_healthy(
         state,
         done,
         step=step,
-        max_gap=bound if check_gap else None,
+        bounds=bounds if check_gap else None,
         max_bad_steps=config.optim.max_bad_steps,
         updates_per_step=updates,
     )

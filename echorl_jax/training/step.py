@@ -2,8 +2,9 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,25 @@ from echorl_jax.types import Array, LossTerm, Metrics, PyTree, TrainBatch, pytre
 
 # Mean of |trainer - sampler| over sampled tokens before the update, nats.
 GAP_MEAN = "rollout/logprob_gap_mean"
+# Share of those tokens that are further apart than WIDE_GAP nats.
+GAP_WIDE = "rollout/logprob_gap_wide_fraction"
+WIDE_GAP = 0.5
+
+
+class GapBounds(NamedTuple):
+    """Largest accepted gaps between sampler and trainer."""
+
+    largest: float  # nats
+    mean: float = math.inf  # nats
+    wide: float = 1.0  # share of tokens past WIDE_GAP
+
+
+# By the narrowest type in use, computation's or cache's. Measured gaps: docs/performance.md.
+LOGPROB_GAP = {
+    "float32": GapBounds(largest=1e-2, mean=1e-3, wide=0.0),
+    "bfloat16": GapBounds(largest=2.0, mean=0.1, wide=0.01),
+    "int8": GapBounds(largest=4.0, mean=0.2, wide=0.05),
+}
 
 
 @pytree
@@ -162,7 +182,9 @@ def _loss(
     sampled = micro.loss_mask * micro.on_policy[:, None].astype(jnp.float32)
     # where(), not *: unweighted entries may be NaN.
     gaps = jnp.where(sampled > 0, jnp.abs(logprobs - micro.rollout_logprobs), 0.0)
-    terms[GAP_MEAN] = LossTerm(gaps.sum(), sampled.sum())
+    count = sampled.sum()
+    terms[GAP_MEAN] = LossTerm(gaps.sum(), count)
+    terms[GAP_WIDE] = LossTerm((gaps > WIDE_GAP).sum().astype(jnp.float32), count)
     return total, jax.lax.stop_gradient((terms, gaps.max()))
 
 
@@ -273,7 +295,7 @@ def _abstract_total(setup: Setup, params: PyTree) -> Accumulated:
 
 
 def _no_terms() -> Metrics:
-    return {key: LossTerm.of(0.0, 0.0) for key in (*LOSS_TERMS, GAP_MEAN)}
+    return {key: LossTerm.of(0.0, 0.0) for key in (*LOSS_TERMS, GAP_MEAN, GAP_WIDE)}
 
 
 def _no_stats() -> UpdateStats:
@@ -297,7 +319,9 @@ def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
         "optim/skipped": float(not all(update.finite for update in updates)),
     }
     for key in updates[0].terms:
-        terms = [update.terms[key] for update in updates[: 1 if key == GAP_MEAN else None]]
+        terms = [
+            update.terms[key] for update in updates[: 1 if key in (GAP_MEAN, GAP_WIDE) else None]
+        ]
         counts = [float(term.count) for term in terms if term.count > 0]
         # A loss is a sum under final weights, a mean over its update already.
         count = len(counts) if key.startswith("loss/") else sum(counts)
@@ -310,28 +334,43 @@ def require_healthy(
     done: UpdateStats,
     *,
     step: int,
-    max_gap: float | None,
+    bounds: GapBounds | None,
     max_bad_steps: int,
     updates_per_step: int = 1,
 ) -> None:
     """Stops a run that cannot be trusted any more.
 
     Args:
-      max_gap: largest accepted ``logprob_gap``; None accepts any.
+      bounds: largest accepted gaps; None accepts any.
       max_bad_steps: with so many steps' updates in a row skipped, the run stops.
 
     Raises:
       RunStopped: sampler and trainer disagree, or gradients stay non-finite.
     """
-    # A gap that is no number is not accepted either.
-    if max_gap is not None and not done.logprob_gap <= max_gap:
-        raise RunStopped(
-            f"step {step}: sampler and trainer give the same token log-probabilities "
-            f"{done.logprob_gap:.3g} nats apart, more than rollout.max_logprob_gap = {max_gap:g}"
-        )
+    if bounds is not None:
+        _require_agreement(done, step, bounds)
     if not done.finite and int(state.bad_updates) >= max_bad_steps * updates_per_step:
         raise RunStopped(
             f"step {step}: the gradient was not finite for {int(state.bad_updates)} updates in a "
             f"row (optim.max_bad_steps = {max_bad_steps}); parameters are as before the first of "
             "them"
         )
+
+
+def _require_agreement(done: UpdateStats, step: int, bounds: GapBounds) -> None:
+    """Raises RunStopped for a gap past a bound, or NaN."""
+    mean, wide = (
+        float(term.sum) / max(float(term.count), 1.0)
+        for term in (done.terms[GAP_MEAN], done.terms[GAP_WIDE])
+    )
+    for name, value, bound in (
+        ("the largest difference is", float(done.logprob_gap), bounds.largest),
+        ("the mean difference is", mean, bounds.mean),
+        (f"the share of tokens past {WIDE_GAP:g} nats is", wide, bounds.wide),
+    ):
+        if not value <= bound:  # NaN included
+            raise RunStopped(
+                f"step {step}: sampler and trainer disagree on the log-probabilities of the same "
+                f"tokens: {name} {value:.3g}, more than {bound:g} (rollout.max_logprob_gap sets "
+                "another bound on the largest and drops the others)"
+            )

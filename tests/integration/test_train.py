@@ -24,7 +24,7 @@ UNSTEADY = ("time/", "per_second", "memory/", "compile/")
 LISTED = """step reward/mean reward/correct group/all_success_fraction group/all_failure_fraction
 loss/policy loss/echo loss/total echo/clips echo/clip_tokens_mean echo/step_entropy_mean
 entropy/token_mean completion/length_mean completion/truncated_fraction kl/ref ratio/clip_fraction
-rollout/logprob_gap_max rollout/logprob_gap_mean
+rollout/logprob_gap_max rollout/logprob_gap_mean rollout/logprob_gap_wide_fraction
 train/rows_skipped_fraction optim/grad_norm optim/learning_rate
 time/rollout_s time/grade_s time/update_s rollout/tokens_per_second train/tokens_per_second
 memory/peak_bytes compile/count eval/countdown/pass@1""".split()

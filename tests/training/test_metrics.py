@@ -10,7 +10,7 @@ from echorl_jax.core import OBJECTIVES
 from echorl_jax.training.batch import assemble
 from echorl_jax.training.collect import Experience
 from echorl_jax.training.metrics import covariance, step_metrics
-from echorl_jax.training.step import GAP_MEAN, UpdateStats, update_metrics
+from echorl_jax.training.step import GAP_MEAN, GAP_WIDE, UpdateStats, update_metrics
 from echorl_jax.types import Graded, LossTerm, Rollouts, TrainBatch
 
 
@@ -118,6 +118,7 @@ def test_losses_are_means_over_updates_and_the_echos_over_those_with_a_clip():
             "loss/echo": LossTerm(*map(np.float32, echo)),
             "ratio/clip_fraction": LossTerm(np.float32(policy), np.float32(10)),
             GAP_MEAN: LossTerm(np.float32(gap), np.float32(2)),
+            GAP_WIDE: LossTerm(np.float32(gap), np.float32(2)),
         }
         loss = np.float32(policy + echo[0])
         return UpdateStats(loss, terms, np.float32(gap), np.float32(gap), np.array(gap < 0.2))
