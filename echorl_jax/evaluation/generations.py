@@ -46,11 +46,13 @@ def claim(out: Path, identity: Mapping[str, Any]) -> None:
                 partial.write_text(json.dumps(known, indent=2) + "\n")
                 os.replace(partial, file)
             return
-        before = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not JSON ({error.msg})") from error
+        before = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from error
     except OSError as error:
         raise UserError(f"{out}: {error.strerror}") from error
+    if not isinstance(before, dict):
+        raise UserError(f"{file}: not the options of an evaluation")
     for name in {**before, **known}:
         if before.get(name) != known.get(name):
             raise UserError(
@@ -82,14 +84,17 @@ def read_outcomes(path: Path, expected: Sequence[tuple[int, int, bool]]) -> Iter
     Raises:
       UserError: the first line that is another attempt, or none.
     """
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, (text, wanted) in enumerate(zip(file, expected, strict=False), start=1):
             try:
                 line = json.loads(text)
                 found = (line["problem"], line["sample"], line["greedy"])
-                names = [field.name for field in dataclasses.fields(Outcome)]
-                outcome = Outcome(**{name: line[name] for name in names})
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                fields = dataclasses.fields(Outcome)
+                outcome = Outcome(**{field.name: line[field.name] for field in fields})
+                for field in fields:
+                    if type(getattr(outcome, field.name)) is not field.type:
+                        raise TypeError(f"{field.name} = {getattr(outcome, field.name)!r}")
+            except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}, line {number}: not an attempt ({error!r})") from error
             if found != wanted:
                 raise UserError(f"{path}, line {number}: attempt {found}, expected {wanted}")

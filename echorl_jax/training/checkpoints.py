@@ -6,6 +6,7 @@ one back verifies all of them. Orbax commits a directory by renaming it, so a wr
 interrupted leaves nothing that looks like a checkpoint.
 """
 
+import asyncio
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,14 @@ from echorl_jax.training.checksums import checksums, digest
 from echorl_jax.training.faults import Faults
 from echorl_jax.training.late_writes import leave_out_late_writes
 from echorl_jax.training.optimizer import TrainState
-from echorl_jax.training.workdir import copy_aside, deciding_keys, first_difference, set_aside
+from echorl_jax.training.workdir import (
+    copy_aside,
+    deciding_keys,
+    first_difference,
+    set_aside,
+    sync,
+    sync_tree,
+)
 from echorl_jax.types import PyTree
 
 # Orbax tells of every save and directory; a run's own lines say what a user needs.
@@ -35,6 +43,48 @@ DIRECTORY = "checkpoints"
 
 class DamagedError(ValueError):
     """A checkpoint whose content is not what was saved."""
+
+
+class SyncedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint in progress: its files are on the disk before it gets its final name.
+
+    Orbax leaves the writing of its JSON files to the system, and a power cut after the renaming
+    would tear them.
+    """
+
+    async def finalize(self) -> None:
+        """Renames the directory, once it is safe to."""
+        await asyncio.to_thread(sync_tree, Path(self.get()))
+        await super().finalize()
+        await asyncio.to_thread(sync, Path(self.get_final()).parent)
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager; a checkpoint whose score cannot be read has none."""
+
+    def metrics(self, step: int) -> dict[str, float] | None:
+        """The score, as the policies that keep the best ones read it."""
+        try:
+            found = super().metrics(step)
+        except ValueError:  # not JSON
+            return None
+        score = found.get("score") if isinstance(found, dict) else None
+        return {"score": float(score)} if isinstance(score, int | float) else None
+
+
+def _open_manager(directory: Path, options: ocp.CheckpointManagerOptions) -> _Manager:
+    """Opens a directory of checkpoints.
+
+    Raises:
+      RunStopped: it cannot be read or written.
+      UserError: Orbax cannot make sense of what is there.
+    """
+    try:
+        return _Manager(directory, options=options)
+    except OSError as error:
+        raise RunStopped(f"{directory} cannot be used: {_first_line(error)}") from error
+    except ValueError as error:
+        raise UserError(f"{directory} holds a damaged checkpoint: {_first_line(error)}") from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,15 +122,15 @@ class Checkpoints:
             preservation_policy=_kept(config),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
-            temporary_path_class=faults.checkpoint_path(),
+            temporary_path_class=faults.checkpoint_path(SyncedPath),
         )
         directory = (workdir / DIRECTORY).resolve()
         try:
             if is_first():
                 directory.mkdir(exist_ok=True)
-            return cls(workdir, config, ocp.CheckpointManager(directory, options=options))
         except OSError as error:
             raise RunStopped(f"{directory} cannot be used: {_first_line(error)}") from error
+        return cls(workdir, config, _open_manager(directory, options))
 
     def save(
         self,
@@ -155,6 +205,8 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         for leaf in jax.tree.leaves(like):
             leaf.delete()  # two states at once may not fit
+        for step in filter(self._lost_score, steps):
+            warn(f"warning: the score of checkpoint {step} is damaged: it ranks below all others")
         reasons: dict[int, str] = {}
         for step in wanted:
             try:
@@ -172,6 +224,10 @@ class Checkpoints:
             f"no checkpoint in {self.manager.directory} can be read; step {newest}: "
             f"{reasons[newest]} (take another --workdir to start again)"
         )
+
+    def _lost_score(self, step: int) -> bool:
+        file = Path(self.manager.directory) / str(step) / "metrics" / "metrics"
+        return is_first() and file.exists() and self.manager.metrics(step) is None
 
     def _read(self, step: int, like: TrainState) -> Restored:
         notes = read_notes(self.manager, step)
@@ -254,7 +310,7 @@ def read_params(workdir: Path, step: str, like: PyTree) -> tuple[int, PyTree]:
       UserError: there is no such checkpoint, or it cannot be read.
     """
     options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_score)
-    with ocp.CheckpointManager((workdir / DIRECTORY).resolve(), options=options) as manager:
+    with _open_manager((workdir / DIRECTORY).resolve(), options) as manager:
         steps = manager.all_steps()
         latest, best = manager.latest_step(), manager.best_step()
         found = {"latest": latest, "best": latest if best is None else best}.get(step)
@@ -276,6 +332,19 @@ def read_params(workdir: Path, step: str, like: PyTree) -> tuple[int, PyTree]:
             reason = _first_line(error)
             raise UserError(f"checkpoint {found} in {workdir} is damaged: {reason}") from error
     return found, params
+
+
+def read_weights(directory: Path, like: PyTree) -> PyTree:
+    """Bare weights that Orbax has written, such as those of a dump or of ``echorl convert``.
+
+    Raises:
+      UserError: they cannot be read.
+    """
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return checkpointer.restore(directory.resolve(), like)
+    except Exception as error:  # Orbax and TensorStore raise many kinds for damaged bytes
+        raise UserError(f"{directory} cannot be read: {_first_line(error)}") from error
 
 
 def _score(metrics: Mapping[str, float]) -> float:

@@ -1,6 +1,5 @@
 """Between Hugging Face directories and Orbax checkpoints of the bare weights."""
 
-import json
 import shutil
 from pathlib import Path
 
@@ -8,13 +7,15 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
+from echorl_jax.config import ConfigError
 from echorl_jax.config_file import from_dict
 from echorl_jax.data import load_tokenizer
 from echorl_jax.data.tokens import model_path
 from echorl_jax.errors import UserError, writing
 from echorl_jax.models import load_decoder, load_model, save_model
-from echorl_jax.training.checkpoints import DIRECTORY, read_params
+from echorl_jax.training.checkpoints import DIRECTORY, read_params, read_weights
 from echorl_jax.training.late_writes import leave_out_late_writes
+from echorl_jax.training.workdir import read_json
 
 # Inside a converted directory: the weights, and all that is not weights as it came.
 WEIGHTS, ORIGINAL = "params", "huggingface"
@@ -62,17 +63,17 @@ def _to_orbax(source: Path, model: str, out: Path) -> str:
 
 def _to_hugging_face(source: Path, out: Path) -> str:
     decoder = load_decoder(str(source / ORIGINAL))
-    with ocp.StandardCheckpointer() as checkpointer:
-        params = checkpointer.restore((source / WEIGHTS).resolve(), decoder.param_shapes())
+    params = read_weights(source / WEIGHTS, decoder.param_shapes())
     save_model(out, decoder, params, load_tokenizer(str(source / ORIGINAL)))
     return f"Hugging Face directory of {_count(params)} parameters"
 
 
 def _from_workdir(workdir: Path, out: Path, step: str) -> str:
+    file = workdir / "config.json"
     try:
-        config = from_dict(json.loads((workdir / "config.json").read_text()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{workdir / 'config.json'}: {error}") from error
+        config = from_dict(read_json(file))
+    except (OSError, ConfigError) as error:
+        raise UserError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from error
     decoder = load_decoder(model_path(config.model.path))
     here = SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(

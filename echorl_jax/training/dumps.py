@@ -5,7 +5,6 @@ A dump is a directory: ``dump.json`` (what the run saw, its config and mesh), ``
 """
 
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,18 +13,27 @@ from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
+from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from echorl_jax.config_file import to_dict
-from echorl_jax.errors import UserError
+from echorl_jax.errors import UserError, one_line
 from echorl_jax.models import to_hf
 from echorl_jax.models.tensor_files import write_json
 from echorl_jax.parallel import any_process, is_first, wait_for_all
+from echorl_jax.parallel.mesh import AXES
 from echorl_jax.training.setup import Setup
 from echorl_jax.training.step import UpdateStats
+from echorl_jax.training.workdir import read_json
 from echorl_jax.types import PyTree, TrainBatch
 
 FACTS, BATCHES, PARAMS, MODEL = "dump.json", "micro_batches.safetensors", "params", "model"
+# Of a dump's facts, those that a replay reads.
+KINDS: Mapping[str, Any] = {
+    **dict.fromkeys(("step", "update"), int),
+    **dict.fromkeys(("loss", "grad_norm", "echo_coef"), float),
+    **dict.fromkeys(("mesh", "config"), dict),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,15 +114,20 @@ def read_dump(directory: Path) -> Dump:
       UserError: this is no dump.
     """
     try:
-        facts = json.loads((directory / FACTS).read_text())
+        facts = read_json(directory / FACTS)
+        facts |= {name: kind(facts[name]) for name, kind in KINDS.items()}
+        facts["mesh"] = {axis: int(facts["mesh"][axis]) for axis in AXES}
+        if min(facts["mesh"].values()) < 1:
+            raise ValueError(f"mesh {facts['mesh']}")
         arrays = load_file(directory / BATCHES)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{directory} is no dump of an update: {error}") from error
-    fields: dict[str, dict[str, Any]] = {}
-    for name, value in sorted(arrays.items()):
-        number, _, field = name.partition("/")
-        fields.setdefault(number, {})[field] = value
-    return Dump(directory, facts, [TrainBatch(**values) for values in fields.values()])
+        fields: dict[str, dict[str, Any]] = {}
+        for name, value in sorted(arrays.items()):
+            number, _, field = name.partition("/")
+            fields.setdefault(number, {})[field] = value
+        micro_batches = [TrainBatch(**values) for values in fields.values()]
+    except (OSError, ValueError, TypeError, KeyError, SafetensorError) as error:
+        raise UserError(f"{directory} is no whole dump of an update: {one_line(error)}") from error
+    return Dump(directory, facts, micro_batches)
 
 
 def _number(value: Any) -> float | str:

@@ -66,7 +66,7 @@ class Faults:
         if sum(rewards.values()) > 1:
             raise ConfigError("config.debug.inject: the shares of reward_* add up to more than 1")
         record = workdir / RECORD
-        had = record.read_text().split() if faults and record.exists() else []
+        had = record.read_text(errors="replace").split() if faults and record.exists() else []
         return cls(frozenset(faults) - frozenset(had), rewards, record)
 
     def hits(self, kind: str, step: int) -> bool:
@@ -115,13 +115,15 @@ class Faults:
         weights[row, 0] = advantages[row] = np.nan
         return dataclasses.replace(batch, token_weights=weights, advantages=advantages)
 
-    def checkpoint_path(self) -> type[ocp.path.atomicity_types.TemporaryPath] | None:
-        """A directory in progress that fails before it is committed; None if none is to."""
+    def checkpoint_path(
+        self, plain: type[ocp.path.atomicity.AtomicRenameTemporaryPath]
+    ) -> type[ocp.path.atomicity.AtomicRenameTemporaryPath]:
+        """The class of a directory in progress, or a subclass that fails before the commit."""
         if not any(fault.startswith(("kill@save", "disk_full")) for fault in self.at_steps):
-            return None
+            return plain
         faults = self
 
-        class FailingPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+        class FailingPath(plain):
             async def finalize(self) -> None:
                 name = self.get_final().name
                 # The parts of a checkpoint are directories of their own, committed before it.

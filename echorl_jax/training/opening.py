@@ -27,7 +27,7 @@ from echorl_jax.training.overview import overview, title
 from echorl_jax.training.preemption import stop_on_signal
 from echorl_jax.training.run import GapCheck, Run
 from echorl_jax.training.setup import Setup, configured_objective, make_setup
-from echorl_jax.training.workdir import open_workdir, require_new, rewind
+from echorl_jax.training.workdir import ASIDE, last_step, open_workdir, require_new, rewind
 
 
 @contextmanager
@@ -191,11 +191,18 @@ def _file_errors(directory: Path, checkpoints: Checkpoints) -> Iterator[None]:
 
 def _rewind(directory: Path, restored: Restored | None) -> None:
     """Forgets what came after the checkpoint; tells if what came before is not all there."""
+    metrics = directory / "metrics.jsonl"
+    last = last_step(metrics) if is_first() else -1
     lines = rewind(directory, -1 if restored is None else int(restored.state.step))
+    if restored is None and last > 0:
+        _warn(
+            f"warning: {directory} has no checkpoint, while metrics.jsonl goes to step {last}: the "
+            f"run starts again from its first step; the old metrics are in {directory / ASIDE}"
+        )
     if restored is not None and is_first() and lines < restored.metrics_lines:
         _warn(
-            f"warning: {directory / 'metrics.jsonl'} has {lines} of the {restored.metrics_lines} "
-            "lines that were there at the checkpoint"
+            f"warning: {metrics} has {lines} of the {restored.metrics_lines} lines that were there "
+            "at the checkpoint"
         )
 
 

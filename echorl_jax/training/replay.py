@@ -9,13 +9,12 @@ from typing import Any
 import jax
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 
 from echorl_jax.config_file import from_dict
-from echorl_jax.errors import UserError
 from echorl_jax.models import abstract_params, load_decoder
 from echorl_jax.parallel import make_mesh, platform_of
+from echorl_jax.training.checkpoints import read_weights
 from echorl_jax.training.dumps import MODEL, PARAMS, Dump, read_dump
 from echorl_jax.training.optimizer import init_state
 from echorl_jax.training.setup import Setup, configured_objective, model_options, static_setup
@@ -75,7 +74,7 @@ def replay(directory: Path) -> Replayed:
     model = load_decoder(directory / MODEL, **model_options(config))
     objective = configured_objective(config)
     setup = static_setup(config, mesh, model, objective, platform=platform_of(mesh))
-    params = _read_params(directory, setup)
+    params = read_weights(directory / PARAMS, abstract_params(setup.model, mesh))
     coef = dump.facts["echo_coef"]
     pieces = [_look_at(setup, params, micro, coef) for micro in dump.micro_batches]
     state = init_state(params, setup.optimizer, mesh)
@@ -114,15 +113,6 @@ def _mesh(sizes: dict[str, int]) -> tuple[Mesh, bool]:
     if count <= len(devices):
         return make_mesh(**sizes, devices=devices[:count]), True
     return make_mesh(data=1, fsdp=len(devices), tensor=1), False
-
-
-def _read_params(directory: Path, setup: Setup) -> PyTree:
-    like = abstract_params(setup.model, setup.mesh)
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            return checkpointer.restore((directory / PARAMS).resolve(), like)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory / PARAMS} cannot be read: {error}") from error
 
 
 def _look_at(setup: Setup, params: PyTree, micro: TrainBatch, coef: float) -> Piece:

@@ -71,16 +71,30 @@ def _claim(workdir: Path, file: Path, config: Config, held: ExitStack) -> int:
         with writing(workdir):
             held.enter_context(sole_writer(workdir))
             if file.exists() and _has_begun(workdir):
-                before = json.loads(file.read_text())
+                before = read_json(file)
                 _require_same(workdir, before, config)
-                steps = before["steps"]
+                steps = before.get("steps", steps)
             _write_json(file, to_dict(config))
             _write_json(workdir / "environment.json", environment())
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{file}: not readable as JSON ({error})") from error
     except (NotADirectoryError, FileExistsError) as error:
         raise ConfigError(f"workdir {workdir}: {error.strerror}") from error
     return steps
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Reads a file that holds one JSON object.
+
+    Raises:
+      ConfigError: it holds anything else.
+      OSError: it cannot be read.
+    """
+    try:
+        content = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file}: not readable as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{file}: a JSON object is expected, found {type(content).__name__}")
+    return content
 
 
 def _has_begun(workdir: Path) -> bool:
@@ -138,6 +152,9 @@ def _free_place(workdir: Path, path: Path) -> Path:
 def rewind(workdir: Path, step: int) -> int:
     """Forgets what was written after ``step`` and any torn line: a resumed run writes it again.
 
+    A file in which a whole line is damaged, or whose training steps all go, is copied to
+    ``set_aside/`` first.
+
     Args:
       step: of the checkpoint; -1 where there is none, and everything is written again.
 
@@ -150,22 +167,37 @@ def rewind(workdir: Path, step: int) -> int:
     for name in ("samples/ledger.jsonl", "metrics.jsonl"):
         path = workdir / name
         if path.exists():
-            kept = [line for line in whole_lines(path) if line["step"] <= step]
+            lines = list(whole_lines(path))
+            damaged = len(lines) < path.read_bytes().count(b"\n")
+            if damaged or (step < 0 and last_step(path) > 0):
+                copy_aside(workdir, path)
+            kept = [line for line in lines if line["step"] <= step]
             replace_text(path, "".join(json.dumps(line) + "\n" for line in kept))
             stay = len(kept) if name == "metrics.jsonl" else stay
     for path in (workdir / "samples").glob("step_*.jsonl"):
-        if int(path.stem.removeprefix("step_")) > step:
+        number = path.stem.removeprefix("step_")
+        if number.isdecimal() and int(number) > step:
             path.unlink()
     return stay
 
 
 def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file, up to a line that a kill left half written."""
-    for line in path.read_text().splitlines():
+    """The objects of a JSON-lines file that have a step.
+
+    Other lines are passed over, such as a last one that a kill left half written.
+    """
+    for line in path.read_bytes().splitlines():
         try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            return
+            content = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(content, dict) and type(content.get("step")) is int:
+            yield content
+
+
+def last_step(path: Path) -> int:
+    """The largest step of a JSON-lines file; -1 without a file or a step."""
+    return max((line["step"] for line in whole_lines(path)), default=-1) if path.exists() else -1
 
 
 def environment() -> dict[str, Any]:
@@ -224,10 +256,25 @@ def _write_json(path: Path, content: dict) -> None:
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file as a whole: a kill leaves the old content or the new."""
+    """Writes a file as a whole: a kill or a power cut leaves the old content or the new."""
     fresh = path.with_name(f"{path.name}.partial")
-    with fresh.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    fresh.write_text(text)
+    sync(fresh)
     fresh.replace(path)
+
+
+def sync_tree(directory: Path) -> None:
+    """Waits until all files below a directory, and their names, are on the disk."""
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            sync(Path(folder, name))
+        sync(Path(folder))
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's content, or a directory's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

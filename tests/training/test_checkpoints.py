@@ -135,11 +135,16 @@ def two_saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return workdir
 
 
+OTHER = {"empty": b"", "garbage": bytes(range(128, 256)), "text": b'"words"', "object": b"{}"}
+
+
 def damage(path: Path, how: str) -> None:
     if how == "remove":
         path.unlink()
     elif how == "truncate":
         os.truncate(path, path.stat().st_size // 2)
+    elif how in OTHER:
+        path.write_bytes(OTHER[how])
     else:
         content = bytearray(path.read_bytes())
         for place in range(len(content) // 2, min(len(content) // 2 + 3, len(content))):
@@ -147,7 +152,7 @@ def damage(path: Path, how: str) -> None:
         path.write_bytes(content)
 
 
-@pytest.mark.parametrize("how", ["flip", "remove", "truncate"])
+@pytest.mark.parametrize("how", ["flip", "remove", "truncate", *OTHER])
 def test_any_damage_to_the_newest_costs_it_alone(two_saved: Path, tmp_path: Path, how: str) -> None:
     """Whichever file it is: the values are those saved last, or the ones before with a warning."""
     newest = two_saved / "checkpoints" / "2"
@@ -157,6 +162,10 @@ def test_any_damage_to_the_newest_costs_it_alone(two_saved: Path, tmp_path: Path
         workdir = tmp_path / str(number)
         shutil.copytree(two_saved, workdir)
         damage(workdir / "checkpoints" / "2" / file, how)
+        if how == "text" and file.name == "_CHECKPOINT_METADATA" and len(file.parts) == 1:
+            with pytest.raises(UserError, match="checkpoints holds a damaged checkpoint: "):
+                restored(workdir)
+            continue
         found, lines = restored(workdir)
         assert found is not None
         step = int(found.state.step)
@@ -249,3 +258,43 @@ def test_checksums_see_every_bit_and_no_sharding() -> None:
         changed = values.copy().view(np.uint32)
         changed.reshape(-1)[place] ^= np.uint32(1 << (place % 32))
         assert checksums([jnp.asarray(changed.view(np.float32))]) != {"[0]": found}
+
+
+def test_a_damaged_score_costs_the_rank_alone(tmp_path: Path) -> None:
+    """The weights stay usable; a run goes on, and the other scores still count."""
+    saved(tmp_path, 3, configured(keep=3), (0.9, 0.5, 0.1))
+    score = tmp_path / "checkpoints" / "1" / "metrics" / "metrics"
+    for content in (*OTHER.values(), b'{"score": "high"}', b'{"score": null}'):
+        score.write_bytes(content)
+        found, (line,) = restored(tmp_path, configured(keep=3))
+        assert found is not None and int(found.state.step) == 3
+        assert line.startswith("warning: the score of checkpoint 1 is damaged")
+        assert read_params(tmp_path, "best", state_at(0).params)[0] == 2
+    checkpoints = opened(tmp_path, configured(keep=1))
+    save(checkpoints, 4, 0.2)
+    checkpoints.close()
+    assert steps_in(tmp_path) == [2, 4]
+
+
+def test_a_power_cut_cannot_tear_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each file that Python writes is on the disk when its checkpoint gets its final name."""
+    on_disk: dict[int, int] = {}  # inode -> bytes
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        fsync(descriptor)
+        found = os.fstat(descriptor)
+        on_disk[found.st_ino] = found.st_size
+
+    monkeypatch.setattr(os, "fsync", record)
+    saved(tmp_path, 1, scores=(0.5,))
+    checkpoint = tmp_path / "checkpoints" / "1"
+    files = [path for path in checkpoint.rglob("*") if path.is_file()]
+    assert {"metrics", "metadata"} <= {path.name for path in files}
+    # Orbax adds the time of the commit to this one later; a checkpoint is whole without it.
+    late = ("_CHECKPOINT_METADATA", "commit_success.txt")
+    for path in (path for path in files if path.name not in late):
+        assert on_disk.get(path.stat().st_ino) == path.stat().st_size, path
+    assert checkpoint.parent.stat().st_ino in on_disk
