@@ -1,6 +1,9 @@
 """Rows out of parquet and JSONL files, each bad one named by file, place and column."""
 
 import dataclasses
+import datetime
+import decimal
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -30,6 +33,8 @@ class CheckedRows(Sequence[Row]):
     # The data source of rows that name none.
     name: str
     bad: tuple[str, ...] = ()
+    # Tells the usable rows from others.
+    digest: str = ""
 
     def __len__(self) -> int:
         return len(self.kept)
@@ -118,18 +123,25 @@ def check_rows(
     Raises:
       DataError: no usable row, or (without ``skip_bad``) the first bad row.
     """
-    kept, bad = [], []
+    kept, bad, content = [], [], hashlib.blake2b(digest_size=16)
     for place, row in enumerate(raw):
         try:
             normalise_row(row, source=name)
             kept.append(place)
+            content.update(json.dumps(row, default=_json_value, skipkeys=True).encode())
         except BadRow as error:
             bad.append(_complain(f"{label}, row {place}, {error}", skip_bad))
-    return _usable(CheckedRows(raw, kept, name, tuple(bad)), label)
+    return _usable(CheckedRows(raw, kept, name, tuple(bad), content.hexdigest()), label)
+
+
+def _json_value(value: Any) -> str:
+    """The text of a value without a form in JSON; of others than plain ones, the type's name."""
+    plain = bytes | decimal.Decimal | datetime.date | datetime.time | datetime.timedelta
+    return str(value) if isinstance(value, plain) else type(value).__name__
 
 
 def _read_jsonl(path: Path, skip_bad: bool) -> CheckedRows:
-    rows, bad = [], []
+    rows, bad, content = [], [], hashlib.blake2b(digest_size=16)
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -138,11 +150,13 @@ def _read_jsonl(path: Path, skip_bad: bool) -> CheckedRows:
                 row = _parse_line(line)
                 normalise_row(row, source=path.stem)
                 rows.append(row)
+                content.update(line.strip() + b"\n")
             except BadRow as error:
                 bad.append(_complain(f"{path}, line {number}, {error}", skip_bad))
             except ValueError as error:
                 bad.append(_complain(f"{path}, line {number}: {error}", skip_bad))
-    return _usable(CheckedRows(rows, range(len(rows)), path.stem, tuple(bad)), str(path))
+    kept = range(len(rows))
+    return _usable(CheckedRows(rows, kept, path.stem, tuple(bad), content.hexdigest()), str(path))
 
 
 def _parse_line(line: bytes) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+import hashlib
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -49,6 +50,12 @@ class Rows(Sequence[Row]):
     def starts(self) -> tuple[int, ...]:
         """Where each part begins, and, last, the number of rows."""
         return (0, *itertools.accumulate(len(part) for part in self.parts))
+
+    @property
+    def digest(self) -> str:
+        """Tells the rows from others that the same spec may name at another time or place."""
+        parts = [part.digest if isinstance(part, CheckedRows) else part for part in self.parts]
+        return hashlib.blake2b(repr(parts).encode(), digest_size=16).hexdigest()
 
     def __len__(self) -> int:
         return self.starts[-1]

@@ -2,10 +2,12 @@
 
 import functools
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
 
 from echorl_jax.data.errors import DataError
 from echorl_jax.errors import one_line
@@ -14,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[dict[str, str]]
+# How a chat template asks for the date; transformers takes no other clock.
+DATE = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 
 # The system prompt of LUFFY's training and evaluation files, which EchoRL's authors use too.
 LUFFY_SYSTEM = (
@@ -84,6 +88,19 @@ def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Messages, temp
     if template not in TEMPLATES:
         raise DataError(f"template {template!r}: must be one of {', '.join(TEMPLATES)}")
     return TEMPLATES[template](tokenizer, messages)
+
+
+def keep_date(tokenizer: "PreTrainedTokenizerBase", date: datetime) -> None:
+    """Makes a chat template that writes today's date write this one, so that prompts stay equal.
+
+    The tokenizer's own template, which is saved with a model, stays as it is.
+    """
+    if isinstance(tokenizer.chat_template, str):
+        text = DATE.sub(
+            lambda call: json.dumps(date.strftime(call["format"])), tokenizer.chat_template
+        )
+        render: Any = functools.partial(tokenizer.apply_chat_template, chat_template=text)
+        tokenizer.apply_chat_template = render
 
 
 def starts_itself(template: str) -> bool:

@@ -35,7 +35,7 @@ from echorl_jax.evaluation.progress import EvaluationProgress
 from echorl_jax.evaluation.table import SourceResult, print_results, summarise
 from echorl_jax.locks import sole_writer
 from echorl_jax.models import load_model
-from echorl_jax.parallel import from_first, is_first, make_mesh, on_first
+from echorl_jax.parallel import is_first, make_mesh, on_first, require_same
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rewards.verdict import grading_failed
 
@@ -214,9 +214,7 @@ def _prepare(options: Benchmark) -> _Work:
     left_out = len(rows) - len(fits)
     own = [prompts[i] for i in fits]
     digest = digest_rows(own, kept)
-    start = int(digest[:7], 16)
-    if from_first(start) != start:
-        raise UserError(f"--data={options.data}: not the same rows as on process 0")
+    require_same({f"rows under --data={options.data}": digest})
     return _Work(tokenizer, kept, fits, own, plan, left_out, len(loaded.bad), digest)
 
 

@@ -6,7 +6,7 @@ process joins nothing and exchanges nothing.
 """
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import numpy as np
@@ -115,6 +115,19 @@ def on_first(work: Callable[[], int]) -> int:
     if told:
         raise UserError(told)
     return from_first(value)
+
+
+def require_same(values: Mapping[str, str]) -> None:
+    """Checks that each process has the same text, such as a digest, under each name.
+
+    Raises:
+      UserError: on all, the first name and process whose text is not that of process 0.
+    """
+    for name, value in values.items():
+        texts = texts_from_shares([value], jax.process_count(), most_bytes=LINE_BYTES)
+        for number, text in enumerate(texts):
+            if text != texts[0]:
+                raise UserError(f"process {number} has other {name} than process 0")
 
 
 def own_share(count: int) -> slice:

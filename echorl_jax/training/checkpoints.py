@@ -94,6 +94,7 @@ class Restored:
     state: TrainState
     data_position: dict[str, Any]
     metrics_lines: int  # of metrics.jsonl when it was saved
+    inputs: dict[str, str]  # what the run read at its start, see training/inputs.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,11 +141,13 @@ class Checkpoints:
         data_position: dict[str, Any],
         metrics_lines: int,
         score: float | None,
+        inputs: Mapping[str, str] | None = None,
     ) -> None:
         """Copies the state to the host and writes it in the background; a saved step is kept.
 
         Args:
           score: what the best checkpoint has most of; None is not compared.
+          inputs: digests of what the run reads, compared when it goes on.
 
         Raises:
           RunStopped: this checkpoint or the one before could not be written.
@@ -155,6 +158,7 @@ class Checkpoints:
         notes = {
             "data": data_position,
             "metrics_lines": metrics_lines,
+            "inputs": dict(inputs or {}),
             "config": decide,
             "config_hash": digest(decide),
             "checksums": checksums(state),
@@ -242,7 +246,8 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         state = self.manager.restore(step, args=args)["state"]
         _require_same(notes["checksums"], checksums(state))
-        return Restored(state, notes["data"], notes["metrics_lines"])
+        # Checkpoints of earlier versions have no digests.
+        return Restored(state, notes["data"], notes["metrics_lines"], notes.get("inputs", {}))
 
     def _set_aside(
         self, steps: list[int], damaged: Mapping[int, str], warn: Callable[[str], None]

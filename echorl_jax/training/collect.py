@@ -112,7 +112,9 @@ def _sample_round(run: Run, params: PyTree, key: Array, *, step: int) -> Experie
     return Experience(
         prompts=tuple(prompts),
         rollouts=rollouts,
-        graded=_graded(setup, objective, rollouts, texts.verdicts, on_policy),
+        graded=_without_overflow(
+            run, _graded(setup, objective, rollouts, texts.verdicts, on_policy), prompts, step
+        ),
         in_policy=np.ones(len(on_policy), bool),
         in_echo=np.ones(len(on_policy), bool),
         reasons=tuple(verdict.reason for verdict in texts.verdicts),
@@ -202,6 +204,23 @@ def _graded(
         )
         scores = scores + np.where(on_policy, punishment, 0.0).astype(np.float32)
     return Graded(rewards=scores, correct=correct, on_policy=on_policy)
+
+
+def _without_overflow(run: Run, graded: Graded, prompts: Sequence[Prompt], step: int) -> Graded:
+    """Sets all rewards of a group to 0 if their deviation overflows float32, and names the row."""
+    rewards = graded.rewards
+    # The sum of squared differences is at most that of all rows at twice the largest reward.
+    limit = np.sqrt(np.finfo(np.float32).max / (4 * len(rewards)))
+    groups = rewards.reshape(len(prompts), -1)
+    largest = np.abs(groups).max(axis=1)
+    for group in np.flatnonzero(largest > limit).tolist():
+        run.log.say(
+            f"warning: step {step}: a reward of {largest[group]:.3g} for row "
+            f"{prompts[group].index} of data.train is beyond {limit:.1g}, where the deviation of a "
+            "group overflows float32: the rewards of its group count as 0"
+        )
+    kept = np.where((largest > limit)[:, None], 0.0, groups).astype(np.float32)
+    return dataclasses.replace(graded, rewards=kept.reshape(-1))
 
 
 def _mixed(rounds: Sequence[Experience]) -> np.ndarray:

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from echorl_jax.core import Objective, active_coef
+from echorl_jax.errors import RunStopped
 from echorl_jax.parallel import place_whole
 from echorl_jax.training.batch import select_tokens
 from echorl_jax.training.dumps import begin_dump, finish_dump, room_for_dump
@@ -22,7 +23,7 @@ from echorl_jax.training.step import (
     require_healthy,
     score_batch,
 )
-from echorl_jax.types import Array, PyTree, TrainBatch
+from echorl_jax.types import Array, PyTree, Rollouts, TrainBatch
 
 
 def improve(
@@ -61,6 +62,41 @@ def improve(
     done_steps = place_whole(np.int32(step), run.setup.mesh)
     state = dataclasses.replace(state, step=done_steps)
     return state, done, np.concatenate(used)
+
+
+def count_dead_rollouts(
+    run: Run, state: TrainState, rollouts: Rollouts, step: int, *, bad_before: int
+) -> TrainState:
+    """Counts a step whose rollouts are not finite as one of bad updates.
+
+    The rewards of a policy whose logits are NaN are all equal, so that no gradient would show it.
+
+    Args:
+      rollouts: NumPy arrays.
+      bad_before: ``state.bad_updates`` when the step began.
+
+    Raises:
+      RunStopped: this is the last of ``optim.max_bad_steps`` such steps in a row.
+    """
+    written = np.arange(rollouts.completion_ids.shape[1]) < rollouts.completion_length[:, None]
+    finite = np.isfinite(rollouts.rollout_logprobs) & np.isfinite(rollouts.token_entropy)
+    dead = int(np.any(written & ~finite, axis=1).sum())
+    if not dead:
+        return state
+    config = run.setup.config
+    updates = config.objective.epochs * config.objective.mini_batches
+    bad, limit = bad_before + updates, config.optim.max_bad_steps
+    line = (
+        f"step {step}: log-probabilities or entropies of {dead} of {len(finite)} rollouts are not "
+        "finite"
+    )
+    if bad >= limit * updates:
+        raise RunStopped(
+            f"{line}, at the end of {limit} bad step(s) in a row (optim.max_bad_steps); the policy "
+            "may have diverged: go on from an earlier checkpoint (checkpoint.resume)"
+        )
+    run.log.say(f"warning: {line}")
+    return dataclasses.replace(state, bad_updates=place_whole(np.int32(bad), run.setup.mesh))
 
 
 def _apply(

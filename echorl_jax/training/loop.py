@@ -12,7 +12,7 @@ from echorl_jax.config import Config
 from echorl_jax.training.batch import Assembled, assemble, join_assembled, step_advantages
 from echorl_jax.training.collect import Experience, collect, split
 from echorl_jax.training.experts import learn_hints
-from echorl_jax.training.learning import improve
+from echorl_jax.training.learning import count_dead_rollouts, improve
 from echorl_jax.training.logs import timed
 from echorl_jax.training.metrics import step_metrics, throughput_metrics
 from echorl_jax.training.opening import open_run
@@ -51,7 +51,9 @@ def train(
             found = collect(run, state.params, sample_key, step=step)
             with timed(found.seconds, "update"):
                 parts = make_batches(run, found, clip_key)
+                bad_before = int(state.bad_updates)
                 state, updates, used = improve(run, state, [part.batch for part in parts], step)
+            state = count_dead_rollouts(run, state, found.rollouts, step, bad_before=bad_before)
             made = join_assembled(parts)
             record_samples(
                 run.directory,

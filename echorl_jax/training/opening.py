@@ -21,6 +21,7 @@ from echorl_jax.training.checkpoints import Checkpoints, Restored
 from echorl_jax.training.compiled import CompileCounter, keep_compiled
 from echorl_jax.training.evaluator import Evaluator
 from echorl_jax.training.faults import Faults
+from echorl_jax.training.inputs import compare_inputs, read_inputs, weights_digest
 from echorl_jax.training.logs import RunLog
 from echorl_jax.training.optimizer import TrainState, init_state
 from echorl_jax.training.overview import overview, title
@@ -70,12 +71,16 @@ def open_run(
             experts=objective.supervised or objective.hints or objective.expert_rows > 0,
             source="data.train",
         )
-        stream = _stream(setup, rows, prompts_per_step)
         # A copy: the state's own buffers are given away at the first update.
         reference = jax.jit(setup.model.cast)(params) if objective.kl_coef else None
         checkpoints = Checkpoints.open(directory, config, faults)
         state = init_state(params, setup.optimizer, setup.mesh)
+        weights = weights_digest(config, state.params)
         restored = checkpoints.restore(state, _warn)
+        before = {} if restored is None else restored.inputs
+        inputs = read_inputs(setup, rows, weights, before)
+        compare_inputs(inputs, before, config, reference=reference is not None, warn=_warn)
+        stream = _stream(setup, rows, prompts_per_step)
         if restored is not None:
             state = restored.state
             stream.set_state(restored.data_position)
@@ -99,6 +104,7 @@ def open_run(
                 faults=faults,
                 reference=reference,
                 first_step=first,
+                inputs=inputs,
             )
             _present(run, state)
             if rows.bad:

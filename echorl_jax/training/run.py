@@ -3,7 +3,7 @@
 import dataclasses
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -63,6 +63,7 @@ class Run:
     faults: Faults
     reference: PyTree | None  # weights that a KL term holds on to
     first_step: int  # steps that were done when the run was opened
+    inputs: Mapping[str, str]  # digests of rows, prompts and weights, and the first start
 
     @property
     def objective(self) -> Objective:
@@ -122,6 +123,7 @@ class Run:
                 data_position=self.stream.get_state(),
                 metrics_lines=self.log.secure(),
                 score=self._score(metrics),
+                inputs=self.inputs,
             )
         if stop:
             self.log.say(f"stopped after step {step}; the same command goes on from there")

@@ -312,3 +312,24 @@ def kill_somewhere(process: subprocess.Popen[bytes], workdir: Path, draw: random
 def lines_in(workdir: Path) -> int:
     file = workdir / "metrics.jsonl"
     return file.read_text().count("\n") if file.exists() else 0
+
+
+def test_a_policy_that_has_diverged_stops_the_run(tmp_path: Path) -> None:
+    """Its logits are NaN, so all its answers are wrong and no update would ever show it."""
+    config = small_config(steps=9, optim={"learning_rate": 1e30, "max_bad_steps": 2})
+    line = r"log-probabilities or entropies of 16 of 16 rollouts are not finite, .* 2 bad step"
+    with pytest.raises(RunStopped, match=line):
+        train(config, tmp_path)
+    assert len(list(whole_lines(tmp_path / "metrics.jsonl"))) <= 3
+
+
+def test_rewards_whose_deviation_overflows_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their groups teach nothing, and no update is lost."""
+    grader = "tests.rewards.hostile_graders:huge"
+    train(small_config(steps=1, data={"grader": grader}), tmp_path)
+    told = capsys.readouterr().err
+    assert "warning: step 1: a reward of 1e+30 for row " in told and "overflows float32" in told
+    (line,) = whole_lines(tmp_path / "metrics.jsonl")
+    assert line["reward/mean"] == 0 and line["optim/skipped"] == 0

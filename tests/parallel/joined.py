@@ -6,6 +6,7 @@ usage: joined.py OUT_JSON
 import json
 import sys
 import time
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -25,6 +26,7 @@ from echorl_jax.parallel import (
     own_share,
     place_rows,
     place_whole,
+    require_same,
     texts_from_shares,
     wait_for_all,
 )
@@ -65,20 +67,22 @@ def exchanges() -> dict:
         "first": is_first(),
         "from_first": from_first(10 + place),
         "on_first": on_first(lambda: 20 + place),
-        "refused": refused(place),
+        "refused": refused(lambda: on_first(lambda: look(place))),
+        "differ": refused(lambda: require_same({"rows": "one", "weights": str(place)})),
         "total": float(total),
         "on": sorted({d.process_index for d in placed.sharding.device_set}),
     }
 
 
-def refused(place: int) -> str:
-    """What process 0 alone has found wrong."""
+def look(place: int) -> int:
+    """What process 0 alone finds wrong."""
+    raise UserError(f"process {place}: no such place")
 
-    def look() -> int:
-        raise UserError(f"process {place}: no such place")
 
+def refused(work: Callable[[], object]) -> str:
+    """The line of the error that the work raises."""
     try:
-        return str(on_first(look))
+        return str(work())
     except UserError as error:
         return str(error)
 

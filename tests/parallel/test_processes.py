@@ -50,6 +50,7 @@ def test_what_is_exchanged(alone: dict[str, Any], pair: list[dict[str, Any]]) ->
         assert found["any"] == [True, False]
         assert (found["from_first"], found["on_first"]) == (10, 20)
         assert found["refused"] == "process 0: no such place"
+        assert found["differ"] == "process 1 has other weights than process 0"
         # 0 + 1 + 4 + ... + 49, and 3 on top, over the devices of both.
         assert found["total"] == 143.0 and found["on"] == [0, 1]
     assert alone["exchanges"]["total"] == 143.0 and alone["exchanges"]["share"] == [0, 5]

@@ -8,6 +8,11 @@ import time
 from echorl_jax.rewards import Verdict
 
 
+def huge(response, row):
+    """Scores some responses beyond what float32 can square."""
+    return Verdict(1e30 if len(response) % 2 else 0.0, False, "scored")
+
+
 def obey(response, row):
     """Does what the response says; anything else is right."""
     match response:

@@ -1,0 +1,93 @@
+"""The rows, prompts and weights that a run reads at each start, told from others of the same name.
+
+A run goes on bit for bit only with the inputs that it began with. Their digests are saved in each
+checkpoint and compared at the next start, and between the processes at every start.
+"""
+
+from collections.abc import Callable, Mapping
+from datetime import datetime
+
+import jax
+
+from echorl_jax.config import Config, ConfigError
+from echorl_jax.data import Rows, encode_prompt, load_rows
+from echorl_jax.data.templates import keep_date
+from echorl_jax.parallel import require_same, texts_from_shares
+from echorl_jax.training.checksums import checksums, digest
+from echorl_jax.training.setup import Setup
+from echorl_jax.types import PyTree
+
+ROWS, PROMPTS, WEIGHTS = "rows", "prompts", "weights"
+# The time of the first start, which chat templates may write into prompts.
+STARTED = "started"
+# Rows whose prompts are compared: enough to notice another tokenizer or chat template.
+SAMPLE = 16
+
+
+def weights_digest(config: Config, params: PyTree) -> str:
+    """Tells the initial weights from others; empty where they are drawn, from ``config.seed``."""
+    return digest(checksums(params)) if config.model.init == "pretrained" else ""
+
+
+def read_inputs(
+    setup: Setup, rows: Rows, weights: str, before: Mapping[str, str]
+) -> dict[str, str]:
+    """Digests of what this start reads. A chat template's date becomes that of the first start.
+
+    Args:
+      weights: from :func:`weights_digest`.
+      before: the inputs of the checkpoint that the run goes on from; empty in a new run.
+
+    Raises:
+      UserError: the processes have different inputs.
+    """
+    now = datetime.now().isoformat(timespec="seconds")
+    started = before.get(STARTED) or texts_from_shares([now], jax.process_count(), most_bytes=32)[0]
+    keep_date(setup.tokenizer, datetime.fromisoformat(started))
+    data = setup.config.data
+    sample = [rows[place] for place in range(min(SAMPLE, len(rows)))]
+    prompts = [encode_prompt(setup.tokenizer, row, data.template) for row in sample]
+    found = {ROWS: rows.digest, PROMPTS: digest(prompts), WEIGHTS: weights}
+    if setup.config.eval.every:
+        found[data.eval] = load_rows(data.eval, on_bad_row=data.on_bad_row).digest
+    require_same({_name(key, setup.config): value for key, value in found.items()})
+    return {**found, STARTED: started}
+
+
+def compare_inputs(
+    now: Mapping[str, str],
+    before: Mapping[str, str],
+    config: Config,
+    *,
+    reference: bool,
+    warn: Callable[[str], None],
+) -> None:
+    """Refuses inputs with which the run would not go on as it began; warns of others.
+
+    Args:
+      now: from :func:`read_inputs`.
+      before: those of the checkpoint; a name that is missing there is not compared.
+      reference: whether the initial weights stay in use, as the reference of a KL term.
+      warn: takes a line.
+
+    Raises:
+      ConfigError: names the input that has changed.
+    """
+    for key, value in now.items():
+        if key == STARTED or value == before.get(key, value):
+            continue
+        name = _name(key, config)
+        if key in (ROWS, PROMPTS) or (key == WEIGHTS and reference):
+            raise ConfigError(
+                f"the {name} are not those that the run began with, so that it cannot go on as it "
+                "would have; put them back, or take another --workdir"
+            )
+        warn(f"warning: the {name} are not those that the run began with")
+
+
+def _name(key: str, config: Config) -> str:
+    return {
+        ROWS: f"rows under config.data.train = {config.data.train!r}",
+        PROMPTS: f"prompts that the tokenizer of config.model.path = {config.model.path!r} makes",
+        WEIGHTS: f"weights under config.model.path = {config.model.path!r}",
+    }.get(key, f"rows under config.data.eval = {key!r}")
