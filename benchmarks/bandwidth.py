@@ -1,9 +1,9 @@
-"""What part of an accelerator's memory bandwidth the decode loop reaches.
+"""The share of an accelerator's memory bandwidth that the decode loop reaches.
 
-A turn of the loop reads every weight once, and what each row has in the caches
-(``rollout.turn_cost``). Bytes by the time of a turn is compared with a copy of 4 GB on the same
+A decode step reads every weight once, and the filled part of the caches
+(``rollout.decode_step_cost``). Its bytes per second are compared with a copy of 4 GB on the same
 device. The weights are random, no row ends early, and prompts are prefilled once for each group;
-their prefill counts as time, not as bytes.
+the prefill counts as time, not as bytes.
 
     python benchmarks/bandwidth.py --model=Qwen/Qwen2.5-Math-1.5B --new=512,2048,8192
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from echorl_jax.models import Decoder, init_params
 from echorl_jax.models.published import architecture
-from echorl_jax.rollout import generate, turn_cost
+from echorl_jax.rollout import decode_step_cost, generate
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> float:
@@ -45,7 +45,7 @@ def copy_bandwidth(size: int = 4 << 30) -> float:
 
 
 def measured(model: Decoder, params: Any, args: argparse.Namespace, new: int) -> dict[str, float]:
-    """A turn's time and bytes with ``new`` tokens in every row."""
+    """Time and bytes of a decode step with ``new`` tokens in every row."""
     rows = args.groups * args.group
     shape = args.groups, args.prompt
     prompts = np.random.default_rng(0).integers(0, model.config.vocab_size, shape).tolist()
@@ -56,16 +56,16 @@ def measured(model: Decoder, params: Any, args: argparse.Namespace, new: int) ->
         return generate(model, params, prompts, jax.random.key(1), **sizes, **limits)
 
     compilation = seconds(lambda: call(min(8, new)), 1)
-    turn = seconds(lambda: call(new), args.repeats) / new
+    per_step = seconds(lambda: call(new), args.repeats) / new
     lengths = {"prompt_tokens": args.prompt, "completion_tokens": new / 2}
-    cost = turn_cost(model, slots=rows, **sizes, **lengths)
+    cost = decode_step_cost(model, slots=rows, **sizes, **lengths)
     return {
         "new": new,
-        "tokens_per_second": rows / turn,
-        "turn_ms": 1e3 * turn,
+        "tokens_per_second": rows / per_step,
+        "turn_ms": 1e3 * per_step,
         "weights_GB": cost.weight_bytes / 1e9,
         "cache_GB": cost.cache_bytes / 1e9,
-        "GB_per_s": cost.bytes / turn / 1e9,
+        "GB_per_s": cost.bytes / per_step / 1e9,
         "seconds_of_compilation": compilation,
     }
 

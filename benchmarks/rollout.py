@@ -67,7 +67,7 @@ def engine(directory: str, case: str, repeats: int, lanes: int = 0) -> dict[str,
     prompts = PROMPTS[Path(directory).name] * times
     vocab, rows = model.config.vocab_size, prompts * GROUP
     ids = np.random.RandomState(0).randint(2, vocab, size=(prompts, PROMPT)).tolist()
-    settings: dict[str, Any] = {"eos_ids": (), "slots": int(rows * share), "lanes": lanes}
+    settings: dict[str, Any] = {"eos_ids": (), "slots": int(rows * share), "cpu_workers": lanes}
     if case.startswith("geometric"):
         settings["eos_ids"] = range(vocab - vocab // MEAN, vocab)
     if case == "lognormal":

@@ -1,27 +1,37 @@
 """The sampler: prompts in, completions with their log-probabilities and entropies out."""
 
-from echorl_jax.rollout.cost import TurnCost, turn_cost
-from echorl_jax.rollout.generate import generate, generate_with_progress, rollout_params
-from echorl_jax.rollout.lanes import Progress
-from echorl_jax.rollout.memory import RolloutMemory, choose_slots, rollout_memory
-from echorl_jax.rollout.request import pad_lists
+from echorl_jax.rollout.engine import generate, generate_with_progress, sample_request
+from echorl_jax.rollout.host import Finished, Progress
+from echorl_jax.rollout.memory import (
+    DecodeStepCost,
+    RolloutMemory,
+    choose_slots,
+    decode_step_cost,
+    rollout_memory,
+)
+from echorl_jax.rollout.request import Request, Resources, Sampling, make_request, pad_lists
 from echorl_jax.rollout.scoring import join_rows, score, score_rollouts, score_rows
-from echorl_jax.rollout.watch import Finished
+from echorl_jax.rollout.weights import rollout_params
 
 __all__ = [
+    "DecodeStepCost",
     "Finished",
     "Progress",
+    "Request",
+    "Resources",
     "RolloutMemory",
-    "TurnCost",
+    "Sampling",
     "choose_slots",
+    "decode_step_cost",
     "generate",
     "generate_with_progress",
     "join_rows",
+    "make_request",
     "pad_lists",
     "rollout_memory",
     "rollout_params",
+    "sample_request",
     "score",
     "score_rollouts",
     "score_rows",
-    "turn_cost",
 ]

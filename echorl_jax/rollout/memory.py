@@ -1,6 +1,7 @@
-"""What sampling needs of a device's memory, known before anything runs."""
+"""The cost of sampling before anything runs: memory of a call, and work of one decode step."""
 
 import dataclasses
+import math
 import os
 
 import jax
@@ -8,23 +9,23 @@ from jax.sharding import AbstractMesh, Mesh
 
 from echorl_jax.models import Decoder
 from echorl_jax.parallel import Platform, local_bytes
-from echorl_jax.rollout.buckets import bucket_below
 from echorl_jax.rollout.cache import KV_BYTES, KVDtype
+from echorl_jax.rollout.request import bucket_below
 
-# Part of a device's memory that slots may take unless told otherwise: in training, weights,
-# optimizer state and the update's activations live there too.
+# Share of a device's memory that slots may take by default: in training, weights, optimizer state
+# and the activations of the update need room too.
 SLOT_SHARE = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutMemory:
-    """Bytes on the fullest device."""
+    """Bytes on the device that holds most."""
 
-    weights: int  # in the rollout layout and compute dtype
+    weights: int  # in the layout for sampling and the compute dtype
     prompts: int  # keys and values of all prompts, on every device that rows are split over
-    slots: int  # keys and values of completions being written, and of their prompts' copies
+    slots: int  # keys and values of completions being written and of copied prompts
     outputs: int  # tokens, log-probabilities and entropies of all rows
-    logits: int  # of one turn, with what sampling makes of them
+    logits: int  # logits of one decode step, and the arrays that sampling makes of them
 
     @property
     def cache(self) -> int:
@@ -98,7 +99,7 @@ def choose_slots(
       max_new_tokens: T.
       kv_dtype: type of the cache; the model's unless given.
       mesh: where it runs; one device unless given.
-      slot_bytes: what slots may take on each device; 0.4 of its memory unless given.
+      slot_bytes: limit for slots on each device; 0.4 of its memory unless given.
 
     Raises:
       ValueError: not even one slot for each device fits.
@@ -106,8 +107,8 @@ def choose_slots(
     axes = dict(mesh.shape) if mesh is not None else {}
     shards = axes.get("data", 1) * axes.get("fsdp", 1)
     budget = int(SLOT_SHARE * device_bytes()) if slot_bytes is None else slot_bytes
-    # With a slot for each row prompts are not copied at first, but are when work runs out and rows
-    # move to fewer slots.
+    # With a slot for each row prompts are not copied at first, but when rows move to fewer slots at
+    # the end they are.
     each = position_bytes(model, kv_dtype, axes.get("tensor", 1)) * (prompt_tokens + max_new_tokens)
     fit = budget // each * shards
     if fit < shards:
@@ -128,7 +129,7 @@ def device_bytes() -> int:
 
 
 def cache_dtype(model: Decoder, kv_dtype: KVDtype | None) -> KVDtype:
-    """The type of the cache: as asked for, else that of the model's activations."""
+    """The type of the cache: ``kv_dtype``, or that of the model's activations for None."""
     if kv_dtype is None:
         return "bfloat16" if model.dtype == "bfloat16" else "float32"
     if kv_dtype not in KV_BYTES:
@@ -147,13 +148,81 @@ def position_bytes(model: Decoder, kv_dtype: KVDtype | None, tensor: int = 1) ->
 
 
 def shares_weights(model: Decoder, *, devices: int, platform: Platform) -> bool:
-    """Whether sampling reads the trainer's weights themselves: they have its type, are on one
-    device, and that is no GPU, where layers are taken apart.
+    """Whether sampling reads the trainer's weights without a copy: same type, one device, no GPU
+    (there the layers lie apart).
     """
     return devices == 1 and model.dtype == model.param_dtype and platform != "gpu"
 
 
 def weight_bytes(model: Decoder, mesh: Mesh | AbstractMesh | None) -> int:
-    """Weights as sampling holds them, on one device."""
+    """Bytes of the weights for sampling on one device."""
     shapes = jax.eval_shape(model.cast, model.param_shapes())
     return local_bytes(model.param_axes(), shapes, mesh, "rollout")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeStepCost:
+    """Work of writing one token for each of M slots, on all devices together."""
+
+    matrix_flops: int  # products with weights
+    attention_flops: int  # scores and weighted values
+    weight_bytes: int  # each weight is read once
+    cache_bytes: int  # each key and value attended to is read once, new ones are written
+
+    @property
+    def flops(self) -> int:
+        return self.matrix_flops + self.attention_flops
+
+    @property
+    def bytes(self) -> int:
+        return self.weight_bytes + self.cache_bytes
+
+    def seconds(self, *, flops_per_second: float, bytes_per_second: float) -> float:
+        """Least time on hardware with these peaks: the slower of the two."""
+        return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
+
+
+def decode_step_cost(
+    model: Decoder,
+    *,
+    slots: int,
+    prompt_tokens: float,
+    completion_tokens: float,
+    group_size: int = 1,
+    kv_dtype: KVDtype | None = None,
+) -> DecodeStepCost:
+    """Counts one decode step at a mean context length.
+
+    With W weights in matrices, head included, L layers, H query heads of size K and c positions in
+    the context: ``2 M W`` and ``4 M L H K c`` operations. Bytes: W weights, and for each
+    slot its completion and 1 / ``group_size`` of its prompt.
+
+    Args:
+      model: the decoder.
+      slots: M.
+      prompt_tokens: mean prompt length.
+      completion_tokens: mean number of tokens so far.
+      group_size: slots that read a prompt together: G with a slot for each row, else 1.
+      kv_dtype: type of the cache; the model's unless given.
+    """
+    config = model.config
+    weights = layer_weights(model) + config.hidden_size * config.vocab_size
+    context = prompt_tokens + completion_tokens
+    heads = config.num_layers * config.num_heads * config.head_dim
+    read = prompt_tokens / group_size + completion_tokens
+    width = 2 if model.dtype == "bfloat16" else 4
+    return DecodeStepCost(
+        matrix_flops=2 * slots * weights,
+        attention_flops=round(4 * slots * heads * context),
+        weight_bytes=weights * width,
+        cache_bytes=round(slots * (read + 1) * position_bytes(model, kv_dtype)),
+    )
+
+
+def layer_weights(model: Decoder) -> int:
+    """Weights in the matrices of all layers."""
+    return sum(
+        math.prod(shape.shape)
+        for path, shape in jax.tree_util.tree_leaves_with_path(model.layers(model.param_shapes()))
+        if path[-1].key == "kernel"
+    )

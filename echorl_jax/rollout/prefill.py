@@ -1,24 +1,111 @@
-"""Prompts to keys and values, once per prompt, in pieces of bounded size."""
+"""The first program of a call: prefills each prompt once, in pieces of bounded size."""
+
+import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from echorl_jax.choices import KVDtype
 from echorl_jax.models import Decoder
-from echorl_jax.parallel import constrain
+from echorl_jax.parallel import Platform, constrain
 from echorl_jax.rollout import attention
-from echorl_jax.rollout.cache import Cache, as_blocks, encode, read_block, write_piece
-from echorl_jax.rollout.layers import over_layers
+from echorl_jax.rollout.cache import (
+    Cache,
+    as_blocks,
+    empty_cache,
+    encode,
+    place,
+    read_block,
+    write_piece,
+)
+from echorl_jax.rollout.decode import Output, empty_output
+from echorl_jax.rollout.request import Request, greatest_divisor
+from echorl_jax.rollout.sampling import row_keys
+from echorl_jax.rollout.slots import Queue, Slots, first_slots
+from echorl_jax.rollout.weights import over_layers, windows
 from echorl_jax.types import Array, PyTree
 
-# Stands for "no sliding window": longer than any sequence.
-UNBOUNDED = 2**30
+# Positions in a block of the cache. A TPU computes with 128 lanes, used or not, and each block has
+# a fixed cost there; on CPU a block has to stay in the caches (docs/performance.md), on GPU three
+# of them in the fast memory of a multiprocessor.
+BLOCK = {"cpu": 64, "gpu": 64, "tpu": 128}
+# For completions with several CPU workers: without threads to wake per block, short blocks waste
+# less.
+WORKER_BLOCK = 32
+# Limits of one prefill piece: positions, and prompts times positions.
+PREFILL_CHUNK = 512
+PREFILL_TOKENS = 8192
 
 
-def windows(model: Decoder) -> np.ndarray:
-    """i32 ``[L]``: latest positions that each layer attends to, its own included."""
-    return np.array([UNBOUNDED if w is None else w for w in model.config.windows], np.int32)
+@dataclasses.dataclass(frozen=True)
+class PrefillSpec:
+    """The static part of the prefill program."""
+
+    slots: int
+    length: int  # T
+    stop_window: int  # W
+    block: int  # positions in a block of the prompts' cache
+    ring_block: int  # positions in a block of the completions' cache
+    pad_id: int
+    kv_dtype: KVDtype
+    shards: int
+
+
+def block_sizes(
+    prompt_tokens: int, length: int, *, platform: Platform, cpu_workers: int = 1
+) -> tuple[int, int]:
+    """Positions in a block of the prompts' cache and of the completions'.
+
+    >>> block_sizes(192, 96, platform="tpu"), block_sizes(192, 96, platform="gpu")
+    ((96, 96), (64, 64))
+    """
+    most = BLOCK[platform]
+    if platform == "gpu":  # its kernel needs powers of two
+        no_shorter = 1 << (length - 1).bit_length()
+        return min(most, prompt_tokens & -prompt_tokens), min(most, max(16, no_shorter))
+    most_of_ring = most if cpu_workers == 1 else WORKER_BLOCK
+    return greatest_divisor(prompt_tokens, most=most), min(length, most_of_ring)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "spec"))
+def begin_call(
+    model: Decoder, params: PyTree, request: Request, key: Array, *, spec: PrefillSpec
+) -> tuple[Queue, Slots, Output]:
+    """The first program of a call: prefills each prompt once and gives the first rows to slots."""
+    config = model.config
+    cache = functools.partial(
+        empty_cache,
+        layers=config.num_layers,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        dtype=spec.kv_dtype,
+    )
+    prompts, width = request.tokens.shape
+    block, cached = spec.block, request.length - 1
+    chunk = block * greatest_divisor(width // block, most=PREFILL_CHUNK // block)
+    most = max(1, PREFILL_TOKENS // (chunk * spec.shards))
+    store = prefill(
+        model,
+        params,
+        request.tokens,
+        cached,
+        cache(blocks=width // block, rows=prompts, block=block, whole=True),
+        rows=spec.shards * greatest_divisor(prompts // spec.shards, most=most),
+        chunk=chunk,
+    )
+    queue = Queue(
+        request=request,
+        key=row_keys(key, request.row_id),
+        last_token=jnp.take_along_axis(request.tokens, cached[:, None], axis=1)[:, 0],
+        store=place(store, None),
+    )
+    ring_blocks = -(-spec.length // spec.ring_block)
+    ring = cache(blocks=ring_blocks, rows=spec.slots, block=spec.ring_block)
+    slots = first_slots(queue, slots=spec.slots, stop_window=spec.stop_window, ring=ring)
+    return queue, slots, empty_output(request.rows, spec.length, spec.pad_id)
 
 
 def prefill(

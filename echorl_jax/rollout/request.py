@@ -1,150 +1,329 @@
-"""A call's host side: prompts and settings of rows, checked and padded to an allowed shape."""
+"""What a call asks for: the settings of sampling, and its rows, checked and padded.
+
+Array shapes come from a small closed set (:func:`bucket`), so that the number of compiled programs
+does not grow with the data.
+"""
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from echorl_jax.rollout.buckets import bucket
-from echorl_jax.rollout.settings import check_tokens
+from echorl_jax.choices import KVDtype
+from echorl_jax.types import Array, HostArray, pytree
 
-# Prompts are padded to a multiple of this.
+# Prompts are padded to a multiple of this many tokens.
 PROMPT_MULTIPLE = 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Request:
-    """Host arrays of one call. P and N include padding; the first ``count`` rows are written."""
+class Sampling:
+    """How completions are drawn. Static under jit: another value is another compiled program.
 
-    tokens: np.ndarray  # i32 [P, S]
-    length: np.ndarray  # i32 [P]
-    number: np.ndarray  # i32 [N]
-    group: np.ndarray  # i32 [N]
-    limit: np.ndarray  # i32 [N]
-    forced: np.ndarray  # i32 [N, F]
-    forced_length: np.ndarray  # i32 [N]
-    prompts: int
-    count: int
+    Banned tokens are removed first. Then ``top_k`` keeps the k most probable tokens, ``top_p`` the
+    most probable tokens that together hold ``top_p`` of the remaining probability, and ``min_p``
+    the tokens at least ``min_p`` times as probable as the most probable one. Ties with the last
+    token kept are kept too. Reported log-probabilities and entropies ignore all of this.
+    """
 
-    def places(self, lanes: int, lane: int) -> np.ndarray:
-        """A lane's rows: those of every ``lanes``-th prompt, so that padding is shared too."""
-        group_size = len(self.group) // len(self.length)
-        first = np.arange(lane, len(self.length), lanes) * group_size
-        return (first[:, None] + np.arange(group_size)).reshape(-1)
+    group_size: int  # G
+    max_new_tokens: int  # T
+    temperature: float = 1.0  # 0 takes the most probable token
+    top_k: int = 0  # 0 keeps all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    eos_ids: tuple[int, ...] = ()
+    stop_sequences: tuple[tuple[int, ...], ...] = ()  # each ends a completion and belongs to it
+    banned_ids: tuple[int, ...] = ()
 
-    def deal(self, lanes: int, lane: int) -> "Request":
-        """The request of a lane; P is a multiple of ``lanes``."""
-        rows = self.places(lanes, lane)
-        prompts = len(range(lane, self.prompts, lanes))
-        return Request(
-            tokens=self.tokens[lane::lanes],
-            length=self.length[lane::lanes],
-            number=self.number[rows],
-            group=self.group[: len(rows)],
-            limit=self.limit[rows],
-            forced=self.forced[rows],
-            forced_length=self.forced_length[rows],
-            prompts=prompts,
-            count=self.count // self.prompts * prompts,
+    @property
+    def greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def scale(self) -> float:
+        """Divides the logits, for drawing and for all reported numbers; 1 when greedy."""
+        return self.temperature or 1.0
+
+    @property
+    def stop_window(self) -> int:
+        """W: how many latest tokens the search for stop sequences needs."""
+        return max((len(sequence) for sequence in self.stop_sequences), default=0)
+
+    def checked(self, vocab_size: int) -> "Sampling":
+        """The same settings in one canonical form, so that equal settings share programs.
+
+        Raises:
+          ValueError: a value out of range, a token outside the vocabulary, or every token banned.
+        """
+        for name in ("group_size", "max_new_tokens"):
+            if vars(self)[name] < 1:
+                raise ValueError(f"{name}={vars(self)[name]}: must be at least 1")
+        if self.temperature != 0 and not 1e-30 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature={self.temperature}: must be 0 (greedy) or at least 1e-30"
+            )
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k}: must be 0 (off) or positive")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p}: must lie in [0, 1]")
+        if not all(self.stop_sequences):
+            raise ValueError("stop_sequences: one of them is empty")
+        for name in ("eos_ids", "banned_ids"):
+            check_tokens(name, vars(self)[name], vocab_size)
+        for sequence in self.stop_sequences:
+            check_tokens("stop_sequences", sequence, vocab_size)
+        if len(set(self.banned_ids)) == vocab_size:
+            raise ValueError("banned_ids: every token is banned")
+        return dataclasses.replace(
+            self,
+            temperature=float(self.temperature),
+            top_k=0 if self.top_k >= vocab_size else int(self.top_k),
+            top_p=float(self.top_p),
+            min_p=float(self.min_p),
+            eos_ids=sorted_ids(self.eos_ids),
+            banned_ids=sorted_ids(self.banned_ids),
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """How a call runs. Samples do not depend on it, apart from the rounding of ``kv_dtype``.
+
+    See :func:`generate` for the meaning of each field.
+    """
+
+    slots: int = 0
+    cpu_workers: int = 0
+    kv_dtype: KVDtype | None = None
+    mesh: Mesh | None = None
+    steps_per_poll: int = 128
+    pad_id: int = 0
+
+    @property
+    def shards(self) -> int:
+        """Parts that rows are split into on the mesh."""
+        return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    def check(self) -> None:
+        """Raises ValueError for a value out of range; the message names it."""
+        if jax.config.values["jax_enable_x64"]:
+            raise ValueError("jax_enable_x64 is on: the sampler counts and computes in 32 bits")
+        for name, least in (("slots", 0), ("cpu_workers", 0), ("steps_per_poll", 1)):
+            if (value := vars(self)[name]) < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
+        if self.cpu_workers > 1 and self.mesh is not None and self.mesh.size > 1:
+            raise ValueError(
+                f"cpu_workers={self.cpu_workers}: a mesh of {self.mesh.size} devices has one"
+            )
+
+
+def sorted_ids(ids: Iterable[int]) -> tuple[int, ...]:
+    """Each id once, in order, as Python integers."""
+    return tuple(sorted(set(map(int, ids))))
+
+
+def check_tokens(name: str, ids: Sequence[int], vocab_size: int) -> None:
+    """Raises ValueError, with the name, unless every id is an integer in ``[0, vocab_size)``."""
+    if len(ids) and np.asarray(ids).dtype.kind not in "iu":
+        raise ValueError(f"{name}: token ids must be whole numbers")
+    if len(ids) and not (min(ids) >= 0 and max(ids) < vocab_size):
+        wrong = next(token for token in ids if not 0 <= token < vocab_size)
+        raise ValueError(f"{name}: token {wrong} is outside the vocabulary of {vocab_size}")
+
+
+@pytree
+class Request:
+    """The rows of one call, the rows of a prompt side by side: NumPy on the host, then on devices.
+
+    Rows from ``count`` on pad the shape; nothing is written for them.
+    """
+
+    tokens: Array  # i32 [P, S], the prompts, right-padded
+    length: Array  # i32 [P], at least 1
+    group: Array  # i32 [N], the prompt of each row
+    row_id: Array  # i32 [N], the row's number in the PRNG keys
+    limit: Array  # i32 [N], longest completion
+    prefix: Array  # i32 [N, F], tokens that the completion begins with
+    prefix_length: Array  # i32 [N]
+    count: Array  # i32 []
+
+    @property
+    def rows(self) -> int:
+        """N, padding included."""
+        return self.group.shape[0]
+
+    @property
+    def group_size(self) -> int:
+        """G."""
+        return self.rows // self.length.shape[0]
+
+    @property
+    def prompts(self) -> int:
+        """Prompts without padding; on the host only."""
+        return int(self.count) // self.group_size
+
+    def padded(self, prompts: int) -> "Request":
+        """The request with blank rows for ``prompts`` prompts in all; on the host only."""
+        blank = prompts - len(self.length)
+
+        def pad(values: HostArray, count: int, fill: int = 0) -> HostArray:
+            widths = [(0, count), *[(0, 0)] * (values.ndim - 1)]
+            return np.pad(values, widths, constant_values=fill)
+
+        rows = blank * self.group_size
+        return Request(
+            tokens=pad(self.tokens, blank),
+            length=pad(self.length, blank, 1),
+            group=_groups(prompts, self.group_size),
+            row_id=pad(self.row_id, rows),
+            limit=pad(self.limit, rows, 1),
+            prefix=pad(self.prefix, rows),
+            prefix_length=pad(self.prefix_length, rows),
+            count=self.count,
+        )
+
+    def part_rows(self, parts: int, part: int) -> HostArray:
+        """The rows of every ``parts``-th prompt, so that the parts share the padding too."""
+        first = np.arange(part, len(self.length), parts) * self.group_size
+        return (first[:, None] + np.arange(self.group_size)).reshape(-1)
+
+    def part(self, parts: int, part: int) -> "Request":
+        """The request for :meth:`part_rows`; P is a multiple of ``parts``. On the host only."""
+        rows = self.part_rows(parts, part)
+        count: HostArray = np.int32(len(range(part, self.prompts, parts)) * self.group_size)
+        return Request(
+            tokens=self.tokens[part::parts],
+            length=self.length[part::parts],
+            group=self.group[: len(rows)],
+            row_id=self.row_id[rows],
+            limit=self.limit[rows],
+            prefix=self.prefix[rows],
+            prefix_length=self.prefix_length[rows],
+            count=count,
+        )
+
+
+def _groups(prompts: int, group_size: int) -> HostArray:
+    return np.repeat(np.arange(prompts, dtype=np.int32), group_size)
 
 
 def make_request(
     prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
     *,
-    group_size: int,
-    max_new_tokens: int,
-    row_limits: Sequence[int] | None,
-    row_ids: Sequence[int] | None,
-    prefixes: Sequence[Sequence[int]] | None,
-    prompt_tokens: int,
     vocab_size: int,
-    multiple: int,
+    row_limits: Sequence[int] | None = None,
+    row_ids: Sequence[int] | None = None,
+    prefixes: Sequence[Sequence[int]] | None = None,
+    prompt_tokens: int = 0,
 ) -> Request:
-    """Checks and pads.
-
-    Args:
-      prompts: token ids, P lists.
-      group_size: rows per prompt; row i answers prompt ``i // group_size``.
-      max_new_tokens: T.
-      row_limits: shorter limits for single rows, N numbers.
-      row_ids: numbers that stand for the rows in the keys; 0 to N - 1 unless given.
-      prefixes: tokens with which rows have to begin, N lists.
-      prompt_tokens: S is at least this.
-      vocab_size: V.
-      multiple: P is padded to a multiple of this (the shards of the rows).
+    """Checks the rows of a call and pads their tokens; :func:`generate` describes the arguments.
 
     Raises:
-      ValueError: an empty list, a length or a token out of range, naming which.
+      ValueError: an empty list, a length or a token out of range; the message names it.
     """
     if len(prompts) == 0:
         raise ValueError("prompts: there is none")
-    for name, size in (("group_size", group_size), ("max_new_tokens", max_new_tokens)):
-        if size < 1:
-            raise ValueError(f"{name}={size}: must be at least 1")
-    count = len(prompts) * group_size
     if prompt_tokens < 0:
         raise ValueError(f"prompt_tokens={prompt_tokens}: must not be negative")
-    limit = _limits(row_limits, count, max_new_tokens)
-    number = _numbers(row_ids, count)
-    prefixes = [()] * count if prefixes is None else prefixes
-    if len(prefixes) != count:
-        raise ValueError(f"prefixes: {len(prefixes)} for {count} rows")
+    for index, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompts[{index}] is empty")
+        check_tokens(f"prompts[{index}]", prompt, vocab_size)
+    rows, longest = len(prompts) * sampling.group_size, max(prompt_tokens, *map(len, prompts))
+    limits = [sampling.max_new_tokens] * rows if row_limits is None else row_limits
+    limit = _per_row("row_limits", limits, rows, least=1, most=sampling.max_new_tokens)
+    row_ids = range(rows) if row_ids is None else row_ids
+    prefixes = [()] * rows if prefixes is None else prefixes
+    if len(prefixes) != rows:
+        raise ValueError(f"prefixes: {len(prefixes)} for {rows} rows")
     for row, prefix in enumerate(prefixes):
         check_tokens(f"prefixes[{row}]", prefix, vocab_size)
         if len(prefix) > limit[row]:
             raise ValueError(
                 f"prefixes[{row}]: {len(prefix)} tokens, but the row may have {limit[row]}"
             )
-    for index, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompts[{index}] is empty")
-        check_tokens(f"prompts[{index}]", prompt, vocab_size)
-
-    padded = bucket(len(prompts), multiple=multiple)
-    longest = max(prompt_tokens, *map(len, prompts))
-    blank = [()] * (padded - len(prompts))
-    tokens, length = pad_lists([*prompts, *blank], bucket(longest, multiple=PROMPT_MULTIPLE))
+    tokens, length = pad_lists(prompts, bucket(longest, multiple=PROMPT_MULTIPLE))
     width = max(map(len, prefixes))
-    forced, forced_length = pad_lists([*prefixes, *blank * group_size], width and bucket(width))
+    prefix, prefix_length = pad_lists(prefixes, width and bucket(width))
+    count: HostArray = np.int32(rows)
     return Request(
         tokens=tokens,
-        length=np.maximum(length, 1),
-        number=np.concatenate([number, np.zeros(padded * group_size - count, np.int32)]),
-        group=np.repeat(np.arange(padded, dtype=np.int32), group_size),
-        limit=np.concatenate([limit, np.ones(padded * group_size - count, np.int32)]),
-        forced=forced,
-        forced_length=forced_length,
-        prompts=len(prompts),
+        length=length,
+        group=_groups(len(prompts), sampling.group_size),
+        row_id=_per_row("row_ids", row_ids, rows, least=0, most=2**31 - 1),
+        limit=limit,
+        prefix=prefix,
+        prefix_length=prefix_length,
         count=count,
     )
 
 
-def _limits(row_limits: Sequence[int] | None, count: int, longest: int) -> np.ndarray:
-    if row_limits is None:
-        return np.full(count, longest, np.int32)
-    if len(row_limits) != count:
-        raise ValueError(f"row_limits: {len(row_limits)} for {count} rows")
-    limit = np.asarray(row_limits, np.int32)
-    if limit.min() < 1 or limit.max() > longest:
-        raise ValueError(f"row_limits: must lie in [1, max_new_tokens={longest}]")
-    return limit
+def _per_row(name: str, numbers: Sequence[int], rows: int, *, least: int, most: int) -> HostArray:
+    if len(numbers) != rows:
+        raise ValueError(f"{name}: {len(numbers)} for {rows} rows")
+    if min(numbers) < least or max(numbers) > most:
+        raise ValueError(f"{name}: must lie in [{least}, {most}]")
+    return np.asarray(numbers, np.int32)
 
 
-def _numbers(row_ids: Sequence[int] | None, count: int) -> np.ndarray:
-    if row_ids is None:
-        return np.arange(count, dtype=np.int32)
-    if len(row_ids) != count:
-        raise ValueError(f"row_ids: {len(row_ids)} for {count} rows")
-    if min(row_ids) < 0 or max(row_ids) >= 2**31:
-        raise ValueError("row_ids: must lie in [0, 2**31)")
-    return np.asarray(row_ids, np.int32)
-
-
-def pad_lists(lists: Sequence[Sequence[int]], width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lists of tokens as i32 ``[rows, width]``, zeros on the right, and their lengths."""
+def pad_lists(lists: Sequence[Sequence[int]], width: int) -> tuple[HostArray, HostArray]:
+    """Lists of tokens as i32 ``[rows, width]``, padded with 0 on the right, and their lengths."""
     tokens, length = np.zeros((len(lists), width), np.int32), np.zeros(len(lists), np.int32)
     for row, ids in enumerate(lists):
         tokens[row, : len(ids)] = ids
         length[row] = len(ids)
     return tokens, length
+
+
+def bucket(size: int, *, multiple: int = 1) -> int:
+    """The smallest allowed size that holds ``size``: ``multiple`` times 1, 2, 3, 4, 6, 8, 12, 16...
+
+    At most a third of it is padding, beyond the first few.
+
+    >>> [bucket(n) for n in (1, 5, 9, 13, 100)], bucket(70, multiple=16)
+    ([1, 6, 12, 16, 128], 96)
+    """
+    units = max(1, -(-size // multiple))
+    power = 1 << (units - 1).bit_length()
+    three_quarters = power // 4 * 3
+    return multiple * (three_quarters if three_quarters >= units else power)
+
+
+def bucket_below(size: int, *, multiple: int = 1) -> int:
+    """The largest allowed size of at most ``size``, and at least ``multiple``.
+
+    >>> bucket_below(100), bucket_below(70, multiple=16), bucket_below(3, multiple=8)
+    (96, 64, 8)
+    """
+    units = max(1, size // multiple)
+    power = 1 << (units.bit_length() - 1)
+    half_more = power // 2 * 3
+    return multiple * (half_more if power > 1 and half_more <= units else power)
+
+
+def slot_counts(slots: int, *, smallest: int) -> tuple[int, ...]:
+    """Numbers of slots for which a program exists, from ``slots`` down by halves.
+
+    >>> slot_counts(64, smallest=8), slot_counts(6, smallest=8)
+    ((64, 32, 16, 8), (6,))
+    """
+    counts = [slots]
+    while counts[-1] % 2 == 0 and counts[-1] // 2 >= smallest:
+        counts.append(counts[-1] // 2)
+    return tuple(counts)
+
+
+def greatest_divisor(length: int, *, most: int) -> int:
+    """The largest divisor of ``length`` that is at most ``most``.
+
+    >>> greatest_divisor(384, most=256)
+    192
+    """
+    return max(n for n in range(1, min(length, most) + 1) if length % n == 0)

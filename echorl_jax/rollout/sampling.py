@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from echorl_jax.parallel import constrain
-from echorl_jax.rollout.settings import Sampling
+from echorl_jax.rollout.request import Sampling
 from echorl_jax.types import Array, pytree
 
 # Logit of what cannot be drawn: exp of it is exactly 0 in float32, and 0 times it is 0, not NaN.
@@ -76,7 +76,7 @@ def token_uniforms(keys: Array, position: Array) -> Array:
 
 
 def sample(
-    logits: Array, uniforms: Array, sampling: Sampling, *, forced: Array | None = None
+    logits: Array, uniforms: Array, sampling: Sampling, *, prefix: Array | None = None
 ) -> Sampled:
     """Draws a token from each row of logits.
 
@@ -88,7 +88,7 @@ def sample(
       logits: ``[M, V]``.
       uniforms: f32 ``[M, 2]`` from :func:`token_uniforms`.
       sampling: the settings.
-      forced: i32 ``[M]``, a token to take whatever was drawn; -1 leaves the draw.
+      prefix: i32 ``[M]``, a token to take in place of the draw; -1 takes the draw.
     """
     z = logits.astype(jnp.float32).T
     # The maximum first, so that the likeliest token weighs exactly 1 at any temperature.
@@ -108,8 +108,8 @@ def sample(
     else:
         weight, block_sums = _truncate(z, weight, block_sums, sampling)
         token = _draw(weight, block_sums, uniforms)
-    if forced is not None:
-        token = jnp.where(forced >= 0, forced, token)
+    if prefix is not None:
+        token = jnp.where(prefix >= 0, prefix, token)
     chosen = jnp.take_along_axis(z.reshape(-1, rows), token[None], axis=0)[0]
     return Sampled(token=token, logprob=chosen - jnp.log(total), entropy=jnp.maximum(entropy, 0.0))
 

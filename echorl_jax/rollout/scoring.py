@@ -10,9 +10,13 @@ from jax import lax
 from echorl_jax.core import logprobs_and_entropy
 from echorl_jax.models import Decoder
 from echorl_jax.parallel import mesh_in_force
-from echorl_jax.rollout.buckets import bucket, greatest_divisor
-from echorl_jax.rollout.request import PROMPT_MULTIPLE, pad_lists
-from echorl_jax.rollout.settings import check_tokens
+from echorl_jax.rollout.request import (
+    PROMPT_MULTIPLE,
+    bucket,
+    check_tokens,
+    greatest_divisor,
+    pad_lists,
+)
 from echorl_jax.types import Array, PyTree, Rollouts
 
 

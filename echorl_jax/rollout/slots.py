@@ -1,11 +1,11 @@
-"""Who is being written: rows waiting in a queue, and slots that take the next one as they finish.
+"""Continuous batching: a slot whose row has ended takes the next row of the queue.
 
-The completion cache is a ring. At every turn all slots write the same column, so a write is one
-slice and needs no scatter. A slot whose row has t tokens looks at the t latest columns; when it
-takes a new row it simply stops looking at the older ones.
+The cache of the completions is a ring. In every decode step all slots write the same column, so the
+write is one slice and needs no scatter. A slot whose row has t tokens reads the t latest columns; a
+slot that takes a new row no longer reads the older ones.
 
-All decisions are made on whole (replicated) arrays of one number per slot, so every device and
-every process makes the same ones.
+All decisions are made on replicated arrays of one number per slot, so that every device and every
+process makes the same ones.
 """
 
 import dataclasses
@@ -15,47 +15,52 @@ from jax import lax
 
 from echorl_jax.parallel import constrain
 from echorl_jax.rollout.cache import Cache, copy_row, gather_rows, pick_rows
-from echorl_jax.rollout.settings import Sampling
+from echorl_jax.rollout.request import Request, Sampling
 from echorl_jax.types import Array, pytree
 
 
 @pytree
 class Queue:
-    """What every row starts from. Read only."""
+    """The rows of a call and what they start from. Read only."""
 
+    request: Request
     key: Array  # PRNG keys [N] of the rows
-    count: Array  # i32 [], rows to be written; rows from there on are padding
-    group: Array  # i32 [N], prompt of the row
-    limit: Array  # i32 [N], longest completion of the row
-    cached: Array  # i32 [P], positions of the prompt in `store`: all but the last token
     last_token: Array  # i32 [P], last token of the prompt
-    forced: Array  # i32 [N, F], tokens that the completion has to begin with
-    forced_length: Array  # i32 [N]
-    store: Cache  # P rows
+    store: Cache  # P rows: the prompts without their last token
 
     @property
     def rows(self) -> int:
         """N; also the row number of idle slots."""
-        return self.group.shape[0]
+        return self.request.rows
+
+    @property
+    def cached(self) -> Array:
+        """i32 ``[P]``, positions of the prompt in the store."""
+        return self.request.length - 1
+
+    @property
+    def group(self) -> Array:
+        """i32 ``[N]``, prompt of the row."""
+        return self.request.group
 
 
 @pytree
 class Slots:
-    """The rows being written, M at a time, and the memory they attend to."""
+    """The M rows being written, and the caches that they attend to."""
 
     row: Array  # i32 [M], row of the queue; N where idle
-    position: Array  # i32 [M], tokens that the row has; so many columns of `ring` are its own
+    position: Array  # i32 [M], tokens of the row so far, and columns of `ring` that it reads
     token: Array  # i32 [M], latest token: the next input
     recent: Array  # i32 [M, W], latest tokens, for stop sequences; -1 where none
-    cached: Array  # i32 [M], positions of `prompt` that are filled
-    prompt: Cache | None  # M rows; None while slot i holds row i: then the queue's store serves
+    cached: Array  # i32 [M], filled positions of `prompt`
+    prompt: Cache | None  # M rows; None while slot i holds row i: then the queue's store is read
     ring: Cache  # M rows
-    turn: Array  # i32 [], turns so far; modulo the ring's length the column to be written
+    step: Array  # i32 [], decode steps so far; modulo the ring's length the next column to write
     next_row: Array  # i32 [], first row that no slot has taken
 
 
 def _whole(slots: Slots) -> Slots:
-    """Keeps the numbers that decisions are made from whole on every device."""
+    """Keeps the arrays that decisions depend on replicated."""
     return dataclasses.replace(
         slots,
         row=constrain(slots.row, None),
@@ -66,39 +71,40 @@ def _whole(slots: Slots) -> Slots:
     )
 
 
-def first_slots(queue: Queue, *, slots: int, memory: int, ring: Cache) -> Slots:
+def first_slots(queue: Queue, *, slots: int, stop_window: int, ring: Cache) -> Slots:
     """Gives the first rows to the slots; with a slot for each row prompts are not copied.
 
     Args:
-      queue: the work.
+      queue: the rows to write.
       slots: M.
-      memory: W.
+      stop_window: W.
       ring: an empty cache of M rows.
     """
     row = jnp.arange(slots, dtype=jnp.int32)
     group = queue.group[jnp.minimum(row, queue.rows - 1)]
     first = Slots(
-        row=jnp.where(row < queue.count, row, queue.rows),
+        row=jnp.where(row < queue.request.count, row, queue.rows),
         position=jnp.zeros(slots, jnp.int32),
         token=queue.last_token[group],
-        recent=jnp.full((slots, memory), -1, jnp.int32),
+        recent=jnp.full((slots, stop_window), -1, jnp.int32),
         cached=queue.cached[group],
         prompt=None if slots == queue.rows else gather_rows(queue.store, group),
         ring=ring,
-        turn=jnp.zeros((), jnp.int32),
-        next_row=jnp.minimum(slots, queue.count).astype(jnp.int32),
+        step=jnp.zeros((), jnp.int32),
+        next_row=jnp.minimum(slots, queue.request.count).astype(jnp.int32),
     )
     return _whole(first)
 
 
-def forced_tokens(queue: Queue, slots: Slots) -> Array | None:
-    """The token that each slot has to write, or -1; None if the call forces nothing."""
-    width = queue.forced.shape[1]
+def prefix_tokens(queue: Queue, slots: Slots) -> Array | None:
+    """The prefix token that each slot has to write, i32 ``[M]``, or -1; None without prefixes."""
+    prefix = queue.request.prefix
+    width = prefix.shape[1]
     if width == 0:
         return None
     row = jnp.minimum(slots.row, queue.rows - 1)
-    token = queue.forced[row, jnp.minimum(slots.position, width - 1)]
-    return jnp.where(slots.position < queue.forced_length[row], token, -1)
+    token = prefix[row, jnp.minimum(slots.position, width - 1)]
+    return jnp.where(slots.position < queue.request.prefix_length[row], token, -1)
 
 
 def append(
@@ -107,11 +113,11 @@ def append(
     """Adds a token to every row.
 
     Returns:
-      The slots; which of their rows are over, bool ``[M]``; which of them ended themselves, by EOS
-      or a stop sequence, bool ``[M]``.
+      The slots; whether their rows have ended, bool ``[M]``; whether by EOS or a stop sequence,
+      bool ``[M]``.
     """
     recent = slots.recent
-    if sampling.memory:
+    if sampling.stop_window:
         recent = jnp.concatenate([recent[:, 1:], token[:, None]], axis=1)
     stopped = jnp.zeros(token.shape, bool)
     for end in sampling.eos_ids:
@@ -120,21 +126,21 @@ def append(
         latest = recent[:, -len(sequence) :]
         stopped |= (latest == jnp.array([sequence], jnp.int32)).all(-1)
     position = slots.position + 1
-    full = position >= queue.limit[jnp.minimum(slots.row, queue.rows - 1)]
+    full = position >= queue.request.limit[jnp.minimum(slots.row, queue.rows - 1)]
     slots = dataclasses.replace(
-        slots, token=token, position=position, recent=recent, turn=slots.turn + 1
+        slots, token=token, position=position, recent=recent, step=slots.step + 1
     )
     return slots, (stopped | full) & (slots.row < queue.rows), stopped
 
 
-def retire(queue: Queue, slots: Slots, over: Array) -> Slots:
-    """Makes slots idle. An idle slot attends to nothing but itself and its tokens are dropped."""
-    over |= slots.row >= queue.rows
+def retire(queue: Queue, slots: Slots, ended: Array) -> Slots:
+    """Makes slots idle. An idle slot attends only to itself, and its tokens are dropped."""
+    ended |= slots.row >= queue.rows
     idle = dataclasses.replace(
         slots,
-        row=jnp.where(over, queue.rows, slots.row),
-        position=jnp.where(over, 0, slots.position),
-        cached=jnp.where(over, 0, slots.cached),
+        row=jnp.where(ended, queue.rows, slots.row),
+        position=jnp.where(ended, 0, slots.position),
+        cached=jnp.where(ended, 0, slots.cached),
     )
     return _whole(idle)
 
@@ -143,7 +149,7 @@ def refill(queue: Queue, slots: Slots) -> Slots:
     """Gives the next rows of the queue to idle slots, in order of slots."""
     idle = slots.row >= queue.rows
     candidate = slots.next_row + jnp.cumsum(idle) - 1
-    takes = idle & (candidate < queue.count)
+    takes = idle & (candidate < queue.request.count)
     group = queue.group[jnp.where(takes, candidate, 0)]
     takers = jnp.nonzero(takes, size=takes.shape[0], fill_value=0)[0]
     taken = takes.sum(dtype=jnp.int32)
@@ -165,18 +171,18 @@ def refill(queue: Queue, slots: Slots) -> Slots:
 
 
 def needed(busy: Array, *, shards: int) -> Array:
-    """The fewest slots that hold the busy ones, in ``shards`` parts as large as the fullest."""
+    """Fewest slots that hold the busy ones, in ``shards`` equal parts the size of the fullest."""
     return busy.reshape(shards, -1).sum(-1, dtype=jnp.int32).max() * shards
 
 
 def compact(queue: Queue, slots: Slots, *, size: int, shards: int) -> Slots:
-    """The same work in ``size`` slots: the busy ones, and idle ones to fill up.
+    """The same rows in ``size`` slots: the busy ones, and idle ones to fill up.
 
     Args:
-      queue: the work.
+      queue: the rows to write.
       slots: ``needed`` is at most ``size``.
       size: the new M, a multiple of ``shards``.
-      shards: parts that the slots are split into; no cache moves from one to another.
+      shards: parts that the slots are split into; no cache row moves between parts.
     """
     parts = (slots.row >= queue.rows).reshape(shards, -1)
     rows = jnp.argsort(parts, axis=1, stable=True)[:, : size // shards]

@@ -14,9 +14,8 @@ from echorl_jax.precision import wide_einsum
 from echorl_jax.rollout import attention, kernel
 from echorl_jax.rollout.attention import Partial
 from echorl_jax.rollout.cache import Cache, encode, read_block
-from echorl_jax.rollout.layers import over_layers
-from echorl_jax.rollout.prefill import windows
 from echorl_jax.rollout.slots import Queue, Slots
+from echorl_jax.rollout.weights import over_layers, windows
 from echorl_jax.types import Array, PyTree
 
 # Attention of a layer's queries [M, KV, R, K] to their own keys and values [M, KV, K] and to both
@@ -79,7 +78,7 @@ def _by_kernel(queue: Queue, slots: Slots) -> Attend:
         if window is not None:
             written = jnp.minimum(written, window - 1)
             unseen = jnp.clip(slots.cached + slots.position - window + 1, 0, slots.cached)
-        latest = kernel.Span((slots.turn - written) % ring.length, written)
+        latest = kernel.Span((slots.step - written) % ring.length, written)
         early = kernel.Span(unseen, slots.cached - unseen, row)
         return kernel.attend(q, k, v, layer, (prompt, ring), (early, latest))
 
@@ -109,7 +108,7 @@ def _by_blocks(queue: Queue, slots: Slots) -> Attend:
 def _filled_blocks(slots: Slots) -> Array:
     """Blocks of the ring that hold something, counted back from the current one."""
     ring = slots.ring
-    before = jnp.maximum(slots.position.max() - slots.turn % ring.block, 0)  # in earlier blocks
+    before = jnp.maximum(slots.position.max() - slots.step % ring.block, 0)  # in earlier blocks
     return jnp.minimum(1 - (-before // ring.block), ring.blocks)
 
 
@@ -123,12 +122,12 @@ def _attend_ring(
 ) -> Partial:
     """Adds the tokens of the completion. A column's age is its distance to the current position."""
     ring = slots.ring
-    turn = slots.turn % ring.length
+    step = slots.step % ring.length
     oldest = slots.position if window is None else jnp.minimum(slots.position, window - 1)
 
     def merge(back: Array, partial: Partial) -> Partial:
-        index = (turn // ring.block - back) % ring.blocks
-        age = (turn - index * ring.block - jnp.arange(ring.block)) % ring.length
+        index = (step // ring.block - back) % ring.blocks
+        age = (step - index * ring.block - jnp.arange(ring.block)) % ring.length
         valid = (age >= 1)[None, :] & (age[None, :] <= oldest[:, None])
         block = read_block(ring, layer, index)
         return attention.merge_block(partial, q, block, valid[:, None, None])
@@ -153,7 +152,7 @@ def _attend_prompt(
       read: block of a number, with C rows; row c serves M / C slots that lie side by side.
       filled: i32 ``[C]``, positions that are filled.
       positions: i32 ``[M]``, of the queries.
-      window: see :func:`prefill.windows`.
+      window: see :func:`windows`.
       blocks: how many to read.
     """
     rows, heads, group, width = q.shape

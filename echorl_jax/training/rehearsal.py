@@ -13,8 +13,8 @@ import jax
 import numpy as np
 
 from echorl_jax.config import ConfigError
-from echorl_jax.rollout.buckets import levels
-from echorl_jax.rollout.lanes import SMALLEST_LEVEL, choose_lanes, lane_slots
+from echorl_jax.rollout.host import FEWEST_SLOTS, choose_cpu_workers, worker_slots
+from echorl_jax.rollout.request import slot_counts
 from echorl_jax.training.batch import Assembled, select_tokens
 from echorl_jax.training.collect import Experience, join_rounds, sample
 from echorl_jax.training.micro_batches import micro_batch_shapes, take_rows
@@ -93,8 +93,8 @@ def slot_limits(rows: int, slots: int, *, shards: int, longest: int) -> list[int
     Slot i first holds row i. At each level the slots that stay are the first of every shard, so
     their rows are the longest; by then the rows that wait have passed through the others.
     """
-    slots = lane_slots(rows, slots, lanes=1, shards=shards)
-    sizes = levels(slots, smallest=max(SMALLEST_LEVEL, shards))
+    slots = worker_slots(rows, slots, workers=1, shards=shards)
+    sizes = slot_counts(slots, smallest=max(FEWEST_SLOTS, shards))
     waiting = 1 + -(-2 * (rows - slots) // slots) if rows > slots else 0
     limits = np.ones(rows, np.int64)
     place = np.arange(slots) % (slots // shards)
@@ -110,7 +110,7 @@ def _experience(run: Run, params: PyTree, key: Array) -> Experience:
     run.stream.set_state(position)
     config = run.setup.config
     limits = np.empty((len(prompts), run.setup.sampled_group_size), np.int64)
-    lanes = choose_lanes(
+    workers = choose_cpu_workers(
         run.setup.model,
         prompts=len(prompts),
         slots=run.setup.slots,
@@ -118,12 +118,12 @@ def _experience(run: Run, params: PyTree, key: Array) -> Experience:
         kv_dtype=config.rollout.kv_dtype,
         mesh=run.setup.mesh,
     )
-    for lane in range(lanes):
-        own = limits[lane::lanes]
+    for worker in range(workers):
+        own = limits[worker::workers]
         own[:] = np.reshape(
             slot_limits(
                 own.size,
-                -(-run.setup.slots // lanes),
+                -(-run.setup.slots // workers),
                 shards=run.setup.bounds.row_multiple,
                 longest=config.rollout.max_new_tokens,
             ),

@@ -39,7 +39,7 @@ def sampler() -> dict[str, Any]:
                 eos_ids=end_tokens(tokenizer, model),
                 row_limits=[1 + 5 * row % 37 for row in range(len(rows) * GROUP)],
                 slots=8,
-                turns_per_visit=4,
+                steps_per_poll=4,
                 **settings,
             )
         )

@@ -2,8 +2,8 @@
 
     python aot_gpu.py DATA FSDP TENSOR
 
-Prints one JSON object of what the loop's body holds: calls of the attention kernel, collectives by
-kind, and arrays of the size of a weight matrix that it makes.
+Prints one JSON object that describes the body of the decode loop: calls of the attention kernel,
+collectives by kind, and new arrays of the size of a weight matrix.
 """
 
 import collections
@@ -19,9 +19,11 @@ from jax.experimental import topologies
 from echorl_jax.models import Decoder
 from echorl_jax.models.published import architecture
 from echorl_jax.parallel import make_mesh
-from echorl_jax.rollout.ahead import lower_decode, lower_prefill, sampling_weights
+from echorl_jax.rollout import Resources, Sampling
+from echorl_jax.rollout.engine import lower_decode, lower_prefill
+from echorl_jax.rollout.weights import abstract_rollout_params
 
-# What XLA has to know of the device.
+# The device description that XLA needs.
 H100 = """
 gpu_device_info {
   cuda_compute_capability { major: 9 }
@@ -60,16 +62,14 @@ def main() -> None:
     config = architecture("Qwen/Qwen2.5-Math-1.5B")
     config = dataclasses.replace(config, num_layers=4, windows=config.windows[:4])
     model = Decoder(config, dtype="bfloat16")
-    prefill = lower_prefill(
-        model, mesh, prompts=8, group_size=8, prompt_tokens=256, max_new_tokens=512, slots=64
-    )
-    prefilled = prefill.compile()
-    decode = lower_decode(model, mesh, prefilled, prefill, eos_ids=(5,), temperature=1.0)
+    sampling, resources = Sampling(8, 512, eos_ids=(5,)), Resources(slots=64, mesh=mesh)
+    prefill = lower_prefill(model, sampling, resources, prompts=8, prompt_tokens=256)
+    decode = lower_decode(model, sampling, resources, prefill, prefill.compile())
     computations = re.split(r"\n(?=%|ENTRY )", decode.compile().as_text())
     body = max(computations, key=lambda text: text.count("gpu.triton"))
     matrices = {
         math.prod(leaf.sharding.shard_shape(leaf.shape))
-        for leaf in jax.tree.leaves(sampling_weights(model, mesh)["layers"])
+        for leaf in jax.tree.leaves(abstract_rollout_params(model, mesh)["layers"])
         if leaf.ndim > 1 and leaf.size > config.hidden_size * config.head_dim * config.num_heads / 8
     }
     made, kinds = [], collections.Counter()

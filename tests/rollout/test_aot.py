@@ -1,4 +1,4 @@
-"""The sampler, compiled for accelerators on this machine: what it does not copy or send."""
+"""The sampler compiled ahead of time for accelerators: it copies and sends nothing large."""
 
 import json
 import os
@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def output_of(command: list[str], plugin: str, **environment: str) -> dict:
-    """What the program prints, with a compiler that is installed apart."""
+    """The JSON that the program prints, with a compiler from a separate directory."""
     path = os.pathsep.join([str(ROOT), plugin])
     done = subprocess.run(
         [sys.executable, *command],
@@ -26,9 +26,9 @@ def output_of(command: list[str], plugin: str, **environment: str) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mesh, most", [((1, 1, 1), 0), ((2, 2, 2), 2 * 4 + 4)])
-def test_on_gpu_a_turn_reads_weights_where_they_lie(mesh, most, cuda_plugin):
-    """One kernel a layer, no copy of a matrix, and on a mesh two sums over ``tensor`` a layer; the
-    embedding and the sampling of a whole turn have the other collectives.
+def test_a_decode_step_on_gpu_reads_weights_without_copies(mesh, most, cuda_plugin):
+    """One kernel per layer, no copy of a matrix, and on a mesh two sums over ``tensor`` per layer;
+    the other collectives are those of the embedding and of sampling.
     """
     script = str(Path(__file__).parent / "aot_gpu.py")
     found = output_of([script, *map(str, mesh)], cuda_plugin)
@@ -40,9 +40,9 @@ def test_on_gpu_a_turn_reads_weights_where_they_lie(mesh, most, cuda_plugin):
 
 
 @pytest.mark.slow
-def test_on_tpu_a_turn_reads_blocks_where_they_lie(libtpu):
+def test_a_decode_step_on_tpu_reads_blocks_without_copies(libtpu):
     found = output_of(
-        [str(ROOT / "benchmarks" / "decode_turn.py")],
+        [str(ROOT / "benchmarks" / "decode_step.py")],
         libtpu,
         TPU_SKIP_MDS_QUERY="1",
         TPU_WORKER_HOSTNAMES="localhost",

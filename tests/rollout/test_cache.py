@@ -1,4 +1,4 @@
-"""Blocks, rings and pieces against plain attention over a plain array."""
+"""Blocks, rings and prefill pieces compared with plain attention over a plain array."""
 
 import itertools
 
@@ -29,10 +29,10 @@ def plain(q, k, v, valid):
 
 
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
-def test_merged_blocks_are_one_softmax(order):
+def test_merged_blocks_equal_one_softmax(order):
     q, k, v = random(4, 2, 3, 6), random(4, 2, 24, 6, seed=1), random(4, 2, 24, 6, seed=2)
     valid = np.random.default_rng(3).random((4, 24)) < 0.6
-    valid[1, :8] = False  # a block that one row sees nothing of
+    valid[1, :8] = False  # one row sees no key of this block
     own_k, own_v = random(4, 2, 6, seed=4), random(4, 2, 6, seed=5)
     partial, apart = attention.own_position(q, own_k, own_v), attention.nothing(q)
     for at in order:
@@ -45,7 +45,7 @@ def test_merged_blocks_are_one_softmax(order):
     everything = [jnp.concatenate([x, y[:, :, None]], 2) for x, y in ((k, own_k), (v, own_v))]
     expected = plain(q, *everything, np.append(valid, np.ones((4, 1), bool), axis=1))
     np.testing.assert_allclose(attention.finish(partial), expected, atol=1e-5)
-    # What was merged apart counts twice, as if those keys stood there twice.
+    # Keys merged into both partial results count twice, as if they were repeated.
     both = attention.combine(partial, apart)
     twice = [np.concatenate([x, y[:, :, 8:]], 2) for x, y in zip(everything, (k, v), strict=True)]
     seen = np.append(np.append(valid, np.ones((4, 1), bool), axis=1), valid[:, 8:], axis=1)
@@ -53,7 +53,7 @@ def test_merged_blocks_are_one_softmax(order):
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 0), ("bfloat16", 0.02), ("int8", 0.02)])
-def test_what_is_written_is_read(dtype, tolerance):
+def test_written_values_are_read_back(dtype, tolerance):
     """Columns one by one and a piece of whole blocks; int8 is within half a step of its scale."""
     store = cache.empty_cache(**SHAPE, dtype=dtype)
     k, v = random(2, 4, 24, 2, 6), random(2, 4, 24, 2, 6, seed=1)
@@ -101,7 +101,7 @@ def test_rows_are_copied_and_picked():
 
 
 @pytest.mark.parametrize("rows, chunk", [(1, 8), (2, 16), (4, 32)])
-def test_prefill_in_pieces_is_prefill_at_once(rows, chunk):
+def test_prefill_in_pieces_equals_prefill_at_once(rows, chunk):
     """Also with a window; only columns below each length count."""
     model = decoder(windows=(None, 10))
     params = init_params(model, jax.random.key(0))

@@ -1,6 +1,4 @@
-"""The GPU's kernel, run by Python here: attention as NumPy has it, samples as the blocks give."""
-
-import sys
+"""The GPU kernel in interpret mode, compared with NumPy and with attention over blocks."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +7,9 @@ import pytest
 
 from echorl_jax.models import init_params
 from echorl_jax.parallel import make_mesh
-from echorl_jax.rollout import generate, kernel
+from echorl_jax.rollout import engine, generate, host, kernel, weights
 from echorl_jax.rollout.cache import as_blocks, empty_cache, encode
-from echorl_jax.rollout.layers import split_layers
+from echorl_jax.rollout.weights import split_layers
 from tests.rollout.conftest import EOS, PROMPTS, check_equal, check_scores, decoder
 
 KEY = jax.random.key(1)
@@ -19,15 +17,14 @@ KEY = jax.random.key(1)
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """Everything that asks for the platform is told of a GPU; the kernel is interpreted."""
+    """Makes the sampler compile as for a GPU, with the kernel in interpret mode."""
     monkeypatch.setattr(kernel, "INTERPRET", jax.default_backend() != "gpu")
-    for module in ("generate", "lanes"):
-        module = sys.modules[f"echorl_jax.rollout.{module}"]
+    for module in (engine, host, weights):
         monkeypatch.setattr(module, "platform_of", lambda mesh: "gpu")
 
 
 def random_cache(rng, kv_dtype, *, rows, heads, width, length, block):
-    """A cache of two layers, and what the second holds, ``[rows, length, heads, width]``."""
+    """A cache of two layers, and the second layer's content ``[rows, length, heads, width]``."""
     shape = 2, rows, length, heads, width
     like = empty_cache(
         layers=1, blocks=1, rows=1, kv_heads=1, block=1, head_dim=width, dtype=kv_dtype
@@ -51,7 +48,7 @@ def random_cache(rng, kv_dtype, *, rows, heads, width, length, block):
 )
 @pytest.mark.parametrize("shared", [False, True], ids=["own prompts", "shared prompts"])
 @pytest.mark.parametrize("programs", [1, 64], ids=["one part", "parts"])
-def test_attention_is_that_of_the_formula(
+def test_attention_equals_the_formula(
     dtype, kv_dtype, heads, group, width, bound, shared, programs, monkeypatch
 ):
     monkeypatch.setattr(kernel, "INTERPRET", jax.default_backend() != "gpu")
@@ -65,7 +62,7 @@ def test_attention_is_that_of_the_formula(
     )
     q = jnp.asarray(rng.normal(size=(rows, heads, group, width)), dtype)
     k, v = (jnp.asarray(rng.normal(size=(rows, heads, width)), dtype) for _ in range(2))
-    # Nothing, everything, one column, around the end, a block's edge, inside a block.
+    # Nothing, everything, one column, past the end, at the edge of a block, inside a block.
     start = np.array([5, 77, 127, 100, 32, 40], np.int32)
     count = np.array([0, 128, 1, 90, 32, 7], np.int32)
     first = np.array([0, 3, 16, 95, 10, 0], np.int32)
@@ -99,7 +96,7 @@ def test_attention_is_that_of_the_formula(
     ],
     ids=["all slots", "few slots, int8", "windows", "prefixes", "no kernel"],
 )
-def test_samples_are_those_of_the_blocks(gpu, changes, settings, monkeypatch):
+def test_samples_equal_those_of_the_blocks(gpu, changes, settings, monkeypatch):
     model = decoder(**{"head_dim": 16, **changes})
     params = init_params(model, jax.random.key(0))
     settings = {"group_size": 2, "max_new_tokens": 40, "eos_ids": EOS, **settings}
@@ -120,7 +117,7 @@ def test_samples_do_not_depend_on_the_mesh(gpu, slots):
     check_equal(generate(model, params, PROMPTS, KEY, **settings, slots=slots, mesh=mesh), base)
 
 
-def test_matrices_of_one_input_lie_side_by_side():
+def test_matrices_with_the_same_input_are_concatenated():
     model = decoder(hidden_size=64, intermediate_size=96)
     params = jax.eval_shape(lambda p: split_layers(p, join=True), model.param_shapes())
     layer = params["layers"][0]

@@ -1,6 +1,4 @@
-"""The estimate against the bytes of the arrays themselves, and the slots chosen from it."""
-
-import sys
+"""Estimates of memory and work, compared with allocated arrays and compiled programs."""
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +6,23 @@ import pytest
 
 from echorl_jax.models import init_params
 from echorl_jax.parallel import make_mesh
-from echorl_jax.rollout import choose_slots, generate, rollout_memory
-from echorl_jax.rollout.ahead import lower_decode, lower_prefill
-from echorl_jax.rollout.generate import rollout_params
+from echorl_jax.rollout import (
+    Resources,
+    Sampling,
+    choose_slots,
+    decode_step_cost,
+    engine,
+    generate,
+    make_request,
+    memory,
+    rollout_memory,
+    rollout_params,
+)
+from echorl_jax.rollout.cache import empty_cache
+from echorl_jax.rollout.engine import lower_decode, lower_prefill
 from echorl_jax.rollout.memory import shares_weights
+from echorl_jax.rollout.slots import Queue, first_slots
+from echorl_jax.rollout.step import forward
 from tests.rollout.conftest import EOS, PROMPTS, decoder
 
 SIZES = {"slots": 8, "prompts": 4, "group_size": 4, "prompt_tokens": 32, "max_new_tokens": 64}
@@ -24,9 +35,8 @@ def bytes_on_first_device(tree) -> int:
 @pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("shape", [None, (2, 2, 2)])
 @pytest.mark.parametrize("slots", [8, 16])  # of 16 rows
-def test_estimate_is_what_is_allocated(model, params, kv_dtype, shape, slots, monkeypatch):
+def test_estimate_equals_allocated_bytes(model, params, kv_dtype, shape, slots, monkeypatch):
     mesh = None if shape is None else make_mesh(*shape)
-    engine = sys.modules["echorl_jax.rollout.generate"]
     held = {}
     begin = engine.begin_call
 
@@ -45,20 +55,20 @@ def test_estimate_is_what_is_allocated(model, params, kv_dtype, shape, slots, mo
             max_new_tokens=64,
             eos_ids=EOS,
             slots=slots,
-            lanes=1,
+            cpu_workers=1,
             kv_dtype=kv_dtype,
             mesh=mesh,
         )
     sizes = {**SIZES, "slots": slots}
-    memory = rollout_memory(model, **sizes, kv_dtype=kv_dtype, mesh=mesh)
-    assert memory.weights == bytes_on_first_device(rollout_params(model, params, mesh))
-    assert memory.prompts == bytes_on_first_device(held["queue"].store)
+    estimate = rollout_memory(model, **sizes, kv_dtype=kv_dtype, mesh=mesh)
+    assert estimate.weights == bytes_on_first_device(rollout_params(model, params, mesh))
+    assert estimate.prompts == bytes_on_first_device(held["queue"].store)
     caches = held["slots"].prompt, held["slots"].ring
-    assert memory.slots == bytes_on_first_device(caches)
+    assert estimate.slots == bytes_on_first_device(caches)
     assert (held["slots"].prompt is None) == (slots == 16)
     output = held["output"]
-    assert memory.outputs == bytes_on_first_device((output.token, output.logprob, output.entropy))
-    assert memory.total > memory.weights + memory.slots
+    assert estimate.outputs == bytes_on_first_device((output.token, output.logprob, output.entropy))
+    assert estimate.total > estimate.weights + estimate.slots
 
 
 def test_a_bf16_model_halves_matrices_and_keeps_norms():
@@ -84,7 +94,6 @@ def test_slots_are_all_rows_or_what_fits(model):
 def test_memory_does_not_change_samples(model, params, monkeypatch):
     settings = {"group_size": 3, "max_new_tokens": 20, "eos_ids": EOS}
     whole = generate(model, params, PROMPTS, jax.random.key(1), **settings)
-    memory = sys.modules["echorl_jax.rollout.memory"]
     monkeypatch.setattr(memory, "device_bytes", lambda: 150_000)
     scarce = generate(model, params, PROMPTS, jax.random.key(1), **settings)
     assert jnp.array_equal(whole.completion_ids, scarce.completion_ids)
@@ -92,20 +101,75 @@ def test_memory_does_not_change_samples(model, params, monkeypatch):
 
 def test_a_refilled_slot_copies_its_own_prompt_only(model):
     mesh = make_mesh(devices=jax.devices()[:1])
-    sizes = {"prompts": 8, "group_size": 4, "prompt_tokens": 2048, "max_new_tokens": 16}
-    prefill = lower_prefill(model, mesh, **sizes, slots=8)
+    sizes = {"prompts": 8, "prompt_tokens": 2048}
     # Without EOS a row's end does not depend on what is read, so neither does the new prompt.
-    decode = lower_decode(model, mesh, prefill.compile(), prefill, eos_ids=(), temperature=1.0)
+    sampling, resources = Sampling(4, 16), Resources(slots=8, mesh=mesh)
+    prefill = lower_prefill(model, sampling, resources, **sizes)
+    decode = lower_decode(model, sampling, resources, prefill, prefill.compile())
     temporary = decode.compile().memory_analysis().temp_size_in_bytes
-    memory = rollout_memory(model, **sizes, slots=8)
-    assert memory.prompts == 8 * 2048 * 2 * 2 * 2 * 8 * 4  # the slots' copies need as much
-    assert temporary < memory.prompts / 4
+    estimate = rollout_memory(model, **sizes, group_size=4, max_new_tokens=16, slots=8)
+    assert estimate.prompts == 8 * 2048 * 2 * 2 * 2 * 8 * 4  # the slots' copies need as much
+    assert temporary < estimate.prompts / 4
 
 
-def test_fresh_weights_need_no_cast(model):
+def test_weights_of_the_compute_dtype_are_shared(model):
     params = init_params(model, jax.random.key(0))
     assert rollout_params(model, params, None) is params
     assert shares_weights(model, devices=1, platform="cpu")
     assert not shares_weights(model, devices=8, platform="cpu")
     assert not shares_weights(model, devices=1, platform="gpu")
     assert not shares_weights(decoder(dtype="bfloat16"), devices=1, platform="cpu")
+
+
+WIDE = {
+    "num_layers": 1,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_heads": 8,
+    "num_kv_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 1000,
+}
+
+
+def queue_and_slots(prompts: int, group_size: int, width: int, length: int):
+    shape = {"layers": 1, "blocks": 1, "kv_heads": 2, "head_dim": 32, "dtype": "float32"}
+    rows = prompts * group_size
+    sampling = Sampling(group_size=group_size, max_new_tokens=length)
+    queue = Queue(
+        request=make_request([[1]] * prompts, sampling, vocab_size=2),
+        key=jax.random.split(jax.random.key(0), rows),
+        last_token=jnp.zeros(prompts, jnp.int32),
+        store=empty_cache(**shape, rows=prompts, block=width),
+    )
+    ring = empty_cache(**shape, rows=rows, block=length)
+    return queue, first_slots(queue, slots=rows, stop_window=0, ring=ring)
+
+
+def test_counted_operations_are_those_of_the_compiled_step():
+    model = decoder(**WIDE)
+    queue, slots = queue_and_slots(4, 8, 64, 128)
+
+    def step(params, queue, slots):
+        return forward(model, params, queue, slots, platform="cpu")
+
+    compiled = jax.jit(step).lower(model.param_shapes(), queue, slots).compile()
+    counted = compiled.cost_analysis()["flops"]
+    cost = decode_step_cost(model, slots=32, prompt_tokens=64, completion_tokens=128, group_size=8)
+    assert cost.flops == pytest.approx(counted, rel=0.05)
+
+
+def test_cost_terms_by_hand():
+    model = decoder(**WIDE)
+    layer = 256 * (8 + 2 + 2) * 32 + 8 * 32 * 256 + 3 * 256 * 512
+    cost = decode_step_cost(model, slots=10, prompt_tokens=40, completion_tokens=6, group_size=4)
+    assert cost.matrix_flops == 2 * 10 * (layer + 256 * 1000)
+    assert cost.attention_flops == 4 * 10 * 8 * 32 * 46
+    assert cost.weight_bytes == 4 * (layer + 256 * 1000)
+    assert cost.cache_bytes == 10 * (40 // 4 + 6 + 1) * 2 * 2 * 32 * 4
+    narrow = decode_step_cost(
+        model, slots=10, prompt_tokens=40, completion_tokens=6, group_size=4, kv_dtype="int8"
+    )
+    assert narrow.cache_bytes == 10 * 17 * 2 * 2 * (32 + 4)
+    assert cost.seconds(flops_per_second=1e12, bytes_per_second=1e9) == cost.bytes / 1e9
+    assert cost.seconds(flops_per_second=1e6, bytes_per_second=1e9) == cost.flops / 1e6

@@ -1,4 +1,4 @@
-"""What the sampler writes and reports against transformers, with torch run on the spot."""
+"""Samples and reported numbers compared with transformers; torch runs in the test."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Given completions, scored: rows joined by hand, numbers from full forward passes."""
+"""Scoring of given completions, compared with full forward passes and rows joined by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -31,7 +31,7 @@ def test_join_closes_the_gap_after_the_prompt():
 
 
 @pytest.mark.parametrize("temperature", [0.6, 1.0])
-def test_given_completions(model, params, temperature):
+def test_scores_equal_a_full_forward_pass(model, params, temperature):
     completions = [[1, 2, 3], [9], list(range(20)), [40, 41]]
     logprobs, entropy = score(model, params, PROMPTS, completions, temperature=temperature)
     assert logprobs.shape == entropy.shape == (4, 20)
@@ -44,7 +44,7 @@ def test_given_completions(model, params, temperature):
         assert not np.asarray(logprobs[row, len(ids) :]).any()
 
 
-def test_any_number_of_rows_at_once(model, params):
+def test_scores_do_not_depend_on_the_number_of_rows_at_once(model, params):
     rollouts = generate(
         model, params, PROMPTS, jax.random.key(1), group_size=3, max_new_tokens=20, eos_ids=EOS
     )

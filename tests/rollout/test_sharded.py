@@ -1,4 +1,4 @@
-"""Eight virtual devices: the same samples, and nothing large travels."""
+"""Eight virtual devices: the same samples, and only small collectives in the decode loop."""
 
 import math
 import re
@@ -8,7 +8,7 @@ import pytest
 
 from echorl_jax.models import init_params
 from echorl_jax.parallel import make_mesh
-from echorl_jax.rollout import generate, lanes, score_rollouts
+from echorl_jax.rollout import generate, host, score_rollouts
 from tests.rollout.conftest import EOS, PROMPTS, check_equal, completions, decoder
 
 SETTINGS = {"group_size": 6, "max_new_tokens": 20, "eos_ids": EOS}
@@ -35,14 +35,14 @@ def collectives(program: str) -> list[tuple[str, int]]:
 @pytest.mark.parametrize("shape, slots", [((2, 2, 2), 8), ((4, 1, 2), 0), ((1, 2, 4), 8)])
 def test_same_samples_on_any_mesh(model, base, shape, slots, monkeypatch):
     mesh = make_mesh(*shape)
-    decode, programs = lanes.decode_call, []
+    decode, programs = host.decode_call, []
 
     def watch(*arguments, **settings):
         if not programs:
             programs.append(decode.lower(*arguments, **settings).compile().as_text())
         return decode(*arguments, **settings)
 
-    monkeypatch.setattr(lanes, "decode_call", watch)
+    monkeypatch.setattr(host, "decode_call", watch)
     params = init_params(model, jax.random.key(0), mesh)
     told = {}
 

@@ -14,7 +14,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.models import abstract_params
-from echorl_jax.rollout.ahead import lower_decode, lower_prefill
+from echorl_jax.rollout import Resources, Sampling
+from echorl_jax.rollout.engine import lower_decode, lower_prefill
 from echorl_jax.training.capacity import persistent_memory, sampling_memory
 from echorl_jax.training.optimizer import abstract_state
 from echorl_jax.training.setup import Setup
@@ -94,33 +95,34 @@ def compile_programs(
     return found
 
 
-def _prefill(setup: Setup) -> jax.stages.Lowered:
+def _sampler(setup: Setup) -> tuple[Sampling, Resources]:
     rollout = setup.config.rollout
     assert isinstance(setup.mesh, Mesh)
+    sampling = Sampling(
+        group_size=setup.sampled_group_size,
+        max_new_tokens=rollout.max_new_tokens,
+        temperature=rollout.temperature,
+        top_k=rollout.top_k,
+        top_p=rollout.top_p,
+        eos_ids=setup.model.config.eos_ids,
+    )
+    resources = Resources(slots=setup.slots, kv_dtype=rollout.kv_dtype, mesh=setup.mesh)
+    return sampling.checked(setup.model.config.vocab_size), resources
+
+
+def _prefill(setup: Setup) -> jax.stages.Lowered:
     return lower_prefill(
         setup.model,
-        setup.mesh,
-        prompts=rollout.prompts_per_step,
-        group_size=setup.sampled_group_size,
+        *_sampler(setup),
+        prompts=setup.config.rollout.prompts_per_step,
         prompt_tokens=setup.config.data.max_prompt_tokens,
-        max_new_tokens=rollout.max_new_tokens,
-        slots=setup.slots,
-        kv_dtype=rollout.kv_dtype,
     )
 
 
 def _decode(
     setup: Setup, prefill: jax.stages.Lowered, prefilled: jax.stages.Compiled
 ) -> jax.stages.Lowered:
-    assert isinstance(setup.mesh, Mesh)
-    return lower_decode(
-        setup.model,
-        setup.mesh,
-        prefilled,
-        prefill,
-        eos_ids=setup.model.config.eos_ids,
-        temperature=setup.config.rollout.temperature,
-    )
+    return lower_decode(setup.model, *_sampler(setup), prefill, prefilled)
 
 
 def _update_program(setup: Setup, name: str) -> jax.stages.Lowered:

@@ -16,8 +16,8 @@ import jax
 
 from echorl_jax.models import Decoder
 from echorl_jax.parallel import local_bytes
-from echorl_jax.rollout import turn_cost
-from echorl_jax.rollout.cost import layer_weights
+from echorl_jax.rollout import decode_step_cost
+from echorl_jax.rollout.memory import layer_weights
 from echorl_jax.tools.plan.chips import Chip
 from echorl_jax.training.setup import Setup
 
@@ -85,13 +85,13 @@ def step_phases(setup: Setup, lengths: Lengths) -> list[Phase]:
     ]
 
 
-def decode_turns(setup: Setup, lengths: Lengths) -> float:
-    """Turns of the decode loop in a step, all slots busy: N rows of c tokens take N c / M."""
+def decode_steps(setup: Setup, lengths: Lengths) -> float:
+    """Decode steps in a training step, all slots busy: N rows of c tokens take N c / M."""
     return setup.sampled_rows * lengths.completion / setup.slots
 
 
 def _decode(setup: Setup, lengths: Lengths) -> Phase:
-    cost = turn_cost(
+    cost = decode_step_cost(
         setup.model,
         slots=setup.slots,
         prompt_tokens=lengths.prompt,
@@ -99,11 +99,11 @@ def _decode(setup: Setup, lengths: Lengths) -> Phase:
         group_size=setup.sampled_group_size if setup.slots >= setup.sampled_rows else 1,
         kv_dtype=setup.config.rollout.kv_dtype,
     )
-    turns = decode_turns(setup, lengths)
+    steps = decode_steps(setup, lengths)
     chips = setup.mesh.size
     # Weights are split over tensor only: each group of chips reads them all.
     read = cost.weight_bytes / setup.mesh.shape["tensor"] + cost.cache_bytes / chips
-    return Phase("decode", cost.flops * turns / chips, read * turns)
+    return Phase("decode", cost.flops * steps / chips, read * steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +147,7 @@ def exchanges(setup: Setup, lengths: Lengths) -> list[Exchange]:
     A bytes of hidden states of the tokens on a chip:
 
     * ``weights``: the sampler's copy is gathered over ``fsdp`` once, W.
-    * ``prefill``, ``decode``, each turn: two all-reduces of A in a layer over ``tensor``.
+    * ``prefill``, ``decode``, each decode step: two all-reduces of A in a layer over ``tensor``.
     * ``score``: W gathered over ``fsdp`` for each micro-batch, two all-reduces in a layer.
     * ``accumulate``, each micro-batch: W gathered over ``fsdp`` forward and backward, gradients
       reduced and scattered; what is then on a chip all-reduced over ``data``; two all-reduces in a
@@ -163,8 +163,8 @@ def _sampling(setup: Setup, lengths: Lengths) -> Iterator[Exchange]:
     prompts = setup.config.rollout.prompts_per_step
     yield Exchange("weights", "fsdp", gathered(_weight_bytes(setup), setup.mesh.shape["fsdp"]))
     yield Exchange("prefill", "tensor", _layers(setup, prompts * lengths.prompt / setup.shards))
-    turn = _layers(setup, setup.slots / setup.shards)
-    yield Exchange("decode", "tensor", turn * decode_turns(setup, lengths))
+    decode_step = _layers(setup, setup.slots / setup.shards)
+    yield Exchange("decode", "tensor", decode_step * decode_steps(setup, lengths))
 
 
 def _learning(setup: Setup, lengths: Lengths) -> Iterator[Exchange]:

@@ -1,12 +1,12 @@
-"""What the TPU compiler makes of one turn of the decode loop, next to the formula of it.
+"""One decode step as the TPU compiler estimates it, compared with the formula.
 
 No TPU is needed: libtpu compiles for a described topology. One layer is compiled, with the loops
 over the blocks of both caches in it, and its text is read: which operations the compiler counts,
 whether cache blocks are read inside the products that use them, and the cycles that it estimates
-for each fusion. A whole turn is put together from that: layers and blocks times the larger of
+for each fusion. A whole step is put together from that: layers and blocks times the larger of
 cycles and the bytes that have to come from memory (weights are fetched while others compute).
 
-    python benchmarks/decode_turn.py --model=Qwen/Qwen2.5-Math-1.5B --topology=v5e:2x2
+    python benchmarks/decode_step.py --model=Qwen/Qwen2.5-Math-1.5B --topology=v5e:2x2
 
 Prints one JSON object. It is the compiler's estimate, not a measurement.
 """
@@ -24,9 +24,9 @@ from jax.sharding import SingleDeviceSharding
 
 from echorl_jax.models import Decoder, DecoderConfig
 from echorl_jax.models.published import architecture
-from echorl_jax.rollout import TurnCost, turn_cost
+from echorl_jax.rollout import DecodeStepCost, Sampling, decode_step_cost, make_request
 from echorl_jax.rollout.cache import empty_cache
-from echorl_jax.rollout.generate import BLOCK
+from echorl_jax.rollout.prefill import BLOCK
 from echorl_jax.rollout.slots import Queue, first_slots
 from echorl_jax.rollout.step import forward
 from echorl_jax.tools.plan.chips import Chip
@@ -46,24 +46,20 @@ def state(model: Decoder, *, prompts: int, group: int, block: int) -> Any:
         "dtype": "bfloat16",
         "block": block,
     }
-    numbers = jnp.zeros(prompts, jnp.int32)
+    sampling = Sampling(group_size=group, max_new_tokens=2 * block)
+    request = make_request([[1]] * prompts, sampling, vocab_size=config.vocab_size)
     queue = Queue(
+        request=jax.tree.map(jnp.asarray, request),
         key=jax.random.split(jax.random.key(0), rows),
-        count=jnp.int32(rows),
-        group=jnp.repeat(jnp.arange(prompts), group),
-        limit=jnp.full(rows, 2 * block),
-        cached=numbers,
-        last_token=numbers,
-        forced=jnp.zeros((rows, 0), jnp.int32),
-        forced_length=jnp.zeros(rows, jnp.int32),
+        last_token=jnp.zeros(prompts, jnp.int32),
         store=empty_cache(**shape, rows=prompts, blocks=2),
     )
     ring = empty_cache(**shape, rows=rows, blocks=2)
-    return queue, first_slots(queue, slots=rows, memory=0, ring=ring)
+    return queue, first_slots(queue, slots=rows, stop_window=0, ring=ring)
 
 
 def compiled(args: argparse.Namespace, device: Any) -> Any:
-    """A turn of one layer, with a small vocabulary, for the device."""
+    """A decode step of one layer, with a small vocabulary, compiled for the device."""
     config = architecture(args.model)
     config = dataclasses.replace(
         config, num_layers=1, windows=config.windows[:1], vocab_size=VOCAB, tied_embeddings=False
@@ -76,8 +72,8 @@ def compiled(args: argparse.Namespace, device: Any) -> Any:
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
         (model.param_shapes(), *jax.eval_shape(make)),
     )
-    turn = jax.jit(lambda *given: forward(model, *given, platform="tpu"))
-    return turn.lower(*shapes).compile()
+    step = jax.jit(lambda *given: forward(model, *given, platform="tpu"))
+    return step.lower(*shapes).compile()
 
 
 def cycles(computation: str) -> int:
@@ -110,15 +106,15 @@ def read_text(text: str, *, ring_rows: int, store_rows: int) -> dict[str, Any]:
     return found | {"layer_cycles": cycles(entry), "blocks_copied": len(slices)}
 
 
-def turn_seconds(
+def step_seconds(
     args: argparse.Namespace,
     config: DecoderConfig,
     chip: Chip,
-    cost: TurnCost,
+    cost: DecodeStepCost,
     parts: dict[str, Any],
 ) -> float:
-    """A whole turn from the compiler's cycles for a layer, a block of the ring and one of a prompt;
-    each takes at least as long as its bytes do.
+    """A decode step from the compiler's cycles for a layer and for blocks of both caches; each
+    takes at least as long as reading its bytes.
     """
     head = 2 * config.hidden_size * config.vocab_size
     layer = (cost.weight_bytes - head) / config.num_layers
@@ -154,7 +150,7 @@ def main() -> None:
     parts = read_text(program.as_text(), ring_rows=args.slots, store_rows=args.slots // args.group)
     model = Decoder(architecture(args.model), dtype="bfloat16", param_dtype="bfloat16")
     config, chip = model.config, target.chip
-    cost = turn_cost(
+    cost = decode_step_cost(
         model,
         slots=args.slots,
         prompt_tokens=args.prompt,
@@ -164,10 +160,10 @@ def main() -> None:
     limit = cost.seconds(
         flops_per_second=chip.flops_per_second, bytes_per_second=chip.bytes_per_second
     )
-    turn = turn_seconds(args, config, chip, cost, parts)
+    seconds = step_seconds(args, config, chip, cost, parts)
     small = dataclasses.replace(config, num_layers=1, windows=config.windows[:1], vocab_size=VOCAB)
     # The compiler counts the body of each loop once: one block of each cache.
-    once = turn_cost(
+    once = decode_step_cost(
         Decoder(small, dtype="bfloat16", param_dtype="bfloat16"),
         slots=args.slots,
         prompt_tokens=args.block,
@@ -183,7 +179,7 @@ def main() -> None:
             "compiler": program.cost_analysis()["flops"],
             "formula": once.flops,
         },
-        "turn_ms": {"compiler": 1e3 * turn, "formula": 1e3 * limit, "share": limit / turn},
+        "turn_ms": {"compiler": 1e3 * seconds, "formula": 1e3 * limit, "share": limit / seconds},
     }
     print(json.dumps(result, indent=1))
 

@@ -1,7 +1,6 @@
-"""The engine against full forward passes: what is written, what is reported, and when rows end."""
+"""Samples, reported numbers and ends of rows, compared with full forward passes."""
 
 import logging
-import sys
 
 import jax
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from scipy import stats
 
 from echorl_jax.models import init_params
-from echorl_jax.rollout import generate, generate_with_progress, score_rollouts
+from echorl_jax.rollout import generate, generate_with_progress, host, prefill, score_rollouts
 from tests.rollout.conftest import (
     EOS,
     PROMPTS,
@@ -21,7 +20,6 @@ from tests.rollout.conftest import (
     full_forward,
 )
 
-engine = sys.modules["echorl_jax.rollout.generate"]
 SETTINGS = {"group_size": 3, "max_new_tokens": 20, "eos_ids": EOS}
 KEY = jax.random.key(1)
 
@@ -32,7 +30,7 @@ def base(model, params):
     return generate(model, params, PROMPTS, KEY, **SETTINGS)
 
 
-def test_numbers_are_those_of_a_full_forward_pass(model, params, base):
+def test_reported_numbers_equal_a_full_forward_pass(model, params, base):
     check_scores(model, params, PROMPTS, base)
 
 
@@ -57,14 +55,14 @@ def test_samples_do_not_depend_on_slots(model, params, base, slots):
     check_equal(generate(model, params, PROMPTS, KEY, **SETTINGS, slots=slots), base)
 
 
-def test_samples_do_not_depend_on_how_often_the_host_looks(model, params, base):
-    check_equal(generate(model, params, PROMPTS, KEY, **SETTINGS, turns_per_visit=3), base)
+def test_samples_do_not_depend_on_how_often_the_host_polls(model, params, base):
+    check_equal(generate(model, params, PROMPTS, KEY, **SETTINGS, steps_per_poll=3), base)
 
 
-@pytest.mark.parametrize("slots, turns", [(0, 3), (5, 4), (2, 128)])
-def test_who_asks_is_told_each_row_once_as_it_ends(model, params, base, slots, turns, monkeypatch):
-    monkeypatch.setattr(sys.modules["echorl_jax.rollout.watch"], "PIECE", 3)
-    told, looks = {}, []
+@pytest.mark.parametrize("slots, steps", [(0, 3), (5, 4), (2, 128)])
+def test_finished_is_called_once_per_row_at_its_end(model, params, base, slots, steps, monkeypatch):
+    monkeypatch.setattr(host, "FETCH_ROWS", 3)
+    told, polls = {}, []
 
     def finished(rows, tokens):
         for row, ids in zip(rows, tokens, strict=True):
@@ -78,14 +76,14 @@ def test_who_asks_is_told_each_row_once_as_it_ends(model, params, base, slots, t
         KEY,
         **SETTINGS,
         slots=slots,
-        turns_per_visit=turns,
+        steps_per_poll=steps,
         finished=finished,
-        progress=lambda now: looks.append((now.rows_done, len(told))),
+        progress=lambda now: polls.append((now.rows_done, len(told))),
     )
     check_equal(rollouts, base)
     assert [told[row] for row in range(12)] == completions(base)
-    # At each look the rows of all earlier looks have been told.
-    assert [count for _, count in looks][1:] == [done for done, _ in looks][:-1]
+    # At each poll the rows of all earlier polls have been reported.
+    assert [count for _, count in polls][1:] == [done for done, _ in polls][:-1]
 
 
 def test_samples_do_not_depend_on_other_rows(model, params, base):
@@ -94,9 +92,9 @@ def test_samples_do_not_depend_on_other_rows(model, params, base):
     assert completions(alone) == completions(base)[:3]
 
 
-def test_rows_may_be_written_in_any_calls_under_their_own_numbers(model, params, base):
+def test_row_ids_give_the_same_samples_in_other_calls(model, params, base):
     call = {**SETTINGS, "group_size": 1}
-    rows = [7, 3, 10]  # row i of the whole answers prompt i // 3
+    rows = [7, 3, 10]  # row i of the whole call answers prompt i // 3
     prompts = [PROMPTS[i // 3] for i in rows]
     part = generate(model, params, prompts, KEY, **call, row_ids=rows)
     for place, row in enumerate(rows):
@@ -154,7 +152,7 @@ def test_first_two_tokens_follow_the_distribution(model, params):
 
 
 def test_stop_sequences_bans_and_limits(model, params, base):
-    """The most frequent pair of tokens ends a row; a banned token never comes; limits hold."""
+    """The most frequent pair of tokens ends a row; banned tokens are never drawn; limits hold."""
     pairs = [pair for ids in completions(base) for pair in zip(ids, ids[1:], strict=False)]
     stop = max(set(pairs), key=pairs.count)
     limits = [1 + row % 7 for row in range(12)]
@@ -173,7 +171,7 @@ def test_stop_sequences_bans_and_limits(model, params, base):
 
 
 def test_prefixes_are_written_first_and_scored(model, params):
-    """Rows that begin alike go on as a row whose prompt ends with the prefix would be scored."""
+    """Their tokens are scored like drawn ones."""
     prefixes = [[int(t) for t in range(40, 40 + row % 4)] for row in range(12)]
     rollouts = generate(model, params, PROMPTS, KEY, **SETTINGS, prefixes=prefixes)
     for prefix, ids in zip(prefixes, completions(rollouts), strict=True):
@@ -182,7 +180,7 @@ def test_prefixes_are_written_first_and_scored(model, params):
 
 
 def test_long_rows_wrap_the_ring_and_windows_cut(model):
-    """More turns than the ring has columns, several blocks, and a window in one of two layers."""
+    """More decode steps than ring columns, several blocks, and a window in one of two layers."""
     windowed = decoder(model_type="qwen3", qk_norm=True, qkv_bias=False, windows=(None, 50))
     params = init_params(windowed, jax.random.key(3))
     prompts = [list(range(5, 55)), [9, 8, 7] * 27]
@@ -203,9 +201,9 @@ def test_long_rows_wrap_the_ring_and_windows_cut(model):
     check_scores(windowed, params, prompts, rollouts)
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_slots_stay_busy_with_long_tailed_lengths(model, params, lanes):
-    """Log-normal lengths with mean a quarter of the maximum; the smaller programs take the tail."""
+@pytest.mark.parametrize("workers", [1, 2])
+def test_slots_stay_busy_with_long_tailed_lengths(model, params, workers):
+    """Log-normal lengths, mean a quarter of the maximum; programs with fewer slots end the call."""
     rng = np.random.default_rng(0)
     limits = np.clip(rng.lognormal(np.log(24) - 0.32, 0.8, 192), 1, 96).astype(int)
     seen = []
@@ -218,14 +216,14 @@ def test_slots_stay_busy_with_long_tailed_lengths(model, params, lanes):
         max_new_tokens=96,
         row_limits=limits,
         eos_ids=(),
-        slots=32 * lanes,
-        lanes=lanes,
-        turns_per_visit=16,
+        slots=32 * workers,
+        cpu_workers=workers,
+        steps_per_poll=16,
         progress=seen.append,
     )
     np.testing.assert_array_equal(rollouts.completion_length, limits)
     assert last.occupancy >= 0.85
-    assert {step.slots for step in seen} >= ({32, 16, 8} if lanes == 1 else {64, 16})
+    assert {step.slots for step in seen} >= ({32, 16, 8} if workers == 1 else {64, 16})
     done = [step.rows_done for step in seen]
     assert done == sorted(done) and done[-1] == 192 == last.rows
     assert last.tokens == limits.sum() and last.tokens_per_second > 0
@@ -235,14 +233,14 @@ def test_slots_stay_busy_with_long_tailed_lengths(model, params, lanes):
 
 
 @pytest.mark.parametrize("slots", [5, 8])
-def test_what_each_platform_runs_gives_the_same(model, params, monkeypatch, slots):
-    """Heads too small for the GPU's kernel: there too blocks are read in a loop."""
+def test_samples_do_not_depend_on_the_platform(model, params, monkeypatch, slots):
+    """These heads are too small for the kernel, so blocks are read in a loop on GPU too."""
     settings = {"group_size": 2, "max_new_tokens": 40, "eos_ids": EOS, "slots": slots}
-    monkeypatch.setattr(engine, "BLOCK", dict.fromkeys(("cpu", "gpu", "tpu"), 16))
-    counted = generate(model, params, PROMPTS, KEY, **settings)
+    monkeypatch.setattr(prefill, "BLOCK", dict.fromkeys(("cpu", "gpu", "tpu"), 16))
+    expected = generate(model, params, PROMPTS, KEY, **settings)
     for platform in ("gpu", "tpu"):
         monkeypatch.setattr(jax, "default_backend", lambda name=platform: name)
-        check_equal(generate(model, params, PROMPTS, KEY, **settings), counted)
+        check_equal(generate(model, params, PROMPTS, KEY, **settings), expected)
 
 
 def test_a_second_call_of_the_same_shapes_compiles_nothing(model, params, base, caplog):
@@ -258,7 +256,7 @@ def test_a_second_call_of_the_same_shapes_compiles_nothing(model, params, base, 
 
 @pytest.mark.parametrize("kv_dtype, bound", [("bfloat16", 0.1), ("int8", 0.3)])
 def test_narrow_caches_stay_close(model, params, kv_dtype, bound):
-    """The sampler reports its own numbers; the trainer's differ by the rounding of the cache."""
+    """The sampler reports its own numbers; those of the trainer differ by the cache's rounding."""
     rollouts = generate(model, params, PROMPTS, KEY, **SETTINGS, kv_dtype=kv_dtype, slots=5)
     logprobs, entropy = score_rollouts(model, params, rollouts)
     gap = np.abs(np.asarray(logprobs - rollouts.rollout_logprobs))
@@ -268,7 +266,7 @@ def test_narrow_caches_stay_close(model, params, kv_dtype, bound):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize(
-    "settings", [{}, {"slots": 5}, {"lanes": 2}, {"kv_dtype": "int8"}], ids=str
+    "settings", [{}, {"slots": 5}, {"cpu_workers": 2}, {"kv_dtype": "int8"}], ids=str
 )
 def test_bf16_model_agrees_with_its_trainer(tied, settings):
     """XLA's CPU backend has no transposed product of a bf16 head ``[D, V]`` with an f32 result."""
@@ -291,8 +289,8 @@ HOSTILE = {
     "group_size": [0],
     "max_new_tokens": [0],
     "slots": [-1],
-    "lanes": [-1],
-    "turns_per_visit": [0],
+    "cpu_workers": [-1],
+    "steps_per_poll": [0],
     "prompt_tokens": [-1],
     "kv_dtype": ["float16"],
     "row_limits": [[1], [0] * 12, [21] * 12],
@@ -323,8 +321,8 @@ def test_dynamic_rope_is_refused_past_its_context():
         generate(model, init_params(model, KEY), PROMPTS, KEY, **SETTINGS)
 
 
-def test_stop_sequences_do_not_reach_into_the_slots_row_before(model, params):
-    """Three tokens and two slots for twelve rows: where a row ends is found again by hand."""
+def test_stop_sequences_do_not_match_tokens_of_the_previous_row_in_the_slot(model, params):
+    """Three tokens and two slots for twelve rows; a search in Python finds the expected ends."""
     alphabet = (20, 21, 22)
     stops = ((20, 21, 20), (21, 21))
     rollouts = generate(
@@ -338,7 +336,7 @@ def test_stop_sequences_do_not_reach_into_the_slots_row_before(model, params):
         stop_sequences=stops,
         banned_ids=[token for token in range(model.config.vocab_size) if token not in alphabet],
         slots=2,
-        lanes=1,
+        cpu_workers=1,
     )
     for ids, length, truncated in zip(
         rollouts.completion_ids.tolist(),
@@ -357,14 +355,14 @@ def test_stop_sequences_do_not_reach_into_the_slots_row_before(model, params):
 
 
 def test_samples_do_not_depend_on_slots_with_keys_of_another_generator(model, params):
-    settings = {"group_size": 3, "max_new_tokens": 8, "eos_ids": EOS, "lanes": 1}
+    settings = {"group_size": 3, "max_new_tokens": 8, "eos_ids": EOS, "cpu_workers": 1}
     key = jax.random.key(3, impl="rbg")
     whole = generate(model, params, PROMPTS, key, **settings)
-    few = generate(model, params, PROMPTS, key, **settings, slots=4)
-    assert np.array_equal(whole.completion_ids, few.completion_ids)
+    in_four_slots = generate(model, params, PROMPTS, key, **settings, slots=4)
+    assert np.array_equal(whole.completion_ids, in_four_slots.completion_ids)
 
 
-def test_what_cannot_be_sampled_is_refused_in_a_line(model, params):
+def test_unusable_settings_are_refused_in_one_line(model, params):
     settings = {"group_size": 1, "max_new_tokens": 4}
     key = jax.random.key(0)
     with pytest.raises(ValueError, match=r"prompts\[0\]: token ids must be whole numbers"):
