@@ -62,7 +62,8 @@ class DataConfig:
     grader: str = "auto"
     # Limit for one verdict (seconds); a hang costs that one item.
     grader_timeout_s: float = 10.0
-    # Grading processes; 0 grades in this process, without time limit (but no grader of your own).
+    # Grading processes. 0 grades choice and countdown, whose costs are bounded, in this process;
+    # every other grader gets one process.
     grader_workers: int = 2
 
 

@@ -1,28 +1,31 @@
-"""One queue of responses for all grading processes, served by a thread of its own."""
+"""One queue of responses for all grading processes, with a thread for each process."""
 
-import collections
 import contextlib
 import json
 import os
+import pickle
+import queue
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
-from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from echorl_jax.rewards.verdict import DIED, HUNG, Verdict
 
-# A process is replaced after this many verdicts: whatever leaks in a grader stays small.
+# A process is replaced after this many verdicts, so that what leaks in a grader stays small.
 MAX_ITEMS = 2000
 # Limit for a process to start and import its grader (seconds).
 START_LIMIT_S = 120.0
-# Processes that may be lost in a row without a verdict of their own before the pool gives up.
+# Processes that may die in a row before they are ready; then the pool gives up.
 MAX_LOST_STARTS = 3
+# A verdict is a few hundred bytes; a process that announces more is broken.
+MAX_ANSWER_BYTES = 1 << 16
 # Rows carry whole expert trajectories that no grader reads.
 UNSENT = ("target",)
 
@@ -49,7 +52,7 @@ class Submission:
 
     def fail(self, error: Exception) -> None:
         """Ends the submission without its verdicts."""
-        # Who has been interrupted does not wait any more.
+        # A caller that was interrupted does not wait any more.
         with contextlib.suppress(InvalidStateError):
             self.future.set_exception(error)
 
@@ -60,81 +63,99 @@ class Submission:
 
 
 class Worker:
-    """One grading process and this end of its socket."""
+    """A process that loads a grader, and this end of its socket. One thread talks to it.
 
-    def __init__(self, process: subprocess.Popen[bytes], connection: Connection) -> None:
-        self.process = process
-        self.connection = connection
+    Messages are those of ``multiprocessing.connection``, here with a time limit: neither a process
+    that does not read nor one that stops in the middle of an answer holds up the thread.
+    """
+
+    def __init__(self, name: str, memory_mb: int, faults: Mapping[str, float]) -> None:
         self.ready = False
-        self.item: tuple[Submission, int] | None = None
-        self.deadline = time.monotonic() + START_LIMIT_S
         self.done = 0
-
-    @classmethod
-    def start(cls, name: str, memory_mb: int, faults: Mapping[str, float]) -> "Worker":
-        """A process that loads the grader; it says when it is ready."""
-        ours, theirs = socket.socketpair()
-        fd = theirs.fileno()
+        self._socket, theirs = socket.socketpair()
         # An accelerator belongs to the training process alone, and parallelism comes from the
         # number of processes.
         env = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
         # The package must be found even where only this process's search path knows it.
         env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
         with theirs:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "echorl_jax.rewards.worker", str(fd)],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[fd],
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "echorl_jax.rewards.worker", str(theirs.fileno())],
+                stdin=subprocess.PIPE,  # its end is the end of this process: see worker.py
+                pass_fds=[theirs.fileno()],
                 env=env,
                 start_new_session=True,
             )
-        connection = Connection(ours.detach())
-        connection.send((sys.path, name, memory_mb, faults))
-        return cls(process, connection)
+        self._send(pickle.dumps((sys.path, name, memory_mb, dict(faults))), START_LIMIT_S)
+
+    def exchange(self, message: bytes | None, limit_s: float) -> Any:
+        """Sends a message, if any, and returns the answer.
+
+        Raises:
+          TimeoutError: both together took longer than ``limit_s``.
+          OSError, EOFError, ValueError: the process is dead, or its answer is none.
+        """
+        deadline = time.monotonic() + limit_s
+        if message is not None:
+            self._send(message, limit_s)
+        (size,) = struct.unpack("!i", self._receive(4, deadline))
+        if not 0 <= size <= MAX_ANSWER_BYTES:
+            raise ValueError(f"an answer of {size} bytes")
+        return json.loads(self._receive(size, deadline))
+
+    def kill(self) -> None:
+        """Kills the process with all that it started; a thread that waits for it is woken."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        if self._process.returncode is None:  # not waited for: its number is still its own
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
 
     def stop(self) -> int:
-        """Kills the process with all that it started; returns its exit code."""
-        self.connection.close()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        return self.process.wait()
+        """Kills the process and frees what belongs to it; returns its exit code."""
+        self.kill()
+        self._socket.close()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return self._process.wait()
 
-    def send(self, submission: Submission, place: int, timeout_s: float) -> None:
-        """Gives it an item; OSError if it is dead."""
-        response, row = submission.items[place]
-        # From here on, so that no item pays for those that it waited behind.
-        self.item, self.deadline = (submission, place), time.monotonic() + timeout_s
-        sent = {name: value for name, value in row.items() if name not in UNSENT}
-        self.connection.send((response, sent))
+    def _send(self, message: bytes, limit_s: float) -> None:
+        self._socket.settimeout(limit_s)
+        self._socket.sendall(struct.pack("!i", len(message)) + message)
 
-    def busy(self) -> bool:
-        """Whether a message is due from it: a verdict, or word that it has started."""
-        return self.item is not None or not self.ready
+    def _receive(self, size: int, deadline: float) -> bytes:
+        parts = b""
+        while len(parts) < size:
+            self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
+            part = self._socket.recv(size - len(parts))
+            if not part:
+                raise EOFError
+            parts += part
+        return parts
 
 
 class Dispatcher:
-    """Hands items out in the order in which they came, collects verdicts, replaces lost processes.
+    """Hands items out in the order in which they came and replaces processes that are lost.
 
     Args:
       start: starts a process.
       workers: how many.
-      timeout_s: limit for one verdict (seconds).
+      timeout_s: limit for one verdict (seconds), from when a process is given the item.
     """
 
     def __init__(self, start: Callable[[], Worker], *, workers: int, timeout_s: float) -> None:
         self._start = start
-        self._count = workers
         self._timeout_s = timeout_s
-        self._waiting: collections.deque[tuple[Submission, int]] = collections.deque()
-        self._lost_starts = 0
-        self._lock = threading.Lock()  # of `_closed`, so that nothing is added after the end
+        self._queue: queue.SimpleQueue[tuple[Submission, int] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # of `_closed`: nothing is added or started after the end
         self._closed = False
-        self._wake, self._woken = socket.socketpair()
-        self._wake.setblocking(False)
-        self._workers: list[Worker] = []
-        self._fill()
-        self._thread = threading.Thread(target=self._serve, name="grading", daemon=True)
-        self._thread.start()
+        self._workers = [start() for _ in range(workers)]
+        self._threads = [
+            threading.Thread(target=self._serve, args=[place], name="grading", daemon=True)
+            for place in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def add(self, submission: Submission) -> None:
         """Queues the items of a submission.
@@ -143,129 +164,80 @@ class Dispatcher:
           PoolError: closed.
         """
         with self._lock:
-            if self._closed:
-                raise PoolError("the grading pool is closed")
-            self._waiting.extend((submission, place) for place in range(len(submission.items)))
-            self._ring()
+            self._refuse_if_closed()
+            for place in range(len(submission.items)):
+                self._queue.put((submission, place))
 
     def close(self) -> None:
-        """Ends the thread and the processes; who still waits gets a :class:`PoolError`."""
+        """Ends processes and threads; submissions that are not complete get a `PoolError`."""
         with self._lock:
             first, self._closed = not self._closed, True
-            if first:
-                self._ring()
-        self._thread.join()
+            for worker in self._workers if first else ():
+                worker.kill()
+                self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
 
-    def _ring(self) -> None:
-        # A full pipe wakes the thread as well.
-        with contextlib.suppress(BlockingIOError):
-            self._wake.send(b"!")
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise PoolError("the grading pool is closed")
 
-    def _serve(self) -> None:
-        while not self._closed:
-            try:
-                self._turn()
-            except Exception as error:
-                self._fail(error)
-        self._fail(PoolError("the grading pool is closed"))
-        self._wake.close()
-        self._woken.close()
-
-    def _turn(self) -> None:
-        """Hands out what can be, then waits for word from a process, a time limit, or new work."""
-        if self._waiting:
-            self._fill()
-        for place, worker in enumerate(self._workers):
-            if not worker.busy() and not self._hand_out(worker):
-                self._workers[place] = self._replace(worker)
-        at_work = any(worker.item is not None for worker in self._workers)
-        # Without work nobody is watched: who died is found out when it is given something.
-        due = (
-            [worker for worker in self._workers if worker.busy()]
-            if self._waiting or at_work
-            else []
-        )
-        patience = min((worker.deadline for worker in due), default=None)
-        if patience is not None:
-            patience = max(0.0, patience - time.monotonic())
-        talking = wait([self._woken, *(worker.connection for worker in due)], patience)
-        if self._woken in talking:
-            self._woken.recv(4096)
-        for worker in due:
-            if worker.connection in talking:
-                keep = self._receive(worker)
-            else:
-                keep = time.monotonic() < worker.deadline
-                if not keep:
-                    self._lose(worker, f"{HUNG} {self._timeout_s:g} s")
-            if not keep:
-                self._workers[self._workers.index(worker)] = self._replace(worker)
-
-    def _hand_out(self, worker: Worker) -> bool:
-        """Sends the next item, if any; False if the process died while it had nothing to do."""
-        while self._waiting:
-            submission, place = self._waiting.popleft()
-            if submission.future.done():  # given up by who asked
+    def _serve(self, place: int) -> None:
+        """Takes items until there is None, and judges them with the process of that number."""
+        while (taken := self._queue.get()) is not None:
+            submission, number = taken
+            if submission.future.done():  # the caller gave up, or it failed
                 continue
             try:
-                worker.send(submission, place, self._timeout_s)
-            except OSError:
-                worker.item = None
-                self._waiting.appendleft((submission, place))
-                self._count_lost_start(worker)
-                return False
-            break
-        return True
+                self._refuse_if_closed()
+                submission.settle(number, self._judge(place, *submission.items[number]))
+            except Exception as error:
+                submission.fail(error)
+        self._workers[place].stop()
 
-    def _receive(self, worker: Worker) -> bool:
-        """Takes one message; False if the process is to be replaced."""
-        try:
-            message = json.loads(worker.connection.recv_bytes())
-        except (EOFError, OSError, ValueError):
-            self._lose(worker, DIED)
-            return False
-        if isinstance(message, dict):
-            if "failed" in message:
-                raise PoolError(f"a grading process cannot start: {message['failed']}")
-            worker.ready, self._lost_starts = True, 0
-            return True
-        assert worker.item is not None
-        submission, place = worker.item
-        worker.item = None
-        worker.done += 1
-        submission.settle(place, Verdict(*message))
-        return worker.done < MAX_ITEMS
+    def _judge(self, place: int, response: str, row: Mapping[str, Any]) -> Verdict:
+        sent = {name: value for name, value in row.items() if name not in UNSENT}
+        message = pickle.dumps((response, sent))
+        # A process may have been killed while it was idle: only a second death is the item's fault.
+        for _ in range(2):
+            worker = self._ready(place)
+            try:
+                verdict = Verdict(*worker.exchange(message, self._timeout_s))
+            except TimeoutError:
+                self._replace(place)
+                return Verdict.wrong(f"{HUNG} {self._timeout_s:g} s")
+            except (OSError, EOFError, ValueError):
+                self._replace(place)
+                continue
+            worker.done += 1
+            if worker.done >= MAX_ITEMS:
+                self._replace(place)
+            return verdict
+        return Verdict.wrong(DIED)
 
-    def _lose(self, worker: Worker, reason: str) -> None:
-        """Settles what a process that is dead or over its time was doing."""
-        if worker.item is None:
-            self._count_lost_start(worker)
-        else:
-            submission, place = worker.item
-            submission.settle(place, Verdict.wrong(reason))
+    def _ready(self, place: int) -> Worker:
+        """The process of that number, once it has loaded its grader."""
+        code = 0
+        for _ in range(MAX_LOST_STARTS):
+            worker = self._workers[place]
+            if worker.ready:
+                return worker
+            try:
+                told = worker.exchange(None, START_LIMIT_S)
+            except (OSError, EOFError, ValueError):
+                code = self._replace(place)
+                continue
+            if "failed" in told:
+                self._replace(place)
+                raise PoolError(f"a grading process cannot start: {told['failed']}")
+            worker.ready = True
+            return worker
+        raise PoolError(f"grading processes do not start (exit code of the last: {code})")
 
-    def _count_lost_start(self, worker: Worker) -> None:
-        self._lost_starts += 1
-        if self._lost_starts >= MAX_LOST_STARTS:
-            raise PoolError(
-                f"grading processes do not start (exit code of the last: {worker.stop()})"
-            )
-
-    def _replace(self, worker: Worker) -> Worker:
-        worker.stop()
-        return self._start()
-
-    def _fill(self) -> None:
-        while len(self._workers) < self._count:
-            self._workers.append(self._start())
-
-    def _fail(self, error: Exception) -> None:
-        """Tells all who wait, and begins anew: no verdict can reach a later submission."""
-        submissions = [worker.item[0] for worker in self._workers if worker.item is not None]
-        while self._workers:
-            self._workers.pop().stop()
-        self._lost_starts = 0
-        while self._waiting:
-            submissions.append(self._waiting.popleft()[0])
-        for submission in submissions:
-            submission.fail(error)
+    def _replace(self, place: int) -> int:
+        """Starts another process in place of a lost one; returns the exit code of that."""
+        code = self._workers[place].stop()
+        with self._lock:
+            self._refuse_if_closed()
+            self._workers[place] = self._start()
+        return code

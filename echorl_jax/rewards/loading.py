@@ -17,6 +17,9 @@ GRADERS = {
     "countdown": "echorl_jax.rewards.countdown:grade",
     "math": "echorl_jax.rewards.mathematics:grade",
 }
+# Graders whose costs are linear in the length of a response, as tests show: they may run in the
+# training process. math-verify may not, and neither may a user's grader.
+BOUNDED = ("choice", "countdown")
 # What verl calls its reward functions with.
 VERL_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from echorl_jax.rewards.dispatch import Dispatcher, PoolError, Submission, Worker
-from echorl_jax.rewards.loading import judge, load_grader
+from echorl_jax.rewards.loading import BOUNDED, judge, load_grader
 from echorl_jax.rewards.verdict import Verdict
 
 
@@ -26,7 +26,8 @@ class GraderPool:
 
     Args:
       name: as :func:`load_grader` takes it.
-      workers: processes; 0 grades in this process, guarded against exceptions only.
+      workers: processes. 0 grades in this process where the grader's costs are bounded by its code
+        (``BOUNDED``), and in one process otherwise: responses are written by a policy.
       timeout_s: limit for one verdict (seconds).
       memory_mb: memory that a verdict may add to a process (MiB); not enforced outside Linux.
       faults: "hang", "crash" or "leak" -> share of the items that do so, on purpose.
@@ -52,9 +53,9 @@ class GraderPool:
         self._grader = load_grader(name)
         self._closed = False
         self._dispatcher: Dispatcher | None = None
-        if workers:
-            start = functools.partial(Worker.start, name, memory_mb, dict(faults or {}))
-            self._dispatcher = Dispatcher(start, workers=workers, timeout_s=timeout_s)
+        if workers or name not in BOUNDED:
+            start = functools.partial(Worker, name, memory_mb, dict(faults or {}))
+            self._dispatcher = Dispatcher(start, workers=max(workers, 1), timeout_s=timeout_s)
         atexit.register(self.close)
 
     def __enter__(self) -> "GraderPool":
@@ -91,8 +92,7 @@ class GraderPool:
 
         May be called any number of times while earlier ones are under way: all processes serve one
         queue, so a slow response holds up nothing but itself. Its time limit runs from when a
-        process gets it. Without processes it grades at once: graders may need the main thread for
-        their time limits.
+        process gets it. Without processes it grades at once.
 
         Raises:
           PoolError: the pool is closed.

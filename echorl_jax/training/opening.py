@@ -143,11 +143,9 @@ def _stream(setup: Setup, rows: Rows, prompts_per_step: int) -> PromptStream:
 
 
 def _pool(config: Config, faults: Faults) -> GraderPool:
-    # What comes from elsewhere may hang: it never runs in this process.
-    own = ":" in config.data.grader
     return GraderPool(
         config.data.grader,
-        workers=max(config.data.grader_workers, int(own)),
+        workers=config.data.grader_workers,
         timeout_s=config.data.grader_timeout_s,
         faults=faults.rewards,
     )

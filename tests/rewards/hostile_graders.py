@@ -49,6 +49,9 @@ def obey(response, row):
             return "1.0"
         case "pid":
             return Verdict(1.0, True, str(os.getpid()))
+        case "slow pid":
+            time.sleep(0.3)
+            return Verdict(1.0, True, str(os.getpid()))
         case "modules":
             return Verdict(1.0, True, str("jax" in sys.modules))
     return Verdict(0.5, True, f"{response} {row.get('number')}")

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 import pytest
 
@@ -129,11 +130,83 @@ def test_closing_ends_what_is_under_way():
         waiting.result()
 
 
-def test_without_processes_exceptions_are_still_verdicts():
-    with GraderPool("hostile_graders:obey", workers=0) as here:
-        verdicts = here.grade(["pid", "raise", "fine"], [{}] * 3)
-    assert verdicts[0].reason == str(os.getpid())
-    assert [v.correct for v in verdicts] == [True, False, True]
+def test_a_grader_without_bounds_never_runs_in_this_process():
+    with GraderPool("hostile_graders:obey", workers=0, timeout_s=1.0) as guarded:
+        verdicts = guarded.grade(["pid", "hang", "raise", "die", "fine"], [{}] * 5)
+    assert verdicts[0].reason != str(os.getpid())
+    assert [v.correct for v in verdicts] == [True, False, False, False, True]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_bounded_graders_need_no_process():
+    row = {"reward_model": {"ground_truth": "B"}}
+    before = children(os.getpid())
+    with GraderPool("choice", workers=0) as here:
+        assert here.grade(["B", "A or B"], [row] * 2)[0].correct
+        assert children(os.getpid()) == before
+
+
+def test_any_number_of_idle_processes_may_be_killed_at_once():
+    with GraderPool("hostile_graders:obey", workers=4, timeout_s=10.0) as pool:
+        for _ in range(2):
+            pids = {verdict.reason for verdict in pool.grade(["slow pid"] * 8, [{}] * 8)}
+            assert len(pids) == 4
+            for pid in pids:
+                os.kill(int(pid), signal.SIGKILL)
+            assert all(verdict.correct for verdict in pool.grade(["fine"] * 8, [{}] * 8))
+
+
+def test_a_frozen_process_and_a_large_item_cost_that_item_alone():
+    """The item is larger than the socket's buffer, so that sending it has to stop half-way."""
+    with GraderPool("hostile_graders:obey", workers=2, timeout_s=2.0) as pool:
+        pids = {verdict.reason for verdict in pool.grade(["slow pid"] * 4, [{}] * 4)}
+        os.kill(int(min(pids)), signal.SIGSTOP)
+        large = pool.submit(["x" * 5_000_000] * 2, [{}] * 2)
+        assert pool.submit(["fine"] * 20, [{}] * 20).result(timeout=60)[0].correct
+        verdicts = large.result(timeout=60)
+    assert sorted(verdict.correct for verdict in verdicts) == [False, True]
+    assert any(verdict.reason == "no verdict within 2 s" for verdict in verdicts)
+
+
+OWNER = """
+import os, sys, threading
+from echorl_jax.rewards import GraderPool
+pool = GraderPool("hostile_graders:obey", workers=1, timeout_s=1000.0)
+print(pool.grade(["pid"], [{}])[0].reason, flush=True)
+pool.submit([sys.argv[1]], [{}])
+threading.Event().wait()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's part is Linux's")
+@pytest.mark.parametrize("does", ["hang", "hang in C", "sleep", "leave a child"])
+def test_grading_processes_die_with_a_killed_owner(does):
+    path = {"PYTHONPATH": os.pathsep.join([os.getcwd(), *sys.path])}
+    command = [sys.executable, "-c", OWNER, does]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | path)
+    assert owner.stdout is not None
+    grader = int(owner.stdout.readline())
+    time.sleep(1.0)  # until it does what it should
+    group = [grader, *children(grader)]
+    assert len(group) == 1 + (does == "leave a child")
+    owner.kill()
+    owner.communicate()
+    end = time.monotonic() + 5
+    while any(alive(process) for process in group) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not any(alive(process) for process in group)
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def children(pid):
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return sorted(int(child) for each in lists for child in each.read_text().split())
 
 
 def test_an_unknown_grader_is_an_error_at_the_start():
