@@ -32,11 +32,11 @@ def verdict(gold, answer):
     return grade(response, row)
 
 
-@pytest.mark.parametrize(("gold", "answer"), cases(right=True))
+@pytest.mark.parametrize(("gold", "answer"), [*cases(right=True)])
 def test_a_right_answer_is_accepted(gold, answer):
     assert verdict(gold, answer).correct
 
 
-@pytest.mark.parametrize(("gold", "answer"), cases(right=False))
+@pytest.mark.parametrize(("gold", "answer"), [*cases(right=False)])
 def test_a_wrong_answer_is_refused(gold, answer):
     assert not verdict(gold, answer).correct
