@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from echorl_jax.config import ConfigError
@@ -61,8 +62,10 @@ def test_what_ends_the_process_comes_once(tmp_path: Path) -> None:
 
 
 def test_without_faults_orbax_is_as_it_comes(tmp_path: Path) -> None:
-    assert Faults.parse("nan@3", tmp_path).checkpoint_path() is None
-    assert Faults.parse("kill@save:3", tmp_path).checkpoint_path() is not None
+    plain = ocp.path.atomicity.AtomicRenameTemporaryPath
+    assert Faults.parse("nan@3", tmp_path).checkpoint_path(plain) is plain
+    failing = Faults.parse("kill@save:3", tmp_path).checkpoint_path(plain)
+    assert failing is not plain and issubclass(failing, plain)
 
 
 def test_one_row_is_spoiled(tmp_path: Path) -> None:
