@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from echorl_jax.errors import UserError, writing
-from echorl_jax.rewards import GraderPool, Verdict
+from echorl_jax.rewards import GraderPool, Verdict, grading_failed
 
 # Lines graded together: progress is shown, and written, this often.
 CHUNK = 512
@@ -25,6 +25,8 @@ class _Tally:
 
     count: int = 0
     right: int = 0
+    ungraded: int = 0  # the grader failed on them; they count as wrong
+    failure: str = ""  # the first such line and its reason
     accepted: int = 0  # of those the other judge calls right
     expected: int = 0  # what it calls right
     differing: list[str] = dataclasses.field(default_factory=list)
@@ -32,6 +34,9 @@ class _Tally:
     def add(self, number: int, verdict: Verdict, expected: bool | None) -> None:
         self.count += 1
         self.right += verdict.correct
+        if grading_failed(verdict.reason):
+            self.ungraded += 1
+            self.failure = self.failure or f"line {number}: {verdict.reason}"
         if expected is None:
             return
         self.expected += expected
@@ -43,6 +48,11 @@ class _Tally:
     def summary(self, *, compared: bool) -> str:
         share = f" ({self.right / self.count:.1%})" if self.count else ""
         text = f"{self.right} of {self.count} correct{share}"
+        if self.ungraded:
+            text += (
+                f"; {self.ungraded} could not be graded and count as wrong, "
+                f"the first: {self.failure}"
+            )
         if not compared or not self.count:
             return text
         wrong = self.count - self.expected
@@ -127,7 +137,7 @@ def _chunks(
     """Runs of lines, each with its number from 1 on."""
     chunk: list[tuple[int, dict[str, Any]]] = []
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:  # a byte order mark is no text
             for number, text in enumerate(file, start=1):
                 if text.strip():
                     place = f"{path}, line {number}"
@@ -163,8 +173,12 @@ def _parse(text: str, place: str, response_key: str, answer_key: str | None) -> 
 
 
 def _row(line: dict[str, Any], answer_key: str | None) -> dict[str, Any]:
-    """The line as a row in verl's columns."""
-    defaults = {"data_source": "", "prompt": [], "extra_info": {}}
+    """The line as a row in verl's columns; a prompt that is a text becomes the user's message."""
+    defaults: dict[str, Any] = {"data_source": "", "prompt": [], "extra_info": {}}
+    if isinstance(text := line.get("prompt"), str):
+        line = {**line, "prompt": [{"role": "user", "content": text}]}
+        # TRL's reward functions then get the text again.
+        defaults["extra_info"] = {"prompt_format": "text"}
     if "reward_model" in line:
         return {**defaults, **line}
     key = answer_key or next(key for key in ANSWERS if key in line)

@@ -1,6 +1,8 @@
 """evaluate, grade, check and convert on real input."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +68,41 @@ def test_grade_leaves_what_stands_at_its_output_until_all_is_graded(tmp_path: Pa
     (tmp_path / "link.jsonl").symlink_to(out)
     run(["grade", str(source), "--grader=math", f"--out={tmp_path / 'link.jsonl'}", "--workers=0"])
     assert (tmp_path / "link.jsonl").is_symlink() and '"correct": true' in out.read_text()
-    with pytest.raises(UserError, match="--workers=-1: must be at least 0"):
+    with pytest.raises(UserError, match="--workers: '-1': must be a whole number from 0"):
         run(["grade", str(source), "--grader=math", "--workers=-1"])
+
+
+def test_grade_reads_text_prompts_and_byte_order_marks_and_counts_failed_grading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The grader is a TRL function in the current folder, which the program finds by itself."""
+    (tmp_path / "my_rules.py").write_text(
+        "def ends_alike(prompts, completions, **columns):\n"
+        "    if 'broken' in prompts[0]:\n"
+        "        raise RuntimeError('no rule')\n"
+        "    return [float(c.endswith(p[-1])) for p, c in zip(prompts, completions)]\n"
+    )
+    lines = [
+        {"prompt": "say 7", "response": "it is 7", "answer": ""},
+        {"prompt": "say 8", "response": "it is 7", "answer": ""},
+        {"prompt": "broken", "response": "it is 7", "answer": ""},
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "lines.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    program = [str(Path(sys.executable).with_name("echorl")), "grade", "lines.jsonl"]
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    done = subprocess.run(
+        [*program, "--grader=my_rules:ends_alike", "--out=out.jsonl"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    judged = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert [line["correct"] for line in judged] == [True, False, False]
+    assert judged[0]["prompt"] == "say 7"
+    assert "1 of 3 correct (33.3%); 1 could not be graded and count as wrong" in done.stdout
+    assert "line 3: " in done.stdout and "no rule" in done.stdout
 
 
 def test_grade_compares_with_another_judge(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
