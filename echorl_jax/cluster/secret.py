@@ -1,4 +1,4 @@
-"""The secret that all processes of a run share, so that nobody else can join the run or end it.
+"""The secret that all processes of a run share, so that no other process can join or end it.
 
 It is ``ECHORL_SECRET`` where the launcher sets that, else the file ``.secret`` in the directory
 that the run writes, which process 0 creates. It is never sent: each process signs a random

@@ -51,7 +51,7 @@ def supervise(
       command: the training process; its environment gets an :class:`Assignment`.
       facts: what has to be the same on all processes, as JSON can hold it.
       limits: how long to wait.
-      secret: known to all processes of the run, and to nobody else.
+      secret: known only to the processes of the run.
 
     Raises:
       UserError: the processes disagree, or one was told something wrong.

@@ -24,7 +24,7 @@ MEDIA = """
 image images video videos audio audios multi_modal_data multi_modal_inputs multimodal_data
 mm_data decoded_image
 """.split()
-# How messages begin that somebody has written as text.
+# The first characters of messages that were stored as text.
 MESSAGES_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content)["']\s*:""")
 # What data sets write where there is no answer that a response could have.
 SENTINELS = {"proof", "notfound", "answernotfound", "noanswerfound", "nan", "null"}

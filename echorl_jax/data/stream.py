@@ -30,7 +30,7 @@ class Prompt:
 
 
 class _UnreadRow(Mapping[str, Any]):
-    """A row that another process has read; this one reads it when somebody asks."""
+    """A row that another process has read; this process reads it on first access."""
 
     def __init__(self, rows: Sequence[Row], index: int) -> None:
         self._rows = rows

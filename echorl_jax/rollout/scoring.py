@@ -159,7 +159,7 @@ def score(
     rows: int = 32,
     chunk_size: int = 1024,
 ) -> tuple[Array, Array]:
-    """Scores completions that somebody else wrote, such as expert trajectories.
+    """Scores given completions, such as expert trajectories.
 
     Args:
       model, params: the decoder.

@@ -33,7 +33,7 @@ class Experience:
     in_echo: HostArray  # bool [N], rows that may give clips
     reasons: tuple[str, ...]  # N
     seconds: dict[str, float]
-    slot_occupancy: float = 1.0  # share of decoded tokens that somebody wanted
+    slot_occupancy: float = 1.0  # useful tokens / decoded tokens
     rounds: int = 1
 
 

@@ -10,7 +10,7 @@ from echorl_jax.cluster import handling
 
 
 class StopRequest:
-    """Whether somebody has asked the run to stop."""
+    """Whether a signal has asked the run to stop."""
 
     def __init__(self) -> None:
         self.requested = False

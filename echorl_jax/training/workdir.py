@@ -30,7 +30,7 @@ MAY_CHANGE = (
     "optim.sft_packing",
     *RENAMED,
 )
-# What a run does not use any more, but somebody may want back.
+# Superseded files, moved instead of deleted.
 ASIDE = "set_aside"
 # How long a file that one host has written may take to be seen by the others (seconds).
 SEEN_WITHIN_S = 90.0
