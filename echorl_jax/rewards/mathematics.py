@@ -162,7 +162,7 @@ def _same(gold: str, answer: str, problem: _Problem, depth: int) -> bool:
             if None not in found and read is words and found[0] != found[1]:
                 break  # both may list names
             return found[0] == found[1]
-    if literals.is_decimal_comma(gold, answer):
+    if re.fullmatch("-?[0-9]+,[0-9]+", answer) and answer.replace(",", ".") == gold:
         return True
     parts = _parts(gold), _parts(answer)
     if len(parts[0]) > 1 or len(parts[1]) > 1:
@@ -171,9 +171,9 @@ def _same(gold: str, answer: str, problem: _Problem, depth: int) -> bool:
         return False
     if RELATION.search(gold) or RELATION.search(answer):
         return _same_relation(gold, answer, problem, depth - 1)
-    ratios = literals.ratio(gold), literals.ratio(answer)
-    if ratios[0] is not None and ratios[1] is not None:
-        return literals.equal_ratios(ratios[0], ratios[1])
+    same_ratio = literals.same_ratio(gold, answer)
+    if same_ratio is not None:
+        return same_ratio
     boxes = _container(gold), _container(answer)
     if boxes[0] and boxes[1]:
         return _same_container(boxes[0], boxes[1], problem, depth - 1)
