@@ -2,6 +2,8 @@
 
 import re
 
+from echorl_jax.rewards.notation import brace_pairs
+
 # Marks of reasoning before an answer, as current models write them.
 _THINK = r"(?:think|thinking|thought|reasoning)"
 THINK_START = re.compile(rf"<{_THINK}>|\[THINK\]|<\|begin_of_thought\|>", re.IGNORECASE)
@@ -10,8 +12,6 @@ ANSWER_START, ANSWER_END = "<answer>", "</answer>"
 # GSM8K's solutions end in "#### 72".
 GSM8K_MARK = "####"
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-# Escaped signs are passed over, so that \{ and \} are not braces.
-BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
 # What may stand between boxes that are one answer together: "\boxed{1} and y = \boxed{2}".
 BETWEEN_BOXES = re.compile(
     r"(?:[\s$,;&]|\\[\[\](),;:! ]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|and\b|or\b"
@@ -84,19 +84,11 @@ def last_boxed_span(response: str) -> tuple[int, int] | None:
 
 def boxed_spans(response: str) -> list[tuple[int, int]]:
     """Where the insides of all balanced boxes begin and end, in the order of their beginnings."""
-    starts = {match.end() for match in BOX.finditer(response)}
+    starts = [match.end() for match in BOX.finditer(response)]
     if not starts:
         return []
-    found: list[tuple[int, int]] = []
-    open_braces: list[int] = []
-    for match in BRACES.finditer(response, min(starts) - 1):
-        if match[0] == "{":
-            open_braces.append(match.end())
-        elif match[0] == "}" and open_braces:
-            start = open_braces.pop()
-            if start in starts:
-                found.append((start, match.start()))
-    return sorted(found)
+    pairs = brace_pairs(response, starts[0] - 1)
+    return [(start, pairs[start - 1]) for start in starts if start - 1 in pairs]
 
 
 def final_answer(text: str) -> str | None:

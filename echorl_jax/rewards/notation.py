@@ -1,7 +1,7 @@
-r"""Spellings of one mathematical answer, brought to one form.
+r"""Brings the spellings of a mathematical answer to one form.
 
-What typesetting adds is undone: fonts, spacing, Unicode signs, synonyms of commands. The grader
-bounds the length of the texts; all regular expressions are linear.
+Undoes what typesetting adds: fonts, spacing, Unicode signs, synonyms of commands. The grader bounds
+the length of the texts; all regular expressions are linear.
 """
 
 import functools
@@ -10,89 +10,89 @@ import unicodedata
 
 
 def _greek(letter: str) -> str:
-    name = unicodedata.name(letter, "").removeprefix("GREEK ").split(" LETTER ")
-    if len(name) < 2 or " " in name[1]:
+    """The command for a Greek letter, or the letter if there is none."""
+    case, _, name = unicodedata.name(letter, "").removeprefix("GREEK ").partition(" LETTER ")
+    if not name or " " in name:
         return letter
-    command = name[1].lower().replace("lamda", "lambda")
-    return f"\\{command.title() if name[0] == 'CAPITAL' else command} "
+    command = name.lower().replace("lamda", "lambda")
+    return f"\\{command.title() if case == 'CAPITAL' else command} "
 
 
-_SIGNS = {
-    **dict.fromkeys("−–—‐‑‒", "-"),
-    **{"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "⁄": "/"},
-    **{"∞": r"\infty ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "≈": r"\approx "},
-    **{"±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in ", "∅": r"\emptyset "},
-    **{"°": r"^\circ ", "º": r"^\circ ", "ℝ": r"\mathbb{R}", "∶": ":", "→": r"\to "},
-    **{chr(code): _greek(chr(code)) for code in (*range(0x391, 0x3AA), *range(0x3B1, 0x3CA))},
-    **{"’": "'", "‘": "'", "、": ",", "。": ".", "€": "", "£": "", "¥": "", "₹": ""},
+def _command(found: re.Match[str]) -> str:
+    return _COMMANDS.get(found[1], found[0])
+
+
+_SIGNS = str.maketrans(
+    {
+        **dict.fromkeys("−–—‐‑‒", "-"),
+        **{"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "∙": r"\cdot ", "÷": "/", "⁄": "/"},
+        **{"∞": r"\infty ", "≤": r"\leq ", "≥": r"\geq ", "≠": r"\neq ", "≈": r"\approx "},
+        **{"±": r"\pm ", "∓": r"\mp ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in "},
+        **{"∅": r"\emptyset ", "°": r"^\circ ", "º": r"^\circ ", "ℝ": r"\mathbb{R}", "→": r"\to "},
+        **{chr(code): _greek(chr(code)) for code in (*range(0x391, 0x3AA), *range(0x3B1, 0x3CA))},
+        **{"’": "'", "‘": "'", "、": ",", "。": ".", "∶": ":"},
+        **dict.fromkeys("€£¥₹", ""),
+    }
+)
+_RAISED = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
+_LOWERED = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+# Commands without arguments -> what they are written as here.
+_COMMANDS = {
+    **dict.fromkeys("displaystyle textstyle limits nolimits rm bf it".split(), ""),
+    **dict.fromkeys("dfrac tfrac cfrac".split(), r"\frac"),
+    **dict.fromkeys("le leqslant leqq".split(), r"\leq "),
+    **dict.fromkeys("ge geqslant geqq".split(), r"\geq "),
+    **dict.fromkeys("simeq thickapprox".split(), r"\approx "),
+    **{"ne": r"\neq ", "lt": "<", "gt": ">", "lvert": "|", "rvert": "|", "degree": r"^\circ "},
+    **{"lbrace": r"\{", "rbrace": r"\}", "lbrack": "[", "rbrack": "]", "varnothing": r"\emptyset "},
 }
-_TRANSLATION = str.maketrans(_SIGNS)
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ", "0123456789+-n")
-_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-_SPACE = r"(?<!\\)\\[,;:> ]|~"
+_FONT = (
+    r"\\(?:math(?:rm|bf|it|sf)|text(?:bf|it|rm|normal|sf|tt)?|mbox|emph|operatorname\*?)\s*(?=\{)"
+)
 _TIME = r"(?:\\text\{\s*)?([0-9]{1,2}:[0-9]{2})\s*(?:\\text\{\s*)?"
-
-# Applied in this order.
+# Applied in this order, the commands of the table above between the two lists.
+_BEFORE_COMMANDS = [
+    # Invisible.
+    (r"\\(?:[hv]?phantom|[hv]space|hskip|label|tag|color|textcolor)\*?\s*\{[^{}]*\}", ""),
+    (r"\\(?:left|right)(?![A-Za-z])\s*\.?|\\[Bb]igg?[lrm]?(?![A-Za-z])", ""),
+    (r"\\\$\s*([0-9][0-9,]*(?:\.[0-9]+)?)[\s.]*\Z", r"\1 \\text{dollars}"),
+    (r"(?<!\\)\\[()\[\]]|\\?\$", ""),
+    # The comma of thousands: 1,\!000 and 1{,}000.
+    (r"(?<=[0-9])(?:\{,\}\s*(?:\\!)?|,\s*\\!)\s*(?=[0-9]{3}(?![0-9]))|\\!\s*", ""),
+    (r"(?<!\\)\\[,;:> ]|~", " "),
+    (r"\\(?:mathbf|boldsymbol|vec|hat)\s*\{([A-Za-z])\}", r" \1 "),
+    (r"\\mathrm\s*\{([eidTxyzabcuvwn])\}", r" \1 "),
+    (r"\\log_\s*(?:e(?![A-Za-z])|\{e\})", r"\\ln "),
+    (_FONT, r"\\text"),
+]
+_AFTER_COMMANDS = [
+    (r"\\boxed\s*(?=\{)|\\text\{\s*\}|(?<=[0-9])_\{10\}", ""),
+    (r"(?:\{|\A)([^{}]*)\\over(?![A-Za-z])([^{}]*)(?:\}|\Z)", r"\\frac{\1}{\2}"),
+    (r"\\\{\s*\\\}", r"\\emptyset "),
+    (r"<=|=<", r"\\leq "),
+    (r">=", r"\\geq "),
+    (r"!=|\\not\s*=", r"\\neq "),
+    (r"\\mathbb\s+([A-Z])", r"\\mathbb{\1}"),
+    (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)", r"^\\circ "),
+    (r"\\%|(?<=[0-9}\s])(?:\\text\{\s*)?(?:per ?cent(?:age)?|pct)\b(?:\s*\})?", "%"),
+    (r"\\text\{\s*infinity\s*\}|(?<![\\A-Za-z])infinity(?![A-Za-z])", r"\\infty "),
+    (r"(?<![\\A-Za-z])(pi|sqrt)(?![A-Za-z])", r"\\\1 "),
+    (r"\*\*(?=\s*[-0-9({])", "^"),
+    # One form of arguments: \frac{1}{2}, \sqrt{2}, x^2, x_1.
+    (r"\\frac\s*(?:([0-9])|(\\pi|[A-Za-z])(?![A-Za-z]))\s*(?=[0-9{\\])", r"\\frac{\1\2}"),
+    (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
+    (r"(?:\\sqrt|√)\s*\(([^()]*)\)|√\s*([0-9]+|[A-Za-z])|\\sqrt\s*([0-9])", r"\\sqrt{\1\2\3}"),
+    (r"([_^])\s*\{\s*([A-Za-z0-9])\s*\}", r"\1\2"),
+    (rf"{_TIME}[Aa]\.?\s?[Mm]\b\.?(?:\s*\}})?", r"\1 am"),
+    (rf"{_TIME}[Pp]\.?\s?[Mm]\b\.?(?:\s*\}})?", r"\1 pm"),
+    (r"\s+", " "),
+]
 _REWRITES = [
     (re.compile(pattern), replacement)
     for pattern, replacement in (
-        # Nothing that a reader sees.
-        (r"\\(?:[hv]?phantom|[hv]space|hskip|label|tag|color)\*?\s*\{[^{}]*\}", ""),
-        (r"\\textcolor\s*\{[^{}]*\}", ""),
-        (r"\\(?:left|right)(?![A-Za-z])\s*\.?|\\[Bb]igg?[lrm]?(?![A-Za-z])", ""),
-        (r"\\(?:displaystyle|textstyle|limits|nolimits)(?![A-Za-z])", ""),
-        (r"\\\$\s*([0-9][0-9,]*(?:\.[0-9]+)?)[\s.]*\Z", r"\1 \\text{dollars}"),
-        (r"(?<!\\)\\[()\[\]]|\\?\$", ""),
-        (r"(?:\{,\}|,)\s*\\!\s*|\{,\}\s*(?=[0-9]{3})", "\x00"),
-        (r"\\!\s*", ""),
-        (_SPACE, " "),
-        (r"(?<=[0-9])\x00(?=[0-9]{3}(?![0-9]))", ""),
-        (r"\x00", ","),
-        # Synonyms.
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\(?:mathbf|boldsymbol|vec|hat)\s*\{([A-Za-z])\}", r" \1 "),
-        (r"\\mathrm\s*\{([eidTxyzabcuvwn])\}", r" \1 "),
-        (r"\\log_\s*(?:e(?![A-Za-z])|\{e\})", r"\\ln "),
-        (
-            r"\\(?:mathrm|mathbf|mathit|mathsf|textbf|textit|textrm|textnormal|textsf|texttt|mbox"
-            r"|emph|operatorname\*?|text)(?![A-Za-z])\s*\{",
-            r"\\text{",
-        ),
-        (r"\\(?:rm|bf|it)(?![A-Za-z])", ""),
-        (r"\\boxed\s*(?=\{)|\\text\{\s*\}|(?<=[0-9])_\{10\}", ""),
-        (r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
-        (r"\A([^{}]*)\\over(?![A-Za-z])([^{}]*)\Z", r"\\frac{\1}{\2}"),
-        (r"\\varnothing|\\\{\s*\\\}", r"\\emptyset "),
-        (r"\\(?:leqslant|leqq|le)(?![A-Za-z])|<=|=<", r"\\leq "),
-        (r"\\(?:geqslant|geqq|ge)(?![A-Za-z])|>=", r"\\geq "),
-        (r"\\ne(?![A-Za-z])|!=|\\not\s*=", r"\\neq "),
-        (r"\\lt(?![A-Za-z])", "<"),
-        (r"\\gt(?![A-Za-z])", ">"),
-        (r"\\[lr]vert(?![A-Za-z])", "|"),
-        (r"\\lbrace(?![A-Za-z])", r"\\{"),
-        (r"\\rbrace(?![A-Za-z])", r"\\}"),
-        (r"\\lbrack(?![A-Za-z])", "["),
-        (r"\\rbrack(?![A-Za-z])", "]"),
-        (r"\\mathbb\s+([A-Z])", r"\\mathbb{\1}"),
-        (r"\\(?:simeq|thickapprox)(?![A-Za-z])", r"\\approx "),
-        (r"\^\s*\{\s*\\circ\s*\}|\\degree(?![A-Za-z])|\^\s*\\circ", r"^\\circ "),
-        (r"\\%", "%"),
-        (r"(?<=[0-9}\s])(?:\\text\{\s*)?(?:percent(?:age)?|per cent|pct)\b(?:\s*\})?", "%"),
-        (r"\\text\{\s*infinity\s*\}|(?<![\\A-Za-z])infinity(?![A-Za-z])", r"\\infty "),
-        (r"(?<![\\A-Za-z])(pi|sqrt)(?![A-Za-z])", r"\\\1 "),
-        (r"(?:\\sqrt|√)\s*\(([^()]*)\)", r"\\sqrt{\1}"),
-        (r"√\s*([0-9]+|[A-Za-z])", r"\\sqrt{\1}"),
-        (r"\*\*(?=\s*[-0-9({])", "^"),
-        # One form of arguments: \frac12, \sqrt2, x^{2}, x_{1}.
-        (r"\\frac\s*([0-9])\s*([0-9])", r"\\frac{\1}{\2}"),
-        (r"\\frac\s*([0-9])\s*\{", r"\\frac{\1}{"),
-        (r"\\frac\s*(\\pi|[A-Za-z])(?![A-Za-z])\s*(?=[0-9{\\])", r"\\frac{\1}"),
-        (r"(\\frac\s*\{[^{}]*\})\s*([0-9])", r"\1{\2}"),
-        (r"\\sqrt\s*([0-9])", r"\\sqrt{\1}"),
-        (r"([_^])\s*\{\s*([A-Za-z0-9])\s*\}", r"\1\2"),
-        (rf"{_TIME}[Aa]\.?\s?[Mm]\b\.?(?:\s*\}})?", r"\1 am"),
-        (rf"{_TIME}[Pp]\.?\s?[Mm]\b\.?(?:\s*\}})?", r"\1 pm"),
-        (r"\s+", " "),
+        *_BEFORE_COMMANDS,
+        (r"\\([A-Za-z]+)", _command),
+        *_AFTER_COMMANDS,
     )
 ]
 # Commands whose backslash was escaped once too often.
@@ -100,7 +100,8 @@ _ESCAPED = re.compile(
     r"\\\\(?=(?:left|right|[dt]?frac|sqrt|pi|text|cdot|times|infty|cup)(?![A-Za-z]))"
 )
 _SEPARATORS = re.compile(r"\\q?quad(?![A-Za-z])|\\\\(?:\[[^\]]*\])?|\\newline(?![A-Za-z])")
-_WHOLE_TEXT = re.compile(r"\\text\{([^{}]*)\}\.?")
+_BRACES = re.compile(r"\\.|[{}]", re.DOTALL)
+_TEXT = re.compile(r"\\text\{([^{}]*)\}")
 # Words before a value that do not change it, in mathematics mode or not.
 _LEAD = re.compile(
     r"\A(?:\\text\{)?\s*(?:(?:so|thus|hence|therefore|the|final|correct|answer|is|are|equals|exactly"
@@ -120,72 +121,68 @@ def canonical(text: str) -> str:
     """
     text = " ".join(text.split())
     text = re.sub("[¼-¾⅐-⅞]", lambda m: " " + unicodedata.normalize("NFKC", m[0]), text)
-    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_SUPERSCRIPTS)}}}", text)
-    text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_SUBSCRIPTS)}}}", text)
-    text = unicodedata.normalize("NFKC", text.translate(_TRANSLATION)).translate(_TRANSLATION)
+    text = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda m: f"^{{{m[0].translate(_RAISED)}}}", text)
+    text = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: f"_{{{m[0].translate(_LOWERED)}}}", text)
+    text = unicodedata.normalize("NFKC", text.translate(_SIGNS)).translate(_SIGNS)
     if "\\begin" not in text:
         text = _SEPARATORS.sub(" , ", _ESCAPED.sub(r"\\", text))
-    text = text.strip(" \t\n*`")
+    text = text.strip(" *`")
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
     text = _strip(text)
-    whole = _WHOLE_TEXT.fullmatch(text)
+    whole = _TEXT.fullmatch(text)
     if whole and re.search(r"\d|,|\b(?:and|or)\b", whole[1]):
         text = _strip(whole[1])
-    text = _NEGATIVE.sub("-", _LEAD.sub("", text, count=1), count=1)
-    return text
+    return _NEGATIVE.sub("-", _LEAD.sub("", text))
 
 
 def _strip(text: str) -> str:
-    """Without what stands around an answer: spaces, a final stop, braces that group all of it."""
-    text = text.strip(" \t\n*`").rstrip(" .,;:*`").lstrip(" ,;:")
-    while text.startswith("{") and text.endswith("}") and _closing(text) == len(text) - 1:
+    """Removes what stands around an answer: spaces, a final stop, braces that group all of it."""
+    text = text.strip(" *`").rstrip(" .,;:*`").lstrip(" ,;:")
+    while text.startswith("{") and text.endswith("}") and brace_pairs(text).get(0) == len(text) - 1:
         text = text[1:-1].strip(" .,;:")
     return text
 
 
-def _closing(text: str) -> int:
-    """Where the brace that opens a text is closed, or -1."""
-    depth = 0
-    for match in re.finditer(r"\\.|[{}]", text):
-        depth += (match[0] == "{") - (match[0] == "}")
-        if depth == 0:
-            return match.start()
-    return -1
+def brace_pairs(text: str, start: int = 0) -> dict[int, int]:
+    r"""Maps each brace that opens, from ``start`` on, to the one that closes it.
+
+    ``\{`` and ``\}`` are no braces, and a brace that is never closed is left out.
+    """
+    pairs: dict[int, int] = {}
+    opened: list[int] = []
+    for found in _BRACES.finditer(text, start):
+        if found[0] == "{":
+            opened.append(found.start())
+        elif found[0] == "}" and opened:
+            pairs[opened.pop()] = found.start()
+    return pairs
 
 
 def key(text: str) -> str:
-    """What is compared letter by letter: without spaces, except those between numbers."""
+    """The text to compare letter by letter: no spaces, except those between numbers."""
     text = re.sub(r"(?<=[0-9]), (?=[0-9]{3}(?![0-9]))", ",\0", text)
     return re.sub(r"(?<![0-9]) | (?![0-9.])", "", text)
 
 
-_TEXT = re.compile(r"\\text\{([^{}]*)\}")
-
-
 def words(text: str) -> str | None:
-    r"""The words of a canonical text that is nothing but words, to be compared; else None.
+    r"""The letters and digits of a canonical text that consists of words, else None.
 
-    Their case counts as little as spaces and stops. A few small letters without vowels of words
-    are a product of variables.
+    Case, spaces and stops do not count. Up to three small letters without a vowel are a product of
+    variables.
 
     >>> words("\\text{No solution.}"), words("Evelyn"), words("xy"), words("x+1")
     ('nosolution', 'evelyn', None, None)
     """
     plain = _TEXT.sub(r" \1 ", text).strip()
-    wrapped = _TEXT.search(text) is not None
-    tokens = plain.split()
-    if not tokens or any(sign.isdigit() or sign in "\\^_=<>+*/|$" for sign in plain):
+    if not plain or re.search(r"[\d\\^_=<>+*/|$]", plain):
         return None
-    if not wrapped:
-        if not all(token.strip("'.,()").replace("'", "").isalpha() for token in tokens):
+    if not _TEXT.search(text):
+        if not all(token.strip("'.,()").replace("'", "").isalpha() for token in plain.split()):
             return None
-        if len(plain) == 1 and plain.isascii():
+        short = len(plain) <= 3 and plain.isascii()
+        if short and (len(plain) == 1 or (plain.islower() and not set(plain) & set("eiou"))):
             return None
-        small = len(plain) <= 3 and plain.isascii() and plain.islower()
-        if small and not set(plain) & set("eiou"):
-            return None
-    kept = "".join(sign for sign in plain.casefold() if sign.isalnum())
-    if len(kept) == 1 and kept.isascii():
-        kept = "".join(sign for sign in plain if sign.isalnum())
-    return kept or None
+    kept = "".join(filter(str.isalnum, plain))
+    one_letter = len(kept) == 1 and kept.isascii()
+    return (kept if one_letter else kept.casefold()) or None
