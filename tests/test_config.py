@@ -173,14 +173,46 @@ def test_every_option_has_a_meaning() -> None:
     assert all(meaning for _, _, meaning in options)
 
 
+SECTIONS = {field.name: field.type for field in dataclasses.fields(Config)}
+TYPES = {kind.__name__: name for name, kind in SECTIONS.items() if dataclasses.is_dataclass(kind)}
+
+
+def last_name(node: ast.AST) -> str:
+    return getattr(node, "attr", getattr(node, "id", ""))
+
+
+def section_of(node: ast.AST, names: dict[str, str]) -> str:
+    """The section that an expression stands for; an Objective has the settings of its section."""
+    if isinstance(node, ast.Attribute) and last_name(node.value) == "config":
+        return node.attr
+    if last_name(node) in ("config", "objective"):
+        return last_name(node)
+    return names.get(last_name(node), "") if isinstance(node, ast.Name) else ""
+
+
+def local_names(function: ast.FunctionDef) -> dict[str, str]:
+    """The sections of ``sizes = config.mesh``, ``echo: EchoConfig`` and the like."""
+    names = {}
+    for node in ast.walk(function):
+        if isinstance(node, ast.arg) and last_name(node.annotation) in TYPES:
+            names[node.arg] = TYPES[last_name(node.annotation)]
+        elif isinstance(node, ast.Assign):
+            target, value = node.targets[0], node.value
+            both = isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple)
+            parts = zip(target.elts, value.elts, strict=True) if both else [(target, value)]
+            names |= {last_name(name): section_of(part, {}) for name, part in parts}
+    return names
+
+
 def test_every_option_is_read() -> None:
     read = set()
     for path in (ROOT / "echorl_jax").rglob("*.py"):
+        tree = ast.parse(path.read_text())
         if path.name not in ("config.py", "config_file.py"):
-            for node in ast.walk(ast.parse(path.read_text())):
-                if isinstance(node, ast.Attribute):
-                    read.add(node.attr)
-                if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                    read.add(node.target.id)  # a setting of Objective, taken over by its name
-    for key, _, _ in describe_options():
-        assert key.rpartition(".")[2] in read, f"nobody reads config.{key}"
+            for function in (f for f in ast.walk(tree) if isinstance(f, ast.FunctionDef)):
+                names = local_names(function)
+                for node in (n for n in ast.walk(function) if isinstance(n, ast.Attribute)):
+                    section = section_of(node.value, names)
+                    read.add(f"{section}.{node.attr}".removeprefix("config."))
+    unread = [key for key, _, _ in describe_options() if key not in read]
+    assert not unread, f"nobody reads {unread}"

@@ -269,6 +269,9 @@ def test_reported_files_are_read_or_refused(tmp_path):
     command = [sys.executable, str(BUGS / "rows.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    read = [line.split()[1] for line in done.stdout.splitlines() if " rows, prompt " in line]
+    chats, bytes_and_types = ["json_prompt", "json_prompt_verl"], ["nanoseconds", "bom"]
+    assert read == [*chats, "latin1_bytes_skipped", *bytes_and_types], done.stdout
 
 
 UNMATCHABLE = [
