@@ -9,9 +9,11 @@ interrupted leaves nothing that looks like a checkpoint.
 import asyncio
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import jax
@@ -32,6 +34,7 @@ from echorl_jax.training.workdir import (
     set_aside,
     sync,
     sync_tree,
+    whole_lines,
 )
 from echorl_jax.types import PyTree
 
@@ -60,16 +63,10 @@ class SyncedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 class _Manager(ocp.CheckpointManager):
-    """Orbax's manager; a checkpoint whose score cannot be read has none."""
+    """Orbax's manager, without the scores that earlier versions wrote into checkpoints."""
 
-    def metrics(self, step: int) -> dict[str, float] | None:
-        """The score, as the policies that keep the best ones read it."""
-        try:
-            found = super().metrics(step)
-        except ValueError:  # not JSON
-            return None
-        score = found.get("score") if isinstance(found, dict) else None
-        return {"score": float(score)} if isinstance(score, int | float) else None
+    def metrics(self, step: int) -> None:
+        """None: checkpoints are ranked by metrics.jsonl."""
 
 
 def _open_manager(directory: Path, options: ocp.CheckpointManagerOptions) -> _Manager:
@@ -119,8 +116,7 @@ class Checkpoints:
         """
         leave_out_late_writes()
         options = ocp.CheckpointManagerOptions(
-            best_fn=_score,
-            preservation_policy=_kept(config),
+            preservation_policy=_kept(workdir, config),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
             temporary_path_class=faults.checkpoint_path(SyncedPath),
@@ -140,13 +136,11 @@ class Checkpoints:
         *,
         data_position: dict[str, Any],
         metrics_lines: int,
-        score: float | None,
         inputs: Mapping[str, str] | None = None,
     ) -> None:
         """Copies the state to the host and writes it in the background; a saved step is kept.
 
         Args:
-          score: what the best checkpoint has most of; None is not compared.
           inputs: digests of what the run reads, compared when it goes on.
 
         Raises:
@@ -166,7 +160,6 @@ class Checkpoints:
         with self._write_errors():
             self.manager.save(
                 step,
-                metrics=None if score is None else {"score": score},
                 args=ocp.args.Composite(
                     state=ocp.args.StandardSave(state),
                     notes=ocp.args.JsonSave({**notes, "digest": digest(notes)}),
@@ -209,8 +202,6 @@ class Checkpoints:
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         for leaf in jax.tree.leaves(like):
             leaf.delete()  # two states at once may not fit
-        for step in filter(self._lost_score, steps):
-            warn(f"warning: the score of checkpoint {step} is damaged: it ranks below all others")
         reasons: dict[int, str] = {}
         for step in wanted:
             try:
@@ -228,10 +219,6 @@ class Checkpoints:
             f"no checkpoint in {self.manager.directory} can be read; step {newest}: "
             f"{reasons[newest]} (take another --workdir to start again)"
         )
-
-    def _lost_score(self, step: int) -> bool:
-        file = Path(self.manager.directory) / str(step) / "metrics" / "metrics"
-        return is_first() and file.exists() and self.manager.metrics(step) is None
 
     def _read(self, step: int, like: TrainState) -> Restored:
         notes = read_notes(self.manager, step)
@@ -314,11 +301,10 @@ def read_params(workdir: Path, step: str, like: PyTree) -> tuple[int, PyTree]:
     Raises:
       UserError: there is no such checkpoint, or it cannot be read.
     """
-    options = ocp.CheckpointManagerOptions(read_only=True, best_fn=_score)
+    options = ocp.CheckpointManagerOptions(read_only=True)
     with _open_manager((workdir / DIRECTORY).resolve(), options) as manager:
-        steps = manager.all_steps()
-        latest, best = manager.latest_step(), manager.best_step()
-        found = {"latest": latest, "best": latest if best is None else best}.get(step)
+        steps, latest = manager.all_steps(), manager.latest_step()
+        found = {"latest": latest, "best": next(iter(_ranked(workdir, steps)), latest)}.get(step)
         found = int(step) if step.isdecimal() else found
         if found is None or found not in steps:
             have = ", ".join(map(str, sorted(steps))) or "none"
@@ -352,18 +338,44 @@ def read_weights(directory: Path, like: PyTree) -> PyTree:
         raise UserError(f"{directory} cannot be read: {_first_line(error)}") from error
 
 
-def _score(metrics: Mapping[str, float]) -> float:
-    return metrics["score"]
+def _ranked(workdir: Path, steps: Iterable[int]) -> list[int]:
+    """Those of the steps that have a score in metrics.jsonl, the best first, of equals the newer.
+
+    The score is the mean pass@1 of the evaluation; in a run without evaluations, ``reward/mean``.
+    """
+    file = workdir / "metrics.jsonl"
+    lines = {line["step"]: line for line in whole_lines(file)} if file.exists() else {}
+    evaluated = any("eval/failed" in line for line in lines.values())
+    scores = {}
+    for step in steps:
+        values = [
+            value
+            for name, value in lines.get(step, {}).items()
+            if isinstance(value, int | float)
+            and (re.fullmatch("eval/.*/pass@1", name) if evaluated else name == "reward/mean")
+        ]
+        if values:
+            scores[step] = fmean(values)
+    return sorted(scores, key=lambda step: (scores[step], step), reverse=True)
 
 
-def _kept(config: Config) -> policies.PreservationPolicy:
+@dataclasses.dataclass(frozen=True)
+class _Best(policies.PreservationPolicy):
+    """Keeps the best checkpoints by the scores that are logged when the next one is saved."""
+
+    workdir: Path
+    count: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        """One answer for each checkpoint."""
+        steps = [info.step for info in checkpoints]
+        best = _ranked(self.workdir, steps)[: self.count]
+        return [step in best for step in steps]
+
+
+def _kept(workdir: Path, config: Config) -> policies.PreservationPolicy:
     keep = config.checkpoint
-    kept: list[policies.PreservationPolicy] = [policies.LatestN(keep.keep)]
-    kept.append(
-        policies.BestN(
-            get_metric_fn=_score, n=keep.keep_best, keep_checkpoints_without_metrics=False
-        )
-    )
+    kept = [policies.LatestN(keep.keep), _Best(workdir, keep.keep_best)]
     if keep.keep_every:
         kept.append(policies.EveryNSteps(keep.keep_every))
     return policies.AnyPreservationPolicy(kept)

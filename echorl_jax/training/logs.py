@@ -68,11 +68,7 @@ class RunLog:
         self._file.write(json.dumps({**values, "step": step}) + "\n")
         self._file.flush()
         self._lines += 1
-        if self._events:
-            self._events.write(metrics, step)
-        if self._wandb:
-            self._wandb.log({k: v for k, v in metrics.items() if k != "step"}, step=step)
-        self._show(step, metrics)
+        self._tell(step, metrics, metrics)
 
     def lacks(self, key: str) -> bool:
         """Whether the last line is without this key; False where there is no line."""
@@ -80,7 +76,7 @@ class RunLog:
         return bool(lines) and key not in lines[-1]
 
     def amend(self, metrics: dict[str, float]) -> None:
-        """Adds metrics to the last line."""
+        """Adds metrics to the last line, and to what is shown of its step."""
         if self._file is None:
             return
         *lines, last = whole_lines(self._path)
@@ -88,8 +84,8 @@ class RunLog:
         text = "".join(json.dumps(line) + "\n" for line in [*lines, {**last, **metrics}])
         replace_text(self._path, text)
         self._file = self._path.open("a")
-        if self._events:
-            self._events.write(metrics, last["step"])
+        known = {name: value for name, value in last.items() if value is not None}
+        self._tell(last["step"], metrics, {**known, **metrics})
 
     def secure(self) -> int:
         """Waits until all lines are on the disk; returns how many there are, 0 if silent."""
@@ -110,6 +106,14 @@ class RunLog:
             self._bar.console.print(table)
         else:
             self.say("\n".join([title, *(f"  {name:<9} {text}" for name, text in rows)]))
+
+    def _tell(self, step: int, fresh: dict[str, float], known: dict[str, float]) -> None:
+        """Shows a step; TensorBoard and Weights & Biases get what is fresh."""
+        if self._events:
+            self._events.write(fresh, step)
+        if self._wandb:
+            self._wandb.log({k: v for k, v in fresh.items() if k != "step"}, step=step)
+        self._show(step, known)
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
         summary = "  ".join(_summary(metrics))

@@ -89,45 +89,50 @@ class Run:
         return jax.random.fold_in(jax.random.key(self.setup.config.seed), step)
 
     def end_step(self, step: int, state: TrainState, metrics: dict[str, float]) -> bool:
-        """Evaluates when due, writes the metrics, then saves: what is saved is always logged.
+        """Writes the metrics, saves when due, then evaluates when due.
 
-        A request to stop ends the evaluation, so that the save comes first; the next process makes
-        up for it (:meth:`evaluate_again`).
+        What is saved is always logged. A kill or a signal during the evaluation costs only the
+        evaluation, which the next process makes up for (:meth:`evaluate_again`).
 
         Returns:
           Whether to go on; False once a signal has asked to stop, with everything saved.
         """
         config = self.setup.config
-        metrics = {
-            "step": step,
-            **metrics,
-            "data/prompts_too_long": self.stream.too_long,
-            "optim/learning_rate": np.asarray(self.setup.schedule(step - 1)).item(),
-            "memory/peak_bytes": peak_memory_bytes(),
-            "compile/count": self.compiles.count,
-        }
-        if self.evaluator.due(step):
-            metrics |= self.evaluate(step, state.params) or {}
-        self.log.write(metrics)
+        self.log.write(
+            {
+                "step": step,
+                **metrics,
+                "data/prompts_too_long": self.stream.too_long,
+                "optim/learning_rate": np.asarray(self.setup.schedule(step - 1)).item(),
+                "memory/peak_bytes": peak_memory_bytes(),
+                "compile/count": self.compiles.count,
+            }
+        )
         self.checkpoints.raise_errors()
         if config.optim.compile_ahead and self.compiles.surprised():
             self.log.say(
                 f"warning: step {step}: a program was compiled after the warm-up; compile/count "
                 "counts them (log.profile_steps shows which)"
             )
-        every, stop = config.checkpoint.every, self.stopping()
-        if stop or step == config.steps or (every and step % every == 0):
-            self.checkpoints.save(
-                step,
-                state,
-                data_position=self.stream.get_state(),
-                metrics_lines=self.log.secure(),
-                score=self._score(metrics),
-                inputs=self.inputs,
-            )
-        if stop:
+        every = config.checkpoint.every
+        if step == config.steps or (every and step % every == 0):
+            self._save(step, state)
+        if self.evaluator.due(step) and (scores := self.evaluate(step, state.params)):
+            self.log.amend(scores)
+        if self.stopping():
+            self._save(step, state)
             self.log.say(f"stopped after step {step}; the same command goes on from there")
-        return not stop
+            return False
+        return True
+
+    def _save(self, step: int, state: TrainState) -> None:
+        self.checkpoints.save(
+            step,
+            state,
+            data_position=self.stream.get_state(),
+            metrics_lines=self.log.secure(),
+            inputs=self.inputs,
+        )
 
     def stopping(self) -> bool:
         """Whether a signal has asked any process to stop; the same answer on all."""
@@ -139,7 +144,7 @@ class Run:
             self.log.write({"step": 0, **scores})
 
     def evaluate_again(self, step: int, params: PyTree) -> None:
-        """Evaluates after a resume at a step whose evaluation a signal had ended."""
+        """Evaluates after a resume at a step whose evaluation a kill or a signal had ended."""
         owed = self.evaluator.due(step) and from_first(int(self.log.lacks("eval/failed")))
         if owed and (scores := self.evaluate(step, params)):
             self.log.amend(scores)
@@ -173,13 +178,6 @@ class Run:
             self.log.say(f"warning: step {step}: the evaluation failed ({failure})")
             return {"eval/failed": 1.0}
         return {**scores, "eval/failed": 0.0}
-
-    def _score(self, metrics: dict[str, float]) -> float | None:
-        """The number that checkpoints are ranked by."""
-        if not self.evaluator.rows:
-            return metrics.get("reward/mean")
-        found = [v for k, v in metrics.items() if k.startswith("eval/") and k.endswith("/pass@1")]
-        return float(np.mean(found)) if found else None
 
     def finish(self, state: TrainState) -> None:
         """Waits for the last checkpoint; after the last step writes ``export/``."""

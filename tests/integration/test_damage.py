@@ -75,7 +75,7 @@ def evaluate(workdir: Path) -> None:
 
 
 LOGS = ("metrics.jsonl", "samples/ledger.jsonl", "samples/step_000001.jsonl")
-SMALL = ("_CHECKPOINT_METADATA", "metrics/metrics", "notes/metadata", "state/_METADATA")
+SMALL = ("_CHECKPOINT_METADATA", "notes/metadata", "state/_METADATA")
 OF_CHECKPOINT = tuple(f"checkpoints/2/{name}" for name in SMALL)
 READERS: dict[Callable[[Path], Any], tuple[str, ...]] = {
     resume: ("config.json", "environment.json", "injected.txt", *LOGS, *OF_CHECKPOINT),

@@ -156,6 +156,28 @@ def test_a_signal_ends_an_evaluation_which_is_made_up_for(tmp_path: Path) -> Non
     require_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.slow
+def test_a_kill_in_an_evaluation_costs_the_evaluation_alone(tmp_path: Path) -> None:
+    """The checkpoint of the step is there before the evaluation ends, and is not written again."""
+    data = {"eval": "countdown:split=eval&count=64"}
+    config = small_config(steps=1, data=data, eval={"every": 1, "samples": 8})
+    workdir = tmp_path / "run"
+    process, checkpoint = command(config, workdir), workdir / "checkpoints" / "1"
+    deadline = time.monotonic() + 500
+    while not checkpoint.is_dir() and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    start, trained = steady(workdir)
+    assert "eval/failed" in start and "eval/failed" not in trained
+    written = checkpoint.stat()
+    train(config, workdir)
+    again, evaluated = steady(workdir)
+    assert again == start and evaluated["eval/failed"] == 0
+    assert {k: v for k, v in evaluated.items() if not k.startswith("eval/")} == trained
+    assert os.path.samestat(written, checkpoint.stat())
+
+
 def test_a_signal_before_the_first_step_is_heeded_at_once(tmp_path: Path) -> None:
     """The evaluation of the start would take many minutes."""
     config = small_config(

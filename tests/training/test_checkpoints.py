@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import gc
+import json
 import os
 import shutil
 import subprocess
@@ -50,16 +51,23 @@ def opened(workdir: Path, config: Config | None = None, inject: str = "") -> Che
     return Checkpoints.open(workdir, config or configured(), Faults.parse(inject, workdir))
 
 
-def save(to: Checkpoints, step: int, score: float | None = None, *, rows: int = 16) -> None:
-    state = state_at(step, rows=rows)
-    to.save(step, state, data_position={"at": step}, metrics_lines=step, score=score)
+def save(to: Checkpoints, step: int, *, rows: int = 16) -> None:
+    to.save(step, state_at(step, rows=rows), data_position={"at": step}, metrics_lines=step)
+
+
+def log(workdir: Path, step: int, **metrics: float | str | None) -> None:
+    with (workdir / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps({"step": step, **metrics}) + "\n")
 
 
 def saved(workdir: Path, steps: int, config: Config | None = None, scores=(None,) * 99) -> None:
+    """A run of some steps; those that have a score were evaluated after they were saved."""
     workdir.mkdir(exist_ok=True)
     checkpoints = opened(workdir, config)
-    for step in range(1, steps + 1):
-        save(checkpoints, step, scores[step - 1])
+    for step, score in enumerate(scores[:steps], start=1):
+        save(checkpoints, step)
+        if score is not None:
+            log(workdir, step, **{"eval/failed": 0.0, "eval/x/pass@1": score, "reward/mean": 1.0})
     checkpoints.close()
 
 
@@ -97,11 +105,33 @@ def test_the_newest_the_best_and_every_kth_stay(tmp_path: Path) -> None:
 
 def test_the_best_survives_a_restart(tmp_path: Path) -> None:
     config = configured(keep=1)
-    saved(tmp_path, 2, config, (0.9, 0.1))
-    checkpoints = opened(tmp_path, config)
-    save(checkpoints, 3, 0.2)
-    checkpoints.close()
+    saved(tmp_path, 3, config, (0.9, 0.1, 0.2))
     assert steps_in(tmp_path) == [1, 3]
+    checkpoints = opened(tmp_path, config)
+    save(checkpoints, 4)
+    checkpoints.close()
+    assert steps_in(tmp_path) == [1, 4]
+
+
+def best(workdir: Path) -> int:
+    return read_params(workdir, "best", state_at(0).params)[0]
+
+
+def test_the_best_is_the_mean_over_sources_or_the_reward(tmp_path: Path) -> None:
+    """By hand: the means over x and y are 0.4, 0.5 and (only x was measured) 0.3."""
+    saved(tmp_path, 4, configured(keep=4))
+    assert best(tmp_path) == 4
+    for step, reward in enumerate((0.7, 0.2, 0.7, 0.1), start=1):
+        log(tmp_path, step, **{"reward/mean": reward})
+    assert best(tmp_path) == 3
+    for step, x, y in ((1, 0.8, 0.0), (2, 0.4, 0.6), (3, 0.3, None)):
+        log(tmp_path, step, **{"eval/failed": 0.0, "eval/x/pass@1": x, "eval/y/pass@1": y})
+    log(tmp_path, 4, **{"eval/failed": 1.0, "reward/mean": 0.9})
+    assert best(tmp_path) == 2
+    log(tmp_path, 2, **{"eval/failed": 0.0, "eval/x/pass@1": "high"})
+    assert best(tmp_path) == 1
+    (tmp_path / "metrics.jsonl").write_bytes(b"\x00\xff\n" * 3)
+    assert best(tmp_path) == 4
 
 
 def test_all_comes_back(tmp_path: Path) -> None:
@@ -260,20 +290,24 @@ def test_checksums_see_every_bit_and_no_sharding() -> None:
         assert checksums([jnp.asarray(changed.view(np.float32))]) != {"[0]": found}
 
 
-def test_a_damaged_score_costs_the_rank_alone(tmp_path: Path) -> None:
-    """The weights stay usable; a run goes on, and the other scores still count."""
-    saved(tmp_path, 3, configured(keep=3), (0.9, 0.5, 0.1))
-    score = tmp_path / "checkpoints" / "1" / "metrics" / "metrics"
-    for content in (*OTHER.values(), b'{"score": "high"}', b'{"score": null}'):
+@pytest.mark.parametrize("content", [b'{"score": 0.5}', *OTHER.values()])
+def test_checkpoints_of_versions_that_wrote_a_score_are_read(
+    two_saved: Path, tmp_path: Path, content: bytes
+) -> None:
+    workdir = tmp_path / "run"
+    shutil.copytree(two_saved, workdir)
+    for step in "12":
+        score = workdir / "checkpoints" / step / "metrics" / "metrics"
+        score.parent.mkdir()
         score.write_bytes(content)
-        found, (line,) = restored(tmp_path, configured(keep=3))
-        assert found is not None and int(found.state.step) == 3
-        assert line.startswith("warning: the score of checkpoint 1 is damaged")
-        assert read_params(tmp_path, "best", state_at(0).params)[0] == 2
-    checkpoints = opened(tmp_path, configured(keep=1))
-    save(checkpoints, 4, 0.2)
+    log(workdir, 1, **{"eval/failed": 0.0, "eval/x/pass@1": 0.9})
+    found, lines = restored(workdir)
+    assert found is not None and equal(found.state, state_at(2)) and not lines
+    assert best(workdir) == 1
+    checkpoints = opened(workdir, configured(keep=1))
+    save(checkpoints, 3)
     checkpoints.close()
-    assert steps_in(tmp_path) == [2, 4]
+    assert steps_in(workdir) == [1, 3]
 
 
 def test_a_power_cut_cannot_tear_a_checkpoint(
@@ -289,10 +323,10 @@ def test_a_power_cut_cannot_tear_a_checkpoint(
         on_disk[found.st_ino] = found.st_size
 
     monkeypatch.setattr(os, "fsync", record)
-    saved(tmp_path, 1, scores=(0.5,))
+    saved(tmp_path, 1)
     checkpoint = tmp_path / "checkpoints" / "1"
     files = [path for path in checkpoint.rglob("*") if path.is_file()]
-    assert {"metrics", "metadata"} <= {path.name for path in files}
+    assert {"metadata", "manifest.ocdbt"} <= {path.name for path in files}
     # Orbax adds the time of the commit to this one later; a checkpoint is whole without it.
     late = ("_CHECKPOINT_METADATA", "commit_success.txt")
     for path in (path for path in files if path.name not in late):
