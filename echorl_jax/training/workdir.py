@@ -258,7 +258,7 @@ def _write_json(path: Path, content: dict) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Writes a file as a whole: a kill or a power cut leaves the old content or the new."""
     fresh = path.with_name(f"{path.name}.partial")
-    fresh.write_text(text)
+    fresh.write_text(text, encoding="utf-8")
     sync(fresh)
     fresh.replace(path)
 

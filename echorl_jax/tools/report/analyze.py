@@ -1,6 +1,5 @@
 """``echorl analyze``: runs the studies that its options allow, and puts them into the report."""
 
-import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -11,46 +10,27 @@ from echorl_jax.data import load_rows
 from echorl_jax.errors import UserError
 from echorl_jax.evaluation.evaluate import MOST_SAMPLES
 from echorl_jax.rewards import GraderPool
-from echorl_jax.tools.report import golden_entropy, step_deletion
-from echorl_jax.tools.report.golden_entropy import entropy_profiles, profile_rows
+from echorl_jax.tools.report import golden_entropy
+from echorl_jax.tools.report.entropy_decay import entropy_collapse, entropy_law
 from echorl_jax.tools.report.page import write_report
-from echorl_jax.tools.report.policy import Policy
-from echorl_jax.tools.report.runs import read_run, write_jsonl
-from echorl_jax.tools.report.step_deletion import deletion_curve, deletion_rows
-from echorl_jax.tools.report.studies import DELETION, FOLDER, TRAJECTORIES, write_studies
+from echorl_jax.tools.report.policy import Analysis, Policy
+from echorl_jax.tools.report.runs import (
+    DELETION,
+    FOLDER,
+    TRAJECTORIES,
+    read_run,
+    read_runs,
+    write_jsonl,
+)
+from echorl_jax.tools.report.step_deletion import (
+    deletion_curve,
+    deletion_outcomes,
+    find_solutions,
+)
+from echorl_jax.tools.report.viewer import all_clips
 
 STUDIES = ("run", "entropy", "deletion")
-
-
-@dataclasses.dataclass(frozen=True)
-class Analysis:
-    """What to study; the fields are the command's options."""
-
-    workdir: Path
-    studies: tuple[str, ...] = ()  # those that the options allow unless given
-    compare: tuple[Path, ...] = ()
-    model: str | None = None
-    data: str | None = None
-    rollouts: Path | None = None
-    limit: int = 0
-    solutions: step_deletion.Solver = "policy"
-    deletions: tuple[int, ...] = (0, 1, 2)
-    samples: int = 4
-    temperature: float = 1.0
-    max_new_tokens: int = 1024
-    max_prompt_tokens: int = 2048
-    delimiter_ids: tuple[int, ...] = ()
-    template: str = "chat"
-    grader: str = "auto"
-    dtype: str = "bfloat16"
-    batch: int = 64
-    workers: int = 2
-    seed: int = 0
-
-    @property
-    def folder(self) -> Path:
-        """Where the rows go."""
-        return self.workdir / FOLDER
+Row = dict[str, Any]
 
 
 def analyze(options: Analysis) -> list[Path]:
@@ -71,18 +51,42 @@ def analyze(options: Analysis) -> list[Path]:
     if "run" in studies:
         files += write_studies(options.workdir, compare=options.compare)
     if "entropy" in studies and options.model is None:
-        files += _stored_entropy(options)
+        assert options.rollouts is not None
+        rows = golden_entropy.stored_rows(options.rollouts, limit=options.limit)
+        files += _write_entropy(options, rows, f"Rollouts of {options.rollouts.name}.")
     elif "entropy" in studies:
         with _policy(options) as policy:
-            files += _entropy(options, policy)
+            files += _write_entropy(options, _entropy(policy), _about(options))
     if "deletion" in studies:
         with _policy(options) as policy:
-            files += _deletion(options, policy)
+            files += _deletion(policy)
     return [*files, write_report(options.workdir, compare=options.compare)]
 
 
+def write_studies(workdir: Path, *, compare: tuple[Path, ...] = ()) -> list[Path]:
+    """Writes the studies that need only a run's files; returns the written files.
+
+    Args:
+      workdir: the run; its folder ``analysis`` gets entropy collapse, entropy law and clips.
+      compare: other runs, each of which gets a row of collapse and law.
+
+    Raises:
+      ConfigError: a given working directory does not exist.
+    """
+    runs = read_runs([workdir, *compare])
+    written = {
+        "collapse.jsonl": map(entropy_collapse, runs),
+        "entropy_law.jsonl": map(entropy_law, runs),
+        "clips.jsonl": all_clips(runs[0]),
+    }
+    return [
+        write_jsonl(workdir / FOLDER / name, [row for row in rows if row is not None])
+        for name, rows in written.items()
+    ]
+
+
 def _allowed(options: Analysis) -> Iterator[str]:
-    """The studies that the options are enough for."""
+    """The studies that the options are sufficient for."""
     if _holds_run(options.workdir):
         yield "run"
     asked = options.model is not None and options.data is not None
@@ -110,7 +114,7 @@ def _check(options: Analysis) -> None:
     if options.limit < 0 or min(options.deletions, default=-1) < 0:
         raise UserError("--limit and --deletions must not be negative, and --deletions not empty")
     if options.model is None and (options.data is not None or "deletion" in options.studies):
-        raise UserError("--model is missing: whose entropy is it to be?")
+        raise UserError("--model is missing: it gives the entropies and continues the solutions")
     if options.model is not None and options.data is None:
         raise UserError("--data is missing: the rows with prompts and expert trajectories")
     if "entropy" in options.studies and options.model is None and options.rollouts is None:
@@ -120,83 +124,60 @@ def _check(options: Analysis) -> None:
 @contextmanager
 def _policy(options: Analysis) -> Iterator[Policy]:
     with GraderPool(options.grader, workers=options.workers) as grader:
-        yield Policy.load(
-            str(options.model),
-            dtype=options.dtype,
-            delimiter_ids=options.delimiter_ids,
-            grader=grader,
-            template=options.template,
-            temperature=options.temperature,
-            max_prompt_tokens=options.max_prompt_tokens,
-            max_new_tokens=options.max_new_tokens,
-            rows_at_once=options.batch,
-            seed=options.seed,
-        )
+        yield Policy.load(options, grader)
 
 
 def _rows(options: Analysis) -> Sequence[Mapping[str, Any]]:
     return list(itertools.islice(load_rows(str(options.data)), options.limit or None))
 
 
-def _stored_entropy(options: Analysis) -> list[Path]:
-    assert options.rollouts is not None
-    rows = golden_entropy.stored_rows(options.rollouts, limit=options.limit)
-    return _write_entropy(options, rows, f"Rollouts of {options.rollouts.name}.")
-
-
-def _entropy(options: Analysis, policy: Policy) -> list[Path]:
+def _entropy(policy: Policy) -> list[Row]:
+    options = policy.options
     expert, used = golden_entropy.expert_rows(policy, _rows(options))
     if options.rollouts is None:
-        own = golden_entropy.policy_rows(policy, used)
-    else:
-        own = golden_entropy.rescored_rows(policy, options.rollouts, limit=options.limit)
-    return _write_entropy(options, [*expert, *own], _about(options))
+        return [*expert, *golden_entropy.policy_rows(policy, used)]
+    limit = options.limit
+    return [*expert, *golden_entropy.rescored_rows(policy, options.rollouts, limit=limit)]
 
 
-def _write_entropy(options: Analysis, rows: list[dict[str, Any]], about: str) -> list[Path]:
-    profiles = [row | {"about": about} for row in profile_rows(entropy_profiles(rows))]
+def _write_entropy(options: Analysis, rows: list[Row], about: str) -> list[Path]:
+    profiles = [row | {"about": about} for row in golden_entropy.entropy_profiles(rows)]
     for profile in profiles:
-        print(
-            f"{profile['source']}: {profile['trajectories']} trajectories, "
-            f"token entropy {_interval(profile, 'token')}, "
-            f"step entropy {_interval(profile, 'step')}, "
-            f"highest step {profile['peak_mean']:.3f} nats"
+        token, step = (
+            golden_entropy.mean_with_interval(profile, what, "{:.3f}".format)
+            for what in ("token", "step")
         )
+        print(
+            f"{profile['source']}: {profile['trajectories']} trajectories, token entropy {token}, "
+            f"step entropy {step}, highest step {profile['peak_mean']:.3f} nats"
+        )
+    folder = options.workdir / FOLDER
     return [
-        write_jsonl(options.folder / TRAJECTORIES, profiles),
-        write_jsonl(options.folder / "step_entropy.jsonl", golden_entropy.step_rows(rows)),
+        write_jsonl(folder / TRAJECTORIES, profiles),
+        write_jsonl(folder / "step_entropy.jsonl", golden_entropy.step_rows(rows)),
     ]
 
 
-def _deletion(options: Analysis, policy: Policy) -> list[Path]:
-    rows = _rows(options)
-    solutions = step_deletion.find_solutions(
-        policy, rows, solver=options.solutions, samples=options.samples
-    )
-    outcomes = step_deletion.deletion_outcomes(policy, rows, solutions, counts=options.deletions)
+def _deletion(policy: Policy) -> list[Path]:
+    options, rows = policy.options, _rows(policy.options)
+    solutions = find_solutions(policy, rows)
+    outcomes = deletion_outcomes(policy, rows, solutions)
     used = len({row["row"] for row in outcomes})
     about = (
         f"{_about(options)} {used} solutions by the {options.solutions} with at least "
         f"{max(options.deletions)} steps; {len(solutions) - used} shorter ones are left out."
     )
-    points = deletion_curve(outcomes)
-    for point in points:
-        print(
-            f"{point.deleted} deleted, {point.order}: {point.success:.1%} right "
-            f"[{point.low:.1%}, {point.high:.1%}] of {point.trials}"
-        )
-    curve = [row | {"about": about} for row in deletion_rows(points)]
+    curve = [point | {"about": about} for point in deletion_curve(outcomes)]
+    for p in curve:
+        interval = f"[{p['low']:.1%}, {p['high']:.1%}] of {p['trials']}"
+        print(f"{p['deleted']} deleted, {p['order']}: {p['success']:.1%} right {interval}")
+    folder = options.workdir / FOLDER
     return [
-        write_jsonl(options.folder / DELETION, curve),
-        write_jsonl(options.folder / "deletion_outcomes.jsonl", outcomes),
+        write_jsonl(folder / DELETION, curve),
+        write_jsonl(folder / "deletion_outcomes.jsonl", outcomes),
     ]
 
 
 def _about(options: Analysis) -> str:
     model, data = Path(str(options.model)).name, Path(str(options.data)).name
     return f"Model {model}, rows of {data}, temperature {options.temperature:g}."
-
-
-def _interval(profile: dict[str, Any], what: str) -> str:
-    low, high = profile[f"{what}_low"], profile[f"{what}_high"]
-    return f"{profile[f'{what}_mean']:.3f} [{low:.3f}, {high:.3f}]"

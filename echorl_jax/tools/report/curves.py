@@ -5,15 +5,20 @@ fast as 100 and overlaid runs stay comparable.
 """
 
 import dataclasses
-import re
-from collections.abc import Sequence
-from typing import Any, Literal
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
+
+import numpy as np
 
 from echorl_jax.tools.report.runs import Run
 
 Form = Literal["number", "share", "count", "bytes", "seconds"]
 Numbers = Sequence[float | None]
 RUN_COLOURS = 6
+# Points that a curve is averaged down to, and the share of them in one smoothed point.
+MAX_POINTS = 400
+SMOOTHING = 0.06
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +65,100 @@ class Section:
     tables: Sequence[tuple[Sequence[str], Sequence[Sequence[str]]]] = ()
     folded: bool = False  # drawn only once the reader opens it
 
-    def payload(self) -> dict[str, Any]:
-        """The part that the page's scripts draw."""
-        return {"panels": [dataclasses.asdict(panel) for panel in self.panels]}
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """A panel over training steps. ``keys`` are metrics, split at spaces; ``*`` is any text."""
+
+    title: str
+    keys: str
+    note: str = ""
+    form: Form = "number"
+    smooth: bool = True
+
+
+SECTIONS: dict[str, Sequence[Curve]] = {
+    "Learning": [
+        Curve(
+            "Held-out success", "eval/*/pass@1", "On problems kept out of training.", "share", False
+        ),
+        Curve("Reward", "reward/mean", "Mean reward of the rollouts sampled in a step."),
+        Curve("Supervised loss", "loss/nll", "On demonstrations or hints, in nats."),
+        Curve(
+            "Success in training", "reward/correct", "Share of right rollouts in a step.", "share"
+        ),
+    ],
+    "Signal": [
+        Curve(
+            "All-right groups", "group/all_success_fraction", "No advantage, yet a clip.", "share"
+        ),
+        Curve(
+            "All-wrong groups", "group/all_failure_fraction", "No advantage and no clip.", "share"
+        ),
+        Curve("EchoClips", "echo/clips", "Prompts of a step that gave a clip.", "count"),
+        Curve("Clip length", "echo/clip_tokens_mean", "Mean tokens of a clip.", "count"),
+        Curve("Echo loss", "loss/echo", "Negative log-likelihood per clip token, in nats."),
+        Curve(
+            "Rows skipped", "train/rows_skipped_fraction", "Rollouts without a gradient.", "share"
+        ),
+    ],
+    "Policy": [
+        Curve("Token entropy", "entropy/token_mean", "In nats. A fall to zero is a collapse."),
+        Curve(
+            "Entropy of the echoed steps",
+            "echo/step_entropy_mean",
+            "Mean entropy of the steps that end the clips, in nats.",
+        ),
+        Curve(
+            "Covariance", "entropy/covariance", "Of logprob and advantage. Above 0, entropy falls."
+        ),
+        Curve("Response length", "completion/length_mean", "Mean tokens of a rollout.", "count"),
+        Curve(
+            "Truncated", "completion/truncated_fraction", "Cut off at the length limit.", "share"
+        ),
+        Curve("KL to the reference", "kl/ref", "Mean over tokens, in nats."),
+        Curve("Clipped ratios", "ratio/clip_fraction", "Tokens outside the clip range.", "share"),
+    ],
+    "Cost": [
+        Curve(
+            "Throughput",
+            "rollout/tokens_per_second train/tokens_per_second",
+            "Tokens per second while sampling and while updating.",
+            "count",
+        ),
+        Curve(
+            "Time per step",
+            "time/rollout_s time/update_s time/grade_s",
+            "Of each phase.",
+            "seconds",
+        ),
+        Curve("Memory", "memory/peak_bytes", "Peak use of a device so far.", "bytes"),
+    ],
+}
+
+
+def build_sections(runs: Sequence[Run]) -> list[Section]:
+    """Every section of curves that has data.
+
+    The section "Signal" begins with the shares of mixed, all-right and all-wrong groups, one panel
+    per run. The last section is folded: panels that are zero throughout, such as the KL of a run
+    without reference, and metrics that no other panel shows. Every logged metric is on the page.
+    """
+    sections, claimed, flat = [], set(), []
+    for title, curves in SECTIONS.items():
+        panels = [_group_shares(run, len(runs) > 1) for run in runs] if title == "Signal" else []
+        for curve in curves:
+            keys = _matching(runs, curve.keys.split())
+            claimed.update(keys)
+            panels.append(_panel(curve, keys, runs))
+        drawn = [panel for panel in panels if panel is not None]
+        flat += [panel for panel in drawn if not _moves(panel)]
+        sections.append(Section(title.lower(), title, [p for p in drawn if _moves(p)]))
+    rest = sorted({key for run in runs for key in run.keys()} - claimed)
+    others = [_panel(Curve(key, key), [key], runs) for key in rest]
+    folded = [*flat, *(panel for panel in others if panel is not None)]
+    sections.append(Section("more", "Other metrics", folded, folded=True))
+    return [section for section in sections if section.panels]
 
 
 def run_colour(number: int) -> str:
@@ -71,157 +167,13 @@ def run_colour(number: int) -> str:
 
 
 def rounded(value: float | None) -> float | None:
-    """A number with five digits, so that the page stays small; None stays None."""
+    """A number with five digits, to keep the page small; None stays None."""
     return None if value is None else float(f"{value:.5g}")
 
 
-# Points a curve is averaged down to, and the share of a curve that a smoothed point looks at.
-MAX_POINTS = 400
-SMOOTHING = 0.06
-
-
-@dataclasses.dataclass(frozen=True)
-class Curve:
-    """What one panel shows: metric keys (``*`` stands for any text), and how to read it."""
-
-    title: str
-    keys: tuple[str, ...]
-    note: str
-    form: Form = "number"
-    smooth: bool = True
-
-
-SECTIONS: tuple[tuple[str, tuple[Curve, ...]], ...] = (
-    (
-        "Learning",
-        (
-            Curve(
-                "Held-out success",
-                ("eval/*/pass@1",),
-                "Share of right answers on problems kept out of training.",
-                "share",
-                smooth=False,
-            ),
-            Curve("Reward", ("reward/mean",), "Mean reward of the rollouts sampled in a step."),
-            Curve("Supervised loss", ("loss/nll",), "On demonstrations or hints, in nats."),
-            Curve(
-                "Success in training",
-                ("reward/correct",),
-                "Share of right answers among the rollouts of a step.",
-                "share",
-            ),
-        ),
-    ),
-    (
-        "Signal",
-        (
-            Curve(
-                "All-right groups",
-                ("group/all_success_fraction",),
-                "Every rollout right: no advantage, yet an EchoClip.",
-                "share",
-            ),
-            Curve(
-                "All-wrong groups",
-                ("group/all_failure_fraction",),
-                "Every rollout wrong: neither an advantage nor a clip.",
-                "share",
-            ),
-            Curve("EchoClips", ("echo/clips",), "Prompts of a step that gave a clip.", "count"),
-            Curve(
-                "Clip length",
-                ("echo/clip_tokens_mean",),
-                "Mean length of the clips, in tokens.",
-                "count",
-            ),
-            Curve("Echo loss", ("loss/echo",), "Negative log-likelihood per clip token, in nats."),
-            Curve(
-                "Rows skipped",
-                ("train/rows_skipped_fraction",),
-                "Rollouts with nothing to add to the gradient, left out of the update.",
-                "share",
-            ),
-        ),
-    ),
-    (
-        "Policy",
-        (
-            Curve(
-                "Token entropy",
-                ("entropy/token_mean",),
-                "Mean over the sampled tokens, in nats. A fall to zero is entropy collapse.",
-            ),
-            Curve(
-                "Entropy of the echoed steps",
-                ("echo/step_entropy_mean",),
-                "Mean entropy of the steps that end the clips, in nats.",
-            ),
-            Curve(
-                "Covariance",
-                ("entropy/covariance",),
-                "Of log-probability and advantage; what is above zero drives entropy down.",
-            ),
-            Curve(
-                "Response length",
-                ("completion/length_mean",),
-                "Mean length of a rollout, in tokens.",
-                "count",
-            ),
-            Curve(
-                "Truncated",
-                ("completion/truncated_fraction",),
-                "Rollouts cut off at the length limit.",
-                "share",
-            ),
-            Curve("KL to the reference", ("kl/ref",), "Mean over tokens, in nats."),
-            Curve(
-                "Clipped ratios",
-                ("ratio/clip_fraction",),
-                "Tokens whose ratio to the old policy left the clip range.",
-                "share",
-            ),
-        ),
-    ),
-    (
-        "Cost",
-        (
-            Curve(
-                "Throughput",
-                ("rollout/tokens_per_second", "train/tokens_per_second"),
-                "Tokens per second while sampling and while updating.",
-                "count",
-            ),
-            Curve(
-                "Time per step",
-                ("time/rollout_s", "time/update_s", "time/grade_s"),
-                "Seconds in each part of a step.",
-                "seconds",
-            ),
-            Curve("Memory", ("memory/peak_bytes",), "Peak use of a device so far.", "bytes"),
-        ),
-    ),
-)
-
-
-def build_sections(runs: Sequence[Run]) -> list[Section]:
-    """Every section of curves that has data.
-
-    One stack per run with the shares of mixed, all-right and all-wrong groups opens the section
-    "Signal". Panels of nothing but zeros, such as the KL of a run without reference, and metrics
-    that no panel claims come last, folded, so that nothing logged is hidden.
-    """
-    sections, claimed, flat = [], set(), []
-    for title, curves in SECTIONS:
-        stacks = [_stack(run, len(runs) > 1) for run in runs] if title == "Signal" else []
-        panels = [p for p in (*stacks, *(_panel(c, runs) for c in curves)) if p is not None]
-        claimed |= {key for curve in curves for run in runs for key in _matching(run, curve.keys)}
-        flat += [panel for panel in panels if not _moves(panel)]
-        sections.append(Section(title.lower(), title, [p for p in panels if _moves(p)]))
-    rest = sorted({key for run in runs for key in run.keys()} - claimed)
-    others = [_panel(Curve(key, (key,), ""), runs) for key in rest]
-    others = [*flat, *(panel for panel in others if panel is not None)]
-    sections.append(Section("more", "Other metrics", others, folded=True))
-    return [section for section in sections if section.panels]
+def on_grid(grid: Iterable[int], points: Mapping[int, float]) -> list[float | None]:
+    """The rounded values of a curve at the steps of a grid, None where it has no point."""
+    return [rounded(points.get(step)) for step in grid]
 
 
 def thinned_steps(runs: Sequence[Run]) -> int:
@@ -238,21 +190,35 @@ def span_of(steps: Sequence[int]) -> int:
     return -(-(max(steps) - min(steps) + 1) // MAX_POINTS) if steps else 1
 
 
-def bucket(
-    steps: Sequence[int], values: Sequence[float], *, start: int, span: int
-) -> dict[int, float]:
-    """Averages values over spans of steps; a span is named after its middle step.
+def averaged(
+    *curves: tuple[Sequence[int], Sequence[float]],
+) -> tuple[list[int], list[dict[int, float]]]:
+    """Averages curves of ``(steps, values)`` over spans of steps that are the same for all.
 
-    >>> bucket([0, 1, 2, 3], [1.0, 3.0, 5.0, 9.0], start=0, span=2)
-    {0: 2.0, 2: 7.0}
+    Returns:
+      The middle steps of all spans that have a value, and ``{middle step: mean}`` of each curve.
+
+    >>> averaged(([0, 1, 2, 3], [1.0, 3.0, 5.0, 9.0]))
+    ([0, 1, 2, 3], [{0: 1.0, 1: 3.0, 2: 5.0, 3: 9.0}])
     """
-    sums: dict[int, list[float]] = {}
-    for step, value in zip(steps, values, strict=True):
-        middle = start + (step - start) // span * span + (span - 1) // 2
-        total = sums.setdefault(middle, [0.0, 0.0])
-        total[0] += value
-        total[1] += 1
-    return {step: total / count for step, (total, count) in sums.items()}
+    every_step = [step for steps, _ in curves for step in steps]
+    start, span = min(every_step, default=0), span_of(every_step)
+    lines = []
+    for steps, values in curves:
+        spans: dict[int, list[float]] = {}
+        for step, value in zip(steps, values, strict=True):
+            middle = start + (step - start) // span * span + (span - 1) // 2
+            spans.setdefault(middle, []).append(value)
+        lines.append({middle: sum(found) / len(found) for middle, found in spans.items()})
+    return sorted(set().union(*lines)), lines
+
+
+def smoothed(points: Mapping[int, float]) -> dict[int, float]:
+    """The running mean that the report draws; the points themselves where they are few."""
+    width = int(len(points) * SMOOTHING) | 1
+    values = list(points.values())
+    means = rolling_mean(values, width=width) if width > 1 else values
+    return dict(zip(points, means, strict=True))
 
 
 def rolling_mean(values: Sequence[float], *, width: int) -> list[float]:
@@ -261,95 +227,70 @@ def rolling_mean(values: Sequence[float], *, width: int) -> list[float]:
     >>> rolling_mean([0.0, 3.0, 6.0, 9.0], width=3)
     [1.5, 3.0, 6.0, 7.5]
     """
-    half = width // 2
-    sums = [0.0]
-    for value in values:
-        sums.append(sums[-1] + value)
-    bounds = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
-    return [(sums[high] - sums[low]) / (high - low) for low, high in bounds]
-
-
-def smoothed(values: Sequence[float]) -> list[float]:
-    """The running mean that the report draws; the values themselves where they are few."""
-    width = int(len(values) * SMOOTHING) | 1
-    return rolling_mean(values, width=width) if width > 1 else list(values)
+    place = np.arange(len(values))
+    low = np.maximum(place - width // 2, 0)
+    high = np.minimum(place + width // 2 + 1, len(values))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return ((sums[high] - sums[low]) / (high - low)).tolist()
 
 
 def _moves(panel: Panel) -> bool:
     return any(value for series in panel.series for value in series.y)
 
 
-def _matching(run: Run, patterns: Sequence[str]) -> list[str]:
-    regexes = [re.compile(re.escape(p).replace(r"\*", "(.+)")) for p in patterns]
-    return [key for regex in regexes for key in run.keys() if regex.fullmatch(key)]
+def _matching(runs: Sequence[Run], patterns: Sequence[str]) -> list[str]:
+    return list(
+        dict.fromkeys(
+            key
+            for run in runs
+            for pattern in patterns
+            for key in fnmatch.filter(run.keys(), pattern)
+        )
+    )
 
 
-def _panel(curve: Curve, runs: Sequence[Run]) -> Panel | None:
-    keys = list(dict.fromkeys(key for run in runs for key in _matching(run, curve.keys)))
-    logged = [(number, key, *run.series(key)) for number, run in enumerate(runs) for key in keys]
-    logged = [entry for entry in logged if entry[2]]
+def _panel(curve: Curve, keys: Sequence[str], runs: Sequence[Run]) -> Panel | None:
+    logged = [(number, key, run.series(key)) for number, run in enumerate(runs) for key in keys]
+    logged = [entry for entry in logged if entry[2][0]]
     if not logged:
         return None
-    every_step = [step for _, _, steps, _ in logged for step in steps]
-    start, span = min(every_step), span_of(every_step)
-    points = [bucket(steps, values, start=start, span=span) for _, _, steps, values in logged]
-    grid = sorted({step for p in points for step in p})
-    series = [
-        _series(curve, p, grid, number, _label(runs, number, key, keys), keys.index(key))
-        for (number, key, *_), p in zip(logged, points, strict=True)
-    ]
-    return Panel(curve.title, grid, series, note=curve.note, form=curve.form)
+    grid, lines = averaged(*(columns for _, _, columns in logged))
+    series = []
+    for (number, key, _), line in zip(logged, lines, strict=True):
+        drawn = smoothed(line) if curve.smooth else line
+        names = [runs[number].name] if len(runs) > 1 else []
+        names += [_short(key)] if len(keys) > 1 else []
+        series.append(
+            Series(
+                " · ".join(names),
+                on_grid(grid, drawn),
+                run_colour(number),
+                dash=keys.index(key),
+                paint="line" if curve.smooth and len(line) > 1 else "line+dots",
+                raw=on_grid(grid, line) if drawn != line else None,
+            )
+        )
+    return Panel(curve.title, grid, series, curve.note, curve.form)
 
 
-def _series(
-    curve: Curve, points: dict[int, float], grid: list[int], run: int, label: str, dash: int
-) -> Series:
-    values = list(points.values())
-    line = smoothed(values) if curve.smooth else values
-    by_step = dict(zip(points, line, strict=True))
-    return Series(
-        label=label,
-        y=[rounded(by_step.get(step)) for step in grid],
-        colour=run_colour(run),
-        dash=dash,
-        paint="line" if curve.smooth and len(values) > 1 else "line+dots",
-        raw=[rounded(points.get(step)) for step in grid] if line != values else None,
-    )
-
-
-def _stack(run: Run, named: bool) -> Panel | None:
-    right_key, wrong_key = "group/all_success_fraction", "group/all_failure_fraction"
-    rows = [row for row in run.metrics if right_key in row and wrong_key in row]
+def _group_shares(run: Run, named: bool) -> Panel | None:
+    """The shares of all-right, mixed and all-wrong groups as stacked areas."""
+    keys = ("group/all_success_fraction", "group/all_failure_fraction")
+    rows = [row for row in run.metrics if all(key in row for key in keys)]
     if not rows:
         return None
-    steps = [int(row["step"]) for row in rows]
-    right = [row[right_key] for row in rows]
-    wrong = [row[wrong_key] for row in rows]
+    right, wrong = ([row[key] for row in rows] for key in keys)
     mixed = [max(0.0, 1.0 - r - w) for r, w in zip(right, wrong, strict=True)]
-    start, span = min(steps), span_of(steps)
-    parts = (
-        ("all right", right, "right"),
-        ("mixed", mixed, "mixed"),
-        ("all wrong", wrong, "wrong"),
-    )
-    points = {name: bucket(steps, values, start=start, span=span) for name, values, _ in parts}
+    steps = [int(row["step"]) for row in rows]
+    grid, lines = averaged(*((steps, values) for values in (right, mixed, wrong)))
+    names = (("all right", "right"), ("mixed", "mixed"), ("all wrong", "wrong"))
     series = [
-        Series(
-            label,
-            [rounded(v) for v in smoothed(list(points[label].values()))],
-            colour,
-            paint="area",
-        )
-        for label, _, colour in parts
+        Series(label, on_grid(grid, smoothed(line)), colour, paint="area")
+        for (label, colour), line in zip(names, lines, strict=True)
     ]
-    note = "Only mixed groups give an advantage. All-right groups teach through their clip."
     title = f"What the groups were: {run.name}" if named else "What the groups were"
-    return Panel(title, list(points["mixed"]), series, note=note, form="share")
-
-
-def _label(runs: Sequence[Run], number: int, key: str, keys: Sequence[str]) -> str:
-    names = [runs[number].name] if len(runs) > 1 else []
-    return " · ".join(names + ([_short(key)] if len(keys) > 1 else []))
+    note = "Only mixed groups give an advantage. All-right groups teach through their clip."
+    return Panel(title, grid, series, note, "share")
 
 
 def _short(key: str) -> str:

@@ -1,11 +1,13 @@
 """Golden entropy: the policy's entropy along expert trajectories and along its own.
 
 Source: the observation of EchoRL, arXiv 2605.31228. Both kinds of trajectories answer the same
-prompts, and the entropy at every token is that of the same policy.
+prompts, and the same policy gives the entropy at every token.
+
+A trajectory is a row with ``source`` (such as "expert" or "policy"), ``entropy`` (nats per token)
+and ``step_ids`` (the step of each token, below 0 where masked).
 """
 
-import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,105 +22,101 @@ from echorl_jax.tools.report.policy import Policy, Trajectory
 from echorl_jax.tools.report.runs import is_number, read_jsonl
 
 Row = dict[str, Any]
+BINS = 40
+# The last bin also counts values above this quantile, so that rare large ones do not squeeze the
+# others into the first bins.
+LAST_BIN = 0.995
 
 
 def expert_rows(
     policy: Policy, rows: Sequence[Mapping[str, Any]]
 ) -> tuple[list[Row], list[Mapping[str, Any]]]:
-    """Scores the expert trajectory of each row that has one, up to the policy's longest answer.
+    """Scores the expert trajectory of each row that has one, up to ``max_new_tokens`` of it.
 
     Args:
-      policy: whose entropy counts.
+      policy: gives the entropies.
       rows: in verl's columns.
 
     Returns:
-      Rows for :func:`~trajectories.entropy_profiles`, and the rows of the data
-      that they come from.
+      The trajectories, and the rows of the data that they come from.
 
     Raises:
       UserError: no row has an expert trajectory behind a prompt that is short enough.
     """
+    options = policy.options
     used, prompts, targets = [], [], []
     for row in rows:
         prompt = policy.prompt(row)
-        if expert_text(row) is not None and len(prompt) <= policy.max_prompt_tokens:
+        if expert_text(row) is not None and len(prompt) <= options.max_prompt_tokens:
             used.append(row)
             prompts.append(prompt)
-            targets.append(encode_target(policy.tokenizer, row)[: policy.max_new_tokens])
+            targets.append(encode_target(policy.tokenizer, row)[: options.max_new_tokens])
     if not used:
         raise UserError(
             "--data: no row has an expert trajectory (column target or solution) "
-            f"and a prompt within --max_prompt_tokens={policy.max_prompt_tokens}"
+            f"and a prompt within --max_prompt_tokens={options.max_prompt_tokens}"
         )
-    scored = policy.score(prompts, targets, "expert trajectories")
-    return [_row("expert", trajectory) for trajectory in scored], used
+    return [_row("expert", t) for t in policy.score(prompts, targets, "expert trajectories")], used
 
 
 def policy_rows(policy: Policy, rows: Sequence[Mapping[str, Any]]) -> list[Row]:
     """Samples one trajectory of the policy for each row."""
     answers = policy.answer(list(map(policy.prompt, rows)), rows, "policy trajectories")
-    return [
-        _row("policy", a.trajectory) | {"correct": a.correct} for found in answers for a in found
-    ]
+    return [_row("policy", a.trajectory, a.correct) for found in answers for a in found]
 
 
 def rescored_rows(policy: Policy, path: Path, *, limit: int) -> list[Row]:
-    """Scores the responses of a file under ``policy``, up to its longest answer.
+    """Scores the responses of a file under ``policy``, up to ``max_new_tokens`` of each.
 
     Args:
+      policy: gives the entropies.
       path: samples of a run or ``generations.jsonl`` of ``echorl evaluate``: objects with
         ``prompt`` (messages or text) and ``response``.
       limit: rows that are read; 0 reads all.
 
     Raises:
-      UserError: the file is missing, empty or of another kind.
+      UserError: the file is missing or empty, or a row has no prompt or response.
     """
-    prompts, completions, found = [], [], []
+    prompts, completions, verdicts = [], [], []
+    encode = policy.tokenizer.encode
     for line, row in read_rollouts(path, limit=limit):
         prompt, response = row.get("prompt"), row.get("response")
         if not isinstance(response, str) or not isinstance(prompt, str | list) or not prompt:
             raise UserError(f"{path}, line {line}: needs prompt and response")
-        encode = policy.tokenizer.encode
-        text = isinstance(prompt, str)
-        ids = encode(response, add_special_tokens=False)[: policy.max_new_tokens]
-        if ids:
-            prompts.append(encode(prompt) if text else policy.prompt(row))
+        if ids := encode(response, add_special_tokens=False)[: policy.options.max_new_tokens]:
+            prompts.append(encode(prompt) if isinstance(prompt, str) else policy.prompt(row))
             completions.append(ids)
-            found.append(row)
-    if not found:
+            verdicts.append(bool(row.get("correct")))
+    if not completions:
         raise UserError(f"{path}: every response is empty")
     scored = policy.score(prompts, completions, "policy trajectories")
-    return [
-        _row("policy", trajectory) | {"correct": bool(row.get("correct"))}
-        for trajectory, row in zip(scored, found, strict=True)
-    ]
+    return [_row("policy", *pair) for pair in zip(scored, verdicts, strict=True)]
 
 
 def stored_rows(path: Path, *, limit: int) -> list[Row]:
     """Right and wrong rollouts with the entropies that the sampler stored: no model is needed.
 
     Raises:
-      UserError: the file is missing, empty, or a line has no entropies.
+      UserError: the file is missing or empty, or a line has no entropies.
     """
     found = []
     for line, row in read_rollouts(path, limit=limit):
-        entropy, steps = _numbers(row.get("entropy")), _numbers(row.get("step_ids"))
+        entropy, steps = (_numbers(row.get(key)) for key in ("entropy", "step_ids"))
         if not entropy or len(entropy) != len(steps):
             raise UserError(
                 f"{path}, line {line}: no entropy and step_ids of equal length; "
                 "with --model and --data they are computed"
             )
         source = "right answers" if row.get("correct") else "wrong answers"
-        found.append({"source": source, "entropy": entropy, "step_ids": [int(i) for i in steps]})
-    # Whichever the file begins with, right ones come first.
-    return sorted(found, key=lambda row: row["source"])
+        found.append({"source": source, "entropy": entropy, "step_ids": list(map(int, steps))})
+    return sorted(found, key=lambda row: row["source"])  # right answers first
 
 
 def read_rollouts(path: Path, *, limit: int = 0) -> Iterator[tuple[int, Row]]:
     """The first rows of a JSONL file, numbered from 1.
 
     Raises:
-      UserError: there is no such file, or nothing in it.
+      UserError: the file does not exist or has no rows.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -132,12 +130,10 @@ def read_rollouts(path: Path, *, limit: int = 0) -> Iterator[tuple[int, Row]]:
 
 
 def step_rows(rows: Sequence[Row]) -> list[Row]:
-    """One row per trajectory, as written to JSONL: its step entropies and where they peak."""
+    """One row per trajectory, as written to JSONL: its step entropies and the highest of them."""
     found = []
     for place, row in enumerate(rows):
-        means = step_means(row["entropy"], row["step_ids"])
-        if means:
-            peak = max(range(len(means)), key=means.__getitem__)
+        if means := step_means(row["entropy"], row["step_ids"]):
             found.append(
                 {
                     "source": row["source"],
@@ -146,43 +142,10 @@ def step_rows(rows: Sequence[Row]) -> list[Row]:
                     "tokens": len(row["entropy"]),
                     "token_entropy": sum(row["entropy"]) / len(row["entropy"]),
                     "step_entropy": [round(value, 5) for value in means],
-                    "peak_step": peak,
+                    "peak_step": means.index(max(means)),
                 }
             )
     return found
-
-
-def _row(source: str, trajectory: Trajectory) -> Row:
-    return {"source": source, "entropy": trajectory.entropy, "step_ids": trajectory.step_ids}
-
-
-def _numbers(values: Any) -> list[float]:
-    """The list, or none if it is not one of numbers."""
-    return values if isinstance(values, list) and all(map(is_number, values)) else []
-
-
-BINS = 40
-
-
-@dataclasses.dataclass(frozen=True)
-class Profile:
-    """Entropy, in nats, of the trajectories of one source. Intervals are 95%, over trajectories."""
-
-    source: str
-    trajectories: int
-    tokens: int
-    steps: int
-    token_mean: float
-    token_low: float
-    token_high: float
-    step_mean: float
-    step_low: float
-    step_high: float
-    peak_mean: float  # mean over trajectories of the highest step entropy
-    token_limit: float  # bins cut [0, limit] into equal parts; the last holds all beyond
-    token_histogram: tuple[float, ...]  # share of tokens per bin
-    step_limit: float
-    step_histogram: tuple[float, ...]  # share of steps per bin
 
 
 def step_means(entropy: Sequence[float], step_ids: Sequence[int]) -> list[float]:
@@ -197,136 +160,102 @@ def step_means(entropy: Sequence[float], step_ids: Sequence[int]) -> list[float]
     if len(entropy) != len(step_ids):
         raise ValueError(f"{len(entropy)} entropies, {len(step_ids)} step ids")
     ids, values = np.asarray(step_ids, np.int64), np.asarray(entropy, np.float64)
-    ids, values = ids[ids >= 0], values[ids >= 0]
-    if not ids.size:
-        return []
-    counts = np.bincount(ids)
-    means = np.bincount(ids, values)[counts > 0] / counts[counts > 0]
-    return means.tolist()
+    counts, sums = np.bincount(ids[ids >= 0]), np.bincount(ids[ids >= 0], values[ids >= 0])
+    return (sums[counts > 0] / counts[counts > 0]).tolist()
 
 
-def entropy_profiles(rows: Iterable[dict[str, Any]]) -> list[Profile]:
-    """One profile per source, in order of first appearance, with histograms over common bins.
+def entropy_profiles(rows: Iterable[Row]) -> list[Row]:
+    """One row per source, in order of first appearance, with histograms over common bins.
 
     Args:
-      rows: mappings with ``source`` (such as "expert" or "policy"), ``entropy`` (nats per token)
-        and ``step_ids``. Rows without a token are left out.
+      rows: trajectories; those without a token are left out.
+
+    Returns:
+      Rows with ``source`` and the numbers of ``trajectories``, ``tokens`` and ``steps``. For token
+      and step entropy (nats) there are mean, 95% interval over trajectories (``token_low``,
+      ``token_high``) and histogram: the share of tokens in each of ``BINS`` equal parts of
+      ``[0, token_limit]``, the last of which holds all beyond. ``peak_mean`` is the mean over
+      trajectories of the highest step entropy.
     """
-    tokens: dict[str, list[list[float]]] = {}
-    steps: dict[str, list[list[float]]] = {}
+    found: dict[str, dict[str, list[list[float]]]] = {}
     for row in rows:
-        means = step_means(row["entropy"], row["step_ids"])
-        if means:
-            own = [h for h, i in zip(row["entropy"], row["step_ids"], strict=True) if i >= 0]
-            tokens.setdefault(row["source"], []).append(own)
-            steps.setdefault(row["source"], []).append(means)
-    limits = (_limit(tokens), _limit(steps))
-    return [_profile(source, tokens[source], steps[source], *limits) for source in tokens]
+        if means := step_means(row["entropy"], row["step_ids"]):
+            lists = found.setdefault(row["source"], {"token": [], "step": []})
+            pairs = zip(row["entropy"], row["step_ids"], strict=True)
+            lists["token"].append([value for value, step in pairs if step >= 0])
+            lists["step"].append(means)
+    profiles = []
+    for source, lists in found.items():
+        profile: Row = {"source": source, "trajectories": len(lists["token"])}
+        for what, own in lists.items():
+            values = np.concatenate(own)
+            limit = _last_bin([one for other in found.values() for one in other[what]])
+            counts, _ = np.histogram(np.minimum(values, limit), BINS, range=(0.0, limit))
+            # Tokens of one trajectory depend on each other, so whole trajectories are redrawn.
+            low, high = bootstrap_mean([float(np.mean(one)) for one in own], list(map(len, own)))
+            profile |= {
+                f"{what}s": len(values),
+                f"{what}_mean": float(np.mean(values)),
+                f"{what}_low": low,
+                f"{what}_high": high,
+                f"{what}_limit": limit,
+                f"{what}_histogram": (counts / len(values)).tolist(),
+            }
+        peak_mean = float(np.mean([max(means) for means in lists["step"]]))
+        profiles.append(profile | {"peak_mean": peak_mean})
+    return profiles
 
 
-def profile_rows(profiles: Sequence[Profile]) -> list[dict[str, Any]]:
-    """One row per source, as written to JSONL."""
-    return [dataclasses.asdict(profile) for profile in profiles]
-
-
-def profile_section(rows: Sequence[dict[str, Any]]) -> Section | None:
-    """The report's section from rows of :func:`profile_rows`: both histograms and the means."""
+def profile_section(rows: Sequence[Row]) -> Section | None:
+    """The report's section from rows of :func:`entropy_profiles`: both histograms and the means."""
     if not rows:
         return None
-    panels = [
-        _histogram_panel("Token entropy", rows, "token"),
-        _histogram_panel("Step entropy", rows, "step"),
-    ]
-    columns = [
-        "Source",
-        "Trajectories",
-        "Tokens",
-        "Steps",
-        "Token entropy",
-        "Step entropy",
-        "Highest step",
-    ]
+    panels = [_histogram_panel(rows, what) for what in ("token", "step")]
+    columns = ["Source", "Trajectories", "Tokens", "Steps"]
+    columns += ["Token entropy", "Step entropy", "Highest step"]
     table = [
         [
             str(row["source"]),
             *(f"{row[key]:,}" for key in ("trajectories", "tokens", "steps")),
-            _with_interval(row, "token"),
-            _with_interval(row, "step"),
+            *(mean_with_interval(row, what, number) for what in ("token", "step")),
             number(row["peak_mean"]),
         ]
         for row in rows
     ]
-    notes = (
+    notes = [
         "Entropy of the policy, in nats, at each token of a trajectory, whoever wrote it. "
-        "Brackets: 95% interval over trajectories.",
-        *([str(rows[0]["about"])] if rows[0].get("about") else []),
-    )
+        "Brackets: 95% interval over trajectories."
+    ]
+    notes += [str(rows[0]["about"])] if rows[0].get("about") else []
     return Section("trajectories", "Entropy of trajectories", panels, notes, [(columns, table)])
 
 
-def _profile(
-    source: str,
-    tokens: list[list[float]],
-    steps: list[list[float]],
-    token_limit: float,
-    step_limit: float,
-) -> Profile:
-    all_tokens = [h for t in tokens for h in t]
-    all_steps = [h for s in steps for h in s]
-    token_low, token_high = _interval(tokens)
-    step_low, step_high = _interval(steps)
-    return Profile(
-        source=source,
-        trajectories=len(tokens),
-        tokens=len(all_tokens),
-        steps=len(all_steps),
-        token_mean=float(np.mean(all_tokens)),
-        token_low=token_low,
-        token_high=token_high,
-        step_mean=float(np.mean(all_steps)),
-        step_low=step_low,
-        step_high=step_high,
-        peak_mean=float(np.mean([max(s) for s in steps])),
-        token_limit=token_limit,
-        token_histogram=_shares(all_tokens, token_limit),
-        step_limit=step_limit,
-        step_histogram=_shares(all_steps, step_limit),
-    )
+def mean_with_interval(row: Row, what: str, form: Callable[[float], str]) -> str:
+    """Such as ``0.15 [0.14, 0.16]``."""
+    mean, low, high = (form(row[f"{what}_{key}"]) for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
-def _interval(lists: list[list[float]]) -> tuple[float, float]:
-    # Tokens of one trajectory depend on each other, so whole trajectories are redrawn.
-    return bootstrap_mean([float(np.mean(x)) for x in lists], [float(len(x)) for x in lists])
+def _row(source: str, trajectory: Trajectory, correct: bool | None = None) -> Row:
+    row = {"source": source, "entropy": trajectory.entropy, "step_ids": trajectory.step_ids}
+    return row if correct is None else row | {"correct": correct}
 
 
-def _shares(values: list[float], highest: float) -> tuple[float, ...]:
-    # Values beyond the last bin are counted in it.
-    counts, _ = np.histogram(np.minimum(values, highest), BINS, range=(0.0, highest))
-    return tuple((counts / len(values)).tolist())
+def _numbers(values: Any) -> list[float]:
+    """The list, or an empty one if it is not a list of numbers."""
+    return values if isinstance(values, list) and all(map(is_number, values)) else []
 
 
-def _with_interval(row: dict[str, Any], what: str) -> str:
-    low, high = number(row[f"{what}_low"]), number(row[f"{what}_high"])
-    return f"{number(row[f'{what}_mean'])} [{low}, {high}]"
+def _last_bin(lists: Sequence[Sequence[float]]) -> float:
+    return float(np.quantile(np.concatenate(lists), LAST_BIN)) or 1.0
 
 
-def _limit(lists: dict[str, list[list[float]]]) -> float:
-    values = [h for source in lists.values() for one in source for h in one]
-    # A few very surprising tokens must not squeeze all the others into the first bins.
-    return float(np.quantile(values, 0.995)) or 1.0 if values else 1.0
-
-
-def _histogram_panel(title: str, rows: Sequence[dict[str, Any]], what: str) -> Panel:
+def _histogram_panel(rows: Sequence[Row], what: str) -> Panel:
     width = rows[0][f"{what}_limit"] / BINS
     series = [
-        Series(
-            str(row["source"]),
-            [rounded(v) for v in row[f"{what}_histogram"]],
-            run_colour(i),
-            dash=i,
-        )
+        Series(str(row["source"]), list(map(rounded, row[f"{what}_histogram"])), run_colour(i), i)
         for i, row in enumerate(rows)
     ]
     note = f"Share of {what}s by entropy; the last point holds all beyond."
     middles = [rounded(width * (i + 0.5)) or 0.0 for i in range(BINS)]
-    return Panel(title, middles, series, note, "share", "nats")
+    return Panel(f"{what.title()} entropy", middles, series, note, "share", "nats")

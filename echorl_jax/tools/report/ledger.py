@@ -1,11 +1,12 @@
 """The signal ledger: for each prompt and step, what its group could teach.
 
-A group is mixed (some rollouts right: an advantage exists), all right or all wrong (none does). The
-ledger counts every group of the run; the cells it draws are thinned to what a page can show.
+A mixed group (some rollouts right) has an advantage; an all-right or all-wrong group has none. The
+ledger counts every group of the run and draws as many as fit on a page.
 """
 
 import dataclasses
-from collections import Counter
+import itertools
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,13 @@ from typing import Any
 from echorl_jax.tools.report.runs import integer, read_jsonl
 
 STATES = ("mixed", "right", "wrong")
-# What a page shows at most: steps, groups of a step, prompts, visits of a prompt.
+# The most that a page shows: steps, groups of a step, prompts, visits of a prompt.
 MAX_STEPS, MAX_GROUPS, MAX_PROMPTS, MAX_VISITS = 160, 64, 150, 120
 
 
 @dataclasses.dataclass(frozen=True)
 class Visit:
-    """One group: its prompt's number in the data, and what became of its rollouts."""
+    """One group: the index of its prompt in the data, and the outcome of its rollouts."""
 
     step: int
     index: int
@@ -35,9 +36,14 @@ class Visit:
             return "wrong"
         return "right" if self.correct >= self.size else "mixed"
 
+    @property
+    def success(self) -> float:
+        """Share of right rollouts."""
+        return self.correct / max(self.size, 1)
+
     def cell(self) -> list[int]:
-        """The numbers the page draws a cell from."""
-        return [self.step, self.index, self.correct, self.size, self.truncated, int(self.clip)]
+        """The fields in order, as the page draws them."""
+        return list(map(int, vars(self).values()))
 
 
 def read_ledger(path: Path) -> list[Visit]:
@@ -55,18 +61,26 @@ def build_ledger(visits: Sequence[Visit]) -> dict[str, Any] | None:
     """The page's data: cells by step and by prompt, and moves between states; or None."""
     if not visits:
         return None
-    steps: dict[int, list[Visit]] = {}
-    prompts: dict[int, list[Visit]] = {}
+    steps, prompts = defaultdict(list), defaultdict(list)
     for visit in visits:
-        steps.setdefault(visit.step, []).append(visit)
-        prompts.setdefault(visit.index, []).append(visit)
+        steps[visit.step].append(visit)
+        prompts[visit.index].append(visit)
     returning = [history for history in prompts.values() if len(history) > 1]
-    shown_prompts = spread(sorted(returning, key=_pattern), MAX_PROMPTS)
-    shown_steps = spread(sorted(steps), MAX_STEPS)
+    # Easy prompts come first. A column is sorted too, so that thinning keeps its true shares.
+    returning.sort(key=lambda group: (-sum(v.success for v in group) / len(group), group[0].index))
+    columns = [sorted(steps[step], key=lambda v: (v.success, v.index)) for step in sorted(steps)]
+    by_step = _cells(columns, MAX_STEPS, MAX_GROUPS)
+    by_prompt = _cells(returning, MAX_PROMPTS, MAX_VISITS)
+    moves = Counter(
+        (before.state, after.state)
+        for history in returning
+        for before, after in itertools.pairwise(history)
+    )
     return {
-        "steps": [_column(steps[step]) for step in shown_steps],
-        "prompts": [[v.cell() for v in spread(h, MAX_VISITS)] for h in shown_prompts],
-        "moves": _moves(returning),
+        "steps": by_step,
+        "prompts": by_prompt,
+        # Counts of state -> state at the next visit.
+        "moves": [[moves[before, after] for after in STATES] for before in STATES],
         "totals": {
             "groups": len(visits),
             "steps": len(steps),
@@ -75,10 +89,8 @@ def build_ledger(visits: Sequence[Visit]) -> dict[str, Any] | None:
             "clips": sum(v.clip for v in visits),
             "truncated": sum(v.truncated > 0 for v in visits),
         },
-        "thinned": len(shown_steps) < len(steps)
-        or len(shown_prompts) < len(returning)
-        or any(len(group) > MAX_GROUPS for group in steps.values())
-        or any(len(history) > MAX_VISITS for history in shown_prompts),
+        "thinned": sum(map(len, by_step)) < len(visits)
+        or sum(map(len, by_prompt)) < sum(map(len, returning)),
     }
 
 
@@ -90,41 +102,17 @@ def spread(items: Sequence[Any], limit: int) -> list[Any]:
     """
     if len(items) <= limit:
         return list(items)
-    if limit == 1:
-        return [items[0]]
-    return [items[round(i * (len(items) - 1) / (limit - 1))] for i in range(limit)]
+    return [items[round(i * (len(items) - 1) / max(limit - 1, 1))] for i in range(limit)]
+
+
+def _cells(lines: Sequence[Sequence[Visit]], most: int, longest: int) -> list[list[list[int]]]:
+    return [[visit.cell() for visit in spread(line, longest)] for line in spread(lines, most)]
 
 
 def _visit(step: int, group: Any) -> Visit | None:
     try:
-        return Visit(
-            step=step,
-            index=int(group["index"]),
-            correct=int(group["correct"]),
-            size=int(group["size"]),
-            truncated=int(group.get("truncated", 0)),
-            clip=bool(group.get("clip", False)),
-        )
+        index, correct, size = (int(group[key]) for key in ("index", "correct", "size"))
+        clip = bool(group.get("clip", False))
+        return Visit(step, index, correct, size, int(group.get("truncated", 0)), clip)
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
-
-
-def _column(visits: list[Visit]) -> list[list[int]]:
-    # Sorted before thinning, so that the drawn shares stay the true ones.
-    order = sorted(visits, key=lambda v: (v.correct / max(v.size, 1), v.index))
-    return [visit.cell() for visit in spread(order, MAX_GROUPS)]
-
-
-def _pattern(history: list[Visit]) -> tuple[float, int]:
-    share = sum(v.correct / max(v.size, 1) for v in history) / len(history)
-    return -share, history[0].index
-
-
-def _moves(histories: Sequence[Sequence[Visit]]) -> list[list[int]]:
-    """Counts of state -> state at the next visit, rows and columns in the order of ``STATES``."""
-    pairs = Counter(
-        (before.state, after.state)
-        for history in histories
-        for before, after in zip(history, history[1:], strict=False)
-    )
-    return [[pairs[before, after] for after in STATES] for before in STATES]

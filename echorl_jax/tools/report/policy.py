@@ -1,8 +1,9 @@
-"""A model that a study asks: what it writes, and how uncertain it is at each token of a text."""
+"""The model of a study: it answers prompts, and scores the entropy at each token of a text."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from echorl_jax.data import (
 from echorl_jax.data.tokens import model_path
 from echorl_jax.errors import UserError
 from echorl_jax.evaluation.bar import Bar
-from echorl_jax.evaluation.evaluate import Attempt, attempt_rows
+from echorl_jax.evaluation.evaluate import attempt_rows
 from echorl_jax.models import Decoder, load_model
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout import Progress, pad_lists, score
@@ -28,8 +29,34 @@ from echorl_jax.types import HostArray, PyTree
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_T = TypeVar("_T")
+T = TypeVar("T")
 LINE_EVERY_SECONDS = 15.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    """The options of ``echorl analyze``, which documents them."""
+
+    workdir: Path
+    studies: tuple[str, ...] = ()  # empty: all that the other options allow
+    compare: tuple[Path, ...] = ()
+    model: str | None = None
+    data: str | None = None
+    rollouts: Path | None = None
+    limit: int = 0
+    solutions: Literal["policy", "expert"] = "policy"
+    deletions: tuple[int, ...] = (0, 1, 2)
+    samples: int = 4
+    temperature: float = 1.0
+    max_new_tokens: int = 1024
+    max_prompt_tokens: int = 2048
+    delimiter_ids: tuple[int, ...] = ()
+    template: str = "chat"
+    grader: str = "auto"
+    dtype: str = "bfloat16"
+    batch: int = 64
+    workers: int = 2
+    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +70,7 @@ class Trajectory:
 
 @dataclasses.dataclass(frozen=True)
 class Answer:
-    """What the policy wrote, and the verdict on it."""
+    """A graded completion of the policy."""
 
     trajectory: Trajectory
     text: str
@@ -52,102 +79,57 @@ class Answer:
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """A model with its tokenizer, how it is asked, and who judges its answers."""
+    """A model with its tokenizer, the grader of its answers, and the options of the study."""
 
     model: Decoder
     params: PyTree
     tokenizer: "PreTrainedTokenizerBase"
-    is_delimiter: np.ndarray  # bool [V]
+    is_delimiter: np.ndarray  # bool [V], tokens that end a step
     grader: GraderPool
-    template: str
-    temperature: float
-    max_prompt_tokens: int
-    max_new_tokens: int
-    rows_at_once: int
-    seed: int
+    options: Analysis
 
     @classmethod
-    def load(
-        cls,
-        path: str,
-        *,
-        dtype: str,
-        delimiter_ids: Sequence[int],
-        grader: GraderPool,
-        template: str,
-        temperature: float,
-        max_prompt_tokens: int,
-        max_new_tokens: int,
-        rows_at_once: int,
-        seed: int,
-    ) -> "Policy":
-        """Reads a Hugging Face directory, a repository id or ``builtin:countdown``.
-
-        Args:
-          path: the model.
-          dtype: of activations.
-          delimiter_ids: tokens that end a step; those with a newline if there is none.
-          grader: judges its answers.
-          template: how a row becomes a prompt.
-          temperature: divides the logits in sampling and in entropies; above 0.
-          max_prompt_tokens: rows with longer prompts are left out.
-          max_new_tokens: longest answer.
-          rows_at_once: completions in one call.
-          seed: of the sampling.
+    def load(cls, options: Analysis, grader: GraderPool) -> "Policy":
+        """Loads ``options.model``.
 
         Raises:
           UserError: there is no such model, or an option is out of its range.
         """
-        if temperature <= 0 or rows_at_once < 1:
+        if options.temperature <= 0 or options.batch < 1:
             raise UserError("--temperature must be above 0 and --batch at least 1")
+        path, ids = str(options.model), options.delimiter_ids
         tokenizer = load_tokenizer(path)
-        model, params = load_model(model_path(path), dtype=dtype, remat="none")
-        require_vocabulary(tokenizer, model.config.vocab_size)
-        marks = np.zeros(model.config.vocab_size, bool)
-        if delimiter_ids and max(delimiter_ids) >= len(marks):
-            raise UserError(
-                f"--delimiter_ids: {max(delimiter_ids)} is not in the vocabulary of {len(marks)}"
-            )
-        marks[list(delimiter_ids)] = True
-        if not delimiter_ids:
-            marks = newline_delimiters(tokenizer, len(marks))
-        return cls(
-            model=model,
-            params=params,
-            tokenizer=tokenizer,
-            is_delimiter=marks,
-            grader=grader,
-            template=template,
-            temperature=temperature,
-            max_prompt_tokens=max_prompt_tokens,
-            max_new_tokens=max_new_tokens,
-            rows_at_once=rows_at_once,
-            seed=seed,
-        )
+        model, params = load_model(model_path(path), dtype=options.dtype, remat="none")
+        size = model.config.vocab_size
+        require_vocabulary(tokenizer, size)
+        if max(ids, default=0) >= size:
+            raise UserError(f"--delimiter_ids: {max(ids)} is not in the vocabulary of {size}")
+        marks = np.isin(np.arange(size), ids) if ids else newline_delimiters(tokenizer, size)
+        return cls(model, params, tokenizer, marks, grader, options)
 
     def prompt(self, row: Mapping[str, Any]) -> list[int]:
         """The token ids that ask for an answer to ``row``."""
-        return encode_prompt(self.tokenizer, row, self.template)
+        return encode_prompt(self.tokenizer, row, self.options.template)
 
     def score(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], what: str
     ) -> list[Trajectory]:
-        """The policy's entropy at each token of given completions."""
+        """The policy's entropy at each token of given completions; ``what`` names them."""
         self._require_embedded([*prompts, *completions], what)
+        # Completions of similar length share a call, which pads them to the longest.
         order = sorted(range(len(completions)), key=lambda i: len(completions[i]))
         found: dict[int, HostArray] = {}
         with Bar(what, len(order), every_s=LINE_EVERY_SECONDS) as bar:
-            # Rows of like length together: the others' padding costs as much as their tokens.
-            for places in _cut(order, self.rows_at_once):
+            for places in _cut(order, self.options.batch):
                 _, entropy = score(
                     self.model,
                     self.params,
                     [prompts[i] for i in places],
                     [completions[i] for i in places],
-                    temperature=self.temperature,
+                    temperature=self.options.temperature,
                 )
                 found.update(zip(places, jax.device_get(entropy), strict=True))
-                _count(bar, what, len(found), len(order))
+                _show(bar, what, len(found), len(order))
         return self._trajectories(completions, [found[i] for i in range(len(found))])
 
     def answer(
@@ -163,17 +145,17 @@ class Policy:
         """Samples and grades ``samples`` answers to each prompt; one list per prompt.
 
         Args:
-          prompts, rows: token ids and the rows that they were made of.
-          what: is counted on the screen.
+          prompts, rows: token ids and the rows they were made from.
+          what: names the answers on the progress bar.
           samples: answers to a prompt.
-          prefixes: how each prompt's answers have to begin.
-          draw: added to the seed, for answers that do not repeat another call's draws.
+          prefixes: tokens that the answers to each prompt begin with.
+          draw: added to the seed, so that two calls draw different answers.
         """
         self._require_embedded(prompts, what)
-        attempts: list[Attempt] = []
+        attempts = []
 
-        def count(_: Progress | None = None) -> None:
-            _count(bar, what, len(attempts) // samples, len(prompts))
+        def show(_: Progress | None = None) -> None:
+            _show(bar, what, len(attempts) // samples, len(prompts))
 
         with Bar(what, len(prompts), every_s=LINE_EVERY_SECONDS) as bar:
             for attempt in attempt_rows(
@@ -181,23 +163,21 @@ class Policy:
                 self.params,
                 rows,
                 prompts,
-                jax.random.key(self.seed + draw),
+                jax.random.key(self.options.seed + draw),
                 tokenizer=self.tokenizer,
                 grader=self.grader,
                 samples=samples,
-                max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature,
+                max_new_tokens=self.options.max_new_tokens,
+                temperature=self.options.temperature,
                 prefixes=prefixes,
-                rows_at_once=self.rows_at_once,
-                progress=count,
+                rows_at_once=self.options.batch,
+                progress=show,
             ):
                 attempts.append(attempt)
-                count()
+                show()
         trajectories = self._trajectories([a.ids for a in attempts], [a.entropy for a in attempts])
-        answers = [
-            Answer(trajectory, attempt.response, attempt.verdict.correct)
-            for trajectory, attempt in zip(trajectories, attempts, strict=True)
-        ]
+        graded = zip(trajectories, attempts, strict=True)
+        answers = [Answer(t, a.response, a.verdict.correct) for t, a in graded]
         return list(_cut(answers, samples))
 
     def _require_embedded(self, texts: Sequence[Sequence[int]], what: str) -> None:
@@ -208,24 +188,22 @@ class Policy:
     def _trajectories(
         self, completions: Sequence[Sequence[int]], entropy: Sequence[HostArray]
     ) -> list[Trajectory]:
-        """Cuts completions into steps, some at a time; an entropy may be padded."""
+        """Cuts completions into steps, ``batch`` at a time; an entropy may be padded."""
         longest = max(map(len, completions), default=1)
-        found: list[Trajectory] = []
-        for places in _cut(range(len(completions)), self.rows_at_once):
+        found = []
+        for places in _cut(range(len(completions)), self.options.batch):
             ids, length = pad_lists([completions[i] for i in places], longest)
             mask = np.arange(longest) < length[:, None]
             steps = jax.device_get(step_ids(*map(jnp.asarray, (ids, mask, self.is_delimiter))))
-            parts = zip(length, ids, [entropy[i] for i in places], steps, strict=True)
-            found += [
-                Trajectory(*(tuple(values[:end].tolist()) for values in of_tokens))
-                for end, *of_tokens in parts
-            ]
+            for row, i in enumerate(places):
+                columns = (ids[row], entropy[i], steps[row])
+                found.append(Trajectory(*(tuple(c[: length[row]].tolist()) for c in columns)))
         return found
 
 
-def _count(bar: Bar, what: str, done: int, total: int) -> None:
+def _show(bar: Bar, what: str, done: int, total: int) -> None:
     bar.show(done, f"{what}: {done} of {total}", now=done == total)
 
 
-def _cut(values: Sequence[_T], size: int) -> Iterator[Sequence[_T]]:
+def _cut(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (values[i : i + size] for i in range(0, len(values), size))

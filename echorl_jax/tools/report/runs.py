@@ -1,7 +1,7 @@
 """Reads the files of a working directory, whatever state a run left them in.
 
-A run that was killed leaves a torn last line, one that was resumed may log a step twice, one that
-just started has no files at all. None of this is an error here: what can be read is read, and
+A killed run leaves a torn last line, a resumed one may log a step twice, and a run that has just
+started has no files. None of this is an error: the readers return what can be read, and
 :attr:`Run.notes` says what was left out.
 """
 
@@ -9,18 +9,19 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from echorl_jax.config import ConfigError
 
-_SAMPLE_FILE = re.compile(r"step_(\d+)\.jsonl")
+# Folder and files with the results of studies, beside the run.
+FOLDER, TRAJECTORIES, DELETION = "analysis", "trajectories.jsonl", "deletion.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A working directory, read once.
+    """The files of a working directory.
 
     ``metrics`` holds one mapping per step in order of steps, finite numbers only. ``config`` and
     ``environment`` are empty where their file is missing or unreadable.
@@ -40,8 +41,9 @@ class Run:
 
     @property
     def steps_done(self) -> int:
-        """Training steps that were logged; an evaluation alone, as before the first, is none."""
-        return sum(any(_of_training(key) for key in row) for row in self.metrics)
+        """Logged training steps; a row with nothing but an evaluation does not count."""
+        rows = ([k for k in row if k != "step" and k[:5] != "eval/"] for row in self.metrics)
+        return sum(map(bool, rows))
 
     def keys(self) -> list[str]:
         """Every metric that was logged at least once, sorted, without ``step``."""
@@ -49,23 +51,17 @@ class Run:
 
     def sample_files(self) -> list[tuple[int, Path]]:
         """``(step, file)`` of each samples file, in order of steps."""
-        found = (
-            (_SAMPLE_FILE.fullmatch(p.name), p) for p in self.path.glob("samples/step_*.jsonl")
-        )
-        return sorted((int(match[1]), path) for match, path in found if match)
-
-    @property
-    def ledger_file(self) -> Path:
-        """The file with the outcome of every group of every step; it may not exist."""
-        return self.path / "samples" / "ledger.jsonl"
+        found = self.path.glob("samples/step_*.jsonl")
+        matches = ((re.fullmatch(r"step_(\d+)\.jsonl", path.name), path) for path in found)
+        return sorted((int(match[1]), path) for match, path in matches if match)
 
 
 def read_run(workdir: Path, *, name: str | None = None) -> Run:
     """Reads a working directory.
 
     Args:
-      workdir: the directory; its files may be missing or incomplete, the directory may not.
-      name: what the run is called; the directory's name by default.
+      workdir: an existing directory; its files may be missing or incomplete.
+      name: shown for the run; the directory's name by default.
 
     Raises:
       ConfigError: ``workdir`` is not a directory.
@@ -75,37 +71,31 @@ def read_run(workdir: Path, *, name: str | None = None) -> Run:
         raise ConfigError(f"{workdir}: not a directory; a run's --workdir is expected")
     notes: list[str] = []
     metrics = _read_metrics(workdir / "metrics.jsonl", notes)
-    return Run(
-        path=workdir,
-        name=name or workdir.resolve().name,
-        metrics=metrics,
-        config=_read_object(workdir / "config.json", notes),
-        environment=_read_object(workdir / "environment.json", notes),
-        notes=tuple(notes),
+    config, environment = (
+        _read_object(workdir / f"{file}.json", notes) for file in ("config", "environment")
     )
+    name = name or workdir.resolve().name
+    return Run(workdir, name, metrics, config, environment, tuple(notes))
 
 
 def read_runs(workdirs: list[Path]) -> list[Run]:
-    """Reads several working directories and gives each a name that tells it from the others.
+    """Reads several working directories, each once, and gives them different names.
 
-    Directories of the same name take as much of their path as it needs; a directory given twice is
-    read once.
+    Directories of the same name are named by as much of their path as tells them apart.
     """
     paths = list(dict.fromkeys(Path(w).resolve() for w in workdirs))
-    depth = 1
-    longest = max((len(p.parts) for p in paths), default=1)
-    while depth < longest and len({p.parts[-depth:] for p in paths}) < len(paths):
+    depth, longest = 1, max((len(path.parts) for path in paths), default=1)
+    while depth < longest and len({path.parts[-depth:] for path in paths}) < len(paths):
         depth += 1
-    return [read_run(p, name="/".join(p.parts[-depth:])) for p in paths]
+    return [read_run(path, name="/".join(path.parts[-depth:])) for path in paths]
 
 
 def read_jsonl(path: Path, broken: list[int] | None = None) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a JSONL file one at a time; nothing for a file that is not there.
+    """Yields the objects of a JSONL file one at a time; nothing if the file does not exist.
 
     Args:
       path: the file.
-      broken: gets the numbers of the lines that hold no JSON object, such as the torn last line of
-        a killed run.
+      broken: receives the numbers of lines that are not JSON objects, such as a torn last line.
     """
     if not path.is_file():
         return
@@ -113,10 +103,7 @@ def read_jsonl(path: Path, broken: list[int] | None = None) -> Iterator[dict[str
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
-            try:
-                value = json.loads(line)
-            except ValueError:
-                value = None
+            value = _parse(line)
             if isinstance(value, dict):
                 yield value
             elif broken is not None:
@@ -124,7 +111,7 @@ def read_jsonl(path: Path, broken: list[int] | None = None) -> Iterator[dict[str
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Writes one object per line, non-finite numbers as null, folders as needed."""
+    """Writes one object per line, non-finite numbers as null; creates missing folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
     path.write_text("".join(lines), encoding="utf-8", errors="replace")
@@ -137,27 +124,33 @@ def finite(value: Any) -> Any:
     >>> finite({"a": [1.0, float("nan")]})
     {'a': [1.0, None]}
     """
+    return map_leaves(value, lambda v: None if isinstance(v, float) and not math.isfinite(v) else v)
+
+
+def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
+    """The nested dicts and lists of ``value`` with ``change`` applied to everything else."""
     if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
+        return {key: map_leaves(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+        return [map_leaves(item, change) for item in value]
+    return change(value)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether ``value`` is a finite number and not a truth value."""
+    """True for a finite int or float; False for a bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def integer(value: Any) -> int | None:
-    """``value`` as an integer, or None where it is not a finite number."""
+    """``value`` as an integer, or None if it is not a finite number."""
     return int(value) if is_number(value) else None
 
 
-def _of_training(key: str) -> bool:
-    return key != "step" and not key.startswith("eval/")
+def _parse(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None
 
 
 def _read_metrics(path: Path, notes: list[str]) -> tuple[dict[str, float], ...]:
@@ -170,28 +163,24 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[dict[str, float], ...]:
             broken.append(0)
             continue
         dropped += sum(isinstance(v, float) and not math.isfinite(v) for v in row.values())
-        # A resumed run does some steps again; what it logged last is what it went on from.
+        # A resumed run repeats the steps after its checkpoint; the last row of a step is valid.
         repeated += int(numbers["step"]) in by_step
         by_step[int(numbers["step"])] = numbers
-    if broken:
-        notes.append(f"{path.name}: {len(broken)} unreadable line(s) left out")
-    if repeated:
-        notes.append(
-            f"{path.name}: {repeated} step(s) logged again after a resume; the last counts"
-        )
-    if dropped:
-        notes.append(f"{path.name}: {dropped} value(s) were not finite and are not drawn")
+    for count, what in (
+        (len(broken), "unreadable line(s) left out"),
+        (repeated, "step(s) logged again after a resume; the last counts"),
+        (dropped, "value(s) were not finite and are not drawn"),
+    ):
+        if count:
+            notes.append(f"{path.name}: {count} {what}")
     return tuple(by_step[step] for step in sorted(by_step))
 
 
 def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8", errors="replace"))
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        notes.append(f"{path.name}: not a JSON object, left out")
-        return {}
-    return value
+    value = _parse(path.read_text(encoding="utf-8", errors="replace"))
+    if isinstance(value, dict):
+        return value
+    notes.append(f"{path.name}: not a JSON object, left out")
+    return {}

@@ -1,32 +1,23 @@
-"""What a sweep found: each run's outcome, means over seeds with intervals, a section of the report.
+"""The results of a sweep: each run's outcome, means over seeds with intervals, a report section.
 
-Runs of one setting differ in their seeds alone. A setting is compared with another one run by run:
-the same seed means the same prompts in the same order, the same first weights and the same
-evaluation draws, so the paired difference has less noise than the difference of the means.
+Runs of one setting differ only in their seeds. Two settings are compared run by run: the same seed
+means the same prompts in the same order, the same first weights and the same evaluation draws, so
+the paired difference has less noise than the difference of the means.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.special import stdtrit
 
-from echorl_jax.tools.report.curves import (
-    Panel,
-    Section,
-    Series,
-    bucket,
-    rounded,
-    run_colour,
-    smoothed,
-    span_of,
-)
+from echorl_jax.tools.report import curves
+from echorl_jax.tools.report.curves import Form, Panel, Section, Series, on_grid
 from echorl_jax.tools.report.headline import edges, eval_keys, number, share
 from echorl_jax.tools.report.runs import Run, read_run
 
-_CURVES = (
+_CURVES: tuple[tuple[str, str, Form], ...] = (
     ("Reward", "reward/mean", "number"),
     ("Token entropy", "entropy/token_mean", "number"),
     ("All-right groups", "group/all_success_fraction", "share"),
@@ -35,7 +26,7 @@ _CURVES = (
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How one run ended. Means over the last tenth of its steps, but for the evaluations."""
+    """The end of one run: evaluations, and means over the last tenth of its steps."""
 
     setting: str
     seed: int
@@ -65,7 +56,7 @@ class Estimate:
     high: float | None
     seeds: int
 
-    def text(self, form: Any = share) -> str:
+    def text(self, form: Callable[[float], str] = share) -> str:
         """Such as ``45.2% [44.0%, 46.4%]``."""
         if self.low is None or self.high is None:
             return form(self.mean)
@@ -88,37 +79,27 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def read_outcome(workdir: Path, *, setting: str, seed: int, steps: int) -> Outcome | None:
-    """The outcome of a run; None while it has not done and evaluated step ``steps``, its last."""
-    if not workdir.is_dir():
+    """The outcome of a run; None until it has finished and evaluated step ``steps``, its last."""
+    run = read_run(workdir) if workdir.is_dir() else None
+    if run is None or not run.metrics or run.metrics[-1]["step"] != steps:
         return None
-    run = read_run(workdir)
-    keys = eval_keys(run)
-    if not keys or run.metrics[-1]["step"] != steps:
-        return None
-    last = run.metrics[-1]
-    if keys[0] not in last:
+    last, keys = run.metrics[-1], eval_keys(run)
+    if not keys or keys[0] not in last:
         return None
     source = keys[0].removesuffix("1")
-    attempts = sorted(int(k.removeprefix(source)) for k in last if k.startswith(source))
-
-    def end(key: str) -> float:
-        found = edges(run, key)
-        return found[1] if found else 0.0
-
-    return Outcome(
-        setting=setting,
-        seed=seed,
-        steps=steps,
-        before=run.series(keys[0])[1][0],
-        pass_1=last[keys[0]],
-        pass_k=last[f"{source}{attempts[-1]}"],
-        k=attempts[-1],
-        entropy=end("entropy/token_mean"),
-        all_right=end("group/all_success_fraction"),
-        clips=end("echo/clips"),
-        clip_tokens=end("echo/clip_tokens_mean"),
-        tokens=end("completion/length_mean"),
-    )
+    k = max(int(key.removeprefix(source)) for key in last if key.startswith(source))
+    at_end = {
+        field: (edges(run, key) or (0.0, 0.0))[1]
+        for field, key in {
+            "entropy": "entropy/token_mean",
+            "all_right": "group/all_success_fraction",
+            "clips": "echo/clips",
+            "clip_tokens": "echo/clip_tokens_mean",
+            "tokens": "completion/length_mean",
+        }.items()
+    }
+    before, pass_1, pass_k = run.series(keys[0])[1][0], last[keys[0]], last[f"{source}{k}"]
+    return Outcome(setting, seed, steps, before, pass_1, pass_k, k, **at_end)
 
 
 def paired(own: Sequence[Outcome], other: Sequence[Outcome], field: str) -> Estimate | None:
@@ -131,37 +112,29 @@ def paired(own: Sequence[Outcome], other: Sequence[Outcome], field: str) -> Esti
 def sweep_table(
     outcomes: Sequence[Outcome], against: Mapping[str, str]
 ) -> tuple[list[str], list[list[str]]]:
-    """One row of text per setting, in order of first appearance.
+    """Columns and one row of text per setting, in order of first appearance.
 
     Args:
       outcomes: of all finished runs.
       against: setting -> the setting it is compared with.
     """
-    settings = dict.fromkeys(outcome.setting for outcome in outcomes)
     k = max(outcome.k for outcome in outcomes)
     columns = ["Setting", "Seeds", "Success", f"pass@{k}", "Compared with"]
     columns += ["Success, paired", f"pass@{k}, paired", "Entropy", "All right", "Clip of response"]
     rows = []
-    for setting in settings:
+    for setting in dict.fromkeys(outcome.setting for outcome in outcomes):
         own = [o for o in outcomes if o.setting == setting]
-        rival = against.get(setting, "")
-        others = [o for o in outcomes if o.setting == rival]
-        differences = [paired(own, others, field) for field in ("pass_1", "pass_k")]
-        rows.append(
-            [
-                setting,
-                str(len(own)),
-                estimate([o.pass_1 for o in own]).text(),
-                estimate([o.pass_k for o in own]).text(),
-                rival if others else "–",
-                *(d.text(_points) if d else "–" for d in differences),
-                estimate([o.entropy for o in own]).text(number),
-                share(sum(o.all_right for o in own) / len(own)),
-                share(sum(o.clip_share for o in own) / len(own))
-                if any(o.clips for o in own)
-                else "–",
-            ]
+        others = [o for o in outcomes if o.setting == against.get(setting, "")]
+        success, pass_k, entropy, all_right, clip_share = (
+            estimate([getattr(o, field) for o in own])
+            for field in ("pass_1", "pass_k", "entropy", "all_right", "clip_share")
         )
+        differences = (paired(own, others, field) for field in ("pass_1", "pass_k"))
+        cells = [success.text(), pass_k.text(), others[0].setting if others else "–"]
+        cells += [d.text(lambda x: f"{100 * x:+.1f}") if d else "–" for d in differences]
+        cells += [entropy.text(number), share(all_right.mean)]
+        cells += [share(clip_share.mean) if any(o.clips for o in own) else "–"]
+        rows.append([setting, str(len(own)), *cells])
     return columns, rows
 
 
@@ -182,42 +155,23 @@ def sweep_section(
         "over runs of the same seed. Other columns: mean of the last tenth of the steps.",
         "Curves are means over seeds, bands from the lowest to the highest seed.",
     )
-    panels = [
-        panel
-        for title, key, form in _CURVES
-        if (panel := _curves(title, key, form, runs)) is not None
-    ]
-    return Section("sweep", "Settings compared", panels, notes, [sweep_table(outcomes, against)])
+    panels = [_panel(title, key, form, runs) for title, key, form in _CURVES]
+    drawn = [panel for panel in panels if panel.x]
+    return Section("sweep", "Settings compared", drawn, notes, [sweep_table(outcomes, against)])
 
 
-def _curves(title: str, key: str, form: Any, runs: Mapping[str, Sequence[Run]]) -> Panel | None:
-    steps = [s for group in runs.values() for run in group for s in run.series(key)[0]]
-    if not steps:
-        return None
-    start, span = min(steps), span_of(steps)
-    series, lines = [], {}
-    for setting, group in runs.items():
-        lines[setting] = [_line(run, key, start, span) for run in group]
-    grid = sorted({step for found in lines.values() for line in found for step in line})
-    for colour, (setting, found) in enumerate(lines.items()):
-        at = [[line[step] for line in found if step in line] for step in grid]
-        series.append(
-            Series(
-                setting,
-                [rounded(sum(v) / len(v)) if v else None for v in at],
-                run_colour(colour),
-                dash=colour // 6,
-                low=[rounded(min(v)) if v else None for v in at],
-                high=[rounded(max(v)) if v else None for v in at],
-            )
+def _panel(title: str, key: str, form: Form, runs: Mapping[str, Sequence[Run]]) -> Panel:
+    logged = [run.series(key) for group in runs.values() for run in group]
+    grid, points = curves.averaged(*logged)
+    lines = iter(map(curves.smoothed, points))
+    series = []
+    for i, (setting, group) in enumerate(runs.items()):
+        own = [next(lines) for _ in group]
+        at = {step: [line[step] for line in own if step in line] for step in grid}
+        mean, low, high = (
+            on_grid(grid, {step: summary(values) for step, values in at.items() if values})
+            for summary in (lambda values: sum(values) / len(values), min, max)
         )
+        colour = curves.run_colour(i)
+        series.append(Series(setting, mean, colour, i // curves.RUN_COLOURS, low=low, high=high))
     return Panel(title, grid, series, "Running mean.", form)
-
-
-def _line(run: Run, key: str, start: int, span: int) -> dict[int, float]:
-    points = bucket(*run.series(key), start=start, span=span)
-    return dict(zip(points, smoothed(list(points.values())), strict=True))
-
-
-def _points(difference: float) -> str:
-    return f"{100 * difference:+.1f}"

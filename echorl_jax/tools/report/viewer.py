@@ -1,14 +1,16 @@
 """The EchoClip viewer: chooses and packs sampled rollouts, and describes where clips end.
 
-Files are taken evenly over the run, the first and the last included, as many as leave room for at
-least one group each; only those are read. A small page still shows every phase of training.
+The viewer reads files that are evenly spread over the run, the first and the last included: as many
+as leave room for at least one group each. So a small page still shows every phase of training.
 """
 
 import dataclasses
+import itertools
 import json
 import re
+import statistics
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,13 @@ from echorl_jax.tools.report.headline import number, share
 from echorl_jax.tools.report.ledger import spread
 from echorl_jax.tools.report.runs import Run, finite, integer, is_number, read_jsonl
 
+Row = dict[str, Any]
+BINS = 20
+ENDINGS = 8  # last tokens of clips that the table lists
+PAGE_BYTES = 5_000_000  # of JSON in the page
+MAX_FILES = 60
+READ_BYTES = 150_000_000  # of sample files
+MAX_TOKENS = 3_000  # shown of one rollout
 # Control characters except tab and newline; zero-width marks; the marks that turn the direction of
 # text; line and paragraph separators; halves of surrogate pairs; the byte-order mark.
 _HIDDEN = re.compile(
@@ -27,7 +36,7 @@ _HIDDEN = re.compile(
 
 
 def visible(text: str) -> str:
-    """Replaces characters that would hide or reorder others by a picture or their code point.
+    """Replaces characters that would hide or reorder others.
 
     C0 controls become their Unicode control pictures, the others ``<U+XXXX>`` in single angle
     quotation marks.
@@ -35,7 +44,14 @@ def visible(text: str) -> str:
     >>> visible("a\\x00b\\u202ec")
     'a␀b‹U+202E›c'
     """
-    return _HIDDEN.sub(_shown, text)
+
+    def shown(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        if code < 0x20:
+            return chr(0x2400 + code)
+        return "␡" if code == 0x7F else f"‹U+{code:04X}›"
+
+    return _HIDDEN.sub(shown, text)
 
 
 def embed_json(value: Any) -> str:
@@ -54,203 +70,157 @@ def embed_json(value: Any) -> str:
     return text.replace("<", r"\u003c").replace(">", r"\u003e").replace("&", r"\u0026")
 
 
-def _shown(match: re.Match[str]) -> str:
-    code = ord(match[0])
-    if code < 0x20:
-        return chr(0x2400 + code)
-    return "␡" if code == 0x7F else f"‹U+{code:04X}›"
+def clip_of(row: Row) -> Row | None:
+    """The clip of one row of a samples file; None if it has none.
 
-
-BINS = 20
-# Last tokens of clips that are counted one by one.
-ENDINGS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Clip:
-    """The first ``tokens`` of ``length`` tokens, through step ``step`` (from 0) of ``steps``."""
-
-    training_step: int
-    tokens: int
-    length: int
-    step: int
-    steps: int
-    ending: str  # text of the clip's last token; "" where the clip is the whole response
-
-    @property
-    def place(self) -> float:
-        """Where in the response the clip ends, from 0 to 1."""
-        return self.tokens / self.length
-
-    @property
-    def whole(self) -> bool:
-        """Whether the clip is the whole response."""
-        return self.tokens >= self.length
-
-
-@dataclasses.dataclass(frozen=True)
-class ClipStatistics:
-    """Means over clips; lengths in tokens."""
-
-    clips: int
-    tokens_mean: float
-    tokens_median: float
-    place_mean: float  # share of the response that the clip covers
-    whole_share: float  # clips that are the whole response
-    first_step_share: float  # clips that end with the response's first step
-    steps_mean: float  # steps in a clip
-    # Commonest last tokens of clips that are not the whole response, with their counts.
-    endings: tuple[tuple[str, int], ...]
-
-
-def clip_of(row: dict[str, Any]) -> Clip | None:
-    """The clip of one row of a samples file; None where it has none."""
+    Returns:
+      ``training_step``; ``tokens``, those of the clip, of ``length`` in the response; ``step``, the
+      last step in it (from 0) of ``steps``; ``ending``, the text of its last token ("" if it is the
+      whole response); ``place``, tokens / length; ``whole``, true if it is the whole response.
+    """
     tokens, count = row.get("tokens"), integer(row.get("clip_tokens"))
     if not isinstance(tokens, list) or not tokens or not count or count < 0:
         return None
     length = len(tokens)
     clip = min(count, length)
     ids = [int(i) for i in row.get("step_ids") or [] if is_number(i) and i >= 0]
-    return Clip(
-        training_step=integer(row.get("step")) or 0,
-        tokens=clip,
-        length=length,
-        step=integer(row.get("clip_step")) or 0,
-        steps=max(ids) + 1 if ids else 1,
-        ending=str(tokens[clip - 1]) if clip < length else "",
-    )
+    return {
+        "training_step": integer(row.get("step")) or 0,
+        "tokens": clip,
+        "length": length,
+        "step": integer(row.get("clip_step")) or 0,
+        "steps": max(ids, default=0) + 1,
+        "ending": str(tokens[clip - 1]) if clip < length else "",
+        "place": clip / length,
+        "whole": clip == length,
+    }
 
 
-def clip_statistics(clips: Iterable[Clip]) -> ClipStatistics | None:
-    """Summarises clips, keeping the ``ENDINGS`` commonest last tokens; None without clips."""
-    found = list(clips)
-    if not found:
-        return None
-    count = len(found)
-    lengths = sorted(clip.tokens for clip in found)
-    common = Counter(clip.ending for clip in found if not clip.whole)
-    return ClipStatistics(
-        clips=count,
-        tokens_mean=sum(lengths) / count,
-        tokens_median=(lengths[(count - 1) // 2] + lengths[count // 2]) / 2,
-        place_mean=sum(clip.place for clip in found) / count,
-        whole_share=sum(clip.whole for clip in found) / count,
-        first_step_share=sum(clip.step == 0 for clip in found) / count,
-        steps_mean=sum(clip.step + 1 for clip in found) / count,
-        endings=tuple(common.most_common(ENDINGS)),
-    )
+def all_clips(run: Run) -> list[Row]:
+    """The clips in every samples file of a run, in order of steps."""
+    rows = (row for step, path in run.sample_files() for row in _read_samples(path, step))
+    return [clip for row in rows if (clip := clip_of(row)) is not None]
 
 
-def clip_rows(clips: Iterable[Clip]) -> list[dict[str, Any]]:
-    """One row per clip, as written to JSONL."""
-    return [dataclasses.asdict(c) | {"place": c.place, "whole": c.whole} for c in clips]
+def clip_statistics(clips: Sequence[Row]) -> Row:
+    """Means over at least one clip.
+
+    Returns:
+      ``tokens_mean`` and ``tokens_median`` of a clip, ``steps_mean`` in it, ``place_mean`` (the
+      share of the response it covers), ``whole_share`` (clips that are the whole response) and
+      ``first_step_share`` (clips that end with the response's first step).
+    """
+    tokens = [clip["tokens"] for clip in clips]
+    return {
+        "tokens_mean": sum(tokens) / len(tokens),
+        "tokens_median": statistics.median(tokens),
+        "steps_mean": sum(clip["step"] + 1 for clip in clips) / len(clips),
+        "place_mean": sum(clip["place"] for clip in clips) / len(clips),
+        "whole_share": sum(clip["whole"] for clip in clips) / len(clips),
+        "first_step_share": sum(clip["step"] == 0 for clip in clips) / len(clips),
+    }
 
 
-def clip_section(clips: Sequence[Clip]) -> Section | None:
+def clip_section(clips: Sequence[Row]) -> Section | None:
     """The report's section: place, length and last token of clips, early and late in training."""
-    overall = clip_statistics(clips)
-    if overall is None:
+    if not clips:
         return None
-    ordered = sorted(clips, key=lambda clip: clip.training_step)
-    third = len(ordered) // 3
-    parts = [("all", overall)]
-    if third >= 10:
-        parts.append(("first third", clip_statistics(ordered[:third]) or overall))
-        parts.append(("last third", clip_statistics(ordered[-third:]) or overall))
+    ordered = sorted(clips, key=lambda clip: clip["training_step"])
+    parts = {"all": ordered}
+    if (third := len(ordered) // 3) >= 10:
+        parts |= {"first third": ordered[:third], "last third": ordered[-third:]}
     columns = ["Clips", "Number", "Mean length", "Median", "Steps", "Share of the response"]
     columns += ["Whole response", "Only its first step"]
-    closed = [[repr(text)[1:-1], f"{n:,}", share(n / overall.clips)] for text, n in overall.endings]
-    tables = [(columns, [_row(*part) for part in parts])]
-    if closed:
-        tables.append((["Last token of clips that stop early", "Clips", "Share of all"], closed))
-    notes = (f"From the {overall.clips:,} clips among the samples that were read.",)
-    panels = [_place_panel(ordered), _length_panel(ordered)]
+    table = []
+    for name, part in parts.items():
+        *counts, place, whole, first = clip_statistics(part).values()
+        cells = [*map(number, counts), *map(share, (place, whole, first))]
+        table.append([name, f"{len(part):,}", *cells])
+    tables = [(columns, table)]
+    endings = Counter(clip["ending"] for clip in ordered if not clip["whole"])
+    if endings:
+        columns = ["Last token of clips that stop early", "Clips", "Share of all"]
+        common = endings.most_common(ENDINGS)
+        rows = [[repr(text)[1:-1], f"{n:,}", share(n / len(clips))] for text, n in common]
+        tables.append((columns, rows))
+    notes = (f"From the {len(clips):,} clips among the samples that were read.",)
+    width = -(-max(clip["tokens"] for clip in clips) // BINS)
+    panels = [
+        _histogram(
+            ("Where in the response", "Share of clips by how much of the response they cover."),
+            [clip["place"] for clip in ordered],
+            1.0,
+            [(i + 0.5) / BINS for i in range(BINS)],
+            "part of the response",
+        ),
+        _histogram(
+            ("How long", "Share of clips by length."),
+            [clip["tokens"] - 1 for clip in ordered],
+            width * BINS,
+            [i * width + (width + 1) / 2 for i in range(BINS)],
+            "tokens",
+        ),
+    ]
     return Section("clips", "Where clips end", panels, notes, tables)
 
 
-def _row(name: str, s: ClipStatistics) -> list[str]:
-    cells = [f"{s.clips:,}", number(s.tokens_mean), number(s.tokens_median), number(s.steps_mean)]
-    return [name, *cells, share(s.place_mean), share(s.whole_share), share(s.first_step_share)]
-
-
-def _place_panel(clips: Sequence[Clip]) -> Panel:
-    counts, _ = np.histogram([clip.place for clip in clips], BINS, range=(0.0, 1.0))
-    middles = [(i + 0.5) / BINS for i in range(BINS)]
-    shares = [rounded(n / len(clips)) for n in counts]
-    note = "Share of clips by how much of the response they cover."
-    series = [Series("", shares, paint="bars")]
-    return Panel("Where in the response", middles, series, note, "share", "part of the response")
-
-
-def _length_panel(clips: Sequence[Clip]) -> Panel:
-    longest = max(clip.tokens for clip in clips)
-    width = -(-longest // BINS)
-    counts, _ = np.histogram([c.tokens - 1 for c in clips], BINS, range=(0, width * BINS))
-    middles = [i * width + (width + 1) / 2 for i in range(BINS)]
-    shares = [rounded(n / len(clips)) for n in counts]
-    series = [Series("", shares, paint="bars")]
-    return Panel("How long", middles, series, "Share of clips by length.", "share", "tokens")
-
-
-# Bytes of JSON in the page; sample files looked into, and their bytes on disk; tokens shown of one
-# rollout.
-PAGE_BYTES = 5_000_000
-MAX_FILES = 60
-READ_BYTES = 150_000_000
-MAX_TOKENS = 3_000
+def _histogram(
+    words: tuple[str, str], values: list[float], limit: float, middles: list[float], x_name: str
+) -> Panel:
+    counts, _ = np.histogram(values, BINS, range=(0, limit))
+    shares = [rounded(n / len(values)) for n in counts]
+    title, note = words
+    return Panel(title, middles, [Series("", shares, paint="bars")], note, "share", x_name)
 
 
 @dataclasses.dataclass(frozen=True)
 class Viewer:
-    """What the viewer shows, what it leaves out, and the clips of everything that was read."""
+    """The shown groups, the number of groups left out, and the clips of all that were read."""
 
-    groups: list[dict[str, Any]]
+    groups: list[Row]
     files: int
     files_read: int
     groups_left_out: int
     entropy_scale: float  # nats at which the shading is full
-    clips: tuple[Clip, ...] = ()
-
-    def payload(self) -> dict[str, Any]:
-        """The part that goes into the page."""
-        return {"groups": self.groups, "entropy_scale": self.entropy_scale}
+    clips: tuple[Row, ...] = ()
 
 
 def build_viewer(run: Run, *, page_bytes: int = PAGE_BYTES) -> Viewer:
-    """Reads and packs what fits of a run's samples; an empty viewer where there are none."""
+    """Reads and packs as many of a run's samples as fit; the viewer is empty if there are none."""
     files = run.sample_files()
     chosen = _choose(files, page_bytes)
-    kept: list[dict[str, Any]] = []
-    clips: list[Clip] = []
+    kept: list[Row] = []
+    clips: list[Row] = []
     left_out = used = 0
     for done, (step, path) in enumerate(chosen, start=1):
         for rows in read_groups(path, step):
             clips += [clip for row in rows if (clip := clip_of(row)) is not None]
             group = pack_group(rows)
             size = len(embed_json(group))
-            # What earlier files did not need is there for later ones.
+            # Files may also use the room that earlier ones have left.
             if used + size <= page_bytes * done // len(chosen):
                 used += size
                 kept.append(group)
             else:
                 left_out += 1
     kept.sort(key=lambda group: (group["step"], group["group"] or 0))
-    return Viewer(kept, len(files), len(chosen), left_out, _entropy_scale(kept), tuple(clips))
+    values = sorted(v for g in kept for r in g["rollouts"] for v in r["entropy"])
+    # Above the 98th percentile all tokens look alike, so that rare ones do not make the rest pale.
+    scale = max(0.05, values[int(0.98 * (len(values) - 1))] / 100) if values else 1.0
+    return Viewer(kept, len(files), len(chosen), left_out, scale, tuple(clips))
 
 
-def read_groups(path: Path, step: int) -> list[list[dict[str, Any]]]:
+def read_groups(path: Path, step: int) -> list[list[Row]]:
     """The rows of a samples file, one list per group; rows without text are left out."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for row in read_jsonl(path):
+    groups: dict[str, list[Row]] = {}
+    for row in _read_samples(path, step):
         if isinstance(row.get("response"), str) or isinstance(row.get("tokens"), list):
-            logged = integer(row.get("step"))
-            row["step"] = step if logged is None else logged
             groups.setdefault(str(row.get("group")), []).append(row)
     return list(groups.values())
 
 
-def pack_group(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One group as the page needs it: ``outcome`` is ``mixed``, ``right`` or ``wrong``."""
+def pack_group(rows: Sequence[Row]) -> Row:
+    """One group for the page: ``outcome`` is ``mixed``, ``right`` or ``wrong``."""
     right = sum(bool(row.get("correct")) for row in rows)
     first = rows[0]
     return {
@@ -264,11 +234,11 @@ def pack_group(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def pack_rollout(row: dict[str, Any]) -> dict[str, Any]:
+def pack_rollout(row: Row) -> Row:
     """One rollout: tokens, their entropy in hundredths of a nat, their steps, and the clip.
 
-    A row without tokens is shown as one piece of text; values that do not match the tokens in
-    number are not shown.
+    A row without tokens is shown as one piece of text; entropies and steps are shown if there is
+    one for each token.
     """
     tokens = row.get("tokens")
     if not isinstance(tokens, list) or not tokens:
@@ -279,40 +249,40 @@ def pack_rollout(row: dict[str, Any]) -> dict[str, Any]:
     ids = _numbers(row.get("step_ids"), len(tokens)) or [0.0] * len(tokens)
     means = row.get("step_entropy")
     return {
-        "reward": row.get("reward") if is_number(row.get("reward")) else None,
-        "advantage": row.get("advantage") if is_number(row.get("advantage")) else None,
-        "correct": bool(row.get("correct")),
-        "truncated": bool(row.get("truncated")),
+        **{k: row.get(k) if is_number(row.get(k)) else None for k in ("reward", "advantage")},
+        **{key: bool(row.get(key)) for key in ("correct", "truncated")},
         "reason": visible(str(row.get("reason") or "")),
         "length": len(tokens),
         "tokens": [visible(str(token)) for token in tokens[:shown]],
         "entropy": [round(100 * value) for value in entropy[:shown]],
-        "steps": _steps(ids, entropy, means if isinstance(means, list) else [], shown),
+        "steps": _steps(ids[:shown], entropy, means if isinstance(means, list) else []),
         "clip_tokens": clip_tokens,
     }
 
 
-def _steps(ids: list[float], entropy: list[float], means: list[Any], shown: int) -> list[list[Any]]:
+def _steps(ids: list[float], entropy: list[float], means: list[Any]) -> list[list[Any]]:
     """``[end, mean entropy or None]`` per step, ``end`` being the token after its last."""
-    bounds: list[list[int]] = []
-    for position, raw in enumerate(ids[:shown]):
-        # A masked position has no step of its own: it stays with what came before.
-        step = int(raw) if raw >= 0 or not bounds else bounds[-1][0]
-        if not bounds or bounds[-1][0] != step:
-            bounds.append([step, position])
-        bounds[-1][1] = position + 1
-    steps, start = [], 0
-    for step, end in bounds:
-        own = entropy[start:end]
+    # A masked token belongs to the step before it.
+    joined = list(itertools.accumulate(map(int, ids), lambda last, i: i if i >= 0 else last))
+    steps, end = [], 0
+    for step, tokens in itertools.groupby(joined):
+        start, end = end, end + len(list(tokens))
         logged = means[step] if 0 <= step < len(means) else None
+        own = entropy[start:end]
         value = logged if is_number(logged) else sum(own) / len(own) if own else None
-        steps.append([end, round(value, 4) if value is not None else None])
-        start = end
+        steps.append([end, None if value is None else round(value, 4)])
     return steps
 
 
+def _read_samples(path: Path, step: int) -> Iterator[Row]:
+    """The rows of a samples file; those without a step get the one in the file's name."""
+    for row in read_jsonl(path):
+        logged = integer(row.get("step"))
+        yield row | {"step": step if logged is None else logged}
+
+
 def _choose(files: list[tuple[int, Path]], page_bytes: int) -> list[tuple[int, Path]]:
-    """Files evenly over the run, as many as there is room for, judged by the middle one."""
+    """As many files as there is room for, evenly over the run; the middle one gives the size."""
     if not files:
         return []
     step, path = files[len(files) // 2]
@@ -320,12 +290,6 @@ def _choose(files: list[tuple[int, Path]], page_bytes: int) -> list[tuple[int, P
     by_page = page_bytes * len(sizes) // max(1, sum(sizes)) if sizes else MAX_FILES
     by_disk = READ_BYTES // max(1, path.stat().st_size)
     return spread(files, max(2, min(MAX_FILES, by_page, by_disk)))
-
-
-def _entropy_scale(groups: list[dict[str, Any]]) -> float:
-    values = sorted(v for g in groups for r in g["rollouts"] for v in r["entropy"])
-    # A rare very surprising token must not make all the others look pale.
-    return max(0.05, values[int(0.98 * (len(values) - 1))] / 100) if values else 1.0
 
 
 def _numbers(values: Any, count: int) -> list[float]:

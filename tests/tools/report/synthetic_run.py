@@ -1,4 +1,4 @@
-"""Makes the files of a run out of random numbers, in the layout that training writes."""
+"""Writes the files of a run, filled with random numbers, in the layout of training."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""``echorl analyze``: its files and sections, checked against what can be worked out without it."""
+"""``echorl analyze``: its files and sections against values computed independently."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ def rows_of(path):
     return list(read_jsonl(path))
 
 
-def test_a_run_gets_its_studies(tmp_path):
+def test_the_studies_of_a_run_need_no_options(tmp_path):
     runs = [write_run(tmp_path / name, echo=name == "echo") for name in ("echo", "plain")]
     *files, report = analyze(Analysis(workdir=runs[0], compare=(runs[1],)))
     assert [path.name for path in files] == ["collapse.jsonl", "entropy_law.jsonl", "clips.jsonl"]
@@ -42,7 +42,7 @@ def test_stored_entropies_need_no_model(tmp_path):
     assert means == pytest.approx([3.0, 3.5, 5.0])
     assert rows_of(steps)[0]["step_entropy"] == [2.0, 5.0] and rows_of(steps)[0]["peak_step"] == 1
     text = report.read_text()
-    # A page about no run has no empty parts of one.
+    # Without a run the page has no empty ledger and config.
     assert (
         "Entropy of trajectories" in text
         and 'id="ledger"' not in text
@@ -65,7 +65,7 @@ def test_stored_entropies_need_no_model(tmp_path):
         ({"studies": ("run",)}, "not a directory|holds no run"),
     ],
 )
-def test_what_is_missing_is_named(tmp_path, options, message):
+def test_a_missing_or_wrong_option_is_named(tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         analyze(Analysis(workdir=tmp_path / "new", **options))
 

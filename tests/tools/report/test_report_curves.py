@@ -1,4 +1,4 @@
-"""From logged metrics to panels: grids, means, thinning, and nothing logged is hidden."""
+"""Panels from logged metrics: common grids, running means, thinning, and completeness."""
 
 import math
 
@@ -9,7 +9,7 @@ from synthetic_run import dump_lines, write_run
 
 from echorl_jax.tools.report.curves import (
     MAX_POINTS,
-    bucket,
+    averaged,
     build_sections,
     rolling_mean,
     span_of,
@@ -31,7 +31,7 @@ def test_a_short_run_is_drawn_as_logged(tmp_path):
     assert success.series[0].raw is None
 
 
-def test_smoothing_keeps_the_logged_values_behind_it(tmp_path):
+def test_a_smoothed_curve_also_has_the_logged_values(tmp_path):
     run = read_run(write_run(tmp_path / "run", steps=100))
     reward = panel(build_sections([run]), "Reward").series[0]
     _, values = run.series("reward/mean")
@@ -69,7 +69,7 @@ def test_the_stacked_shares_add_up_to_one(tmp_path):
     assert [series.colour for series in stack.series] == ["right", "mixed", "wrong"]
 
 
-def test_every_metric_has_exactly_one_place(tmp_path):
+def test_a_metric_without_a_panel_is_under_other_metrics(tmp_path):
     directory = write_run(tmp_path / "run", steps=3)
     dump_lines(directory / "metrics.jsonl", [{"step": 0, "my/own": 1, "reward/mean": 0.5}])
     sections = build_sections([read_run(directory)])
@@ -77,7 +77,7 @@ def test_every_metric_has_exactly_one_place(tmp_path):
     assert panel(sections, "my/own").series[0].y == [1.0]
 
 
-def test_several_sources_and_parts_are_named(tmp_path):
+def test_several_keys_in_a_panel_are_named_by_what_differs(tmp_path):
     rows = [{"step": 0, "eval/aime/pass@1": 0.1, "eval/amc/24/pass@1": 0.2, "eval/amc/pass@8": 0.3}]
     dump_lines(tmp_path / "metrics.jsonl", rows)
     success = panel(build_sections([read_run(tmp_path)]), "Held-out success")
@@ -85,7 +85,7 @@ def test_several_sources_and_parts_are_named(tmp_path):
     assert [series.dash for series in success.series] == [0, 1]
 
 
-def test_no_metrics_no_sections(tmp_path):
+def test_a_run_without_metrics_has_no_sections(tmp_path):
     assert build_sections([read_run(tmp_path)]) == []
 
 
@@ -93,8 +93,8 @@ def test_no_metrics_no_sections(tmp_path):
 def test_spans_keep_every_value_and_stay_within_the_limit(steps):
     ordered = sorted(steps)
     span = span_of(ordered)
-    points = bucket(ordered, [1.0] * len(ordered), start=ordered[0], span=span)
-    assert len(points) <= MAX_POINTS
+    grid, (points,) = averaged((ordered, [1.0] * len(ordered)))
+    assert list(points) == grid and len(points) <= MAX_POINTS
     assert set(points.values()) == {1.0}
     assert all(abs(x - min(ordered, key=lambda s, x=x: abs(s - x))) < span for x in points)
 
@@ -106,3 +106,10 @@ def test_a_running_mean_stays_within_the_values(values, half):
     slack = 1e-9 * max(map(abs, values)) * len(values) + 1e-9
     assert all(min(values) - slack <= m <= max(values) + slack for m in means)
     assert math.isclose(means[0], sum(values[: half + 1]) / len(values[: half + 1]), abs_tol=slack)
+
+
+def test_curves_of_one_call_share_their_spans():
+    # 0..799 in spans of 2 steps, named after the first of them; the second curve starts at 1.
+    grid, (first, second) = averaged((range(800), [1.0] * 800), ([1, 2, 4], [3.0, 5.0, 7.0]))
+    assert grid == list(range(0, 800, 2)) == list(first)
+    assert second == {0: 3.0, 2: 5.0, 4: 7.0}

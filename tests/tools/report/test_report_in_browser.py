@@ -1,4 +1,4 @@
-"""The report in a browser: the viewer shows what the files hold, and nothing in them can act.
+"""The report in a browser: the viewer shows the samples, and model output cannot run as code.
 
 Needs Chromium and the package playwright; skipped where either is missing.
 """
@@ -35,7 +35,7 @@ def browser():
 
 @pytest.fixture
 def open_report(browser):
-    """Opens a report; by the end nothing may have been fetched, logged or popped up."""
+    """Opens reports; fails if one of them fetched a file, logged a message or opened a dialog."""
     pages, trouble, fetched = [], [], []
 
     def open_page(path, *, width=1280, scheme="light"):
@@ -76,7 +76,7 @@ def shown_text(page):
     return text.replace("↵\n", "↵").replace("↵", "\n")
 
 
-def test_the_filter_shows_what_the_files_hold(tmp_path, open_report):
+def test_the_filter_selects_groups_by_step_and_outcome(tmp_path, open_report):
     run = write_run(tmp_path / "run", steps=16, samples_every=5)
     page = open_report(write_report(run))
     groups = groups_of(run)
@@ -113,7 +113,7 @@ def assert_group_shown(page, rows):
         assert page.locator(".sheet .clip-end").count() == (row["clip_tokens"] > 0)
 
 
-def test_walking_through_the_groups(tmp_path, open_report):
+def test_the_buttons_step_through_the_groups(tmp_path, open_report):
     run = write_run(tmp_path / "run", steps=6, samples_every=5)
     page = open_report(write_report(run))
     groups = groups_of(run)
@@ -129,7 +129,7 @@ def test_walking_through_the_groups(tmp_path, open_report):
     assert page.inner_text("#viewer-place") == f"{len(with_clip)} of {len(with_clip)}"
 
 
-def test_model_output_cannot_act(tmp_path, open_report):
+def test_model_output_cannot_run_as_code(tmp_path, open_report):
     hostile = [
         "</script><script>window.hurt = 1</script>",
         "<img src=x onerror='window.hurt = 2'><svg onload='window.hurt = 3'>",
@@ -159,7 +159,7 @@ def test_model_output_cannot_act(tmp_path, open_report):
     )
 
 
-def test_curves_are_drawn_and_read(tmp_path, open_report):
+def test_curves_are_drawn_and_read_out(tmp_path, open_report):
     runs = [write_run(tmp_path / name, steps=25, seed=i) for i, name in enumerate("ab")]
     page = open_report(write_report(runs[0], compare=(runs[1],)))
     data = json.loads(page.locator("#data").text_content() or "")
@@ -178,7 +178,7 @@ def test_curves_are_drawn_and_read(tmp_path, open_report):
     assert "step 12" in page.locator("#policy .panel .readout").first.inner_text()
 
 
-def test_the_ledger_answers(tmp_path, open_report):
+def test_pointing_at_a_ledger_cell_describes_it(tmp_path, open_report):
     run = write_run(tmp_path / "run", steps=12)
     page = open_report(write_report(run))
     page.locator("#ledger-canvas").hover(position={"x": 3, "y": 3})
@@ -193,7 +193,7 @@ def test_the_ledger_answers(tmp_path, open_report):
 
 @pytest.mark.parametrize("width", [390, 768, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_it_fits_the_screen(tmp_path, open_report, width, scheme):
+def test_the_page_fits_the_screen_in_both_colour_schemes(tmp_path, open_report, width, scheme):
     run = write_run(tmp_path / "a-run-with-a-rather-long-name-that-must-wrap-on-a-phone", steps=8)
     page = open_report(write_report(run), width=width, scheme=scheme)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
@@ -201,12 +201,12 @@ def test_it_fits_the_screen(tmp_path, open_report, width, scheme):
     assert (dark == "rgb(20, 24, 28)") == (scheme == "dark")
 
 
-def test_an_empty_report_opens(tmp_path, open_report):
+def test_the_report_of_an_empty_directory_opens(tmp_path, open_report):
     page = open_report(write_report(tmp_path))
     assert "has not finished a step yet" in page.inner_text("h1")
 
 
-def test_a_change_of_colour_scheme_redraws(tmp_path, open_report):
+def test_a_change_of_colour_scheme_redraws_the_charts(tmp_path, open_report):
     page = open_report(write_report(write_run(tmp_path / "run", steps=8)))
     before = page.locator(".panel canvas").count()
     page.emulate_media(color_scheme="dark")
@@ -214,7 +214,7 @@ def test_a_change_of_colour_scheme_redraws(tmp_path, open_report):
     assert page.locator(".panel canvas").count() == before
 
 
-def test_a_long_run_opens_at_once(tmp_path, open_report):
+def test_a_long_run_opens_within_two_seconds(tmp_path, open_report):
     # 10,000 steps and 100,000 samples: thinned, and it says so.
     sizes = {"prompts_per_step": 10, "samples_groups": 10, "samples_every": 4, "prompts": 500}
     path = write_report(write_run(tmp_path / "long", steps=10_000, **sizes))
@@ -229,7 +229,7 @@ def test_a_long_run_opens_at_once(tmp_path, open_report):
     assert "Thinned: groups from" in text and "each point is the mean of 25 steps" in text
 
 
-def test_studies_without_a_run(tmp_path, open_report):
+def test_studies_without_a_run_open(tmp_path, open_report):
     points = [
         {"order": order, "deleted": k, "trials": 9, "success": 1 - k / 2, "low": 0.0, "high": 1.0}
         for order in ("high", "low", "random")

@@ -1,4 +1,4 @@
-"""The page as a file: whole, self-contained, and made from whatever a run left behind."""
+"""The report file: complete, self-contained, and written for incomplete runs too."""
 
 import base64
 import hashlib
@@ -53,7 +53,7 @@ def page_of(*args, **kwargs):
     return Page(write_report(*args, **kwargs).read_text(encoding="utf-8"))
 
 
-def test_the_whole_page(tmp_path):
+def test_the_page_has_every_part(tmp_path):
     run = write_run(tmp_path / "countdown", steps=40)
     path = write_report(run)
     assert path == run / "report.html" and not (run / "report.html.part").exists()
@@ -77,7 +77,7 @@ def test_the_whole_page(tmp_path):
     assert len(page.data["viewer"]["groups"]) == 3 * 9
 
 
-def test_nothing_in_the_page_reaches_out(tmp_path):
+def test_the_page_loads_nothing_and_its_policy_lists_its_scripts(tmp_path):
     page = page_of(write_run(tmp_path / "run", steps=5))
     references = [v for _, key, v in page.attributes if key in ("src", "href", "srcset", "action")]
     assert all(value.startswith("#") for value in references)
@@ -100,7 +100,7 @@ def test_several_runs_are_compared(tmp_path):
     assert [series["label"] for series in reward["series"]] == ["echo", "plain"]
 
 
-def test_a_directory_that_just_started(tmp_path):
+def test_an_empty_directory_gives_a_page_that_says_so(tmp_path):
     page = page_of(tmp_path)
     assert "This run has not finished a step yet" in page.text
     assert "No step has been logged yet" in page.text
@@ -113,14 +113,14 @@ def test_a_directory_that_just_started(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["metrics.jsonl", "samples/ledger.jsonl", "config.json"])
-def test_a_missing_file_only_costs_its_part(tmp_path, missing):
+def test_a_missing_file_leaves_the_other_parts(tmp_path, missing):
     run = write_run(tmp_path / "run", steps=6)
     (run / missing).unlink()
     page = page_of(run)
     assert "EchoClips" in page.text and page.data["viewer"]["groups"]
 
 
-def test_every_file_torn_in_the_middle(tmp_path):
+def test_torn_files_are_shown_up_to_the_tear(tmp_path):
     run = write_run(tmp_path / "run", steps=12)
     for path in [p for p in run.rglob("*.json*") if p.is_file()]:
         content = path.read_bytes()
@@ -141,13 +141,13 @@ def test_supervised_training_has_no_parts_about_groups(tmp_path):
     assert [panel["title"] for panel in folded] == ["Held-out success", "KL to the reference"]
 
 
-def test_no_evaluation_speaks_of_the_reward(tmp_path):
+def test_without_evaluations_the_headline_gives_the_reward(tmp_path):
     run = read_run(write_run(tmp_path / "run", steps=20, eval_every=0))
     assert re.fullmatch(r"Reward rose from 0\.\d+ to 0\.\d+ in 20 steps", headline(run))
     assert [fact.label for fact in facts(run)][0] == "Mean reward"
 
 
-def test_a_small_change_gets_no_verdict(tmp_path):
+def test_a_small_change_is_called_neither_rise_nor_fall(tmp_path):
     rows = [{"step": 0, "eval/c/pass@1": 0.40}, {"step": 80, "eval/c/pass@1": 0.38}, {"step": 88}]
     dump_lines(tmp_path / "metrics.jsonl", [row | {"reward/mean": 0.4} for row in rows])
     (tmp_path / "config.json").write_text('{"steps": 120}')
@@ -172,7 +172,7 @@ def test_one_step_has_a_plain_headline(tmp_path):
     assert headline(run) == "A run of 1 step"
 
 
-def test_headline_numbers_by_hand(tmp_path):
+def test_headline_numbers_match_hand_worked_values(tmp_path):
     right, wrong = "group/all_success_fraction", "group/all_failure_fraction"
     dump_lines(
         tmp_path / "metrics.jsonl",
@@ -210,7 +210,7 @@ def test_model_output_stays_text(tmp_path):
     assert "\x00" not in page.text and "\u202e" not in page.text
 
 
-def test_studies_with_a_model_are_shown_where_they_were_made(tmp_path):
+def test_stored_studies_are_shown(tmp_path):
     run = write_run(tmp_path / "run", steps=3)
     point = {"order": "high", "deleted": 0, "trials": 10, "success": 0.9, "low": 0.6, "high": 1.0}
     write_jsonl(run / "analysis" / "deletion.jsonl", [point, point | {"deleted": 1}])
@@ -224,7 +224,7 @@ def test_config_values_that_differ_from_the_defaults_are_marked():
     assert dict(config_table({"mine": {"key": None}}))["mine"] == [("key", "none", False)]
 
 
-def test_differences_name_only_what_differs(tmp_path):
+def test_only_differing_config_keys_are_listed(tmp_path):
     for name, coef in (("a", 0.0), ("b", 0.1)):
         (tmp_path / name).mkdir()
         config = {"seed": 3, "echo": {"coef": coef}}
@@ -238,7 +238,7 @@ def test_a_wrong_directory_is_a_usage_error(tmp_path):
         write_report(tmp_path, compare=(tmp_path / "typo",))
 
 
-def test_a_long_run_stays_small(tmp_path):
+def test_the_page_of_a_long_run_is_thinned(tmp_path):
     run = write_run(
         tmp_path / "run",
         steps=1_200,

@@ -10,7 +10,7 @@ from echorl_jax.config import ConfigError
 from echorl_jax.tools.report.runs import finite, read_jsonl, read_run, read_runs, write_jsonl
 
 
-def test_a_whole_run_is_read_in_order_of_steps(tmp_path):
+def test_a_complete_run_is_read_in_order_of_steps(tmp_path):
     run = read_run(write_run(tmp_path / "run", steps=12, samples_every=5))
     assert [row["step"] for row in run.metrics] == list(range(12))
     steps, values = run.series("eval/countdown/pass@1")
@@ -26,13 +26,13 @@ def test_an_empty_directory_is_a_run_without_steps(tmp_path):
     assert run.sample_files() == [] and run.keys() == []
 
 
-def test_a_missing_directory_is_one_clear_line(tmp_path):
+def test_a_missing_directory_is_a_one_line_error(tmp_path):
     with pytest.raises(ConfigError, match="nowhere: not a directory") as caught:
         read_run(tmp_path / "nowhere")
     assert "\n" not in str(caught.value)
 
 
-def test_torn_and_foreign_lines_are_left_out_and_counted(tmp_path):
+def test_unreadable_lines_are_left_out_and_counted(tmp_path):
     lines = ['{"step": 0, "reward/mean": 0.5}', "[1, 2]", "\x00\x00", '{"step": 1, "reward/me']
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     run = read_run(tmp_path)
@@ -40,7 +40,7 @@ def test_torn_and_foreign_lines_are_left_out_and_counted(tmp_path):
     assert run.notes == ("metrics.jsonl: 3 unreadable line(s) left out",)
 
 
-def test_a_line_cut_inside_a_character_does_not_stop_the_reading(tmp_path):
+def test_a_line_cut_inside_a_character_is_skipped(tmp_path):
     whole = json.dumps({"step": 0, "text": "schön"}, ensure_ascii=False).encode()
     (tmp_path / "rows.jsonl").write_bytes(whole + b"\n" + whole[:-4])
     assert [row["step"] for row in read_jsonl(tmp_path / "rows.jsonl")] == [0]
@@ -71,7 +71,7 @@ def test_a_broken_config_is_noted(tmp_path, text):
     assert run.config == {} and run.notes == ("config.json: not a JSON object, left out",)
 
 
-def test_runs_of_one_name_are_told_apart_and_read_once(tmp_path):
+def test_runs_of_the_same_name_get_different_names(tmp_path):
     for name in ("a/seed0", "b/seed0"):
         (tmp_path / name).mkdir(parents=True)
     runs = read_runs(
@@ -80,7 +80,7 @@ def test_runs_of_one_name_are_told_apart_and_read_once(tmp_path):
     assert [run.name for run in runs] == [os.path.join("a", "seed0"), os.path.join("b", "seed0")]
 
 
-def test_jsonl_goes_out_and_comes_back(tmp_path):
+def test_written_jsonl_reads_back_equal(tmp_path):
     rows = [{"a": [1, float("nan")], "b": "line\nbreak \u2028"}, {"a": {"c": float("-inf")}}]
     path = write_jsonl(tmp_path / "deep" / "rows.jsonl", rows)
     assert list(read_jsonl(path)) == [finite(row) for row in rows]

@@ -1,4 +1,4 @@
-"""The ledger counts every group and thins only what it draws."""
+"""The ledger counts every group; only the drawn cells are thinned."""
 
 from synthetic_run import dump_lines, write_run
 
@@ -15,7 +15,7 @@ def ledger_of(tmp_path, *steps):
     return build_ledger(read_ledger(tmp_path / "ledger.jsonl"))
 
 
-def test_states_moves_and_totals(tmp_path):
+def test_moves_and_totals_match_hand_worked_counts(tmp_path):
     ledger = ledger_of(
         tmp_path,
         [group(7, 0), group(8, 2, clip=True)],
@@ -63,7 +63,7 @@ def test_a_step_logged_again_counts_once(tmp_path):
     assert [visit.state for visit in visits] == ["right"]
 
 
-def test_the_cells_are_those_of_the_file(tmp_path):
+def test_every_group_of_a_short_run_has_a_cell(tmp_path):
     run = write_run(tmp_path / "run", steps=20, prompts_per_step=8)
     visits = read_ledger(run / "samples" / "ledger.jsonl")
     drawn = build_ledger(visits)
@@ -72,6 +72,6 @@ def test_the_cells_are_those_of_the_file(tmp_path):
     )
 
 
-def test_spread_keeps_both_ends():
+def test_spread_items_include_the_first_and_the_last():
     assert spread(list(range(100)), 4) == [0, 33, 66, 99]
     assert spread([1, 2], 4) == [1, 2] and spread([1, 2], 1) == [1] and spread([], 3) == []

@@ -1,4 +1,4 @@
-"""Sweeps: statistics against scipy, what a setting changes, and two real runs of two steps."""
+"""Sweeps: intervals against scipy, the options of a setting, and two real runs of two steps."""
 
 import importlib.util
 import json
@@ -41,7 +41,7 @@ def outcome(setting, seed, pass_1):
     return Outcome(setting=setting, seed=seed, steps=9, pass_1=pass_1, k=8, **numbers)
 
 
-def test_the_interval_is_students():
+def test_the_interval_is_that_of_students_t():
     values = [0.41, 0.44, 0.47, 0.43, 0.45]
     found = estimate(values)
     low, high = stats.t.interval(0.95, 4, loc=found.mean, scale=stats.sem(values))
@@ -49,7 +49,7 @@ def test_the_interval_is_students():
     assert estimate([0.4]).low is None and estimate([0.4]).text() == "40.0%"
 
 
-def test_pairs_are_of_one_seed():
+def test_runs_are_paired_by_seed():
     plain = [outcome("plain", 0, 0.40), outcome("plain", 1, 0.50), outcome("plain", 7, 0.9)]
     echo = [outcome("echo", 1, 0.53), outcome("echo", 0, 0.41)]
     found = paired(echo, plain, "pass_1")
@@ -84,7 +84,7 @@ def test_only_a_finished_run_has_an_outcome(tmp_path):
     assert [panel.title for panel in section.panels] == ["Reward", "Token entropy"]
 
 
-def test_settings_change_only_what_they_name(sweep):
+def test_a_setting_changes_only_its_own_options(sweep):
     assert sweep.Setting(echo=False).options(10) == {
         "objective.name": "grpo",
         "echo.enabled": "false",
@@ -96,7 +96,7 @@ def test_settings_change_only_what_they_name(sweep):
     assert names == [n + e for n in ("grpo", "dapo", "luffy", "uft") for e in ("", " + echo")]
 
 
-def test_a_grid_holds_nothing_twice(sweep):
+def test_a_grid_lists_each_setting_once(sweep):
     both = sweep.parse(["--grid=main,coef", "--out=x"])
     assert [s.name for s in sweep.settings_of(both)] == [
         "grpo",
@@ -113,7 +113,7 @@ def test_a_grid_holds_nothing_twice(sweep):
     ]
 
 
-def test_a_run_with_other_options_is_not_taken_for_this_one(tmp_path, sweep):
+def test_a_directory_with_a_run_of_other_options_is_refused(tmp_path, sweep):
     def job_of(*words):
         arguments = sweep.parse([f"--out={tmp_path}", f"--config={CONFIG}", *words])
         job = sweep.Job(sweep.ECHO, 0, tmp_path / "run", arguments.steps)

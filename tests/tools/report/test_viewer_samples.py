@@ -1,4 +1,4 @@
-"""What the EchoClip viewer gets: the tokens and steps of the files, in a budget, safe to show."""
+"""The data of the EchoClip viewer: tokens and steps of the files, within a budget, escaped."""
 
 import html.parser
 import json
@@ -17,7 +17,7 @@ from echorl_jax.tools.report.viewer import (
 )
 
 
-def test_groups_are_those_of_the_files(tmp_path):
+def test_groups_hold_the_tokens_steps_and_clips_of_the_files(tmp_path):
     run = read_run(write_run(tmp_path / "run", steps=20, samples_every=5))
     viewer = build_viewer(run)
     rows = [row for _, path in run.sample_files() for row in read_jsonl(path)]
@@ -33,7 +33,7 @@ def test_groups_are_those_of_the_files(tmp_path):
     assert len(viewer.clips) == sum(row["clip_tokens"] > 0 for row in rows)
 
 
-def test_the_budget_holds_and_every_phase_stays(tmp_path):
+def test_a_small_page_shows_every_phase_within_its_budget(tmp_path):
     run = read_run(write_run(tmp_path / "run", steps=200, samples_every=1, samples_groups=4))
     viewer = build_viewer(run, page_bytes=60_000)
     assert len(embed_json(viewer.groups)) < 62_000
@@ -43,7 +43,7 @@ def test_the_budget_holds_and_every_phase_stays(tmp_path):
     assert max(b - a for a, b in zip(steps, steps[1:], strict=False)) < 60
 
 
-def test_no_samples_no_groups(tmp_path):
+def test_a_run_without_samples_has_no_groups(tmp_path):
     viewer = build_viewer(read_run(tmp_path))
     assert viewer.groups == [] and viewer.files == 0 and viewer.clips == ()
 
@@ -76,7 +76,7 @@ def test_a_very_long_rollout_is_cut_after_its_clip():
 
 
 class Scripts(html.parser.HTMLParser):
-    """Collects what a browser takes for script elements."""
+    """Collects the elements that a browser would open."""
 
     def __init__(self):
         super().__init__()
@@ -97,15 +97,14 @@ def test_embedded_text_cannot_leave_its_element(text):
 
 
 @given(st.text())
-def test_visible_text_hides_nothing(text):
+def test_visible_text_keeps_every_character(text):
     shown = visible(text)
     assert visible(shown) == shown
-    # Nothing is dropped: a shown character is either itself or a picture of itself.
     assert len(shown) >= len(text)
     shown.encode("utf-8")
 
 
-def test_marks_that_hide_or_reorder_are_named():
+def test_hiding_and_reordering_characters_are_replaced():
     assert visible("a\x00b\r\n\tc\x7f") == "a␀b␍\n\tc␡"
     assert visible("\u202eevil\u2066\u200f\u200b\ufeff\ud800\x85") == (
         "‹U+202E›evil‹U+2066›‹U+200F›‹U+200B›‹U+FEFF›‹U+D800›‹U+0085›"
