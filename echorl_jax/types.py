@@ -23,6 +23,7 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 __all__ = ["EchoClips", "Graded", "LossTerm", "Metrics", "Rollouts", "TrainBatch"]
 
@@ -57,9 +58,17 @@ class Rollouts:
 class Graded:
     """What the graders said of N completions."""
 
-    rewards: Array  # f32 [N]
-    correct: Array  # bool [N]
+    rewards: Array  # f32 [N], 0 without a verdict
+    correct: Array  # bool [N], False without a verdict
     on_policy: Array  # bool [N], False for an expert trajectory placed in the group
+    # bool [N], False for a row without a verdict (the grader returned None), which is left out of
+    # its group's statistics and of the loss; None: all have one
+    judged: Array | None = None
+
+    @property
+    def with_verdict(self) -> HostArray:
+        """``judged``, all True where it is None."""
+        return np.ones(self.correct.shape, bool) if self.judged is None else self.judged
 
 
 @pytree

@@ -1,6 +1,7 @@
 """Verdicts for finished generations, without a model.
 
-Every input line is written again with `correct`, `score` and `reason`; a summary follows. With
+Every input line is written again with `correct`, `score` and `reason`; a summary follows. Both are
+null, and the line is not counted, where the grader returns None: it does not judge that line. With
 --verdict_key the lines' own verdicts are kept as `expected` and compared: how many right answers
 are accepted and wrong ones rejected, what accepting everything would get, where the two differ.
 

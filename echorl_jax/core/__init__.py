@@ -2,6 +2,7 @@
 
 from echorl_jax.core.advantages import (
     group_advantages,
+    judged_groups,
     mixed_groups,
     opo_advantages,
     overlong_punishment,
@@ -43,6 +44,7 @@ __all__ = [
     "group_advantages",
     "hint_probability",
     "joined_steps",
+    "judged_groups",
     "kl_cov_loss",
     "kl_cov_selection",
     "kl_penalty",

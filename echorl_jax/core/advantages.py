@@ -167,6 +167,35 @@ def mixed_groups(correct: Array, group: Array, *, num_groups: int) -> Array:
     return (count == 1) | ((count > 1) & (high > low))
 
 
+def judged_groups(
+    group: Array, judged: Array, *, num_groups: int, baseline: Array | None = None
+) -> Array:
+    """Groups without the rows that have no verdict, which move to one more group, ``num_groups``.
+
+    An estimator that is given the result and ``num_groups + 1`` groups leaves these rows out of all
+    other groups, whatever it computes. The other rows of a group move with them if fewer than two
+    rows of its baseline are left: there is nothing to compare them with.
+
+    Args:
+      group: ``[N]`` int32 in ``[0, num_groups)``.
+      judged: ``[N]`` bool, the rows with a verdict.
+      num_groups: P, static under jit.
+      baseline: ``[N]`` bool, the rows that a group's mean is of; None takes all.
+
+    Returns:
+      ``[N]`` int32 in ``[0, num_groups]``; ``group`` itself where all rows are judged.
+
+    >>> group, judged = jnp.array([0, 0, 0, 1, 1]), jnp.array([True, True, False, True, False])
+    >>> judged_groups(group, judged, num_groups=2).tolist()
+    [0, 0, 2, 2, 2]
+    """
+    compared = judged if baseline is None else judged & baseline
+    count = jax.ops.segment_sum(compared.astype(jnp.int32), group, num_groups)
+    whole = jax.ops.segment_min(judged.astype(jnp.int32), group, num_groups) > 0
+    kept = judged & (whole | (count > 1))[group]
+    return jnp.where(kept, group, num_groups)
+
+
 def overlong_punishment(lengths: Array, *, max_tokens: int, buffer_tokens: int) -> Array:
     """A penalty for long completions (DAPO).
 

@@ -147,16 +147,18 @@ def run_benchmark(options: Benchmark, out: Path) -> dict[str, SourceResult]:
     outcomes = list(read_outcomes(file, order))
     results = summarise(outcomes)
     ungraded = sum(grading_failed(outcome.reason) for outcome in outcomes)
+    unjudged = sum(outcome.correct is None for outcome in outcomes)
     document = {
         "options": vars(options),
         "left_out": work.left_out,
         "bad_rows": work.bad,
         "ungraded": ungraded,
+        "unjudged": unjudged,
         "scores": {name: result.as_json() for name, result in results.items()},
     }
     with writing(out / "scores.json"):
         (out / "scores.json").write_text(json.dumps(document, indent=2) + "\n")
-    print_results(results, left_out=work.left_out, bad=work.bad)
+    print_results(results, left_out=work.left_out, bad=work.bad, unjudged=unjudged)
     if ungraded:
         print(
             f"{ungraded} of {len(outcomes)} attempts count as wrong because their grading failed; "

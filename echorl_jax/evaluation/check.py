@@ -133,13 +133,16 @@ def _check_grader(grader: GraderPool, rows: Sequence[Mapping[str, Any]]) -> bool
     right = grader.grade(texts, judged)
     shifted = grader.grade(texts[1:] + texts[:1], judged)
     mean_s = (time.perf_counter() - start) / (2 * len(known))
-    accepted = sum(verdict.correct for verdict in right)
-    confused = sum(verdict.correct for verdict in shifted)
+    accepted = sum(bool(verdict.correct) for verdict in right)
+    confused = sum(bool(verdict.correct) for verdict in shifted)
+    unjudged = sum(not verdict.judged for verdict in right)
     print(
         f"  grader: {accepted} of {len(known)} gold answers right, "
         f"{confused} of {len(known)} answers to another row right"
     )
-    refused = [(v, text) for v, text in zip(right, texts, strict=True) if not v.correct]
+    if unjudged:
+        print(f"  grader: {unjudged} gold answers not judged, it returned None for them")
+    refused = [(v, text) for v, text in zip(right, texts, strict=True) if v.correct is False]
     for verdict, text in refused[:NAMED]:
         print(f"  gold answer refused: {verdict.reason}: {text[:80]!r}")
     if len(refused) > NAMED:
@@ -149,7 +152,8 @@ def _check_grader(grader: GraderPool, rows: Sequence[Mapping[str, Any]]) -> bool
         print(f"  grader: {len(failed)} verdicts failed, the first: {failed[0].reason}")
     if mean_s > SLOW_S:
         print(f"  grader: slow, {mean_s:.1f} s for a verdict; see config.data.grader_workers")
-    return not failed and accepted == len(known) and (confused < len(known) / 2 or len(known) == 1)
+    told_apart = confused < len(known) / 2 or len(known) == 1
+    return not failed and not refused and accepted > 0 and told_apart
 
 
 def _check_spellings(grader: GraderPool, rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -158,9 +162,10 @@ def _check_spellings(grader: GraderPool, rows: Sequence[Mapping[str, Any]]) -> b
     texts = [(second_spelling(gold) if isinstance(gold, str) else None, row) for gold, row in golds]
     known = [(text, row) for text, row in texts if text is not None]
     verdicts = grader.grade([f"\\boxed{{{text}}}" for text, _ in known], [row for _, row in known])
-    refused = [pair for pair, verdict in zip(known, verdicts, strict=True) if not verdict.correct]
+    refused = [pair for pair, v in zip(known, verdicts, strict=True) if v.correct is False]
     if known:
-        print(f"  grader: {len(known) - len(refused)} of {len(known)} right in a second spelling")
+        accepted = sum(bool(verdict.correct) for verdict in verdicts)
+        print(f"  grader: {accepted} of {len(known)} right in a second spelling")
     for text, row in refused[:NAMED]:
         gold = row["reward_model"]["ground_truth"]
         print(f"  second spelling refused: {text[:80]!r} for {gold[:80]!r}")

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from echorl_jax.errors import UserError, writing
 
@@ -21,7 +21,7 @@ class Outcome:
     data_source: str
     problem: int
     greedy: bool
-    correct: bool
+    correct: bool | None  # None: not judged
     reason: str
     tokens: int
     truncated: bool
@@ -92,7 +92,8 @@ def read_outcomes(path: Path, expected: Sequence[tuple[int, int, bool]]) -> Iter
                 fields = dataclasses.fields(Outcome)
                 outcome = Outcome(**{field.name: line[field.name] for field in fields})
                 for field in fields:
-                    if type(getattr(outcome, field.name)) is not field.type:
+                    kinds = get_args(field.type) or (field.type,)
+                    if type(getattr(outcome, field.name)) not in kinds:
                         raise TypeError(f"{field.name} = {getattr(outcome, field.name)!r}")
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}, line {number}: not an attempt ({error!r})") from error

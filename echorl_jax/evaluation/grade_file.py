@@ -23,8 +23,9 @@ SHOWN = 20
 class _Tally:
     """Counts over the lines so far; with another judge's verdicts, how the two agree."""
 
-    count: int = 0
+    count: int = 0  # judged lines
     right: int = 0
+    unjudged: int = 0  # lines for which the grader returned None
     ungraded: int = 0  # the grader failed on them; they count as wrong
     failure: str = ""  # the first such line and its reason
     accepted: int = 0  # of those the other judge calls right
@@ -32,6 +33,9 @@ class _Tally:
     differing: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, number: int, verdict: Verdict, expected: bool | None) -> None:
+        if verdict.correct is None:
+            self.unjudged += 1
+            return
         self.count += 1
         self.right += verdict.correct
         if grading_failed(verdict.reason):
@@ -53,6 +57,8 @@ class _Tally:
                 f"; {self.ungraded} could not be graded and count as wrong, "
                 f"the first: {self.failure}"
             )
+        if self.unjudged:
+            text += f"; {self.unjudged} more not judged: the grader returned None"
         if not compared or not self.count:
             return text
         wrong = self.count - self.expected
@@ -87,6 +93,8 @@ def grade_file(
     verdict_key: str | None = None,
 ) -> str:
     """Writes each object again with ``correct``, ``score`` and ``reason``; returns the summary.
+
+    A line that the grader does not judge has null for the first two and is in no count but its own.
 
     Args:
       path: JSON lines.
@@ -123,7 +131,7 @@ def grade_file(
                 kept = {"expected": expected} if verdict_key else {}
                 target.write(json.dumps({**line, **kept, **vars(verdict)}) + "\n")
             if out is not None:
-                print(f"\r{tally.count} graded", end="", file=sys.stderr)
+                print(f"\r{tally.count + tally.unjudged} graded", end="", file=sys.stderr)
     if out is not None and partial is not None:
         if partial != out:
             partial.replace(out)

@@ -125,13 +125,16 @@ def _if_all_have(work: Callable[[], list[Verdict]]) -> list[Verdict]:
 
 def _from_all_processes(own: Sequence[Verdict], count: int) -> list[Verdict]:
     """The verdicts on all ``count`` rows, of which this process has given its share."""
+    # A score is finite, so NaN can stand for None.
     scores = np.array([verdict.score for verdict in own], np.float64)
     correct = np.array([verdict.correct for verdict in own], bool)
     # As whole numbers: JAX would round a 64-bit score on its way.
     words = from_shares(scores.view(np.uint32).reshape(-1, 2), count)
     reasons = texts_from_shares([verdict.reason for verdict in own], count, most_bytes=REASON_BYTES)
     return [
-        Verdict(float(score), bool(right), reason)
+        Verdict(None, None, reason)
+        if np.isnan(score)
+        else Verdict(float(score), bool(right), reason)
         for score, right, reason in zip(
             np.ascontiguousarray(words).view(np.float64)[:, 0],
             from_shares(correct, count),

@@ -15,11 +15,12 @@ class Score:
     """What a set of problems, each tried ``samples`` times, came to."""
 
     problems: int
-    samples: int  # attempts per problem; the smallest if they differ
+    samples: int  # judged attempts per problem; the most if they differ
     mean: float  # avg@k: the mean success of all attempts, pass@1 of a random one
     low: float  # 95% interval of the mean
     high: float
-    pass_at: dict[int, float]  # k -> unbiased pass@k, for k = 1, 2, 4, ... and samples
+    # k -> unbiased pass@k over the problems with k attempts, for k = 1, 2, 4, ... and samples
+    pass_at: dict[int, float]
     pass_range: tuple[float, float]  # 95% interval of the pass@k with the largest k
 
 
@@ -50,19 +51,21 @@ def pass_at_k(attempts: int, successes: int, k: int) -> float:
     return 1.0 - math.comb(attempts - successes, k) / math.comb(attempts, k)
 
 
-def score_by_source(outcomes: Iterable[tuple[str, int, bool]]) -> dict[str, Score]:
-    """Scores per data source.
+def score_by_source(outcomes: Iterable[tuple[str, int, bool | None]]) -> dict[str, Score]:
+    """Scores per data source; none for a source without a judged attempt.
 
     Args:
-      outcomes: (data source, problem, correct) for each attempt. The interval counts problems, not
-        attempts, since attempts at one problem are alike.
+      outcomes: (data source, problem, correct) for each attempt; None is not judged and not
+        counted. The interval counts problems, not attempts, since attempts at one problem are
+        alike.
 
     >>> score_by_source([("a", 0, True), ("a", 0, False), ("a", 1, True), ("a", 1, True)])["a"].mean
     0.75
     """
     by_source: dict[str, dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for source, problem, correct in outcomes:
-        by_source[source][problem].append(correct)
+        if correct is not None:
+            by_source[source][problem].append(correct)
     return {source: _score(list(groups.values())) for source, groups in by_source.items()}
 
 
@@ -82,11 +85,11 @@ def length_stats(tokens: Sequence[int], truncated: Sequence[bool]) -> Lengths:
 
 
 def _score(problems: list[list[bool]]) -> Score:
-    samples = min(map(len, problems))
+    samples = max(map(len, problems))
     means = [sum(p) / len(p) for p in problems]
     ks = sorted({2**i for i in range(samples.bit_length())} & set(range(1, samples + 1))) or [1]
     ks = ks if ks[-1] == samples else [*ks, samples]
-    passes = {k: [pass_at_k(len(p), sum(p), k) for p in problems] for k in ks}
+    passes = {k: [pass_at_k(len(p), sum(p), k) for p in problems if len(p) >= k] for k in ks}
     mean = sum(means) / len(means)
     low, high = _interval(means)
     return Score(

@@ -37,7 +37,11 @@ class SourceResult:
 
 
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, SourceResult]:
-    """Results per data source, in the order in which the sources appear."""
+    """Results per data source, in the order in which the sources appear.
+
+    Attempts that were not judged count for the lengths only; a source without any other is left
+    out.
+    """
 
     def scores(greedy: bool) -> dict[str, Score]:
         own = [o for o in outcomes if o.greedy == greedy]
@@ -46,6 +50,8 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, SourceResult]:
     greedy, sampled = scores(True), scores(False)
     results = {}
     for source in dict.fromkeys(o.data_source for o in sorted(outcomes, key=lambda o: o.problem)):
+        if source not in greedy and source not in sampled:
+            continue
         own = [
             o for o in outcomes if o.data_source == source and o.greedy == (source not in sampled)
         ]
@@ -54,8 +60,22 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, SourceResult]:
     return results
 
 
-def print_results(results: Mapping[str, SourceResult], *, left_out: int, bad: int) -> None:
+def print_results(
+    results: Mapping[str, SourceResult], *, left_out: int, bad: int, unjudged: int = 0
+) -> None:
     """The table, a mean over sources where there are several, and what was left out."""
+    if results:
+        _print_table(results)
+    for count, reason in (
+        (left_out, "prompts too long"),
+        (bad, "rows that cannot be read"),
+        (unjudged, "attempts for which the grader returned None"),
+    ):
+        if count:
+            print(f"left out: {count} {reason}")
+
+
+def _print_table(results: Mapping[str, SourceResult]) -> None:
     lines = [[source, *_cells(result)] for source, result in results.items()]
     # Without greedy attempts, or without several samples, some columns have nothing to say.
     said = [i for i in range(len(lines[0])) if any(line[i] for line in lines)]
@@ -72,9 +92,6 @@ def print_results(results: Mapping[str, SourceResult], *, left_out: int, bad: in
     console = Console()
     # A file or pipe has no width of its own: wide enough that nothing is cut.
     Console(width=max(console.width, 130)).print(table)
-    for count, reason in ((left_out, "prompts too long"), (bad, "rows that cannot be read")):
-        if count:
-            print(f"left out: {count} {reason}")
 
 
 def _cells(result: SourceResult) -> list[str]:

@@ -29,8 +29,8 @@ def load_grader(name: str) -> Grader:
 
     Three kinds of function are taken, told apart by the names of their parameters: ``(response,
     row)``, verl's ``(data_source, solution_str, ground_truth, extra_info)`` and TRL's ``(prompts,
-    completions, **columns)``. Besides a :class:`Verdict` they may return a number or a mapping with
-    ``score``, TRL's a list of one.
+    completions, **columns)``. Besides a :class:`Verdict` they may return a number, a mapping with
+    ``score``, or None for a response that they do not judge; TRL's return a list of one.
 
     Raises:
       ConfigError: an unknown name, a module that cannot be imported, or something that is not such
@@ -109,7 +109,7 @@ def _from_trl(function: Callable[..., Any], parameters: Mapping[str, inspect.Par
         scores = function(**_accepted(parameters, {**columns, **pair}))
         if len(scores) != 1:
             raise ValueError(f"the grader returned {len(scores)} scores for one response")
-        return Verdict.wrong("not judged") if scores[0] is None else as_verdict(scores[0])
+        return as_verdict(scores[0])
 
     return grade
 

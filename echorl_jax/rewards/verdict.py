@@ -15,10 +15,14 @@ CORRECT_SCORE = 1.0
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """The reward, whether the response is right, and why, in one line."""
+    """The reward, whether the response is right, and why, in one line.
 
-    score: float
-    correct: bool
+    Score and correctness are None where the grader does not judge the response: such a row is left
+    out of the loss and of all statistics.
+    """
+
+    score: float | None
+    correct: bool | None
     reason: str
 
     @classmethod
@@ -28,8 +32,13 @@ class Verdict:
 
     @classmethod
     def wrong(cls, reason: str) -> "Verdict":
-        """A response that is wrong or cannot be judged: score 0."""
+        """A response that is wrong, or on which the grader failed: score 0."""
         return cls(0.0, False, clean_reason(reason))
+
+    @property
+    def judged(self) -> bool:
+        """Whether there is a score."""
+        return self.score is not None
 
 
 def grading_failed(reason: str) -> bool:
@@ -45,10 +54,10 @@ def clean_reason(text: str) -> str:
 
 
 def as_verdict(result: Any) -> Verdict:
-    """Accepts what graders of other libraries return: a number, a truth value, or a mapping.
+    """Accepts what graders return: a number, a truth value, a mapping, None, or a verdict.
 
     A number is the score and is correct from 1 on. A mapping has ``score`` and may have ``acc`` for
-    correctness.
+    correctness. None, as the result or as its score, leaves the response without a verdict.
 
     Raises:
       TypeError: anything else.
@@ -58,16 +67,17 @@ def as_verdict(result: Any) -> Verdict:
     Verdict(score=-1.0, correct=False, reason='scored -1')
     """
     if isinstance(result, Verdict):
-        score, correct = float(result.score), bool(result.correct)
-        reason = clean_reason(result.reason)
+        given, correct, reason = result.score, result.correct, clean_reason(result.reason)
     else:
-        given: Any = result if isinstance(result, Mapping) else {"score": result}
-        score = _number(given["score"]) if "score" in given else _number(result)
-        correct = bool(given.get("acc", score >= CORRECT_SCORE))
-        reason = f"scored {score:g}"
+        known: Any = result if isinstance(result, Mapping) else {}
+        given, correct, reason = known.get("score", result), known.get("acc"), None
+    if given is None:
+        return Verdict(None, None, "not judged" if reason is None else reason)
+    score = _number(given)
     if not math.isfinite(score):
         raise ValueError(f"the grader's score is {score}")
-    return Verdict(score, correct, reason)
+    right = score >= CORRECT_SCORE if correct is None else bool(correct)
+    return Verdict(score, right, f"scored {score:g}" if reason is None else reason)
 
 
 def _number(value: Any) -> float:

@@ -13,6 +13,7 @@ from echorl_jax.core import (
     Objective,
     aggregation_weights,
     clip_weights,
+    judged_groups,
     mean_scale,
     mine_echo_clips,
     step_entropy,
@@ -32,15 +33,41 @@ class Assembled:
     step_entropy: Array  # f32 [N, num_steps]
 
 
-@functools.partial(jax.jit, static_argnames=("objective",))
 def step_advantages(rollouts: Rollouts, graded: Graded, *, objective: Objective) -> Array:
-    """Advantages ``[N]`` f32 over the whole batch of a step."""
+    """Advantages ``[N]`` f32 over the whole batch of a step; not under jit.
+
+    A row without a verdict has advantage 0 and no part in the others'. So have the other rows of
+    its group if fewer than two are left in the group's baseline.
+    """
+    groups, judged = rollouts.prompt_ids.shape[0], jnp.asarray(graded.with_verdict)
+    if judged.all():
+        return _advantages(rollouts, graded, objective=objective, num_groups=groups)
+    own = graded.on_policy if objective.baseline == "on_policy" else None
+    group = judged_groups(rollouts.group, judged, num_groups=groups, baseline=own)
+    kept = group < groups
+    found = _advantages(
+        dataclasses.replace(
+            rollouts,
+            group=group,
+            completion_length=jnp.where(kept, rollouts.completion_length, 0),
+        ),
+        graded,
+        objective=objective,
+        num_groups=groups + 1,
+    )
+    return jnp.where(kept, found, 0.0)
+
+
+@functools.partial(jax.jit, static_argnames=("objective", "num_groups"))
+def _advantages(
+    rollouts: Rollouts, graded: Graded, *, objective: Objective, num_groups: int
+) -> Array:
     own = graded.on_policy
     choice = {"baseline": own} if objective.baseline == "on_policy" else {}
     return objective.advantages(
         graded.rewards,
         rollouts.group,
-        num_groups=rollouts.prompt_ids.shape[0],
+        num_groups=num_groups,
         lengths=rollouts.completion_length,
         on_policy=own,
         **choice,
@@ -67,7 +94,7 @@ def assemble(
       rollouts: as sampled, with P prompts and N rows.
       graded: their verdicts.
       advantages: f32 ``[N]``, from :func:`step_advantages`.
-      in_policy: bool ``[N]``, rows of the policy loss.
+      in_policy: bool ``[N]``, rows of the policy loss; a row without a verdict is in neither.
       in_echo: bool ``[N]``, rows that may give clips.
       is_delimiter: bool ``[V]``, tokens that end a reasoning step.
       key: for random choices of clips.
@@ -81,15 +108,17 @@ def assemble(
     loss_mask = mask & in_policy[:, None]
     num_steps = min(echo.max_steps, width)
     steps = step_ids(rollouts.completion_ids, mask, is_delimiter)
+    judged = graded.with_verdict
     mean_entropy, _ = step_entropy(rollouts.token_entropy, steps, num_steps)
     clips = mine_echo_clips(
         rollouts.token_entropy,
         steps,
-        graded.correct & in_echo & echo.enabled,
+        # A group whose judged rows are all correct is degenerate, whatever its other rows are.
+        ((graded.correct & in_echo) | ~judged) & echo.enabled,
         rollouts.group,
         num_groups=num_groups,
         num_steps=num_steps,
-        on_policy=graded.on_policy,
+        on_policy=graded.on_policy & judged,
         select=echo.select,
         top_k=echo.top_k,
         min_step_tokens=echo.min_step_tokens,

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from echorl_jax.config import Config
-from echorl_jax.core import Objective, mixed_groups, overlong_punishment
+from echorl_jax.core import Objective, judged_groups, mixed_groups, overlong_punishment
 from echorl_jax.data import Prompt, add_hint
 from echorl_jax.evaluation.grading import Grading
 from echorl_jax.rewards import Verdict, grading_failed
@@ -63,7 +63,12 @@ def collect(run: Run, params: PyTree, key: Array, *, step: int) -> Experience:
 
 
 def _tell_of_failed_grading(run: Run, found: Experience, step: int) -> None:
-    """A grader that fails on most responses is broken; one that fails on some is logged."""
+    """Warns of a grader that fails on most responses, or judges none."""
+    if not found.graded.with_verdict.any():
+        run.log.say(
+            f"warning: step {step}: the grader returned None for all {len(found.reasons)} "
+            "responses: they are not judged, and nothing is learnt from them"
+        )
     failed = [reason for reason in found.reasons if grading_failed(reason)]
     if 2 * len(failed) > len(found.reasons):
         run.log.say(
@@ -109,14 +114,13 @@ def _sample_round(run: Run, params: PyTree, key: Array, *, step: int) -> Experie
     with timed(seconds, "grade"):
         texts = grading.result()
         run.faults.reach("grading", step)
+    graded = _graded(setup, objective, rollouts, texts.verdicts, on_policy)
     return Experience(
         prompts=tuple(prompts),
         rollouts=rollouts,
-        graded=_without_overflow(
-            run, _graded(setup, objective, rollouts, texts.verdicts, on_policy), prompts, step
-        ),
-        in_policy=np.ones(len(on_policy), bool),
-        in_echo=np.ones(len(on_policy), bool),
+        graded=_without_overflow(run, graded, prompts, step),
+        in_policy=graded.with_verdict,
+        in_echo=graded.with_verdict,
         reasons=tuple(verdict.reason for verdict in texts.verdicts),
         seconds=seconds,
         slot_occupancy=progress.occupancy,
@@ -192,9 +196,14 @@ def _graded(
     on_policy: HostArray,
 ) -> Graded:
     """Scores as rewards, with the overlong punishment where the objective has one."""
-    scores: HostArray = np.array([verdict.score for verdict in verdicts], np.float32)
+    judged: HostArray = np.array([verdict.judged for verdict in verdicts], bool)
+    given = [0.0 if verdict.score is None else verdict.score for verdict in verdicts]
+    scores: HostArray = np.array(given, np.float32)
     threshold = setup.config.objective.success_threshold
-    right = [v.correct if threshold is None else v.score >= threshold for v in verdicts]
+    if threshold is None:
+        right = [verdict.correct for verdict in verdicts]
+    else:
+        right = [v.score is not None and v.score >= threshold for v in verdicts]
     correct: HostArray = np.array(right, bool)
     longest = setup.config.rollout.max_new_tokens
     buffer_tokens = int(objective.overlong_buffer * longest)
@@ -202,8 +211,8 @@ def _graded(
         punishment = overlong_punishment(
             rollouts.completion_length, max_tokens=longest, buffer_tokens=buffer_tokens
         )
-        scores = scores + np.where(on_policy, punishment, 0.0).astype(np.float32)
-    return Graded(rewards=scores, correct=correct, on_policy=on_policy)
+        scores = scores + np.where(on_policy & judged, punishment, 0.0).astype(np.float32)
+    return Graded(rewards=scores, correct=correct, on_policy=on_policy, judged=judged)
 
 
 def _without_overflow(run: Run, graded: Graded, prompts: Sequence[Prompt], step: int) -> Graded:
@@ -224,12 +233,14 @@ def _without_overflow(run: Run, graded: Graded, prompts: Sequence[Prompt], step:
 
 
 def _mixed(rounds: Sequence[Experience]) -> np.ndarray:
-    """The groups with successes and failures, bool ``[P]`` over all rounds."""
-    flags = [
-        mixed_groups(part.graded.correct, part.rollouts.group, num_groups=len(part.prompts))
-        for part in rounds
-    ]
-    return np.concatenate([np.asarray(flag) for flag in flags])
+    """The groups with successes and failures among judged rows, bool ``[P]`` over all rounds."""
+    flags = []
+    for part in rounds:
+        count, graded = len(part.prompts), part.graded
+        group = judged_groups(part.rollouts.group, graded.with_verdict, num_groups=count)
+        mixed = mixed_groups(graded.correct, group, num_groups=count + 1)
+        flags.append(np.asarray(mixed)[:count])
+    return np.concatenate(flags)
 
 
 def _filter(found: Experience, mixed: np.ndarray, *, wanted: int, keep_solved: bool) -> Experience:
@@ -238,7 +249,11 @@ def _filter(found: Experience, mixed: np.ndarray, *, wanted: int, keep_solved: b
     chosen = mixed & (np.cumsum(mixed) <= wanted)
     solved = ~mixed & (np.bincount(group, weights=correct, minlength=len(mixed)) > 0)
     gives_clips = chosen | solved if keep_solved else chosen
-    return dataclasses.replace(found, in_policy=chosen[group], in_echo=gives_clips[group])
+    return dataclasses.replace(
+        found,
+        in_policy=chosen[group] & found.in_policy,
+        in_echo=gives_clips[group] & found.in_echo,
+    )
 
 
 def join_rounds(rounds: Sequence[Experience]) -> Experience:
@@ -281,7 +296,8 @@ def _deal(found: Experience, parts: int) -> Experience:
     if parts == 1:
         return found
     size = len(found.reasons) // len(found.prompts)
-    order = np.argsort(~found.in_policy[::size], kind="stable")
+    in_policy = found.in_policy.reshape(-1, size).any(axis=1)
+    order = np.argsort(~in_policy, kind="stable")
     return _take(found, np.concatenate([order[i::parts] for i in range(parts)]))
 
 

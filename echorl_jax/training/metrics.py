@@ -31,17 +31,19 @@ def step_metrics(found: Experience, made: Assembled, *, hints: bool) -> dict[str
 
 
 def reward_metrics(found: Experience) -> dict[str, float]:
-    """Rewards and successes of the policy's rows, and groups with a single outcome."""
-    own, groups = found.graded.on_policy, found.rollouts.prompt_ids.shape[0]
-    group, correct = found.rollouts.group, found.graded.correct & found.graded.on_policy
+    """Rewards and successes of the policy's judged rows, and groups with a single outcome."""
+    judged, groups = found.graded.with_verdict, found.rollouts.prompt_ids.shape[0]
+    failed = np.array([*map(grading_failed, found.reasons)])
+    own = found.graded.on_policy & judged
+    group, correct = found.rollouts.group, found.graded.correct & own
     size = np.bincount(group, weights=own, minlength=groups)
     successes = np.bincount(group, weights=correct, minlength=groups)
     return {
         "reward/mean": _mean(found.graded.rewards, own),
         "reward/correct": _mean(correct, own),
-        "reward/ungraded_fraction": float(np.mean([*map(grading_failed, found.reasons)])),
-        "group/all_success_fraction": float(np.mean((successes == size) & (size > 0))),
-        "group/all_failure_fraction": float(np.mean((successes == 0) & (size > 0))),
+        "reward/ungraded_fraction": float(np.mean(failed | ~judged)),
+        "group/all_success_fraction": _mean(successes == size, size > 0),
+        "group/all_failure_fraction": _mean(successes == 0, size > 0),
         "group/in_policy_fraction": float(found.in_policy.mean()),
     }
 

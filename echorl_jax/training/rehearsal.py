@@ -140,7 +140,7 @@ def _experience(run: Run, params: PyTree, key: Array) -> Experience:
     rows = len(on_policy)
     zero: HostArray = np.zeros(rows, np.float32)
     wrong: HostArray = np.zeros(rows, bool)
-    nothing = Graded(rewards=zero, correct=wrong, on_policy=on_policy)
+    nothing = Graded(rewards=zero, correct=wrong, on_policy=on_policy, judged=~wrong)
     return Experience(
         prompts=tuple(prompts),
         rollouts=rollouts,

@@ -58,7 +58,7 @@ def _ledger(found: Experience, made: Assembled) -> list[dict[str, Any]]:
         return totals.astype(int).tolist()
 
     correct, truncated = per_group(found.graded.correct), per_group(found.rollouts.truncated)
-    size = per_group(np.ones_like(found.graded.rewards))
+    size = per_group(found.graded.with_verdict)
     clip = np.any(made.clips.valid, axis=1).tolist()
     return [
         {
@@ -86,6 +86,7 @@ def _sample(
     steps = made.step_ids[row, :length]
     prompt = found.prompts[group]
     clip_tokens, clip_step = clips.get(int(row), (0, -1))
+    judged = bool(found.graded.with_verdict[row])
     return {
         "step": step,
         "group": group,
@@ -93,8 +94,8 @@ def _sample(
         "data_source": prompt.row["data_source"],
         "prompt": tokenizer.decode(prompt.ids),
         "response": tokenizer.decode(ids, skip_special_tokens=True),
-        "reward": float(found.graded.rewards[row]),
-        "correct": bool(found.graded.correct[row]),
+        "reward": float(found.graded.rewards[row]) if judged else None,
+        "correct": bool(found.graded.correct[row]) if judged else None,
         "reason": found.reasons[row],
         "truncated": bool(rollouts.truncated[row]),
         "advantage": float(made.batch.advantages[row]),

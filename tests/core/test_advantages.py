@@ -1,6 +1,7 @@
 """Advantages, filters, weights and hints: conventions, properties and hand-worked values."""
 
-from types import SimpleNamespace
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 from echorl_jax import core
 from echorl_jax.training.batch import step_advantages
+from echorl_jax.types import Graded, Rollouts
 
 ESTIMATORS = {name: core.OBJECTIVES[name].advantages for name in core.OBJECTIVES if name != "sft"}
 
@@ -68,17 +70,108 @@ def test_leave_one_out_by_hand():
 def test_the_mean_is_of_the_rows_that_baseline_names():
     """An expert's success among two failures and a success of the policy's."""
     rewards, group = jnp.array([0.0, 0.0, 1.0, 1.0]), np.zeros(4, np.int32)
-    rollouts = SimpleNamespace(group=group, prompt_ids=group[:1], completion_length=group + 1)
-    graded = SimpleNamespace(rewards=rewards, on_policy=jnp.array([True, True, True, False]))
-    score = step_advantages.__wrapped__
+    own = jnp.array([True, True, True, False])
+
+    def score(objective):
+        return step_scores(objective, rewards, group, on_policy=own)
+
     luffy = core.load_objective("luffy")
-    assert score(rollouts, graded, objective=luffy).tolist() == [-0.5, -0.5, 0.5, 0.5]
+    assert score(luffy).tolist() == [-0.5, -0.5, 0.5, 0.5]
     luffy = core.load_objective("luffy", baseline="on_policy")
-    found = score(rollouts, graded, objective=luffy)
-    np.testing.assert_allclose(found, np.array([-1, -1, 2, 2]) / 3, rtol=1e-6)
+    np.testing.assert_allclose(score(luffy), np.array([-1, -1, 2, 2]) / 3, rtol=1e-6)
     # An objective of one's own is told which rows the policy wrote, whatever the baseline.
     told = core.Objective(advantages=lambda r, g, *, on_policy, **_: jnp.where(on_policy, r, 0))
-    assert score(rollouts, graded, objective=told).tolist() == [0.0, 0.0, 1.0, 0.0]
+    assert score(told).tolist() == [0.0, 0.0, 1.0, 0.0]
+
+
+def step_scores(objective, rewards, group, *, lengths=None, on_policy=None, judged=None):
+    """``step_advantages`` of rows that have nothing else; a name is an objective of the table."""
+    rows, groups = len(rewards), int(max(group)) + 1
+    rollouts: Any = dict.fromkeys(field.name for field in dataclasses.fields(Rollouts))
+    rollouts |= {"group": jnp.asarray(group), "prompt_ids": jnp.zeros((groups, 1), jnp.int32)}
+    rollouts["completion_length"] = jnp.asarray(np.ones(rows) if lengths is None else lengths, int)
+    graded = Graded(
+        rewards=jnp.asarray(rewards, jnp.float32),
+        correct=jnp.zeros(rows, bool),
+        on_policy=jnp.ones(rows, bool) if on_policy is None else on_policy,
+        judged=None if judged is None else np.array(judged, bool),
+    )
+    objective = core.OBJECTIVES[objective] if isinstance(objective, str) else objective
+    return np.asarray(step_advantages(Rollouts(**rollouts), graded, objective=objective))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        # Judged rewards 1, 0, 4 of 1, 2 and 1 tokens. Mean 5/3; differences -2/3, -5/3, 7/3;
+        # variance (4 + 25 + 49) / 9 / 2 = 13/3, deviation 2.08167.
+        ("grpo", [-0.320256, -0.800641, 1.120897]),
+        ("dr_grpo", [-0.666667, -1.666667, 2.333333]),
+        # 1 - (0 + 4) / 2, 0 - (1 + 4) / 2, 4 - (1 + 0) / 2.
+        ("rloo", [-1.0, -2.5, 3.5]),
+        # (1 * 1 + 2 * 0 + 1 * 4) / 4 tokens = 1.25.
+        ("opo", [-0.25, -1.25, 2.75]),
+        # Tokens carry 1, 0, 0, 4: mean 1.25; squares (1 + 25 + 25 + 121) / 16 = 10.75 over 3,
+        # deviation 1.892969. A group's mean moves all of them alike.
+        ("reinforce_pp", [-0.132067, -0.660338, 1.452744]),
+        ("reinforce_pp_baseline", [-0.132067, -0.660338, 1.452744]),
+    ],
+)
+def test_a_group_of_four_with_an_unjudged_row_is_a_group_of_three(name, expected):
+    for place in range(4):
+        rewards, lengths = np.insert([1.0, 0.0, 4.0], place, 9.0), np.insert([1, 2, 1], place, 7)
+        judged = np.arange(4) != place
+        found = step_scores(name, rewards, [0] * 4, lengths=lengths, judged=judged)
+        assert found[place] == 0.0
+        np.testing.assert_allclose(found[judged], expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_unjudged_rows_change_nothing_for_the_others(name):
+    """Three groups of four: one judged in full, one in part, one not at all."""
+    rng = np.random.default_rng(0)
+    rewards, lengths, group = rng.random(12), rng.integers(1, 9, 12), np.repeat([0, 1, 2], 4)
+    judged = np.array([1, 1, 1, 1, 1, 0, 0, 1, 0, 0, 0, 0], bool)
+    found = step_scores(name, rewards, group, lengths=lengths, judged=judged)
+    alone = step_scores(name, rewards[judged], group[judged], lengths=lengths[judged])
+    assert not found[~judged].any()
+    np.testing.assert_allclose(found[judged], alone, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_the_only_judged_row_of_a_group_has_nothing_to_be_compared_with(name):
+    rewards, group = [0.7, 0.0, 0.0, 1.0, 0.0, 1.0], [0, 0, 0, 1, 1, 1]
+    judged = [True, False, False, True, True, True]
+    found = step_scores(name, rewards, group, judged=judged)
+    assert not found[:3].any()
+    np.testing.assert_allclose(found[3:], step_scores(name, rewards[3:], [0, 0, 0]), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", sorted(ESTIMATORS))
+def test_no_judged_row_gives_no_advantage(name):
+    assert not step_scores(name, [0.5] * 4, [0, 0, 1, 1], judged=[False] * 4).any()
+
+
+def test_a_baseline_of_the_policys_rows_needs_two_that_are_judged():
+    luffy = core.load_objective("luffy", baseline="on_policy")
+    own = jnp.array([True, True, True, False] * 2)
+    # The policy's 0 and 1 have the mean 1/2; a single 1 has nothing to be compared with.
+    found = step_scores(
+        luffy,
+        [0.0, 9.0, 1.0, 1.0, 1.0, 9.0, 9.0, 0.5],
+        np.repeat([0, 1], 4),
+        on_policy=own,
+        judged=[True, False, True, True, True, False, False, True],
+    )
+    assert found.tolist() == [-0.5, 0.0, 0.5, 0.5, 0.0, 0.0, 0.0, 0.0]
+
+
+def test_all_rows_judged_is_no_other_computation():
+    rng = np.random.default_rng(1)
+    rewards, lengths, group = rng.random(12), rng.integers(1, 9, 12), np.repeat([0, 1, 2], 4)
+    for name in ESTIMATORS:
+        judged = step_scores(name, rewards, group, lengths=lengths, judged=np.ones(12, bool))
+        assert (judged == step_scores(name, rewards, group, lengths=lengths)).all()
 
 
 @pytest.mark.parametrize("name", ["rloo", "opo", "reinforce_pp", "reinforce_pp_baseline", "sft"])

@@ -16,8 +16,20 @@ def slow(response, row):
 
 
 def raising(response, row):
-    """Judges nothing."""
+    """Fails on everything."""
     raise RuntimeError("no judge today")
+
+
+def every_other(response, row):
+    """Right or not by the first digit; every other puzzle is not judged."""
+    if row["reward_model"]["ground_truth"]["target"] % 2:
+        return None
+    return float(response[:1] in "12345")
+
+
+def nothing(response, row):
+    """Judges nothing."""
+    return None
 
 
 def by_letter(data_source, solution_str, ground_truth, extra_info):

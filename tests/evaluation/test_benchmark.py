@@ -117,6 +117,37 @@ def test_gradings_that_fail_are_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "4 of 4 attempts count as wrong because their grading failed" in capsys.readouterr().out
 
 
+def test_rows_that_are_not_judged_are_left_out_of_the_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--limit=8", "--samples=2", "--grader=tests.evaluation.slow_graders:every_other"]
+    command = [*COUNTDOWN[:3], *COUNTDOWN[5:], *options, f"--out={tmp_path}"]
+    assert run(command) == 0
+    found = lines(tmp_path)
+    judged = [line for line in found if line["ground_truth"]["target"] % 2 == 0]
+    left_out = [line for line in found if line["ground_truth"]["target"] % 2]
+    assert (
+        judged and left_out and all(line["score"] is None is line["correct"] for line in left_out)
+    )
+    document = json.loads((tmp_path / "scores.json").read_text())
+    score = document["scores"]["countdown"]
+    assert (document["unjudged"], document["ungraded"]) == (len(left_out), 0)
+    assert (score["problems"], score["samples"]) == (len(judged) // 2, 2)
+    assert score["mean"] == pytest.approx(np.mean([line["correct"] for line in judged]))
+    printed = capsys.readouterr().out
+    assert f"left out: {len(left_out)} attempts for which the grader returned None" in printed
+    assert run(command) == 0  # reads the lines again
+
+
+def test_a_grader_that_judges_nothing_gives_no_score(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--limit=2", "--samples=1", "--grader=tests.evaluation.slow_graders:nothing"]
+    assert run([*COUNTDOWN[:3], *COUNTDOWN[5:], *options, f"--out={tmp_path}"]) == 0
+    assert json.loads((tmp_path / "scores.json").read_text())["scores"] == {}
+    assert capsys.readouterr().out == "left out: 2 attempts for which the grader returned None\n"
+
+
 def test_a_workdir_is_no_model(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "metrics.jsonl").write_text("")

@@ -105,6 +105,28 @@ def test_grade_reads_text_prompts_and_byte_order_marks_and_counts_failed_grading
     assert "line 3: " in done.stdout and "no rule" in done.stdout
 
 
+def test_grade_leaves_unjudged_lines_out_of_its_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    # Odd targets are not judged; a first digit up to 5 is right.
+    given = [("1", 2, True), ("9", 2, True), ("1", 3, True), ("2", 4, True), ("9", 5, False)]
+    lines = [
+        {"response": text, "answer": {"target": target}, "right": verdict}
+        for text, target, verdict in given
+    ]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    grader = "--grader=tests.evaluation.slow_graders:every_other"
+    assert run(["grade", str(source), grader, f"--out={out}", "--verdict_key=right"]) == 0
+    graded = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["correct"] for line in graded] == [True, False, None, True, None]
+    assert graded[2]["score"] is None and graded[2]["reason"] == "not judged"
+    printed = capsys.readouterr().out
+    assert "2 of 3 correct (66.7%); 2 more not judged: the grader returned None\n" in printed
+    assert "right ones accepted: 2 of 3 (66.7%); wrong ones rejected: 0 of 0\n" in printed
+    assert "agreement: 2 of 3" in printed and "line 3" not in printed
+
+
 def test_grade_compares_with_another_judge(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     truth = {"numbers": [5, 7, 9], "target": 45}

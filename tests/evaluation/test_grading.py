@@ -12,7 +12,7 @@ from echorl_jax.data.tokens import BUILTIN
 from echorl_jax.evaluation.evaluate import end_tokens
 from echorl_jax.evaluation.grading import Grading
 from echorl_jax.models import init_params, load_decoder
-from echorl_jax.rewards import GraderPool, PoolError
+from echorl_jax.rewards import GraderPool, PoolError, Verdict
 from echorl_jax.rollout import generate
 
 GROUP = 3
@@ -101,6 +101,17 @@ def test_grading_goes_on_while_rows_are_written(sampler: dict[str, Any]) -> None
         waited = time.perf_counter() - begin
     # One after the other they take 2 s and more.
     assert waited < 0.5
+
+
+def test_an_unjudged_completion_stays_unjudged(sampler: dict[str, Any]) -> None:
+    tokenizer = sampler["tokenizer"]
+    tokens = np.array(tokenizer.encode("1+2=3", add_special_tokens=False), np.int32)
+    rows = [{"reward_model": {"ground_truth": {"target": target}}} for target in (3, 4)]
+    with GraderPool("slow_graders:every_other", workers=1) as grader:
+        grading = Grading(rows, tokenizer=tokenizer, grader=grader)
+        grading.take([0, 1], [tokens] * 2)
+        verdicts = grading.result().verdicts
+    assert verdicts == (Verdict(None, None, "not judged"), Verdict(1.0, True, "scored 1"))
 
 
 def test_fillers_are_nobodys_and_a_missing_row_is_not_made_up(sampler: dict[str, Any]) -> None:

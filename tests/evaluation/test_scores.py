@@ -26,6 +26,16 @@ def test_sources_are_scored_apart() -> None:
     assert scores["b"].problems == 2
 
 
+def test_unjudged_attempts_are_not_counted() -> None:
+    # Problem 0 has 1 of 2 right, problem 1 is wrong once, problem 2 is not judged.
+    outcomes = [("a", 0, True), ("a", 0, None), ("a", 0, False), ("a", 1, False), ("a", 1, None)]
+    score = score_by_source([*outcomes, ("a", 2, None), ("b", 3, None)])["a"]
+    # pass@2 is of the only problem with two judged attempts.
+    assert (score.problems, score.samples) == (2, 2)
+    assert score.mean == 0.25 and score.pass_at == {1: 0.25, 2: 1.0}
+    assert list(score_by_source([("b", 3, None)])) == []
+
+
 def test_columns_without_content_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     def outcome(source: str, problem: int, *, greedy: bool, correct: bool) -> Outcome:
         return Outcome(source, problem, greedy, correct, "", tokens=10, truncated=False)

@@ -355,3 +355,58 @@ def test_rewards_whose_deviation_overflows_are_named(
     assert "warning: step 1: a reward of 1e+30 for row " in told and "overflows float32" in told
     (line,) = whole_lines(tmp_path / "metrics.jsonl")
     assert line["reward/mean"] == 0 and line["optim/skipped"] == 0
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dapo"])
+def test_responses_that_a_reward_does_not_judge_are_left_out(
+    tmp_path: Path, objective: str
+) -> None:
+    """A TRL reward that returns None for texts of an odd length."""
+    config = small_config(
+        steps=2,
+        data={
+            "grader": "tests.rewards.hostile_graders:trl_even",
+            "eval": "countdown:split=eval&count=8",
+        },
+        eval={"every": 2, "samples": 2},
+        objective={"name": objective, "max_rounds": 2},
+        echo={"coef": 0.1},
+        log={"samples_groups": 4},
+    )
+    train(config, tmp_path)
+    lines = list(whole_lines(tmp_path / "metrics.jsonl"))
+    ledger = list(whole_lines(tmp_path / "samples" / "ledger.jsonl"))
+    assert 0 <= lines[-1]["eval/countdown/pass@1"] <= 1 and lines[-1]["eval/failed"] == 0
+    for line, entry in zip(lines[1:], ledger, strict=True):
+        samples = whole_lines(tmp_path / "samples" / f"step_{line['step']:06d}.jsonl")
+        groups: list[list[dict[str, Any]]] = [[], [], [], []]
+        for sample in samples:
+            assert (sample["reward"] is None) == (len(sample["response"]) % 2 == 1)
+            assert (sample["correct"] is None) == (sample["reward"] is None)
+            if sample["reward"] is None:
+                assert sample["advantage"] == sample["clip_tokens"] == 0
+            else:
+                groups[sample["group"]].append(sample)
+        assert [group["size"] for group in entry["groups"][:4]] == [*map(len, groups)]
+        for group in groups:
+            rewards = [sample["reward"] for sample in group]
+            # (r - mean) / deviation over the judged rows; nothing for one alone.
+            centred = np.array(rewards) - np.mean(rewards or [0])
+            scale = np.std(rewards, ddof=1) + 1e-6 if len(rewards) > 1 else np.inf
+            found = [sample["advantage"] for sample in group]
+            np.testing.assert_allclose(found, centred / scale, atol=1e-4)
+        assert np.isfinite(line["loss/total"]) and line["optim/skipped"] == 0
+        if line["rollout/rounds"] == 1:
+            judged = [sample for group in groups for sample in group]
+            assert line["reward/ungraded_fraction"] == 1 - len(judged) / 16 > 0
+            assert line["reward/mean"] == pytest.approx(np.mean([s["reward"] for s in judged]))
+
+
+def test_a_grader_that_judges_nothing_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    grader = "tests.rewards.hostile_graders:trl_none"
+    train(small_config(steps=1, data={"grader": grader}, echo={"coef": 0.1}), tmp_path)
+    assert "step 1: the grader returned None for all 16 responses" in capsys.readouterr().err
+    (line,) = whole_lines(tmp_path / "metrics.jsonl")
+    assert line["reward/ungraded_fraction"] == 1 and line["optim/grad_norm"] == 0

@@ -14,7 +14,7 @@ import numpy as np
 from echorl_jax.cluster import assignment, follow_supervisor, tell
 from echorl_jax.data import PromptStream, encode_prompt, load_rows, load_tokenizer
 from echorl_jax.errors import UserError
-from echorl_jax.evaluation.grading import GradedTexts, Grading
+from echorl_jax.evaluation.grading import GradedTexts, Grading, _from_all_processes
 from echorl_jax.parallel import (
     any_process,
     from_first,
@@ -30,7 +30,7 @@ from echorl_jax.parallel import (
     texts_from_shares,
     wait_for_all,
 )
-from echorl_jax.rewards import GraderPool
+from echorl_jax.rewards import GraderPool, Verdict
 from echorl_jax.training.evaluator import attempt
 
 
@@ -113,8 +113,11 @@ def verdicts() -> dict:
     """Six completions graded against three rows; all get all verdicts, some decode."""
     with GraderPool("countdown", workers=0) as grader:
         graded = grade(grader)
+    mine = [Verdict(None, None, "not judged"), Verdict(0.1, True, "")] * 2
+    exchanged = _from_all_processes(mine[own_share(4)], 4)
     return {
         "verdicts": [[v.score, v.correct, v.reason] for v in graded.verdicts],
+        "unjudged": [[v.score, v.correct, v.reason] for v in exchanged],
         "decoded": [bool(text) for text in graded.responses],
     }
 

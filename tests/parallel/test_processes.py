@@ -77,6 +77,8 @@ def test_each_grades_its_share_and_all_know_all(
     expected = alone["verdicts"]["verdicts"]
     assert [correct for _, correct, _ in expected] == [True, False] * 3
     assert all(found["verdicts"]["verdicts"] == expected for found in pair)
+    for found in (alone, *pair):
+        assert found["verdicts"]["unjudged"] == [[None, None, "not judged"], [0.1, True, ""]] * 2
     assert [found["verdicts"]["decoded"] for found in pair] == [
         [True] * 3 + [False] * 3,
         [False] * 3 + [True] * 3,

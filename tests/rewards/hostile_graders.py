@@ -43,6 +43,8 @@ def obey(response, row):
             if os.fork() == 0:
                 time.sleep(1000)
             time.sleep(1000)
+        case "none":
+            return None
         case "nan":
             return float("nan")
         case "text":
@@ -80,6 +82,12 @@ def trl_reward(prompts, completions, level, **columns):
 def trl_none(completions, **_):
     """TRL's way of saying that a reward does not apply."""
     return [None for _ in completions]
+
+
+def trl_even(completions, **_):
+    """Judges texts of an even length alone: those that hold an 8 are right."""
+    texts = [c if isinstance(c, str) else c[0]["content"] for c in completions]
+    return [float("8" in text) if len(text) % 2 == 0 else None for text in texts]
 
 
 async def trl_async(completions, **_):

@@ -7,7 +7,7 @@ import pytest
 from hostile_graders import obey
 
 from echorl_jax.config import ConfigError
-from echorl_jax.rewards import Verdict, judge, load_grader
+from echorl_jax.rewards import Verdict, grading_failed, judge, load_grader
 from echorl_jax.rewards.verdict import as_verdict
 
 ROW = {
@@ -38,8 +38,11 @@ def test_trls_signature(info):
     assert not grader("2", {**ROW, "extra_info": info, "level": "hard"}).correct
 
 
-def test_trls_none_is_not_correct():
-    assert load_grader("hostile_graders:trl_none")("2", ROW) == Verdict(0.0, False, "not judged")
+@pytest.mark.parametrize(("name", "response"), [("trl_none", "2"), ("obey", "none")])
+def test_none_is_no_verdict(name, response):
+    verdict = judge(load_grader(f"hostile_graders:{name}"), response, ROW)
+    assert verdict == Verdict(None, None, "not judged") and not verdict.judged
+    assert not grading_failed(verdict.reason)
 
 
 @pytest.mark.parametrize(
@@ -68,13 +71,16 @@ def test_a_grader_that_cannot_be_used_is_one_clear_line(name, message):
         (0.9, Verdict(0.9, False, "scored 0.9")),
         ({"score": 0.5, "acc": True}, Verdict(0.5, True, "scored 0.5")),
         (Verdict(1, True, "a\nb"), Verdict(1.0, True, "a b")),
+        (None, Verdict(None, None, "not judged")),
+        ({"score": None, "acc": False}, Verdict(None, None, "not judged")),
+        (Verdict(None, False, "no unit tests"), Verdict(None, None, "no unit tests")),
     ],
 )
 def test_results_become_verdicts(result, verdict):
     assert as_verdict(result) == verdict
 
 
-@pytest.mark.parametrize("result", ["1.0", None, [1.0], {"acc": True}, float("inf")])
+@pytest.mark.parametrize("result", ["1.0", [1.0], {"acc": True}, float("inf")])
 def test_other_results_are_errors(result):
     with pytest.raises((TypeError, ValueError)):
         as_verdict(result)

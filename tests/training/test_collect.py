@@ -20,9 +20,13 @@ from tests.integration.conftest import small_config
 T = 6
 
 
-def experience(correct: list[list[int]], *, width: int = 4) -> collect.Experience:
-    """One group for each inner list; every token of row i is i, so that rows can be told apart."""
-    outcomes = np.array(correct, bool)
+def experience(correct: list[list[int | None]], *, width: int = 4) -> collect.Experience:
+    """One group for each inner list; every token of row i is i, so that rows can be told apart.
+
+    None is a row that is not judged.
+    """
+    outcomes = np.array(correct) == 1
+    judged: Any = np.array([outcome is not None for group in correct for outcome in group])
     groups, size = outcomes.shape
     rows = groups * size
     length = np.full(rows, T, np.int32)
@@ -41,9 +45,11 @@ def experience(correct: list[list[int]], *, width: int = 4) -> collect.Experienc
     return collect.Experience(
         prompts=tuple(Prompt([1], {"row": i}, i) for i in range(groups)),
         rollouts=Rollouts(**rollouts),
-        graded=Graded(rewards=flat.astype(np.float32), correct=flat, on_policy=every),
-        in_policy=every,
-        in_echo=every,
+        graded=Graded(
+            rewards=flat.astype(np.float32), correct=flat, on_policy=every, judged=judged
+        ),
+        in_policy=judged,
+        in_echo=judged,
         reasons=tuple(map(str, range(rows))),
         seconds={"rollout": 1.0},
     )
@@ -68,6 +74,22 @@ def test_filtered_groups_keep_their_clips(keep_solved: bool) -> None:
     kept = collect._filter(found, mixed, wanted=2, keep_solved=keep_solved)
     assert kept.in_policy[::2].tolist() == [True, False, False, True, False]
     assert kept.in_echo[::2].tolist() == [True, keep_solved, False, True, False]
+
+
+def test_unjudged_rows_do_not_make_a_group_mixed() -> None:
+    found = experience(
+        [[None, 1, 0], [None, 1, 1], [None, 0, 0], [None, None, 1], [None] * 3, [1, 0, 1]]
+    )
+    mixed = np.asarray(collect._mixed([found]))
+    assert mixed.tolist() == [True, False, False, False, False, True]
+    kept = collect._filter(found, mixed, wanted=2, keep_solved=True)
+    first, rest, none, every = [False, True, True], [False, False, True], [False] * 3, [True] * 3
+    assert kept.in_policy.reshape(6, 3).tolist() == [first, none, none, none, none, every]
+    # The only judged row of the fourth group is a success: it gives a clip.
+    assert kept.in_echo.reshape(6, 3).tolist() == [first, first, none, rest, none, every]
+    # Groups of which the first row is not judged are dealt like others.
+    parts = collect.split(collect._deal(kept, 2), 2)
+    assert sorted(part.in_policy.sum() for part in parts) == [2, 3]
 
 
 def test_mini_batches_share_policy_groups() -> None:
@@ -166,6 +188,18 @@ def verdicts_as_graded(threshold: float | None) -> list[bool]:
     rollouts = experience([[1, 0, 0]]).rollouts
     graded = collect._graded(run, OBJECTIVES["grpo"], rollouts, verdicts, np.ones(3, bool))
     return graded.correct.tolist()
+
+
+@pytest.mark.parametrize("threshold", [None, 0.0])
+def test_an_unjudged_row_has_no_reward_and_no_punishment(threshold: float | None) -> None:
+    config = small_config(objective={"success_threshold": threshold}, rollout={"max_new_tokens": T})
+    run: Any = SimpleNamespace(config=config)
+    verdicts = [Verdict(1.0, True, ""), Verdict(None, None, "not judged")]
+    rollouts = experience([[1, None]]).rollouts  # both as long as is allowed
+    dapo = dataclasses.replace(OBJECTIVES["dapo"], overlong_buffer=0.5)
+    graded = collect._graded(run, dapo, rollouts, verdicts, np.ones(2, bool))
+    assert graded.rewards.tolist() == [0.0, 0.0] and graded.with_verdict.tolist() == [True, False]
+    assert graded.correct.tolist() == [True, False]
 
 
 def test_success_is_the_graders_verdict_unless_a_score_is_asked_for() -> None:

@@ -1,5 +1,7 @@
 """Numbers of a step: whose rows they count, and how updates are joined."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 
 from echorl_jax.config import EchoConfig
 from echorl_jax.core import OBJECTIVES
-from echorl_jax.training.batch import assemble
+from echorl_jax.training.batch import Assembled, assemble
 from echorl_jax.training.collect import Experience
 from echorl_jax.training.metrics import covariance, step_metrics
 from echorl_jax.training.step import GAP_MEAN, GAP_WIDE, UpdateStats, update_metrics
@@ -67,9 +69,10 @@ def test_no_token_and_equal_advantages_give_zero():
     assert covariance(nothing) == 0.0
 
 
-def test_an_experts_rows_are_not_the_policys_results():
-    """Two groups of two policy rows and an expert row, which is right, long and without entropy."""
-    own = np.array([True, True, False] * 2)
+def two_groups(
+    own: np.ndarray, correct: np.ndarray, judged: np.ndarray | None = None, **echo: Any
+) -> tuple[Experience, Assembled]:
+    """Two groups of three rows; those that the policy did not write are without entropy."""
     length = np.array([2, 4, 8] * 2, np.int32)
     rollouts = Rollouts(
         prompt_ids=jnp.ones((2, 1), jnp.int32),
@@ -81,34 +84,57 @@ def test_an_experts_rows_are_not_the_policys_results():
         token_entropy=jnp.where(own[:, None], 0.5, 0.0) * jnp.ones((6, 8)),
         truncated=jnp.array([False, True, True] * 2),
     )
-    correct = np.array([False, False, True, True, True, True])
-    graded = Graded(rewards=correct.astype(np.float32), correct=correct, on_policy=own)
+    graded = Graded(correct.astype(np.float32), correct=correct, on_policy=own, judged=judged)
+    kept = graded.with_verdict
     made = assemble(
         rollouts,
         graded,
         jnp.zeros(6),
-        np.ones(6, bool),
-        np.ones(6, bool),
+        kept,
+        kept,
         np.zeros(4, bool),
         jax.random.key(0),
         objective=OBJECTIVES["luffy"],
-        echo=EchoConfig(),
+        echo=EchoConfig(**echo),
         max_tokens=8,
     )
     experience = Experience(
         prompts=(),
         rollouts=jax.device_get(rollouts),
         graded=graded,
-        in_policy=np.ones(6, bool),
-        in_echo=np.ones(6, bool),
+        in_policy=kept,
+        in_echo=kept,
         reasons=("",) * 6,
         seconds={},
     )
-    found = step_metrics(experience, jax.device_get(made), hints=False)
+    return experience, jax.device_get(made)
+
+
+def test_an_experts_rows_are_not_the_policys_results():
+    """Two groups of two policy rows and an expert row, which is right, long and without entropy."""
+    own = np.array([True, True, False] * 2)
+    correct = np.array([False, False, True, True, True, True])
+    found = step_metrics(*two_groups(own, correct), hints=False)
     assert found["reward/mean"] == found["reward/correct"] == 0.5
     assert found["group/all_failure_fraction"] == found["group/all_success_fraction"] == 0.5
     assert found["completion/length_mean"] == 3 and found["completion/truncated_fraction"] == 0.5
     assert found["entropy/token_mean"] == 0.5
+
+
+def test_rows_that_are_not_judged_have_no_part_in_rewards_losses_and_clips():
+    """One group of two successes and one of nothing, apart from rows that are not judged."""
+    correct = np.array([True, True, False, False, False, False])
+    judged = np.array([True, True, False, False, False, False])
+    # With an unjudged row left out, all rows of the first group are right.
+    experience, made = two_groups(np.ones(6, bool), correct, judged, when="degenerate_only")
+    found = step_metrics(experience, made, hints=False)
+    assert found["reward/mean"] == found["reward/correct"] == 1.0
+    assert found["reward/ungraded_fraction"] == pytest.approx(4 / 6)
+    assert found["group/all_success_fraction"] == 1.0 and found["group/all_failure_fraction"] == 0
+    assert found["completion/length_mean"] == pytest.approx(14 / 3)  # of all rows
+    assert made.clips.valid.tolist() == [[True], [False]]
+    for weights in (made.batch.loss_mask, made.batch.token_weights, made.batch.echo_weights):
+        assert weights[:2].any() and not weights[2:].any()
 
 
 def test_losses_are_means_over_updates_and_the_echos_over_those_with_a_clip():

@@ -86,7 +86,7 @@ def rescored_rows(policy: Policy, path: Path, *, limit: int) -> list[Row]:
         if ids := encode(response, add_special_tokens=False)[: policy.options.max_new_tokens]:
             prompts.append(encode(prompt) if isinstance(prompt, str) else policy.prompt(row))
             completions.append(ids)
-            verdicts.append(bool(row.get("correct")))
+            verdicts.append(row.get("correct", False))
     if not completions:
         raise UserError(f"{path}: every response is empty")
     scored = policy.score(prompts, completions, "policy trajectories")
@@ -94,7 +94,9 @@ def rescored_rows(policy: Policy, path: Path, *, limit: int) -> list[Row]:
 
 
 def stored_rows(path: Path, *, limit: int) -> list[Row]:
-    """Right and wrong rollouts with the entropies that the sampler stored: no model is needed.
+    """Right, unjudged and wrong rollouts with the entropies that the sampler stored.
+
+    No model is needed.
 
     Raises:
       UserError: the file is missing or empty, or a line has no entropies.
@@ -107,8 +109,10 @@ def stored_rows(path: Path, *, limit: int) -> list[Row]:
                 f"{path}, line {line}: no entropy and step_ids of equal length; "
                 "with --model and --data they are computed"
             )
-        source = "right answers" if row.get("correct") else "wrong answers"
-        found.append({"source": source, "entropy": entropy, "step_ids": list(map(int, steps))})
+        correct = row.get("correct", False)
+        outcome = "unjudged" if correct is None else "right" if correct else "wrong"
+        source, ids = f"{outcome} answers", list(map(int, steps))
+        found.append({"source": source, "entropy": entropy, "step_ids": ids})
     return sorted(found, key=lambda row: row["source"])  # right answers first
 
 

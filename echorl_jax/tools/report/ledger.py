@@ -110,9 +110,11 @@ def _cells(lines: Sequence[Sequence[Visit]], most: int, longest: int) -> list[li
 
 
 def _visit(step: int, group: Any) -> Visit | None:
+    """None for what is no group, and for a group without a judged rollout."""
     try:
         index, correct, size = (int(group[key]) for key in ("index", "correct", "size"))
         clip = bool(group.get("clip", False))
-        return Visit(step, index, correct, size, int(group.get("truncated", 0)), clip)
+        visit = Visit(step, index, correct, size, int(group.get("truncated", 0)), clip)
     except (KeyError, TypeError, ValueError, AttributeError):
         return None
+    return visit if visit.size else None

@@ -74,7 +74,7 @@ class Answer:
 
     trajectory: Trajectory
     text: str
-    correct: bool
+    correct: bool | None  # None: not judged
 
 
 @dataclasses.dataclass(frozen=True)

@@ -91,8 +91,9 @@ def deletion_curve(outcomes: Iterable[Row]) -> list[Row]:
     """Success by order and number of deleted steps, in the order of ``ORDERS``, then of counts.
 
     Args:
-      outcomes: rows with ``order``, ``deleted`` and ``correct``, one per attempted answer. All
-        counts must be of the same solutions: leave out those too short for the largest count.
+      outcomes: rows with ``order``, ``deleted`` and ``correct``, one per attempted answer; those
+        whose ``correct`` is None are not judged and not counted. All counts must be of the same
+        solutions: leave out those too short for the largest count.
 
     Returns:
       Rows with ``order``, ``deleted``, ``trials``, ``success`` and its 95% interval ``low``,
@@ -100,7 +101,8 @@ def deletion_curve(outcomes: Iterable[Row]) -> list[Row]:
     """
     verdicts: dict[tuple[str, int], list[bool]] = defaultdict(list)
     for row in outcomes:
-        verdicts[row["order"], int(row["deleted"])].append(bool(row["correct"]))
+        if row["correct"] is not None:
+            verdicts[row["order"], int(row["deleted"])].append(bool(row["correct"]))
     names, points = list(ORDERS), []
     for order, deleted in sorted(verdicts, key=lambda key: (names.index(key[0]), key[1])):
         found = verdicts[order, deleted]

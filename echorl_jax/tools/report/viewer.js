@@ -77,9 +77,8 @@ function verdict(rollout) {
 }
 
 function badges(rollout) {
-  const made = [
-    element("span", "badge " + (rollout.correct ? "right" : "wrong"), rollout.correct ? "right" : "wrong"),
-  ];
+  const outcome = rollout.correct ? "right" : rollout.correct === null ? "unjudged" : "wrong";
+  const made = [element("span", "badge " + outcome, outcome)];
   if (rollout.clip_tokens) made.push(element("span", "badge clip", "EchoClip"));
   return made;
 }

@@ -221,17 +221,24 @@ def read_groups(path: Path, step: int) -> list[list[Row]]:
 
 def pack_group(rows: Sequence[Row]) -> Row:
     """One group for the page: ``outcome`` is ``mixed``, ``right`` or ``wrong``."""
-    right = sum(bool(row.get("correct")) for row in rows)
+    verdicts = [pack_verdict(row) for row in rows]
+    right, judged = verdicts.count(True), len(rows) - verdicts.count(None)
     first = rows[0]
     return {
         "step": first["step"],
         "group": integer(first.get("group")),
         "source": visible(str(first.get("data_source") or "")),
         "prompt": visible(str(first.get("prompt") or "")),
-        "outcome": "wrong" if right == 0 else "right" if right == len(rows) else "mixed",
+        "outcome": "wrong" if right == 0 else "right" if right == judged else "mixed",
         "right": right,
         "rollouts": [pack_rollout(row) for row in rows],
     }
+
+
+def pack_verdict(row: Row) -> bool | None:
+    """Whether the rollout is right; None where the run wrote null: it was not judged."""
+    correct = row.get("correct", False)
+    return None if correct is None else bool(correct)
 
 
 def pack_rollout(row: Row) -> Row:
@@ -250,7 +257,8 @@ def pack_rollout(row: Row) -> Row:
     means = row.get("step_entropy")
     return {
         **{k: row.get(k) if is_number(row.get(k)) else None for k in ("reward", "advantage")},
-        **{key: bool(row.get(key)) for key in ("correct", "truncated")},
+        "correct": pack_verdict(row),
+        "truncated": bool(row.get("truncated")),
         "reason": visible(str(row.get("reason") or "")),
         "length": len(tokens),
         "tokens": [visible(str(token)) for token in tokens[:shown]],

@@ -30,13 +30,14 @@ def test_the_studies_of_a_run_need_no_options(tmp_path):
 def test_stored_entropies_need_no_model(tmp_path):
     right = {"correct": True, "entropy": [1.0, 3.0, 5.0], "step_ids": [0, 0, 1]}
     wrong = {"correct": False, "entropy": [0.5], "step_ids": [0]}
-    dump_lines(tmp_path / "rollouts.jsonl", [wrong, right])
+    unjudged = {**wrong, "correct": None}
+    dump_lines(tmp_path / "rollouts.jsonl", [wrong, right, unjudged])
     workdir = tmp_path / "new"
     profiles, steps, report = analyze(
         Analysis(workdir=workdir, rollouts=tmp_path / "rollouts.jsonl")
     )
     found = {row["source"]: row for row in rows_of(profiles)}
-    assert list(found) == ["right answers", "wrong answers"]
+    assert list(found) == ["right answers", "unjudged answers", "wrong answers"]
     # Tokens (1 + 3 + 5) / 3, steps (2 + 5) / 2, highest step 5.
     means = [found["right answers"][f"{what}_mean"] for what in ("token", "step", "peak")]
     assert means == pytest.approx([3.0, 3.5, 5.0])

@@ -15,6 +15,11 @@ def ledger_of(tmp_path, *steps):
     return build_ledger(read_ledger(tmp_path / "ledger.jsonl"))
 
 
+def test_a_group_without_a_judged_rollout_is_left_out(tmp_path):
+    ledger = ledger_of(tmp_path, [group(1, 0, size=0), group(2, 3, size=3)])
+    assert ledger["steps"] == [[[0, 2, 3, 3, 0, 0]]] and ledger["totals"]["groups"] == 1
+
+
 def test_moves_and_totals_match_hand_worked_counts(tmp_path):
     ledger = ledger_of(
         tmp_path,

@@ -257,7 +257,8 @@ class TestDeletion:
             for k in (0, 2)
             for _ in range(30)
         ]
-        points = deletion_curve(outcomes)
+        unjudged = [{"order": "high", "deleted": 2, "correct": None}]
+        points = deletion_curve(unjudged + outcomes)
         found = [(p["order"], p["deleted"]) for p in points]
         assert found == [("high", 0), ("high", 2), ("low", 0), ("low", 2)]
         right = sum(o["correct"] for o in outcomes if o["order"] == "high" and o["deleted"] == 2)

@@ -12,6 +12,7 @@ from echorl_jax.tools.report.viewer import (
     MAX_TOKENS,
     build_viewer,
     embed_json,
+    pack_group,
     pack_rollout,
     visible,
 )
@@ -64,6 +65,13 @@ def test_incomplete_rows_are_still_shown(tmp_path):
     assert first["rollouts"][1]["entropy"] == [] and first["rollouts"][1]["steps"] == [[2, None]]
     # (0.5 + 0) / 2: the masked token belongs to the step before it.
     assert second["rollouts"][0]["steps"] == [[2, 0.25]]
+
+
+def test_an_unjudged_rollout_is_neither_right_nor_wrong():
+    rows = [{"step": 1, "response": "7", "correct": correct} for correct in (True, None)]
+    packed = pack_group(rows)
+    assert (packed["outcome"], packed["right"]) == ("right", 1)
+    assert [rollout["correct"] for rollout in packed["rollouts"]] == [True, None]
 
 
 def test_a_very_long_rollout_is_cut_after_its_clip():
