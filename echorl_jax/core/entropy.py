@@ -180,7 +180,11 @@ def _backward(temperature: float, data_shards: int, residuals, cotangents):
         jnp.zeros((data_shards, *head.shape), jnp.float32),
         (hidden, tokens, entropy, log_total, logits, *cotangents),
     )
-    return d_hidden, jnp.sum(d_head, axis=0).astype(head.dtype), None
+    d_head = jnp.sum(d_head, axis=0).astype(head.dtype)
+    # A head tied to the embedding transposes its gradient. XLA would fold that into the product of
+    # a single piece, which it has not implemented for bf16 operands on CPU.
+    d_head = lax.platform_dependent(d_head, cpu=lax.optimization_barrier, default=lambda x: x)
+    return d_hidden, d_head, None
 
 
 _chunked = jax.custom_vjp(_values, nondiff_argnums=(3, 4))

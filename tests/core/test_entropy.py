@@ -88,6 +88,19 @@ def test_half_precision_accumulates_in_float32():
     np.testing.assert_allclose(slope, exact, atol=0.02)
 
 
+@pytest.mark.parametrize("chunk_size", [8, 1000], ids=["pieces", "one piece"])
+def test_half_precision_gradient_of_a_tied_head(chunk_size):
+    """The embedding table is the head transposed; XLA cannot do every bf16 product on CPU."""
+    hidden, head, tokens = inputs(dtype=jnp.bfloat16)
+
+    def of_table(table):
+        return weighted(hidden, table.T, tokens, chunk_size)
+
+    slope = jax.jit(jax.grad(of_table))(head.T)
+    exact = jax.grad(weighted, 1)(hidden.astype(jnp.float32), head, tokens, chunk_size)
+    np.testing.assert_allclose(slope, exact.T, atol=0.05)
+
+
 def test_impossible_tokens_have_no_part_in_the_entropy():
     logits = jnp.array([[0.0, 0.0, -jnp.inf]])
     value, slope = jax.value_and_grad(lambda x: core.token_entropy(x)[0])(logits)
