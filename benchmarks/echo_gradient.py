@@ -22,12 +22,11 @@ import numpy as np
 import optax
 
 from echorl_jax.config_file import load_config
-from echorl_jax.training.collect import collect
-from echorl_jax.training.loop import make_batches
+from echorl_jax.training.batch import make_batches
+from echorl_jax.training.experience import collect
 from echorl_jax.training.micro_batches import micro_batches, trainable_rows
-from echorl_jax.training.opening import open_run
-from echorl_jax.training.run import Run
-from echorl_jax.training.step import micro_gradient
+from echorl_jax.training.run import Run, open_run
+from echorl_jax.training.update import micro_gradient
 from echorl_jax.types import PyTree, TrainBatch
 
 ROOT = Path(__file__).parent.parent
@@ -80,10 +79,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         with open_run(config, target, prompts_per_step=arguments.prompts) as (run, state):
             for step in range(1, arguments.batches + 1):
                 key = jax.random.key(step)
-                sampled = collect(run, state.params, key, step=step)
-                found += [
-                    apart(run, state.params, part.batch) for part in make_batches(run, sampled, key)
-                ]
+                sampled = collect(
+                    run.setup,
+                    state.params,
+                    key,
+                    step=step,
+                    stream=run.stream,
+                    engine=run.engine,
+                    grader=run.grader,
+                    warn=run.log.say,
+                )
+                parts, _ = make_batches(run.setup, sampled, key, step=step)
+                found += [apart(run, state.params, part.batch) for part in parts]
     middle = {name: statistics.median(one[name] for one in found) for name in found[0]}
     return {
         "model": arguments.model or "as in configs/countdown.py",

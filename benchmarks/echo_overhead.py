@@ -24,13 +24,12 @@ import jax
 
 from echorl_jax.config import Config
 from echorl_jax.config_file import load_config
-from echorl_jax.training.batch import Assembled
-from echorl_jax.training.collect import Experience, collect
-from echorl_jax.training.learning import improve
-from echorl_jax.training.loop import make_batches
-from echorl_jax.training.opening import open_run
+from echorl_jax.training.batch import make_batches
+from echorl_jax.training.experience import Experience, collect
 from echorl_jax.training.optimizer import TrainState
-from echorl_jax.training.run import Run
+from echorl_jax.training.run import open_run
+from echorl_jax.training.setup import Setup
+from echorl_jax.training.update import update
 
 ROOT = Path(__file__).parent.parent
 
@@ -52,11 +51,15 @@ def configured(arguments: argparse.Namespace, *, echo: bool) -> Config:
     return load_config(str(ROOT / "configs" / "countdown.py"), overrides)
 
 
-def update_seconds(run: Run, state: TrainState, found: Experience) -> tuple[TrainState, float, int]:
+def update_seconds(
+    setup: Setup, state: TrainState, found: Experience
+) -> tuple[TrainState, float, int]:
     """Clips, weights and one update; the new state, seconds, rows with a gradient."""
     start = time.perf_counter()
-    parts: list[Assembled] = make_batches(run, found, jax.random.key(1))
-    state, _, used = improve(run, state, [part.batch for part in parts], 1)
+    key = jax.random.key(1)
+    parts, coef = make_batches(setup, found, key, step=1)
+    batches = [part.batch for part in parts]
+    state, _, used = update(setup, state, batches, key, step=1, echo_coef=coef)
     jax.block_until_ready(state)
     return state, time.perf_counter() - start, int(used.sum())
 
@@ -73,14 +76,22 @@ def measure(arguments: argparse.Namespace) -> dict:
         config = configured(arguments, echo=True)
         with open_run(config, Path(folder) / "run", prompts_per_step=arguments.prompts) as opened:
             run, state = opened
-            found = collect(run, state.params, jax.random.key(0), step=1)
-            plain_setup = dataclasses.replace(run.setup, config=configured(arguments, echo=False))
-            plain = dataclasses.replace(run, setup=plain_setup)
+            found = collect(
+                run.setup,
+                state.params,
+                jax.random.key(0),
+                step=1,
+                stream=run.stream,
+                engine=run.engine,
+                grader=run.grader,
+                warn=run.log.say,
+            )
+            plain = dataclasses.replace(run.setup, config=configured(arguments, echo=False))
             turns: list[tuple[float, float, float]] = []
             rows = {}
             for _ in range(arguments.repeats + 2):
                 seconds = []
-                for name, one in (("without", plain), ("with", run), ("again", plain)):
+                for name, one in (("without", plain), ("with", run.setup), ("again", plain)):
                     state, taken, rows[name] = update_seconds(one, state, found)
                     seconds.append(taken)
                 turns.append((seconds[0], seconds[1], seconds[2]))

@@ -18,7 +18,7 @@ import numpy as np
 
 from echorl_jax.data import encode_prompt, load_rows, load_tokenizer
 from echorl_jax.data.tokens import BUILTIN
-from echorl_jax.evaluation.grading import GradedTexts, Grading
+from echorl_jax.environment import GradedTexts, Grading
 from echorl_jax.models import load_model
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout import Finished, generate

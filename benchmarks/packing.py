@@ -22,7 +22,7 @@ from echorl_jax.parallel import make_mesh, platform_of
 from echorl_jax.training.micro_batches import Bounds, computed_tokens, micro_batches
 from echorl_jax.training.packing import pack_rows, packed_width
 from echorl_jax.training.setup import static_setup
-from echorl_jax.training.step import micro_gradient
+from echorl_jax.training.update import micro_gradient
 from echorl_jax.types import TrainBatch
 
 

@@ -80,7 +80,7 @@ def engine(args: argparse.Namespace) -> dict[str, Any]:
     from echorl_jax.parallel import make_mesh
     from echorl_jax.training.micro_batches import micro_batches, trainable_rows
     from echorl_jax.training.optimizer import init_state
-    from echorl_jax.training.step import apply_update
+    from echorl_jax.training.update import apply_update
 
     sys.path.insert(0, args.peers)
     import peerlib  # pyright: ignore[reportMissingImports]
@@ -155,7 +155,7 @@ def temporary_bytes(args: argparse.Namespace) -> int:
     """What the compiler sets aside for the gradient of a micro-batch of the case ``full``."""
     from echorl_jax.models import load_decoder
     from echorl_jax.training.micro_batches import micro_batches, trainable_rows
-    from echorl_jax.training.step import lower_accumulate
+    from echorl_jax.training.update import lower_accumulate
 
     sys.path.insert(0, args.peers)
     import peerlib  # pyright: ignore[reportMissingImports]

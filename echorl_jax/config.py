@@ -69,6 +69,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
+    # What samples: "" is the sampler of this package; "package.module:factory" makes another one
+    # (docs/extending.md).
+    engine: str = ""
     # Prompts per training step, P.
     prompts_per_step: int = 128
     # Rollouts per prompt, G.

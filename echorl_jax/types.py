@@ -138,3 +138,25 @@ class TrainBatch:
     entropy_scale: Array | None = None
     selected: Array | None = None  # bool [B, T], tokens picked out by KL-Cov or Clip-Cov
     segment_ids: Array | None = None  # i32 [B, L], several sequences packed into a row (SFT)
+
+    @classmethod
+    def plain(
+        cls, *, tokens: Any, prompt_length: Any, length: Any, loss_mask: Any, **fields: Any
+    ) -> "TrainBatch":
+        """Rows with the given fields; the others have no advantage, weights or scores (zeros)."""
+        zeros = loss_mask * 0
+        rest: dict[str, Any] = {
+            "advantages": zeros[:, 0],
+            "old_logprobs": zeros,
+            "rollout_logprobs": zeros,
+            "token_weights": zeros,
+            "echo_weights": zeros,
+            "on_policy": zeros[:, 0] != 0,
+        }
+        return cls(
+            tokens=tokens,
+            prompt_length=prompt_length,
+            length=length,
+            loss_mask=loss_mask,
+            **{**rest, **fields},
+        )

@@ -10,7 +10,13 @@ from echorl_jax.core.advantages import (
     whitened_advantages,
 )
 from echorl_jax.core.aggregation import aggregation_weights, mean_scale
-from echorl_jax.core.clips import active_coef, clip_weights, echo_loss, mine_echo_clips
+from echorl_jax.core.clips import (
+    active_coef,
+    clip_weights,
+    echo_loss,
+    echo_weights,
+    mine_echo_clips,
+)
 from echorl_jax.core.entropy import logprobs_and_entropy, token_entropy, token_logprobs
 from echorl_jax.core.hints import hint_probability
 from echorl_jax.core.loss import LOSS_TERMS, batch_loss
@@ -41,6 +47,7 @@ __all__ = [
     "clip_weights",
     "clipped_tokens",
     "echo_loss",
+    "echo_weights",
     "group_advantages",
     "hint_probability",
     "joined_steps",

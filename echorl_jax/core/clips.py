@@ -8,7 +8,7 @@ from jax import lax
 
 from echorl_jax.choices import Normalise, Select, When
 from echorl_jax.core.steps import step_entropy
-from echorl_jax.types import Array, EchoClips, LossTerm
+from echorl_jax.types import Array, EchoClips, LossTerm, pytree
 
 
 def mine_echo_clips(
@@ -227,3 +227,67 @@ def active_coef(
     step = jnp.asarray(step)
     inside = step >= start_step if end_step is None else (step >= start_step) & (step < end_step)
     return jnp.where(inside, jnp.float32(coef), jnp.float32(0.0))
+
+
+@pytree
+class Echo:
+    """The echo term of an update."""
+
+    clips: EchoClips
+    weights: Array  # f32 [N, T]: sum(weights * -logprobs) is L_echo; zeros where coef is 0
+    coef: Array  # f32 [], lambda at this step
+
+
+def echo_weights(
+    token_entropy: Array,
+    step_ids: Array,
+    correct: Array,
+    group: Array,
+    *,
+    num_groups: int,
+    num_steps: int,
+    on_policy: Array | None = None,
+    select: Select = "max",
+    top_k: int = 1,
+    min_step_tokens: int = 1,
+    when: When = "any_success",
+    normalise: Normalise = "prompts_with_clip",
+    enabled: bool = True,
+    coef: float = 1e-3,
+    step: Array | int = 0,
+    start_step: int = 0,
+    end_step: int | None = None,
+    key: Array | None = None,
+) -> Echo:
+    """Decides all about the echo of an update: its clips, their token weights and its coefficient.
+
+    Args:
+      token_entropy, step_ids, group, num_groups, num_steps, on_policy: see
+        :func:`mine_echo_clips`, as ``select``, ``top_k``, ``min_step_tokens``, ``when``, ``key``.
+      correct: bool ``[N]``, successes that may give clips.
+      normalise: see :func:`clip_weights`.
+      enabled: off: no clips.
+      coef, step, start_step, end_step: see :func:`active_coef`. Clips outside the window are
+        returned, for the logs, but have no weight.
+
+    Returns:
+      The clips, f32 ``[N, T]`` weights, and lambda.
+    """
+    clips = mine_echo_clips(
+        token_entropy,
+        step_ids,
+        correct & enabled,
+        group,
+        num_groups=num_groups,
+        num_steps=num_steps,
+        on_policy=on_policy,
+        select=select,
+        top_k=top_k,
+        min_step_tokens=min_step_tokens,
+        when=when,
+        key=key,
+    )
+    rows, width = token_entropy.shape
+    now = active_coef(step, coef * enabled, start_step=start_step, end_step=end_step)
+    weights = clip_weights(clips, (rows, width), normalise=normalise)
+    return Echo(clips, jnp.where(now != 0, weights, 0.0), now)

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt as the rollout takes it, and the row that the grader needs."""
+    """A prompt as the sampler takes it, and the row that the grader needs."""
 
-    ids: list[int]
+    ids: Sequence[int]
     row: Mapping[str, Any]
-    # Place among the rows of the stream.
-    index: int
-    # The last ids that are an expert's hint (UFT).
-    hint_tokens: int = 0
+    index: int  # place among the rows of the data
+    hint_tokens: int = 0  # the last ids that are an expert's hint (UFT)
+    prefix: Sequence[int] = ()  # tokens that every completion begins with and counts
+    number: int | None = None  # in the PRNG keys of its rows; None takes its place in the call
 
 
 class _UnreadRow(Mapping[str, Any]):
@@ -140,6 +140,13 @@ class PromptStream(Iterator[list[Prompt]]):
             else None
             for place, line in zip(places, found, strict=True)
         ]
+
+    def peek(self) -> list[Prompt]:
+        """The next step's prompts; the stream stays where it is."""
+        state = self.get_state()
+        prompts = next(self)
+        self.set_state(state)
+        return prompts
 
     def get_state(self) -> dict[str, Any]:
         """The place in the stream, as JSON can hold it."""

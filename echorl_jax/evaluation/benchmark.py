@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from echorl_jax.data import (
+    Prompt,
     encode_prompt,
     load_rows,
     load_tokenizer,
@@ -21,8 +22,9 @@ from echorl_jax.data import (
     require_vocabulary,
 )
 from echorl_jax.data.tokens import model_path
+from echorl_jax.environment import MOST_SAMPLES, JaxEngine, end_tokens
 from echorl_jax.errors import UserError, writing
-from echorl_jax.evaluation.evaluate import MOST_SAMPLES, Attempt, attempt_rows
+from echorl_jax.evaluation.evaluate import Attempt, attempt_prompts
 from echorl_jax.evaluation.generations import (
     claim,
     digest_rows,
@@ -38,6 +40,7 @@ from echorl_jax.models import load_model
 from echorl_jax.parallel import is_first, make_mesh, on_first, require_same
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rewards.verdict import grading_failed
+from echorl_jax.rollout import Resources, Sampling
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -99,9 +102,7 @@ class _Work:
     """The rows that are tried, and in which passes."""
 
     tokenizer: "PreTrainedTokenizerBase"
-    rows: Sequence[Mapping[str, Any]]
-    places: Sequence[int]  # of the rows in the data
-    prompts: Sequence[Sequence[int]]
+    prompts: Sequence[Prompt]  # numbered by their places in the data
     passes: Sequence[Pass]
     left_out: int  # rows whose prompts are too long
     bad: int  # rows that could not be read
@@ -115,7 +116,7 @@ class _Work:
         """(problem, sample, greedy) of every attempt, as they are written."""
         for each in self.passes:
             for i, sample in itertools.product(each.places, range(each.samples)):
-                yield self.places[i], sample, each.temperature == 0
+                yield self.prompts[i].index, sample, each.temperature == 0
 
 
 def run_benchmark(options: Benchmark, out: Path) -> dict[str, SourceResult]:
@@ -213,11 +214,16 @@ def _prepare(options: Benchmark) -> _Work:
     )
     if max(each.samples for each in plan) > MOST_SAMPLES:
         raise UserError(f"--samples={options.samples}: at most {MOST_SAMPLES}")
-    left_out = len(rows) - len(fits)
-    own = [prompts[i] for i in fits]
-    digest = digest_rows(own, kept)
+    digest = digest_rows([prompts[i] for i in fits], kept)
     require_same({f"rows under --data={options.data}": digest})
-    return _Work(tokenizer, kept, fits, own, plan, left_out, len(loaded.bad), digest)
+    return _Work(
+        tokenizer=tokenizer,
+        prompts=[Prompt(prompts[i], rows[i], index=i, number=i) for i in fits],
+        passes=plan,
+        left_out=len(rows) - len(fits),
+        bad=len(loaded.bad),
+        digest=digest,
+    )
 
 
 def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: int) -> None:
@@ -235,13 +241,13 @@ def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: i
     require_vocabulary(work.tokenizer, model.config.vocab_size)
     require_embedded_rows(
         work.tokenizer,
-        work.rows,
+        [prompt.row for prompt in work.prompts],
         template=options.template,
         vocab_size=model.config.vocab_size,
         experts=False,
         source=options.data,
     )
-    longest = max(map(len, work.prompts))
+    longest = max(len(prompt.ids) for prompt in work.prompts)
     warning = model.config.warn_of_positions(longest, options.max_new_tokens)
     if warning and is_first():
         print(f"echorl: {warning}", file=sys.stderr)
@@ -254,37 +260,41 @@ def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: i
             skipped, done = min(done, each.attempts), max(0, done - each.attempts)
             if skipped == each.attempts:
                 continue
-            rows = [work.rows[i] for i in each.places]
-            numbers = [work.places[i] for i in each.places]
-            for attempt in attempt_rows(
+            prompts = [work.prompts[i] for i in each.places]
+            engine = JaxEngine(
                 model,
-                params,
-                rows,
-                [work.prompts[i] for i in each.places],
-                jax.random.key(options.seed),
-                tokenizer=work.tokenizer,
-                grader=grader,
-                samples=each.samples,
+                Resources(slots=options.slots, mesh=mesh),
+                prompt_tokens=max(len(prompt.ids) for prompt in prompts),
+            )
+            sampling = Sampling(
+                group_size=each.samples,
                 max_new_tokens=options.max_new_tokens,
                 temperature=each.temperature,
                 top_p=options.top_p if each.temperature else 1.0,
+                eos_ids=end_tokens(work.tokenizer, model),
+            )
+            for attempt in attempt_prompts(
+                engine,
+                params,
+                prompts,
+                jax.random.key(options.seed),
+                sampling=sampling,
+                tokenizer=work.tokenizer,
+                grader=grader,
                 rows_at_once=options.batch,
-                slots=options.slots,
-                numbers=numbers,
                 done=skipped,
-                mesh=mesh,
                 progress=shown.look,
             ):
-                row = rows[attempt.problem]
-                line = _line(attempt, numbers[attempt.problem], row, greedy=not each.temperature)
+                line = _line(attempt, prompts[attempt.problem], greedy=not each.temperature)
                 lines.write(json.dumps(line) + "\n")
                 lines.flush()
                 shown.attempt(attempt.data_source)
 
 
-def _line(attempt: Attempt, place: int, row: Mapping[str, Any], *, greedy: bool) -> dict[str, Any]:
+def _line(attempt: Attempt, prompt: Prompt, *, greedy: bool) -> dict[str, Any]:
+    row = prompt.row
     return {
-        "problem": place,
+        "problem": prompt.index,
         "sample": attempt.sample,
         "greedy": greedy,
         "data_source": attempt.data_source,

@@ -2,30 +2,24 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import jax
-from jax.sharding import Mesh
-
-from echorl_jax.evaluation.grading import Grading
-from echorl_jax.models import Decoder
+from echorl_jax.data import Prompt
+from echorl_jax.environment import Attempts, Engine, sample_and_grade
 from echorl_jax.rewards import GraderPool, Verdict
-from echorl_jax.rollout import Progress, generate
-from echorl_jax.types import Array, HostArray, PyTree, Rollouts
+from echorl_jax.rollout import Progress, Sampling
+from echorl_jax.types import Array, HostArray, PyTree
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Attempts at one row that have keys of their own: sample s of row r draws as row r * 4096 + s.
-MOST_SAMPLES = 4096
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Attempt:
-    """One graded completion of a row."""
+    """One graded completion of a prompt."""
 
-    problem: int  # position among the rows
+    problem: int  # position among the prompts
     sample: int
     data_source: str
     response: str
@@ -35,108 +29,79 @@ class Attempt:
     truncated: bool
 
 
-@dataclasses.dataclass(frozen=True)
-class _Call:
-    """What one call of the sampler wrote, with its verdicts on their way."""
-
-    places: Sequence[int]  # rows of the call, without the repeats that fill it up
-    rollouts: Rollouts  # NumPy
-    grading: Grading
-
-
-def end_tokens(tokenizer: "PreTrainedTokenizerBase", model: Decoder) -> tuple[int, ...]:
-    """Tokens that end a completion: the tokenizer's and the model's."""
-    own: Any = tokenizer.eos_token_id
-    return tuple(sorted({own, *model.config.eos_ids}))
-
-
-def attempt_rows(
-    model: Decoder,
+def attempt_prompts(
+    engine: Engine,
     params: PyTree,
-    rows: Sequence[Mapping[str, Any]],
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[Prompt],
     key: Array,
     *,
+    sampling: Sampling,
     tokenizer: "PreTrainedTokenizerBase",
     grader: GraderPool,
-    samples: int,
-    max_new_tokens: int,
-    temperature: float,
-    top_p: float = 1.0,
-    prefixes: Sequence[Sequence[int]] | None = None,
     rows_at_once: int = 256,
-    slots: int = 0,
-    numbers: Sequence[int] | None = None,
     done: int = 0,
-    mesh: Mesh | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Iterator[Attempt]:
-    """Yields ``samples`` attempts for each row, in order, as calls of the sampler are done.
+    """Yields ``sampling.group_size`` graded completions for each prompt, prompt by prompt.
 
-    What is drawn for a sample depends on the row's number and the sample's alone. Calls begin at
-    fixed rows and have one shape (the last is filled up with repeats that are not yielded), so that
-    work which goes on after ``done`` attempts repeats the very computation. Grading processes judge
-    what has ended while the rest of its call, and the next one, are generated.
+    Draws depend on ``key`` and on the numbers of the prompt and the sample alone. Calls begin at
+    fixed prompts and have one shape (the last is filled up with repeats that are not yielded), so
+    that a continuation after ``done`` attempts repeats the same computation. Grading processes
+    judge rows that have ended while the rest of the call, and the next one, are generated.
 
     Args:
-      rows: in verl's columns.
-      prompts: their token ids.
-      prefixes: how each row's attempts have to begin; they are judged with it.
-      rows_at_once: completions in one call of the sampler.
-      slots: completions decoded at once; 0 lets the sampler choose.
-      numbers: each row's number in the keys; its position unless given.
-      done: attempts at the beginning that are not wanted again.
-      progress: called by the sampler at each look.
+      engine: samples.
+      params: the policy's parameters.
+      prompts: with rows in verl's columns, numbers for the keys, and prefixes of completions.
+      key: PRNG key.
+      sampling: how completions are drawn.
+      tokenizer: decodes completions.
+      grader: judges them.
+      rows_at_once: completions in one call of the engine.
+      done: attempts at the beginning that are left out.
+      progress: called by the engine at each poll.
     """
-    per_call = max(1, min(rows_at_once // samples, len(rows)))
-    longest = max(map(len, prompts), default=0)
-    numbers = range(len(rows)) if numbers is None else numbers
+    samples = sampling.group_size
+    per_call = max(1, min(rows_at_once // samples, len(prompts)))
 
-    def call(start: int) -> _Call:
-        places = range(start, min(start + per_call, len(rows)))
-        filled = [*places, *[places[-1]] * (per_call - len(places))]
-        judged = [rows[i] for i in places for _ in range(samples)]
-        grading = Grading(judged, tokenizer=tokenizer, grader=grader, all_texts=True)
-        rollouts = generate(
-            model,
+    def call(start: int) -> tuple[int, Attempts]:
+        part = list(prompts[start : start + per_call])
+        attempts = sample_and_grade(
+            engine,
             params,
-            [list(prompts[i]) for i in filled],
+            part + part[-1:] * (per_call - len(part)),
             key,
-            group_size=samples,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_p=top_p,
-            eos_ids=end_tokens(tokenizer, model),
-            row_ids=[numbers[i] * MOST_SAMPLES + s for i in filled for s in range(samples)],
-            prefixes=prefixes and [prefixes[i] for i in filled for _ in range(samples)],
-            slots=slots,
-            prompt_tokens=longest,
-            mesh=mesh,
+            sampling=sampling,
+            tokenizer=tokenizer,
+            grader=grader,
+            graded_prompts=len(part),
+            all_texts=True,
             progress=progress,
-            finished=grading.take,
         )
-        return _Call(places, jax.device_get(rollouts), grading)
+        return start, attempts
 
-    calls = map(call, range(done // samples // per_call * per_call, len(rows), per_call))
-    # Pairs, so that a call's verdicts are waited for when the next one has been generated.
+    calls = map(call, range(done // samples // per_call * per_call, len(prompts), per_call))
+    # Pairs: a call's verdicts are waited for when the next call has been generated.
     for before, _ in itertools.pairwise(itertools.chain(calls, [None])):
         assert before is not None
-        for attempt in _attempts(before, rows, samples):
+        for attempt in _attempts(*before, prompts, samples):
             if attempt.problem * samples + attempt.sample >= done:
                 yield attempt
 
 
-def _attempts(call: _Call, rows: Sequence[Mapping[str, Any]], samples: int) -> Iterator[Attempt]:
-    texts, rollouts = call.grading.result(), call.rollouts
-    for at, verdict in enumerate(texts.verdicts):
-        problem, length = call.places[at // samples], int(rollouts.completion_length[at])
+def _attempts(
+    start: int, attempts: Attempts, prompts: Sequence[Prompt], samples: int
+) -> Iterator[Attempt]:
+    texts, rollouts = attempts.verdicts(), attempts.rollouts
+    for row, verdict in enumerate(texts.verdicts):
+        problem, length = start + row // samples, int(rollouts.completion_length[row])
         yield Attempt(
             problem=problem,
-            sample=at % samples,
-            data_source=rows[problem]["data_source"],
-            response=texts.responses[at],
+            sample=row % samples,
+            data_source=prompts[problem].row["data_source"],
+            response=texts.responses[row],
             verdict=verdict,
-            ids=rollouts.completion_ids[at, :length],
-            entropy=rollouts.token_entropy[at, :length],
-            truncated=bool(rollouts.truncated[at]),
+            ids=rollouts.completion_ids[row, :length],
+            entropy=rollouts.token_entropy[row, :length],
+            truncated=bool(rollouts.truncated[row]),
         )

@@ -5,7 +5,7 @@ from echorl_jax.models.config import DecoderConfig, ModelError, RopeConfig
 from echorl_jax.models.decoder import Decoder
 from echorl_jax.models.hf import load_decoder, load_model, save_model
 from echorl_jax.models.hf_config import from_hf, read_config, to_hf
-from echorl_jax.models.initialise import abstract_params, init_params, param_shardings
+from echorl_jax.models.initialise import abstract_params, init_params, merge, param_shardings
 
 __all__ = [
     "Decoder",
@@ -18,6 +18,7 @@ __all__ = [
     "init_params",
     "load_decoder",
     "load_model",
+    "merge",
     "param_shardings",
     "read_config",
     "save_model",

@@ -22,6 +22,29 @@ def param_shardings(model: Decoder, mesh: Mesh, *, layout: Layout = "train") -> 
     return tree_shardings(model.param_axes(), model.param_shapes(), mesh, layout)
 
 
+def merge(frozen: PyTree, trainable: PyTree) -> PyTree:
+    """All parameters of a model, from those that stay as they are and those in training.
+
+    Args:
+      frozen: nested dicts; None where everything is trained.
+      trainable: nested dicts with the other leaves.
+
+    Raises:
+      ValueError: a leaf is in both.
+
+    >>> merge({"layer": {"kernel": 1}}, {"layer": {"bias": 2}, "head": 3})
+    {'layer': {'kernel': 1, 'bias': 2}, 'head': 3}
+    """
+    if frozen is None:
+        return trainable
+    if not (isinstance(frozen, dict) and isinstance(trainable, dict)):
+        raise ValueError("merge: a parameter is both frozen and trainable")
+    merged = {**frozen, **trainable}
+    for name in frozen.keys() & trainable.keys():
+        merged[name] = merge(frozen[name], trainable[name])
+    return merged
+
+
 def abstract_params(model: Decoder, mesh: Mesh) -> PyTree:
     """Shapes, types and places of the training weights; no array is made."""
     return jax.tree.map(

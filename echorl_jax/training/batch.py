@@ -1,4 +1,4 @@
-"""From graded rollouts to a :class:`TrainBatch`: advantages, steps, EchoClips, final weights."""
+"""From experience to batches: advantages, reasoning steps, EchoClips and final token weights."""
 
 import dataclasses
 import functools
@@ -12,14 +12,15 @@ from echorl_jax.config import EchoConfig
 from echorl_jax.core import (
     Objective,
     aggregation_weights,
-    clip_weights,
+    echo_weights,
     judged_groups,
     mean_scale,
-    mine_echo_clips,
     step_entropy,
     step_ids,
 )
 from echorl_jax.rollout import join_rows
+from echorl_jax.training.experience import Experience
+from echorl_jax.training.setup import Setup
 from echorl_jax.types import Array, EchoClips, Graded, HostArray, Rollouts, TrainBatch, pytree
 
 
@@ -31,6 +32,50 @@ class Assembled:
     clips: EchoClips
     step_ids: Array  # i32 [N, T]
     step_entropy: Array  # f32 [N, num_steps]
+
+
+def make_batches(
+    setup: Setup, experience: Experience, key: Array, *, step: int
+) -> tuple[list[Assembled], float]:
+    """The step's mini-batches (NumPy): advantages over the whole step, then clips and weights.
+
+    Args:
+      setup: of the run.
+      experience: of the step.
+      key: for random choices of clips.
+      step: from 1; the echo may have a window of steps.
+
+    Returns:
+      The mini-batches, and the echo's coefficient at this step.
+    """
+    config, objective = setup.config, setup.objective
+    advantages = np.asarray(
+        step_advantages(experience.rollouts, experience.graded, objective=objective)
+    )
+    parts = experience.split(config.objective.mini_batches)
+    made, coef = [], 0.0
+    for number, part in enumerate(parts):
+        assembled, coef = jax.device_get(
+            assemble(
+                part.rollouts,
+                part.graded,
+                np.split(advantages, len(parts))[number],
+                part.groups.in_policy.reshape(-1),
+                part.groups.in_echo.reshape(-1),
+                setup.is_delimiter,
+                jax.random.fold_in(key, number),
+                np.int32(step - 1),
+                objective=objective,
+                echo=config.echo,
+                max_tokens=config.rollout.max_new_tokens,
+            )
+        )
+        if objective.hints:
+            hint_tokens = np.array([prompt.hint_tokens for prompt in part.prompts], np.int32)
+            batch = learn_hints(assembled.batch, part.rollouts.group, hint_tokens)
+            assembled = dataclasses.replace(assembled, batch=batch)
+        made.append(assembled)
+    return made, float(coef)
 
 
 def step_advantages(rollouts: Rollouts, graded: Graded, *, objective: Objective) -> Array:
@@ -83,12 +128,13 @@ def assemble(
     in_echo: Array,
     is_delimiter: Array,
     key: Array,
+    step: Array | int,
     *,
     objective: Objective,
     echo: EchoConfig,
     max_tokens: int,
-) -> Assembled:
-    """Steps, clips and final weights of the rows of one update.
+) -> tuple[Assembled, Array]:
+    """Steps, clips and final weights of the rows of one update, and the echo's coefficient.
 
     Args:
       rollouts: as sampled, with P prompts and N rows.
@@ -98,11 +144,12 @@ def assemble(
       in_echo: bool ``[N]``, rows that may give clips.
       is_delimiter: bool ``[V]``, tokens that end a reasoning step.
       key: for random choices of clips.
+      step: training step, counted from 0.
       objective: static.
-      echo: static; ``enabled`` off mines nothing.
+      echo: static.
       max_tokens: the constant length of ``seq-mean-token-sum-norm``.
     """
-    num_rows, width = rollouts.completion_ids.shape
+    width = rollouts.completion_ids.shape[1]
     num_groups = rollouts.prompt_ids.shape[0]
     mask = _completion_mask(rollouts)
     loss_mask = mask & in_policy[:, None]
@@ -110,11 +157,11 @@ def assemble(
     steps = step_ids(rollouts.completion_ids, mask, is_delimiter)
     judged = graded.with_verdict
     mean_entropy, _ = step_entropy(rollouts.token_entropy, steps, num_steps)
-    clips = mine_echo_clips(
+    term = echo_weights(
         rollouts.token_entropy,
         steps,
         # A group whose judged rows are all correct is degenerate, whatever its other rows are.
-        ((graded.correct & in_echo) | ~judged) & echo.enabled,
+        (graded.correct & in_echo) | ~judged,
         rollouts.group,
         num_groups=num_groups,
         num_steps=num_steps,
@@ -123,6 +170,12 @@ def assemble(
         top_k=echo.top_k,
         min_step_tokens=echo.min_step_tokens,
         when=echo.when,
+        normalise=echo.normalise,
+        enabled=echo.enabled,
+        coef=echo.coef,
+        step=step,
+        start_step=echo.start_step,
+        end_step=echo.end_step,
         key=key,
     )
     tokens, length = join_rows(rollouts)
@@ -136,12 +189,12 @@ def assemble(
         old_logprobs=rollouts.rollout_logprobs,
         rollout_logprobs=rollouts.rollout_logprobs,
         token_weights=weights,
-        echo_weights=clip_weights(clips, (num_rows, width), normalise=echo.normalise),
+        echo_weights=term.weights,
         on_policy=graded.on_policy,
     )
     if objective.entropy_coef:
         batch = dataclasses.replace(batch, entropy_scale=mean_scale(weights))
-    return Assembled(batch, clips, steps, mean_entropy)
+    return Assembled(batch, term.clips, steps, mean_entropy), term.coef
 
 
 def select_tokens(
@@ -184,6 +237,43 @@ def join_assembled(parts: Sequence[Assembled]) -> Assembled:
         for part, start in zip(parts, starts, strict=True)
     ]
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *moved)
+
+
+def learn_hints(batch: TrainBatch, group: HostArray, hint_tokens: HostArray) -> TrainBatch:
+    """Moves the target region back over each row's hint and weighs the hint's likelihood.
+
+    The hint is part of the prompt for the policy. Its tokens get ``nll_weights`` that add up to 1
+    over the batch, so that the term is their mean negative log-likelihood; the rows of a group
+    share a hint, and the first of them carries it.
+
+    Args:
+      batch: NumPy arrays.
+      group: i32 ``[N]``, group-major.
+      hint_tokens: i32 ``[P]``.
+    """
+    first = np.diff(group, prepend=-1) != 0
+    hint_tokens = hint_tokens[group]
+    width, wider = batch.loss_mask.shape[1], batch.tokens.shape[1]
+    place = np.arange(wider)[None, :] - hint_tokens[:, None]
+
+    def shift(values: HostArray) -> HostArray:
+        inside = (place >= 0) & (place < width)
+        moved = np.take_along_axis(values, np.clip(place, 0, width - 1), axis=1)
+        return np.where(inside, moved, np.zeros((), values.dtype))
+
+    moved = {
+        name: shift(np.asarray(value))
+        for name, value in vars(batch).items()
+        if value is not None and name != "tokens" and np.ndim(value) == 2
+    }
+    in_hint = np.arange(wider)[None, :] < hint_tokens[:, None]
+    weights = (in_hint & first[:, None]).astype(np.float32)
+    return dataclasses.replace(
+        batch,
+        **moved,
+        prompt_length=batch.prompt_length - hint_tokens,
+        nll_weights=weights / max(float(weights.sum()), 1.0),
+    )
 
 
 def _completion_mask(rollouts: Rollouts) -> Array:

@@ -7,9 +7,9 @@ A dump is a directory: ``dump.json`` (what the run saw, its config and mesh), ``
 import dataclasses
 import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -23,9 +23,11 @@ from echorl_jax.models.tensor_files import write_json
 from echorl_jax.parallel import any_process, is_first, wait_for_all
 from echorl_jax.parallel.mesh import AXES
 from echorl_jax.training.setup import Setup
-from echorl_jax.training.step import UpdateStats
 from echorl_jax.training.workdir import read_json
 from echorl_jax.types import PyTree, TrainBatch
+
+if TYPE_CHECKING:
+    from echorl_jax.training.update import UpdateStats
 
 FACTS, BATCHES, PARAMS, MODEL = "dump.json", "micro_batches.safetensors", "params", "model"
 # Of a dump's facts, those that a replay reads.
@@ -45,66 +47,94 @@ class Dump:
     micro_batches: Sequence[TrainBatch]  # NumPy
 
 
-def room_for_dump(workdir: Path, most: int) -> bool:
-    """Whether fewer than ``most`` updates are dumped already; the same on all processes."""
-    found = len(list((workdir / "dumps").glob("step_*"))) if is_first() else 0
-    return not any_process(found >= most)
+class Dumps:
+    """Writes the update of ``debug.dump_step``, and updates that are not finite.
 
+    Every process of a multi-process run makes the same calls.
 
-def begin_dump(workdir: Path, step: int, update: int, params: PyTree) -> Path:
-    """Writes the parameters that an update starts from, before they are given away.
-
-    Every process of a multi-process run calls this and :func:`finish_dump`.
-
-    Returns:
-      The directory in progress.
+    Args:
+      workdir: of the run.
+      setup: of the run.
+      say: is called with a line on each dump.
     """
-    partial = workdir / "dumps" / f"partial_{step:06d}_{update:02d}"
-    if is_first():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    wait_for_all("dump begins")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save((partial / PARAMS).resolve(), params)
-    return partial
 
+    def __init__(self, workdir: Path, setup: Setup, say: Callable[[str], None]) -> None:
+        self._workdir, self._setup, self._say = workdir, setup, say
+        self._partial: Path | None = None  # of the update in progress
 
-def finish_dump(
-    partial: Path,
-    setup: Setup,
-    micro_batches: Iterable[TrainBatch],
-    done: UpdateStats,
-    *,
-    echo_coef: float,
-) -> Path:
-    """Adds what the update was given and what came of it; returns the finished directory."""
-    _, step, update = partial.name.split("_")
-    final = partial.with_name(f"step_{step}_update_{update}")
-    if is_first():
-        arrays = {
-            f"{number:05d}/{name}": np.ascontiguousarray(value)
-            for number, micro in enumerate(micro_batches)
-            for name, value in vars(micro).items()
-            if value is not None
-        }
-        save_file(arrays, partial / BATCHES)
-        (partial / MODEL).mkdir()
-        write_json(partial / MODEL / "config.json", to_hf(setup.model.config))
-        facts = {
-            "step": int(step),
-            "update": int(update),
-            "loss": _number(done.loss),
-            "grad_norm": _number(done.grad_norm),
-            "finite": bool(done.finite),
-            "echo_coef": echo_coef,
-            "mesh": dict(setup.mesh.shape),
-            "config": to_dict(setup.config),
-        }
-        write_json(partial / FACTS, facts)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-    wait_for_all("dump ends")
-    return final
+    def before(self, step: int, update: int, params: PyTree) -> None:
+        """Writes the parameters if the update was asked for: they are donated to it."""
+        self._partial = None
+        if update == 0 and step == self._setup.config.debug.dump_step:
+            self._partial = self._write_params(step, update, params)
+
+    def after(
+        self,
+        step: int,
+        update: int,
+        params: PyTree,
+        done: "UpdateStats",
+        micro_batches: Iterable[TrainBatch],
+        *,
+        echo_coef: float,
+    ) -> None:
+        """Writes the rest, and the parameters of an update that left them as they were."""
+        if self._partial is None and not done.finite and self._has_room():
+            self._partial = self._write_params(step, update, params)
+        if self._partial is not None:
+            path = self._finish(self._partial, micro_batches, done, echo_coef=echo_coef)
+            self._say(f"step {step}: update written to {path} for `echorl replay`")
+
+    def _has_room(self) -> bool:
+        """Whether fewer than ``debug.max_dumps`` are there; the same on all processes."""
+        count = len(list((self._workdir / "dumps").glob("step_*"))) if is_first() else 0
+        return not any_process(count >= self._setup.config.debug.max_dumps)
+
+    def _write_params(self, step: int, update: int, params: PyTree) -> Path:
+        partial = self._workdir / "dumps" / f"partial_{step:06d}_{update:02d}"
+        if is_first():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        wait_for_all("dump begins")
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save((partial / PARAMS).resolve(), params)
+        return partial
+
+    def _finish(
+        self,
+        partial: Path,
+        micro_batches: Iterable[TrainBatch],
+        done: "UpdateStats",
+        *,
+        echo_coef: float,
+    ) -> Path:
+        _, step, update = partial.name.split("_")
+        final = partial.with_name(f"step_{step}_update_{update}")
+        if is_first():
+            arrays = {
+                f"{number:05d}/{name}": np.ascontiguousarray(value)
+                for number, micro in enumerate(micro_batches)
+                for name, value in vars(micro).items()
+                if value is not None
+            }
+            save_file(arrays, partial / BATCHES)
+            (partial / MODEL).mkdir()
+            write_json(partial / MODEL / "config.json", to_hf(self._setup.model.config))
+            facts = {
+                "step": int(step),
+                "update": int(update),
+                "loss": _number(done.loss),
+                "grad_norm": _number(done.grad_norm),
+                "finite": bool(done.finite),
+                "echo_coef": echo_coef,
+                "mesh": dict(self._setup.mesh.shape),
+                "config": to_dict(self._setup.config),
+            }
+            write_json(partial / FACTS, facts)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+        wait_for_all("dump ends")
+        return final
 
 
 def read_dump(directory: Path) -> Dump:

@@ -2,19 +2,20 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 from orbax.checkpoint import multihost
 
-from echorl_jax.data import encode_prompt, load_rows, require_embedded_rows
+from echorl_jax.data import Prompt, encode_prompt, load_rows, require_embedded_rows
+from echorl_jax.environment import Engine, JaxEngine
 from echorl_jax.errors import one_line
-from echorl_jax.evaluation.evaluate import attempt_rows
+from echorl_jax.evaluation.evaluate import attempt_prompts
 from echorl_jax.evaluation.scores import score_by_source
 from echorl_jax.parallel import texts_from_shares
 from echorl_jax.rewards import GraderPool
-from echorl_jax.rollout import Progress
+from echorl_jax.rollout import Progress, Resources, Sampling
 from echorl_jax.training.setup import Setup
 from echorl_jax.types import PyTree
 
@@ -25,19 +26,22 @@ REASON_BYTES = 600
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-    """Held-out rows and how they are tried."""
+    """Held-out prompts and how they are tried."""
 
     setup: Setup
+    engine: Engine
     grader: GraderPool
-    rows: Sequence[Mapping[str, Any]]
-    prompts: Sequence[Sequence[int]]
+    prompts: Sequence[Prompt]
 
     @classmethod
-    def load(cls, setup: Setup, grader: GraderPool) -> "Evaluator":
-        """Reads and encodes ``config.data.eval``; no rows when nothing is to be evaluated."""
+    def load(cls, setup: Setup, engine: Engine, grader: GraderPool) -> "Evaluator":
+        """Reads and encodes ``config.data.eval``; no prompts when nothing is to be evaluated.
+
+        Our engine evaluates with its cache in the model's type and as many slots as fit.
+        """
         config = setup.config
         if not config.eval.every:
-            return cls(setup, grader, (), ())
+            return cls(setup, engine, grader, ())
         rows = load_rows(config.data.eval, on_bad_row=config.data.on_bad_row)
         rows = list(itertools.islice(rows, config.eval.rows or None))
         require_embedded_rows(
@@ -48,37 +52,45 @@ class Evaluator:
             experts=False,
             source="data.eval",
         )
-        prompts = [encode_prompt(setup.tokenizer, row, config.data.template) for row in rows]
-        longest = config.data.max_prompt_tokens
-        fits = [i for i, ids in enumerate(prompts) if len(ids) <= longest]
-        return cls(setup, grader, [rows[i] for i in fits], [prompts[i] for i in fits])
+        ids = [encode_prompt(setup.tokenizer, row, config.data.template) for row in rows]
+        fits = [i for i in range(len(rows)) if len(ids[i]) <= config.data.max_prompt_tokens]
+        # Draws are numbered by the rows that fit.
+        prompts = [Prompt(ids[i], rows[i], i, number=n) for n, i in enumerate(fits)]
+        if isinstance(engine, JaxEngine):
+            engine = JaxEngine(
+                setup.model,
+                Resources(mesh=setup.mesh),
+                prompt_tokens=max((len(prompt.ids) for prompt in prompts), default=0),
+            )
+        return cls(setup, engine, grader, prompts)
 
     def due(self, step: int) -> bool:
         """Whether to evaluate: before the first step, at the last, every ``eval.every`` steps."""
         every, last = self.setup.config.eval.every, self.setup.config.steps
-        return bool(self.rows) and (step % every == 0 or step == last)
+        return bool(self.prompts) and (step % every == 0 or step == last)
 
-    def scores(self, params: PyTree, look: Callable[[Progress], None]) -> dict[str, float]:
+    def scores(self, params: PyTree, poll: Callable[[Progress], None]) -> dict[str, float]:
         """``eval/<source>/pass@1`` and pass@k for each data source; the same draws every time.
 
         Args:
-          params: of the policy.
-          look: called now and then by the sampler, on all processes alike; an error ends the work.
+          params: the policy's parameters.
+          poll: called now and then by the engine, on all processes alike; an error ends the work.
         """
         config = self.setup.config
-        attempts = attempt_rows(
-            self.setup.model,
+        attempts = attempt_prompts(
+            self.engine,
             params,
-            self.rows,
             self.prompts,
             jax.random.key(config.seed + 1),
+            sampling=Sampling(
+                group_size=config.eval.samples,
+                max_new_tokens=config.rollout.max_new_tokens,
+                temperature=config.eval.temperature,
+                eos_ids=self.setup.eos_ids,
+            ),
             tokenizer=self.setup.tokenizer,
             grader=self.grader,
-            samples=config.eval.samples,
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=config.eval.temperature,
-            mesh=self.setup.mesh,
-            progress=look,
+            progress=poll,
         )
         outcomes = [(a.data_source, a.problem, a.verdict.correct) for a in attempts]
         return {

@@ -8,7 +8,7 @@ import errno
 import os
 import re
 import signal
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -106,14 +106,16 @@ class Faults:
         closed.close()
         return closed
 
-    def spoil(self, batch: TrainBatch, step: int) -> TrainBatch:
-        """The batch (NumPy), with a NaN among the weights of its first row if one is due."""
+    def spoil(self, batches: Sequence[TrainBatch], step: int) -> list[TrainBatch]:
+        """The batches (NumPy); if a NaN is due, with one among the weights of the first."""
+        batch, *others = batches
         if not self.hits("nan", step):
-            return batch
+            return [batch, *others]
         row = int(np.argmax(np.any(batch.token_weights != 0, axis=1)))
         weights, advantages = np.array(batch.token_weights), np.array(batch.advantages)
         weights[row, 0] = advantages[row] = np.nan
-        return dataclasses.replace(batch, token_weights=weights, advantages=advantages)
+        batch = dataclasses.replace(batch, token_weights=weights, advantages=advantages)
+        return [batch, *others]
 
     def checkpoint_path(
         self, plain: type[ocp.path.atomicity.AtomicRenameTemporaryPath]

@@ -1,56 +1,57 @@
 """Metrics of a step under their public keys, computed on the host from what the step made."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
 from echorl_jax.rewards import grading_failed
 from echorl_jax.training.batch import Assembled
-from echorl_jax.training.collect import Experience
+from echorl_jax.training.experience import Experience
+from echorl_jax.training.setup import Setup
 from echorl_jax.types import EchoClips, HostArray, TrainBatch
 
 
-def step_metrics(found: Experience, made: Assembled, *, hints: bool) -> dict[str, float]:
+def step_metrics(experience: Experience, made: Assembled, *, hints: bool) -> dict[str, float]:
     """Rewards, groups, completions, clips and sampling of a step; expert rows are not counted.
 
     Args:
-      found: the step's experience.
+      experience: the step's experience.
       made: its batch and clips (NumPy).
       hints: whether prompts may end with a part of the solution (UFT).
     """
     return {
-        **reward_metrics(found),
-        **completion_metrics(found),
+        **reward_metrics(experience),
+        **completion_metrics(experience),
         **clip_metrics(made.clips),
-        **sampling_metrics(found, hints=hints),
+        **sampling_metrics(experience, hints=hints),
         "echo/joined_steps_fraction": _mean(
-            made.step_ids.max(axis=1) >= made.step_entropy.shape[1], found.graded.on_policy
+            made.step_ids.max(axis=1) >= made.step_entropy.shape[1], experience.graded.on_policy
         ),
         "entropy/covariance": covariance(made.batch),
     }
 
 
-def reward_metrics(found: Experience) -> dict[str, float]:
+def reward_metrics(experience: Experience) -> dict[str, float]:
     """Rewards and successes of the policy's judged rows, and groups with a single outcome."""
-    judged, groups = found.graded.with_verdict, found.rollouts.prompt_ids.shape[0]
-    failed = np.array([*map(grading_failed, found.reasons)])
-    own = found.graded.on_policy & judged
-    group, correct = found.rollouts.group, found.graded.correct & own
-    size = np.bincount(group, weights=own, minlength=groups)
-    successes = np.bincount(group, weights=correct, minlength=groups)
+    groups = experience.groups
+    own = groups.on_policy & groups.judged  # [P, G]
+    correct = groups.correct & own
+    size, successes = own.sum(axis=1), correct.sum(axis=1)
+    failed = np.reshape([grading_failed(reason) for reason in groups.reasons.flat], own.shape)
     return {
-        "reward/mean": _mean(found.graded.rewards, own),
+        "reward/mean": _mean(groups.rewards, own),
         "reward/correct": _mean(correct, own),
-        "reward/ungraded_fraction": float(np.mean(failed | ~judged)),
+        "reward/ungraded_fraction": float(np.mean(failed | ~groups.judged)),
         "group/all_success_fraction": _mean(successes == size, size > 0),
         "group/all_failure_fraction": _mean(successes == 0, size > 0),
-        "group/in_policy_fraction": float(found.in_policy.mean()),
+        "group/in_policy_fraction": float(groups.in_policy.mean()),
     }
 
 
-def completion_metrics(found: Experience) -> dict[str, float]:
+def completion_metrics(experience: Experience) -> dict[str, float]:
     """Lengths (tokens) and token entropies (nats) of the policy's completions."""
-    rollouts, own = found.rollouts, found.graded.on_policy
+    rollouts, own = experience.rollouts, experience.graded.on_policy
     places = np.arange(rollouts.completion_ids.shape[1])
     tokens = own[:, None] & (places[None, :] < rollouts.completion_length[:, None])
     return {
@@ -69,11 +70,14 @@ def clip_metrics(clips: EchoClips) -> dict[str, float]:
     }
 
 
-def sampling_metrics(found: Experience, *, hints: bool) -> dict[str, float]:
+def sampling_metrics(experience: Experience, *, hints: bool) -> dict[str, float]:
     """How the rollouts were sampled."""
-    metrics = {"rollout/slot_occupancy": found.slot_occupancy, "rollout/rounds": found.rounds}
+    metrics = {
+        "rollout/slot_occupancy": experience.slot_occupancy,
+        "rollout/rounds": experience.rounds,
+    }
     if hints:
-        tokens = [prompt.hint_tokens for prompt in found.prompts]
+        tokens = [prompt.hint_tokens for prompt in experience.prompts]
         metrics["prompt/hint_tokens_mean"] = float(np.mean(tokens))
     return metrics
 
@@ -93,23 +97,34 @@ def covariance(batch: TrainBatch) -> float:
     return float(shares.mean())
 
 
-def throughput_metrics(
-    *, used: np.ndarray, trained_tokens: int, sampled_tokens: int, seconds: Mapping[str, float]
-) -> dict[str, float]:
+def throughput_metrics(setup: Setup, experience: Experience, used: HostArray) -> dict[str, float]:
     """The share of rows without a gradient, and the speed of sampling and training.
 
     Args:
-      used: ``[N]``, tokens of each row that had a gradient.
-      trained_tokens: computed by the updates, padding not counted.
-      sampled_tokens: written by the policy.
-      seconds: by part of the step.
+      setup: of the run.
+      experience: of the step, with the seconds of its phases.
+      used: ``[N]``, tokens of each row that had a gradient; 0 for a row that was left out.
     """
+    sampled = experience.rollouts.completion_length[experience.graded.on_policy].sum()
+    seconds = experience.seconds
     return {
-        "train/rows_skipped_fraction": float(np.mean(used == 0)) if used.size else 0.0,
-        "rollout/tokens_per_second": sampled_tokens / max(seconds.get("rollout", 0.0), 1e-9),
-        "train/tokens_per_second": trained_tokens / max(seconds.get("update", 0.0), 1e-9),
+        "train/rows_skipped_fraction": float(np.mean(used == 0)),
+        "rollout/tokens_per_second": per_second(sampled, seconds["rollout"]),
+        **training_speed(used.sum() * setup.config.objective.epochs, seconds),
+    }
+
+
+def training_speed(tokens: Any, seconds: Mapping[str, float]) -> dict[str, float]:
+    """Tokens of updates (padding not counted) per second, and the seconds of each phase."""
+    return {
+        "train/tokens_per_second": per_second(tokens, seconds["update"]),
         **{f"time/{name}_s": value for name, value in seconds.items()},
     }
+
+
+def per_second(count: Any, seconds: float) -> float:
+    """A rate; finite for no time at all."""
+    return float(count) / max(seconds, 1e-9)
 
 
 def _mean(values: HostArray, kept: HostArray) -> float:

@@ -18,7 +18,7 @@ from echorl_jax.training.checkpoints import read_weights
 from echorl_jax.training.dumps import MODEL, PARAMS, Dump, read_dump
 from echorl_jax.training.optimizer import init_state
 from echorl_jax.training.setup import Setup, configured_objective, model_options, static_setup
-from echorl_jax.training.step import Accumulated, apply_update, micro_gradient
+from echorl_jax.training.update import Accumulated, apply_update, micro_gradient
 from echorl_jax.types import HostArray, PyTree, TrainBatch
 
 # Accepted relative difference on another mesh than the run's, where sums have another order.

@@ -1,49 +1,42 @@
-"""An open run, as every kind of training has it: its parts, its steps, and the end of a step."""
+"""A run: opened new or where it stopped, its steps, and the end of each step."""
 
 import dataclasses
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
+from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import Objective
-from echorl_jax.data import PromptStream
-from echorl_jax.errors import RunStopped
-from echorl_jax.parallel import any_process, from_first
+from echorl_jax.data import PromptStream, load_rows, require_embedded_rows
+from echorl_jax.environment import Engine, make_engine
+from echorl_jax.errors import RunStopped, writing
+from echorl_jax.parallel import any_process, from_first, is_first, smallest
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout import Progress
-from echorl_jax.training.checkpoints import Checkpoints
-from echorl_jax.training.compiled import CompileCounter
+from echorl_jax.rollout.memory import device_bytes
+from echorl_jax.training.capacity import with_slots
+from echorl_jax.training.checkpoints import Checkpoints, Restored
+from echorl_jax.training.compiled import CompileCounter, keep_compiled
+from echorl_jax.training.dumps import Dumps
 from echorl_jax.training.evaluator import Evaluator, attempt
 from echorl_jax.training.export import export_model
 from echorl_jax.training.faults import Faults
+from echorl_jax.training.health import Health
+from echorl_jax.training.inputs import compare_inputs, read_inputs, weights_digest
 from echorl_jax.training.logs import RunLog
-from echorl_jax.training.optimizer import TrainState
-from echorl_jax.training.preemption import StopRequest
-from echorl_jax.training.setup import Setup
+from echorl_jax.training.optimizer import TrainState, init_state
+from echorl_jax.training.overview import overview, title
+from echorl_jax.training.preemption import StopRequest, stop_on_signal
+from echorl_jax.training.setup import Setup, configured_objective, make_setup
+from echorl_jax.training.workdir import ASIDE, last_step, open_workdir, require_new, rewind
 from echorl_jax.types import Array, PyTree
-
-
-class GapCheck:
-    """When sampler and trainer must agree: at the first step of a process, every n steps after the
-    run's first, and from then on until a step had something to compare.
-    """
-
-    def __init__(self, every: int) -> None:
-        self._every = every
-        self._due = bool(every)
-
-    def due(self, step: int) -> bool:
-        """Whether this step's gap is to be judged."""
-        self._due |= bool(self._every) and (step - 1) % self._every == 0
-        return self._due
-
-    def passed(self) -> None:
-        """The gap was measured and accepted."""
-        self._due = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,18 +50,15 @@ class Run:
     grader: GraderPool
     log: RunLog
     evaluator: Evaluator
+    engine: Engine
+    health: Health
+    dumps: Dumps
     compiles: CompileCounter
-    gap_check: GapCheck
     stop: StopRequest
     faults: Faults
-    reference: PyTree | None  # weights that a KL term holds on to
+    reference: PyTree | None  # weights of a KL term
     first_step: int  # steps that were done when the run was opened
     inputs: Mapping[str, str]  # digests of rows, prompts and weights, and the first start
-
-    @property
-    def objective(self) -> Objective:
-        """The objective whose loss the run minimises."""
-        return self.setup.objective
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, counted from 1; those of ``log.profile_steps`` are traced."""
@@ -83,6 +73,14 @@ class Run:
                     yield step
             else:
                 yield step
+
+    @contextmanager
+    def compiling(self) -> Iterator[None]:
+        """Tells how many programs were compiled inside, and how long it took."""
+        start = time.monotonic()
+        yield
+        seconds = time.monotonic() - start
+        self.log.say(f"compiled {self.compiles.count} programs in {seconds:.0f} s")
 
     def key(self, step: int) -> Array:
         """The PRNG key of a step."""
@@ -185,6 +183,195 @@ class Run:
         config = self.setup.config
         if config.checkpoint.export and int(state.step) == config.steps:
             export_model(self.directory, self.setup, state.params)
+
+
+@contextmanager
+def open_run(
+    config: Config,
+    workdir: str | Path,
+    *,
+    prompts_per_step: int,
+    supervised: bool = False,
+    devices: Sequence[Any] | None = None,
+) -> Iterator[tuple[Run, TrainState]]:
+    """Opens a workdir, builds what a run needs and restores the newest checkpoint, if there is one.
+
+    A new run is evaluated before its first step.
+
+    Raises:
+      UserError: config, data, model or workdir that cannot be used, or is in use by another run.
+      RunStopped: a file cannot be written, such as on a full disk.
+    """
+    faults = Faults.parse(config.debug.inject, Path(workdir))
+    if config.checkpoint.resume == "none":
+        require_new(workdir)
+    objective = configured_objective(config)
+    if objective.supervised != supervised:
+        command = "echorl sft" if objective.supervised else "echorl train"
+        raise ConfigError(f"config.objective.name = {config.objective.name!r}: use `{command}`")
+    with (
+        open_workdir(workdir, config) as (directory, steps_before),
+        writing(directory),
+        keep_compiled(directory, config.checkpoint.compiled),
+    ):
+        compiles = CompileCounter()
+        setup, params = make_setup(config, devices=devices)
+        rows = load_rows(config.data.train, on_bad_row=config.data.on_bad_row)
+        require_embedded_rows(
+            setup.tokenizer,
+            rows,
+            template=config.data.template,
+            vocab_size=setup.model.config.vocab_size,
+            experts=objective.supervised or objective.hints or objective.expert_rows > 0,
+            source="data.train",
+        )
+        # A copy: the state's own buffers are given away at the first update.
+        reference = jax.jit(setup.model.cast)(params) if objective.kl_coef else None
+        checkpoints = Checkpoints.open(directory, config, faults)
+        state = init_state(params, setup.optimizer, setup.mesh)
+        weights = weights_digest(config, state.params)
+        restored = checkpoints.restore(state, _warn)
+        before = {} if restored is None else restored.inputs
+        inputs = read_inputs(setup, rows, weights, before)
+        compare_inputs(inputs, before, config, reference=reference is not None, warn=_warn)
+        stream = PromptStream(
+            rows,
+            setup.tokenizer,
+            prompts_per_step=prompts_per_step,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            template=config.data.template,
+            seed=config.seed,
+        )
+        if restored is not None:
+            state = restored.state
+            stream.set_state(restored.data_position)
+            _warn_of_other_steps(config, objective, steps_before)
+        first = int(state.step)
+        _rewind(directory, restored)
+        setup = _with_slots(setup)
+        grader = GraderPool(
+            config.data.grader,
+            workers=config.data.grader_workers,
+            timeout_s=config.data.grader_timeout_s,
+            faults=faults.rewards,
+        )
+        log = RunLog(
+            directory,
+            first_step=first,
+            total_steps=config.steps,
+            tensorboard=config.log.tensorboard,
+            wandb_project=config.log.wandb_project,
+        )
+        with (
+            _file_errors(directory, checkpoints),
+            grader,
+            log,
+            stop_on_signal() as stop,
+            closing(_engine(setup)) as engine,
+        ):
+            run = Run(
+                directory=directory,
+                setup=setup,
+                stream=stream,
+                engine=engine,
+                checkpoints=checkpoints,
+                grader=grader,
+                log=log,
+                evaluator=Evaluator.load(setup, engine, grader),
+                health=Health(setup, int(state.bad_updates), log.say),
+                dumps=Dumps(directory, setup, log.say),
+                compiles=compiles,
+                stop=stop,
+                faults=faults,
+                reference=reference,
+                first_step=first,
+                inputs=inputs,
+            )
+            _present(run, state)
+            if rows.bad:
+                log.say(f"data.train: {len(rows.bad)} bad rows left out, the first: {rows.bad[0]}")
+            if restored is None:
+                run.evaluate_first(state.params)
+            else:
+                run.evaluate_again(first, state.params)
+            yield run, state
+
+
+def _warn_of_other_steps(config: Config, objective: Objective, before: int) -> None:
+    """Warns if ``config.steps`` changed and a schedule depends on it."""
+    courses = []
+    if config.optim.schedule != "constant":
+        courses.append(f"optim.schedule = {config.optim.schedule}")
+    if objective.hints and not config.objective.hint_steps:
+        courses.append("objective.hint_steps = 0")
+    if courses and before != config.steps:
+        _warn(
+            f"warning: config.steps = {config.steps}, not {before} as before: from here on "
+            f"{' and '.join(courses)} follows the new length"
+        )
+
+
+def _engine(setup: Setup) -> Engine:
+    return make_engine(
+        setup.config,
+        model=setup.model,
+        tokenizer=setup.tokenizer,
+        mesh=setup.mesh,
+        slots=setup.slots,
+    )
+
+
+def _present(run: Run, state: TrainState) -> None:
+    setup = run.setup
+    lines = overview(setup, first_step=run.first_step, device_bytes=device_bytes())
+    run.log.present(title(setup, state.params), lines)
+    prompt, completion = setup.config.data.max_prompt_tokens, setup.config.rollout.max_new_tokens
+    if warning := setup.model.config.warn_of_positions(prompt, completion):
+        run.log.say(warning)
+
+
+def _with_slots(setup: Setup) -> Setup:
+    """The setup with slots that fit on the devices of every process."""
+    if setup.objective.supervised:
+        return setup
+    setup = with_slots(setup, device_bytes=device_bytes())
+    return dataclasses.replace(setup, slots=smallest(setup.slots))
+
+
+@contextmanager
+def _file_errors(directory: Path, checkpoints: Checkpoints) -> Iterator[None]:
+    """Reports a file that cannot be written in one line; the checkpoint in progress is finished."""
+    try:
+        yield
+    except (RunStopped, OSError) as error:
+        with suppress(RunStopped):  # the first error is the one to report
+            checkpoints.close()
+        if isinstance(error, RunStopped):
+            raise
+        raise RunStopped(
+            f"{error.filename or directory}: {error.strerror or error}; the last checkpoint stays"
+        ) from error
+
+
+def _rewind(directory: Path, restored: Restored | None) -> None:
+    """Forgets what came after the checkpoint; tells if what came before is not all there."""
+    metrics = directory / "metrics.jsonl"
+    last = last_step(metrics) if is_first() else -1
+    lines = rewind(directory, -1 if restored is None else int(restored.state.step))
+    if restored is None and last > 0:
+        _warn(
+            f"warning: {directory} has no checkpoint, while metrics.jsonl goes to step {last}: the "
+            f"run starts again from its first step; the old metrics are in {directory / ASIDE}"
+        )
+    if restored is not None and is_first() and lines < restored.metrics_lines:
+        _warn(
+            f"warning: {metrics} has {lines} of the {restored.metrics_lines} lines that were there "
+            "at the checkpoint"
+        )
+
+
+def _warn(line: str) -> None:
+    print(f"echorl: {line}", file=sys.stderr)
 
 
 def peak_memory_bytes() -> int:

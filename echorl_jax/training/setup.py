@@ -13,9 +13,10 @@ from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import Objective, load_objective
 from echorl_jax.data import load_tokenizer, newline_delimiters, require_vocabulary
 from echorl_jax.data.tokens import model_path
-from echorl_jax.evaluation.evaluate import end_tokens
+from echorl_jax.environment import end_tokens
 from echorl_jax.models import Decoder, init_params, load_decoder, load_model
 from echorl_jax.parallel import Platform, make_mesh, platform_of
+from echorl_jax.rollout import Sampling
 from echorl_jax.training.micro_batches import Bounds, micro_batch_shapes
 from echorl_jax.training.optimizer import learning_rate_schedule, make_optimizer
 from echorl_jax.types import HostArray, PyTree
@@ -52,6 +53,19 @@ class Setup:
     def sampled_group_size(self) -> int:
         """Rows of a group that the policy samples; experts are the rest."""
         return self.config.rollout.group_size - self.objective.expert_rows
+
+    @property
+    def sampling(self) -> Sampling:
+        """How the policy draws its rows of each group."""
+        rollout = self.config.rollout
+        return Sampling(
+            group_size=self.sampled_group_size,
+            max_new_tokens=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            top_k=rollout.top_k,
+            top_p=rollout.top_p,
+            eos_ids=self.eos_ids,
+        )
 
     @property
     def sampled_rows(self) -> int:

@@ -11,18 +11,17 @@ import numpy as np
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import aggregation_weights, mean_scale
 from echorl_jax.data import Prompt
+from echorl_jax.environment import target_ids
 from echorl_jax.models import Decoder
-from echorl_jax.training.experts import target_ids
-from echorl_jax.training.learning import improve
 from echorl_jax.training.logs import timed
-from echorl_jax.training.metrics import throughput_metrics
-from echorl_jax.training.opening import open_run
+from echorl_jax.training.metrics import training_speed
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.packing import pack_rows, packed_width
-from echorl_jax.training.rehearsal import rehearse_updates
-from echorl_jax.training.run import Run
-from echorl_jax.training.step import update_metrics
-from echorl_jax.types import TrainBatch
+from echorl_jax.training.run import open_run
+from echorl_jax.training.setup import Setup
+from echorl_jax.training.update import update, update_metrics
+from echorl_jax.training.warmup import warm_up_updates
+from echorl_jax.types import HostArray, TrainBatch
 
 
 def train_supervised(
@@ -40,28 +39,56 @@ def train_supervised(
       RunStopped: gradients stay non-finite.
     """
     rows = config.optim.sft_rows_per_step
-    with open_run(
-        config, workdir, prompts_per_step=rows, supervised=True, devices=devices
-    ) as opened:
-        run, state = opened
+    with open_run(config, workdir, prompts_per_step=rows, supervised=True, devices=devices) as (
+        run,
+        state,
+    ):
+        setup = run.setup
         if config.optim.compile_ahead and not run.stopping():
-            rehearse_updates(run, state.params, _widest(run), rows=rows)
+            # As wide as any batch of the run.
+            batch = demonstrations(setup, run.stream.peek())
+            if packs(config, setup.model):
+                batch = pack_rows(batch, width=batch.tokens.shape[1])
+            with run.compiling():
+                warm_up_updates(
+                    setup,
+                    state.params,
+                    batch,
+                    rows=rows,
+                    reference=run.reference,
+                    say=run.log.say,
+                )
         for step in run.steps():
             seconds: dict[str, float] = {}
             with timed(seconds, "data"):
-                batch = demonstrations(run, next(run.stream))
-                real_tokens = int(batch.length.sum())
-                batch = _packed(run, batch)
+                batch = demonstrations(setup, next(run.stream))
+                tokens = int(batch.length.sum())
+                if packs(config, setup.model):
+                    batch = pack_rows(
+                        batch, width=packed_width(batch.length.tolist(), setup.bounds)
+                    )
+                batches = run.faults.spoil([batch], step)
             with timed(seconds, "update"):
-                state, updates, used = improve(run, state, [batch], step)
-            speed = throughput_metrics(
-                used=used,
-                trained_tokens=real_tokens,
-                sampled_tokens=0,
-                seconds=seconds,
-            )
-            metrics = update_metrics(updates) | speed
-            if not run.end_step(step, state, {**metrics, "loss/nll": metrics["loss/total"]}):
+                state, updates, used = update(
+                    setup,
+                    state,
+                    batches,
+                    run.key(step),
+                    step=step,
+                    echo_coef=0.0,
+                    reference=run.reference,
+                    dumps=run.dumps,
+                )
+            run.faults.reach("update", step)
+            state = run.health.check(step, state, updates)
+            metrics = update_metrics(updates)
+            metrics |= {
+                "loss/nll": metrics["loss/total"],
+                "train/rows_skipped_fraction": float(np.mean(used == 0)),
+                "rollout/tokens_per_second": 0.0,
+                **training_speed(tokens, seconds),
+            }
+            if not run.end_step(step, state, metrics):
                 break
         run.finish(state)
     return state
@@ -81,56 +108,25 @@ def packs(config: Config, model: Decoder) -> bool:
     return choice == "on" or (choice == "auto" and not dynamic and jax.default_backend() != "gpu")
 
 
-def _widest(run: Run) -> TrainBatch:
-    """The next rows, as wide as any of the run can be; the stream stays where it is."""
-    setup = run.setup
-    position = run.stream.get_state()
-    batch = demonstrations(run, next(run.stream))
-    run.stream.set_state(position)
-    if not packs(setup.config, setup.model):
-        return batch
-    return pack_rows(batch, width=batch.tokens.shape[1])
-
-
-def _packed(run: Run, batch: TrainBatch) -> TrainBatch:
-    """The batch in packed rows, or as it is."""
-    setup = run.setup
-    if not packs(setup.config, setup.model):
-        return batch
-    return pack_rows(
-        batch,
-        width=packed_width(batch.length.tolist(), setup.bounds),
-    )
-
-
-def demonstrations(run: Run, prompts: Sequence[Prompt]) -> TrainBatch:
+def demonstrations(setup: Setup, prompts: Sequence[Prompt]) -> TrainBatch:
     """Prompts and expert trajectories as a batch (NumPy) whose token losses all count."""
-    config = run.setup.config
+    config, objective = setup.config, setup.objective
     width = config.rollout.max_new_tokens
-    targets = [target_ids(run.setup.tokenizer, prompt)[:width] for prompt in prompts]
+    targets = [target_ids(setup.tokenizer, prompt)[:width] for prompt in prompts]
     tokens = np.zeros((len(prompts), config.data.max_prompt_tokens + width), np.int32)
     mask = np.zeros((len(prompts), width), np.float32)
     for row, (prompt, target) in enumerate(zip(prompts, targets, strict=True)):
         ids = [*prompt.ids, *target]
         tokens[row, : len(ids)] = ids
         mask[row, : len(target)] = 1.0
-    prompt_length = np.array([len(prompt.ids) for prompt in prompts], np.int32)
-    weights = aggregation_weights(
-        jnp.asarray(mask), mode=run.objective.aggregation, max_tokens=width
+    prompt_length: HostArray = np.array([len(prompt.ids) for prompt in prompts], np.int32)
+    weights = aggregation_weights(jnp.asarray(mask), mode=objective.aggregation, max_tokens=width)
+    return TrainBatch.plain(
+        tokens=tokens,
+        prompt_length=prompt_length,
+        length=prompt_length + mask.sum(axis=1).astype(np.int32),
+        loss_mask=mask,
+        advantages=np.ones(len(prompts), np.float32),
+        token_weights=np.asarray(weights),
+        entropy_scale=np.asarray(mean_scale(weights)) if objective.entropy_coef else None,
     )
-    scale = np.asarray(mean_scale(weights)) if run.objective.entropy_coef else None
-    zeros = np.zeros_like(mask)
-    arrays: dict[str, Any] = {
-        "tokens": tokens,
-        "prompt_length": prompt_length,
-        "length": prompt_length + mask.sum(axis=1).astype(np.int32),
-        "loss_mask": mask,
-        "advantages": np.ones(len(prompts), np.float32),
-        "old_logprobs": zeros,
-        "rollout_logprobs": zeros,
-        "token_weights": np.asarray(weights),
-        "echo_weights": zeros,
-        "entropy_scale": scale,
-        "on_policy": np.zeros(len(prompts), bool),
-    }
-    return TrainBatch(**arrays)

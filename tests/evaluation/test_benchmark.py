@@ -111,7 +111,7 @@ def test_a_folder_of_another_evaluation_is_refused(
 
 
 def test_gradings_that_fail_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--limit=4", "--samples=1", "--grader=tests.evaluation.slow_graders:raising"]
+    options = ["--limit=4", "--samples=1", "--grader=tests.environment.slow_graders:raising"]
     assert run([*COUNTDOWN[:3], *COUNTDOWN[5:], *options, f"--out={tmp_path}"]) == 0
     assert json.loads((tmp_path / "scores.json").read_text())["ungraded"] == 4
     assert "4 of 4 attempts count as wrong because their grading failed" in capsys.readouterr().out

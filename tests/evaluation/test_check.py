@@ -184,7 +184,7 @@ def test_golds_are_tried_in_a_second_spelling(
     path = write(tmp_path / "golds.jsonl", rows)
     assert check(path) == 0
     assert "grader: 6 of 6 right in a second spelling" in capsys.readouterr().out
-    strict = "--config.data.grader=tests.evaluation.slow_graders:by_letter"
+    strict = "--config.data.grader=tests.environment.slow_graders:by_letter"
     assert check(path, strict) == 0  # the user's grader may want one spelling
     printed = capsys.readouterr().out
     assert "grader: 0 of 6 right in a second spelling" in printed

@@ -15,7 +15,7 @@ from echorl_jax.config import Config
 from echorl_jax.errors import RunStopped, UserError
 from echorl_jax.evaluation.benchmark import Benchmark, run_benchmark
 from echorl_jax.tools.report.page import write_report
-from echorl_jax.training.opening import open_run
+from echorl_jax.training.run import open_run
 from tests.integration.conftest import small_config
 from tests.integration.test_train import train
 

@@ -14,8 +14,9 @@ from echorl_jax.config import Config
 from echorl_jax.core import batch_loss
 from echorl_jax.data import Prompt, add_hint, hint_segments, load_rows, load_tokenizer
 from echorl_jax.training import loop
-from echorl_jax.training.collect import collect
-from echorl_jax.training.opening import open_run
+from echorl_jax.training.batch import make_batches
+from echorl_jax.training.experience import collect
+from echorl_jax.training.run import open_run
 from echorl_jax.training.sft import train_supervised
 from echorl_jax.training.workdir import whole_lines
 from tests.integration.conftest import small_config
@@ -45,19 +46,29 @@ def test_luffys_expert_tokens_weigh_what_the_formula_says(
     config = expert_config([shared_data / "luffy_train_expert.parquet"], "luffy")
     opened = open_run(config, tmp_path, prompts_per_step=2, devices=jax.devices()[:1])
     with opened as (run, state):
-        found = collect(run, state.params, jax.random.key(0), step=1)
+        found = collect(
+            run.setup,
+            state.params,
+            jax.random.key(0),
+            step=1,
+            stream=run.stream,
+            engine=run.engine,
+            grader=run.grader,
+            warn=run.log.say,
+        )
         # So few tokens never hold an answer; other verdicts, so that advantages differ.
         draw = np.random.default_rng(0)
         rewards = np.array([1, 0, 0, 1, 1, 1, 0, 0], np.float32)
-        graded = dataclasses.replace(found.graded, rewards=rewards, correct=rewards == 1)
-        found = dataclasses.replace(found, graded=graded)
-        (made,) = loop.make_batches(run, found, jax.random.key(1))
+        by_group = rewards.reshape(2, 4)
+        graded = dataclasses.replace(found.groups, rewards=by_group, correct=by_group == 1)
+        found = dataclasses.replace(found, groups=graded)
+        (made,), _ = make_batches(run.setup, found, jax.random.key(1), step=1)
         batch = made.batch
         logprobs = -draw.gamma(1.0, 1.0, batch.loss_mask.shape).astype(np.float32)
 
         def policy_loss(logprobs):
             coef = {"echo_coef": 0.0}
-            return batch_loss(logprobs, -logprobs, batch, run.objective, **coef)[1][
+            return batch_loss(logprobs, -logprobs, batch, run.setup.objective, **coef)[1][
                 "loss/policy"
             ].sum
 

@@ -15,9 +15,9 @@ from echorl_jax.config import Config, ConfigError
 from echorl_jax.data import load_rows, load_tokenizer
 from echorl_jax.data.tokens import model_path
 from echorl_jax.training.checksums import digest
-from echorl_jax.training.opening import open_run
+from echorl_jax.training.run import open_run
 from tests.integration.conftest import small_config
-from tests.training.test_opening import opened
+from tests.training.test_run import opened
 
 PUZZLES = "countdown:count=8&seed={}"
 # Writes the microsecond of the rendering into each prompt.

@@ -10,10 +10,12 @@ import pytest
 from echorl_jax.config import EchoConfig
 from echorl_jax.core import OBJECTIVES
 from echorl_jax.training.batch import Assembled, assemble
-from echorl_jax.training.collect import Experience
+from echorl_jax.training.experience import Experience, Groups
 from echorl_jax.training.metrics import covariance, step_metrics
-from echorl_jax.training.step import GAP_MEAN, GAP_WIDE, UpdateStats, update_metrics
+from echorl_jax.training.update import GAP_MEAN, GAP_WIDE, UpdateStats, update_metrics
 from echorl_jax.types import Graded, LossTerm, Rollouts, TrainBatch
+
+PER_TOKEN = ("completion_ids", "rollout_logprobs", "token_entropy")
 
 
 def batch_of(logprobs, advantages, loss_mask, on_policy) -> TrainBatch:
@@ -86,7 +88,7 @@ def two_groups(
     )
     graded = Graded(correct.astype(np.float32), correct=correct, on_policy=own, judged=judged)
     kept = graded.with_verdict
-    made = assemble(
+    made, _ = assemble(
         rollouts,
         graded,
         jnp.zeros(6),
@@ -94,18 +96,30 @@ def two_groups(
         kept,
         np.zeros(4, bool),
         jax.random.key(0),
+        0,
         objective=OBJECTIVES["luffy"],
         echo=EchoConfig(**echo),
         max_tokens=8,
     )
+    rollouts = jax.device_get(rollouts)
+    groups = {name: np.reshape(vars(rollouts)[name], (2, 3, -1)) for name in PER_TOKEN}
+    per_row: dict[str, Any] = {
+        "completion_length": rollouts.completion_length,
+        "truncated": rollouts.truncated,
+        "rewards": graded.rewards,
+        "correct": correct,
+        "on_policy": own,
+        "judged": kept,
+        "in_policy": kept,
+        "in_echo": kept,
+        "reasons": np.array([""] * 6, object),
+    }
+    groups |= {name: np.reshape(value, (2, 3)) for name, value in per_row.items()}
     experience = Experience(
         prompts=(),
-        rollouts=jax.device_get(rollouts),
-        graded=graded,
-        in_policy=kept,
-        in_echo=kept,
-        reasons=("",) * 6,
-        seconds={},
+        groups=Groups(
+            prompt_ids=rollouts.prompt_ids, prompt_length=rollouts.prompt_length, **groups
+        ),
     )
     return experience, jax.device_get(made)
 

@@ -15,7 +15,7 @@ from echorl_jax.parallel import make_mesh
 from echorl_jax.training.packing import first_fit, pack_rows
 from echorl_jax.training.setup import Setup, static_setup
 from echorl_jax.training.sft import packs, train_supervised
-from echorl_jax.training.step import micro_gradient
+from echorl_jax.training.update import micro_gradient
 from echorl_jax.types import TrainBatch
 from tests.integration.conftest import small_config
 

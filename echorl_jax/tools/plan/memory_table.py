@@ -19,7 +19,7 @@ from echorl_jax.rollout.engine import lower_decode, lower_prefill
 from echorl_jax.training.capacity import persistent_memory, sampling_memory
 from echorl_jax.training.optimizer import abstract_state
 from echorl_jax.training.setup import Setup
-from echorl_jax.training.step import lower_accumulate, lower_apply, lower_score
+from echorl_jax.training.update import lower_accumulate, lower_apply, lower_score
 from echorl_jax.types import TrainBatch
 
 # The order in which a step runs them.

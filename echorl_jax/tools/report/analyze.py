@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from echorl_jax.data import load_rows
+from echorl_jax.environment import MOST_SAMPLES
 from echorl_jax.errors import UserError
-from echorl_jax.evaluation.evaluate import MOST_SAMPLES
 from echorl_jax.rewards import GraderPool
 from echorl_jax.tools.report import golden_entropy
 from echorl_jax.tools.report.entropy_decay import entropy_collapse, entropy_law

@@ -11,6 +11,7 @@ import numpy as np
 
 from echorl_jax.core import step_ids
 from echorl_jax.data import (
+    Prompt,
     encode_prompt,
     load_tokenizer,
     newline_delimiters,
@@ -18,12 +19,13 @@ from echorl_jax.data import (
     require_vocabulary,
 )
 from echorl_jax.data.tokens import model_path
+from echorl_jax.environment import JaxEngine, end_tokens
 from echorl_jax.errors import UserError
 from echorl_jax.evaluation.bar import Bar
-from echorl_jax.evaluation.evaluate import attempt_rows
+from echorl_jax.evaluation.evaluate import attempt_prompts
 from echorl_jax.models import Decoder, load_model
 from echorl_jax.rewards import GraderPool
-from echorl_jax.rollout import Progress, pad_lists, score
+from echorl_jax.rollout import Progress, Resources, Sampling, pad_lists, score
 from echorl_jax.types import HostArray, PyTree
 
 if TYPE_CHECKING:
@@ -158,18 +160,24 @@ class Policy:
             _show(bar, what, len(attempts) // samples, len(prompts))
 
         with Bar(what, len(prompts), every_s=LINE_EVERY_SECONDS) as bar:
-            for attempt in attempt_rows(
-                self.model,
+            for attempt in attempt_prompts(
+                JaxEngine(self.model, Resources(), prompt_tokens=max(map(len, prompts), default=0)),
                 self.params,
-                rows,
-                prompts,
+                [
+                    Prompt(ids, row, i, prefix=prefix, number=i)
+                    for i, (ids, row, prefix) in enumerate(
+                        zip(prompts, rows, prefixes or [()] * len(rows), strict=True)
+                    )
+                ],
                 jax.random.key(self.options.seed + draw),
+                sampling=Sampling(
+                    group_size=samples,
+                    max_new_tokens=self.options.max_new_tokens,
+                    temperature=self.options.temperature,
+                    eos_ids=end_tokens(self.tokenizer, self.model),
+                ),
                 tokenizer=self.tokenizer,
                 grader=self.grader,
-                samples=samples,
-                max_new_tokens=self.options.max_new_tokens,
-                temperature=self.options.temperature,
-                prefixes=prefixes,
                 rows_at_once=self.options.batch,
                 progress=show,
             ):

@@ -1,10 +1,9 @@
-"""The update: gradients summed over micro-batches, then one optimizer step. Pure and jitted."""
+"""Updates: gradients summed over micro-batches, then one optimizer step."""
 
 import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -13,35 +12,31 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.core import LOSS_TERMS, Objective, batch_loss
-from echorl_jax.errors import RunStopped
-from echorl_jax.models import Decoder, param_shardings
-from echorl_jax.parallel import place_rows
-from echorl_jax.rollout import score_rows
+from echorl_jax.models import Decoder, merge
+from echorl_jax.parallel import place_rows, place_whole
+from echorl_jax.rollout import join_rows, score_rows
+from echorl_jax.training.batch import select_tokens
+from echorl_jax.training.dumps import Dumps
+from echorl_jax.training.micro_batches import micro_batches, trainable_rows
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.setup import Setup
-from echorl_jax.types import Array, LossTerm, Metrics, PyTree, TrainBatch, pytree
+from echorl_jax.types import (
+    Array,
+    HostArray,
+    LossTerm,
+    Metrics,
+    PyTree,
+    Rollouts,
+    TrainBatch,
+    pytree,
+)
 
 # Mean of |trainer - sampler| over sampled tokens before the update, nats.
 GAP_MEAN = "rollout/logprob_gap_mean"
 # Share of those tokens that are further apart than WIDE_GAP nats.
 GAP_WIDE = "rollout/logprob_gap_wide_fraction"
 WIDE_GAP = 0.5
-
-
-class GapBounds(NamedTuple):
-    """Largest accepted gaps between sampler and trainer."""
-
-    largest: float  # nats
-    mean: float = math.inf  # nats
-    wide: float = 1.0  # share of tokens past WIDE_GAP
-
-
-# By the narrowest type in use, computation's or cache's. Measured gaps: docs/performance.md.
-LOGPROB_GAP = {
-    "float32": GapBounds(largest=1e-2, mean=1e-3, wide=0.0),
-    "bfloat16": GapBounds(largest=2.0, mean=0.1, wide=0.01),
-    "int8": GapBounds(largest=4.0, mean=0.2, wide=0.05),
-}
+Quantity = Literal["logprobs", "entropy"]
 
 
 @pytree
@@ -65,15 +60,145 @@ class Accumulated:
     logprob_gap: Array
 
 
+def update(
+    setup: Setup,
+    state: TrainState,
+    batches: Sequence[TrainBatch],
+    key: Array,
+    *,
+    step: int,
+    echo_coef: float,
+    frozen: PyTree = None,
+    reference: PyTree | None = None,
+    dumps: Dumps | None = None,
+) -> tuple[TrainState, list[UpdateStats], np.ndarray]:
+    """One update for each batch (NumPy), ``objective.epochs`` times over; donates ``state``.
+
+    Args:
+      setup: of the run.
+      state: before the step.
+      batches: mini-batches with final weights.
+      key: for the random choices of tokens by an objective.
+      step: from 1, the number of this step.
+      echo_coef: lambda.
+      frozen: the parameters that are not trained; None trains all.
+      reference: parameters of the reference policy, with a KL term.
+      dumps: writes updates to disk that are asked for or not finite.
+
+    Returns:
+      The new state, the results of each update (NumPy), and the number of tokens of each row that
+      had a gradient, i32 ``[N]`` over all batches; 0 for a row that was left out.
+    """
+    start = merge(frozen, state.params)
+    scored = [_scored(setup, start, batch, reference) for batch in batches]
+    del start  # the state's buffers are donated
+    results: list[UpdateStats] = []
+    used: list[np.ndarray] = []
+    for epoch in range(setup.config.objective.epochs):
+        for batch in scored:
+            number = len(results)
+            batch = _selected(setup, frozen, state, batch, key, number=number)
+            batch, rows = trainable_rows(batch, every_row=_needs_every_row(setup.objective))
+            if epoch == 0:
+                used.append(np.where(rows, batch.length, 0))
+
+            def pieces(batch: TrainBatch = batch, rows: HostArray = rows) -> Iterator[TrainBatch]:
+                return (micro for _, micro in micro_batches(batch, rows, setup.bounds))
+
+            if dumps is not None:
+                dumps.before(step, number, state.params)
+            state, stats = apply_update(setup, state, pieces(), echo_coef=echo_coef, frozen=frozen)
+            results.append(jax.device_get(stats))
+            if dumps is not None:
+                dumps.after(step, number, state.params, results[-1], pieces(), echo_coef=echo_coef)
+    state = dataclasses.replace(state, step=place_whole(np.int32(step), setup.mesh))
+    return state, results, np.concatenate(used)
+
+
+def _needs_every_row(objective: Objective) -> bool:
+    """Whether rows with zero advantage have a gradient too."""
+    return (
+        objective.kl_coef != 0
+        or objective.entropy_coef != 0
+        or not objective.zero_without_advantage
+    )
+
+
+def _scored(
+    setup: Setup, params: PyTree, batch: TrainBatch, reference: PyTree | None
+) -> TrainBatch:
+    """The batch with what forward passes before the first update compute."""
+    scored = batch
+    if setup.scores_old_policy:
+        scored = dataclasses.replace(scored, old_logprobs=_score_needed(setup, params, batch))
+    if reference is not None:
+        scored = dataclasses.replace(scored, ref_logprobs=_score_needed(setup, reference, batch))
+    return scored
+
+
+def _score_needed(setup: Setup, params: PyTree, batch: TrainBatch) -> np.ndarray:
+    """Log-probabilities ``[N, T]`` f32 of the rows that need them, zeros elsewhere.
+
+    A selection of tokens compares all rows, so it needs those with zero advantage too.
+    """
+    every_row = _needs_every_row(setup.objective) or setup.objective.select_tokens is not None
+    batch, rows = trainable_rows(batch, every_row=every_row)
+    pieces = micro_batches(batch, rows, setup.bounds)
+    return score_batch(setup, params, pieces, shape=batch.loss_mask.shape)
+
+
+def _selected(
+    setup: Setup, frozen: PyTree, state: TrainState, batch: TrainBatch, key: Array, *, number: int
+) -> TrainBatch:
+    """The batch with the tokens that the objective selects for update ``number`` of the step.
+
+    The first update starts from the old policy, whose log-probabilities are there.
+    """
+    if setup.objective.select_tokens is None:
+        return batch
+    before = batch.old_logprobs
+    if number:
+        # The scoring program takes batches without these fields: it is compiled once.
+        plain = dataclasses.replace(batch, ref_logprobs=None, selected=None)
+        before = _score_needed(setup, merge(frozen, state.params), plain)
+    return select_tokens(batch, before, jax.random.fold_in(key, number), objective=setup.objective)
+
+
+def token_entropies(setup: Setup, params: PyTree, rollouts: Rollouts) -> np.ndarray:
+    """Entropies (nats) of the rollouts' tokens by the trainer, for an engine that has none.
+
+    Args:
+      params: the policy that sampled.
+      rollouts: NumPy arrays.
+
+    Returns:
+      f32 ``[N, T]``.
+    """
+    tokens, length = map(np.asarray, join_rows(rollouts))
+    shape = rollouts.completion_ids.shape
+    batch = TrainBatch.plain(
+        tokens=tokens,
+        prompt_length=np.asarray(rollouts.prompt_length)[rollouts.group],
+        length=length,
+        loss_mask=np.ones(shape, np.float32),
+    )
+    pieces = micro_batches(batch, np.ones(shape[0], bool), setup.bounds)
+    return score_batch(setup, params, pieces, shape=shape, quantity="entropy")
+
+
 def micro_gradient(
-    setup: Setup, params: PyTree, micro: TrainBatch, *, echo_coef: Array | float
+    setup: Setup,
+    params: PyTree,
+    micro: TrainBatch,
+    *,
+    echo_coef: Array | float,
+    frozen: PyTree = None,
 ) -> Accumulated:
     """The gradient of one micro-batch, by the program that a run sums gradients with."""
     with jax.set_mesh(setup.mesh):
-        zeros = _zeros(setup.model, setup.mesh)(params)
-        return _accumulate(
-            zeros, params, place_rows(micro, setup.mesh), np.float32(echo_coef), **_loss_of(setup)
-        )
+        zeros = _zeros_like(params, setup.mesh)(params)
+        placed = place_rows(micro, setup.mesh)
+        return _accumulate(zeros, params, frozen, placed, np.float32(echo_coef), **_loss_of(setup))
 
 
 def apply_update(
@@ -82,6 +207,7 @@ def apply_update(
     micro_batches: Iterable[TrainBatch],
     *,
     echo_coef: Array | float,
+    frozen: PyTree = None,
 ) -> tuple[TrainState, UpdateStats]:
     """Applies the sum of the micro-batches' gradients; ``state`` is donated.
 
@@ -93,9 +219,9 @@ def apply_update(
     coef = np.float32(echo_coef)
     with jax.set_mesh(setup.mesh):
         for micro in micro_batches:
-            total = _zeros(setup.model, setup.mesh)(state.params) if total is None else total
+            total = _zeros_like(state.params, setup.mesh)(state.params) if total is None else total
             placed = place_rows(micro, setup.mesh)
-            total = _accumulate(total, state.params, placed, coef, **_loss_of(setup))
+            total = _accumulate(total, state.params, frozen, placed, coef, **_loss_of(setup))
         if total is None:
             return state, _no_stats()
         return _apply(state, total, optimizer=setup.optimizer, schedule=setup.schedule)
@@ -116,12 +242,14 @@ def score_batch(
     micro_batches: Iterable[tuple[np.ndarray, TrainBatch]],
     *,
     shape: tuple[int, ...],
+    quantity: Quantity = "logprobs",
 ) -> np.ndarray:
-    """Log-probabilities of target tokens under other parameters, such as the reference policy's.
+    """Log-probabilities (or entropies) of target tokens under ``params``, in nats.
 
     Args:
       micro_batches: rows to score and their places in the batch.
       shape: ``(N, T)`` of the batch.
+      quantity: which of the two.
 
     Returns:
       f32 ``[N, T]`` on the host; zeros for rows that are not scored.
@@ -130,9 +258,9 @@ def score_batch(
     for places, micro in micro_batches:
         placed = place_rows(micro, setup.mesh)
         with jax.set_mesh(setup.mesh):
-            logprobs = _score(params, placed, **_score_of(setup))
-        logprobs = np.asarray(logprobs)[: len(places)]
-        scores[places, : logprobs.shape[1]] = logprobs
+            values = _score(params, placed, **_score_of(setup), quantity=quantity)
+        values = np.asarray(values)[: len(places)]
+        scores[places, : values.shape[1]] = values
     return scores
 
 
@@ -141,11 +269,17 @@ def _score_of(setup: Setup) -> dict[str, Any]:
     return {"model": setup.model, "temperature": temperature, "mesh": setup.mesh}
 
 
-@functools.partial(jax.jit, static_argnames=("model", "temperature", "mesh"))
+@functools.partial(jax.jit, static_argnames=("model", "temperature", "mesh", "quantity"))
 def _score(
-    params: PyTree, micro: TrainBatch, *, model: Decoder, temperature: float, mesh: Mesh
+    params: PyTree,
+    micro: TrainBatch,
+    *,
+    model: Decoder,
+    temperature: float,
+    mesh: Mesh,
+    quantity: Quantity,
 ) -> Array:
-    logprobs, _ = score_rows(
+    logprobs, entropy = score_rows(
         model,
         params,
         micro.tokens,
@@ -155,8 +289,9 @@ def _score(
         temperature=temperature,
         segment_ids=micro.segment_ids,
     )
+    values = logprobs if quantity == "logprobs" else entropy
     # Whole everywhere: each process reads it.
-    return jax.lax.with_sharding_constraint(logprobs, NamedSharding(mesh, PartitionSpec()))
+    return jax.lax.with_sharding_constraint(values, NamedSharding(mesh, PartitionSpec()))
 
 
 def _loss(
@@ -188,17 +323,23 @@ def _loss(
     return total, jax.lax.stop_gradient((terms, gaps.max()))
 
 
-@functools.cache
-def _zeros(model: Decoder, mesh: Mesh) -> Callable[[PyTree], Accumulated]:
+def _zeros_like(params: PyTree, mesh: Mesh) -> Callable[[PyTree], Accumulated]:
     """Makes a gradient sum of zeros, placed as the parameters are."""
+    leaves, structure = jax.tree.flatten(params)
+    return _zeros(structure, tuple(leaf.sharding for leaf in leaves), mesh)
 
+
+@functools.cache
+def _zeros(
+    structure: Any, shardings: tuple[Any, ...], mesh: Mesh
+) -> Callable[[PyTree], Accumulated]:
     def zeros(params: PyTree) -> Accumulated:
         zero = jnp.zeros(())
         return Accumulated(jax.tree.map(jnp.zeros_like, params), zero, _no_terms(), zero)
 
     whole: Any = NamedSharding(mesh, PartitionSpec())
-    shardings = Accumulated(param_shardings(model, mesh), whole, whole, whole)
-    return jax.jit(zeros, out_shardings=shardings)
+    placed = Accumulated(jax.tree.unflatten(structure, shardings), whole, whole, whole)
+    return jax.jit(zeros, out_shardings=placed)
 
 
 @functools.partial(
@@ -206,7 +347,8 @@ def _zeros(model: Decoder, mesh: Mesh) -> Callable[[PyTree], Accumulated]:
 )
 def _accumulate(
     total: Accumulated,
-    params: PyTree,
+    trainable: PyTree,
+    frozen: PyTree,
     micro: TrainBatch,
     echo_coef: Array,
     *,
@@ -214,9 +356,13 @@ def _accumulate(
     objective: Objective,
     temperature: float,
 ) -> Accumulated:
-    loss_of = functools.partial(_loss, model=model, objective=objective, temperature=temperature)
-    grads = jax.value_and_grad(loss_of, has_aux=True)
-    (loss, (terms, gap)), gradient = grads(params, micro, echo_coef)
+    def loss_of(trainable: PyTree):
+        params = merge(frozen, trainable)
+        return _loss(
+            params, micro, echo_coef, model=model, objective=objective, temperature=temperature
+        )
+
+    (loss, (terms, gap)), gradient = jax.value_and_grad(loss_of, has_aux=True)(trainable)
     return Accumulated(
         gradient=jax.tree.map(jnp.add, total.gradient, gradient),
         loss=total.loss + loss,
@@ -263,7 +409,7 @@ def lower_accumulate(setup: Setup, params: PyTree, micro: TrainBatch) -> jax.sta
     """The program of one micro-batch, from shapes with shardings: nothing is computed."""
     with jax.set_mesh(setup.mesh):
         total = _abstract_total(setup, params)
-        return _accumulate.lower(total, params, micro, np.float32(0), **_loss_of(setup))
+        return _accumulate.lower(total, params, None, micro, np.float32(0), **_loss_of(setup))
 
 
 def lower_apply(setup: Setup, state: TrainState) -> jax.stages.Lowered:
@@ -280,7 +426,7 @@ def lower_apply(setup: Setup, state: TrainState) -> jax.stages.Lowered:
 def lower_score(setup: Setup, params: PyTree, micro: TrainBatch) -> jax.stages.Lowered:
     """The program that scores one micro-batch, from shapes with shardings."""
     with jax.set_mesh(setup.mesh):
-        return _score.lower(params, micro, **_score_of(setup))
+        return _score.lower(params, micro, **_score_of(setup), quantity="logprobs")
 
 
 def _abstract_total(setup: Setup, params: PyTree) -> Accumulated:
@@ -289,7 +435,7 @@ def _abstract_total(setup: Setup, params: PyTree) -> Accumulated:
     def scalar(leaf: Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
 
-    shapes = jax.eval_shape(_zeros(setup.model, setup.mesh), params)
+    shapes = jax.eval_shape(_zeros_like(params, setup.mesh), params)
     rest = dataclasses.replace(shapes, gradient=None)
     return dataclasses.replace(jax.tree.map(scalar, rest), gradient=params)
 
@@ -327,50 +473,3 @@ def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
         count = len(counts) if key.startswith("loss/") else sum(counts)
         metrics[key] = float(sum(term.sum for term in terms)) / count if count else 0.0
     return metrics
-
-
-def require_healthy(
-    state: TrainState,
-    done: UpdateStats,
-    *,
-    step: int,
-    bounds: GapBounds | None,
-    max_bad_steps: int,
-    updates_per_step: int = 1,
-) -> None:
-    """Stops a run that cannot be trusted any more.
-
-    Args:
-      bounds: largest accepted gaps; None accepts any.
-      max_bad_steps: with so many steps' updates in a row skipped, the run stops.
-
-    Raises:
-      RunStopped: sampler and trainer disagree, or gradients stay non-finite.
-    """
-    if bounds is not None:
-        _require_agreement(done, step, bounds)
-    if not done.finite and int(state.bad_updates) >= max_bad_steps * updates_per_step:
-        raise RunStopped(
-            f"step {step}: the gradient was not finite for {int(state.bad_updates)} updates in a "
-            f"row (optim.max_bad_steps = {max_bad_steps}); parameters are as before the first of "
-            "them"
-        )
-
-
-def _require_agreement(done: UpdateStats, step: int, bounds: GapBounds) -> None:
-    """Raises RunStopped for a gap past a bound, or NaN."""
-    mean, wide = (
-        float(term.sum) / max(float(term.count), 1.0)
-        for term in (done.terms[GAP_MEAN], done.terms[GAP_WIDE])
-    )
-    for name, value, bound in (
-        ("the largest difference is", float(done.logprob_gap), bounds.largest),
-        ("the mean difference is", mean, bounds.mean),
-        (f"the share of tokens past {WIDE_GAP:g} nats is", wide, bounds.wide),
-    ):
-        if not value <= bound:  # NaN included
-            raise RunStopped(
-                f"step {step}: sampler and trainer disagree on the log-probabilities of the same "
-                f"tokens: {name} {value:.3g}, more than {bound:g} (rollout.max_logprob_gap sets "
-                "another bound on the largest and drops the others)"
-            )

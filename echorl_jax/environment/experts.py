@@ -1,4 +1,4 @@
-"""Expert trajectories in groups (LUFFY) and the likelihood of expert hints (UFT)."""
+"""Expert trajectories as rows of a group (LUFFY)."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ import numpy as np
 from echorl_jax.config import ConfigError
 from echorl_jax.data import Prompt, encode_target
 from echorl_jax.rollout import pad_lists
-from echorl_jax.types import HostArray, Rollouts, TrainBatch
+from echorl_jax.types import HostArray, Rollouts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -83,40 +83,3 @@ def append_experts(
         truncated=add(rollouts.truncated, ~experts.whole),
     )
     return joined, add(np.ones(rows, bool), np.zeros(groups, bool))
-
-
-def learn_hints(batch: TrainBatch, group: HostArray, hint_tokens: HostArray) -> TrainBatch:
-    """Moves the target region back over each row's hint and weighs the hint's likelihood.
-
-    The hint is part of the prompt for the policy. Its tokens get ``nll_weights`` that add up to 1
-    over the batch, so that the term is their mean negative log-likelihood; the rows of a group
-    share a hint, and the first of them carries it.
-
-    Args:
-      batch: NumPy arrays.
-      group: i32 ``[N]``, group-major.
-      hint_tokens: i32 ``[P]``.
-    """
-    first = np.diff(group, prepend=-1) != 0
-    hint_tokens = hint_tokens[group]
-    width, wider = batch.loss_mask.shape[1], batch.tokens.shape[1]
-    place = np.arange(wider)[None, :] - hint_tokens[:, None]
-
-    def shift(values: HostArray) -> HostArray:
-        inside = (place >= 0) & (place < width)
-        moved = np.take_along_axis(values, np.clip(place, 0, width - 1), axis=1)
-        return np.where(inside, moved, np.zeros((), values.dtype))
-
-    moved = {
-        name: shift(np.asarray(value))
-        for name, value in vars(batch).items()
-        if value is not None and name != "tokens" and np.ndim(value) == 2
-    }
-    in_hint = np.arange(wider)[None, :] < hint_tokens[:, None]
-    weights = (in_hint & first[:, None]).astype(np.float32)
-    return dataclasses.replace(
-        batch,
-        **moved,
-        prompt_length=batch.prompt_length - hint_tokens,
-        nll_weights=weights / max(float(weights.sum()), 1.0),
-    )

@@ -8,57 +8,62 @@ import jax
 import numpy as np
 import pytest
 
-from echorl_jax.config import Config, ConfigError
+from echorl_jax.config import ConfigError
 from echorl_jax.core import OBJECTIVES
 from echorl_jax.data import Prompt, load_rows, load_tokenizer
+from echorl_jax.environment import append_experts, expert_completions
 from echorl_jax.rewards import Verdict
-from echorl_jax.training import collect
-from echorl_jax.training.experts import append_experts, expert_completions, learn_hints
-from echorl_jax.types import Graded, Rollouts, TrainBatch
+from echorl_jax.training.batch import learn_hints
+from echorl_jax.training.experience import (
+    Experience,
+    Groups,
+    choose_groups,
+    deal,
+    join_rounds,
+    mixed,
+    with_verdicts,
+)
+from echorl_jax.types import TrainBatch
 from tests.integration.conftest import small_config
 
 T = 6
 
 
-def experience(correct: list[list[int | None]], *, width: int = 4) -> collect.Experience:
+def experience(correct: list[list[int | None]], *, width: int = 4) -> Experience:
     """One group for each inner list; every token of row i is i, so that rows can be told apart.
 
     None is a row that is not judged.
     """
     outcomes = np.array(correct) == 1
-    judged: Any = np.array([outcome is not None for group in correct for outcome in group])
+    judged = np.array([[outcome is not None for outcome in group] for group in correct])
     groups, size = outcomes.shape
-    rows = groups * size
-    length = np.full(rows, T, np.int32)
-    rollouts: Any = {
-        "prompt_ids": np.arange(groups * width, dtype=np.int32).reshape(groups, width),
-        "prompt_length": np.full(groups, width, np.int32),
-        "group": np.repeat(np.arange(groups, dtype=np.int32), size),
-        "completion_ids": np.tile(np.arange(rows, dtype=np.int32)[:, None], (1, T)),
-        "completion_length": length,
-        "rollout_logprobs": np.zeros((rows, T), np.float32),
-        "token_entropy": np.zeros((rows, T), np.float32),
-        "truncated": np.zeros(rows, bool),
-    }
-    flat: Any = outcomes.reshape(-1)
-    every: Any = np.ones(rows, bool)
-    return collect.Experience(
+    rows = np.arange(groups * size, dtype=np.int32).reshape(groups, size)
+    per_token = np.zeros((groups, size, T), np.float32)
+    every = np.ones((groups, size), bool)
+    return Experience(
         prompts=tuple(Prompt([1], {"row": i}, i) for i in range(groups)),
-        rollouts=Rollouts(**rollouts),
-        graded=Graded(
-            rewards=flat.astype(np.float32), correct=flat, on_policy=every, judged=judged
+        groups=Groups(
+            prompt_ids=np.arange(groups * width, dtype=np.int32).reshape(groups, width),
+            prompt_length=np.full(groups, width, np.int32),
+            completion_ids=np.tile(rows[:, :, None], (1, 1, T)),
+            completion_length=np.full((groups, size), T, np.int32),
+            rollout_logprobs=per_token,
+            token_entropy=per_token,
+            truncated=~every,
+            rewards=outcomes.astype(np.float32),
+            correct=outcomes,
+            on_policy=every,
+            in_policy=judged,
+            in_echo=judged,
+            judged=judged,
+            reasons=rows.astype(str).astype(object),
         ),
-        in_policy=judged,
-        in_echo=judged,
-        reasons=tuple(map(str, range(rows))),
         seconds={"rollout": 1.0},
     )
 
 
 def test_rounds_are_joined_with_their_own_groups() -> None:
-    joined = collect.join_rounds(
-        [experience([[1, 0], [1, 1]]), experience([[0, 0], [0, 1]], width=7)]
-    )
+    joined = join_rounds([experience([[1, 0], [1, 1]]), experience([[0, 0], [0, 1]], width=7)])
     assert joined.rollouts.group.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     assert joined.rollouts.prompt_ids.shape == (4, 7)
     assert joined.seconds == {"rollout": 2.0} and joined.rounds == 2
@@ -67,42 +72,41 @@ def test_rounds_are_joined_with_their_own_groups() -> None:
 
 @pytest.mark.parametrize("keep_solved", [True, False])
 def test_filtered_groups_keep_their_clips(keep_solved: bool) -> None:
-    # mixed, all right, all wrong, mixed, mixed; two are wanted.
+    # mixed, solved, all wrong, mixed, mixed; two are wanted.
     found = experience([[1, 0], [1, 1], [0, 0], [0, 1], [1, 0]])
-    mixed = np.asarray(collect._mixed([found]))
-    assert mixed.tolist() == [True, False, False, True, True]
-    kept = collect._filter(found, mixed, wanted=2, keep_solved=keep_solved)
-    assert kept.in_policy[::2].tolist() == [True, False, False, True, False]
-    assert kept.in_echo[::2].tolist() == [True, keep_solved, False, True, False]
+    assert mixed(found).tolist() == [True, False, False, True, True]
+    kept = choose_groups(found, wanted=2, keep_solved=keep_solved)
+    assert kept.groups.in_policy[:, 0].tolist() == [True, False, False, True, False]
+    assert kept.groups.in_echo[:, 1].tolist() == [True, keep_solved, False, True, False]
 
 
 def test_unjudged_rows_do_not_make_a_group_mixed() -> None:
     found = experience(
         [[None, 1, 0], [None, 1, 1], [None, 0, 0], [None, None, 1], [None] * 3, [1, 0, 1]]
     )
-    mixed = np.asarray(collect._mixed([found]))
-    assert mixed.tolist() == [True, False, False, False, False, True]
-    kept = collect._filter(found, mixed, wanted=2, keep_solved=True)
+    assert mixed(found).tolist() == [True, False, False, False, False, True]
+    kept = choose_groups(found, wanted=2, keep_solved=True)
     first, rest, none, every = [False, True, True], [False, False, True], [False] * 3, [True] * 3
-    assert kept.in_policy.reshape(6, 3).tolist() == [first, none, none, none, none, every]
+    assert kept.groups.in_policy.tolist() == [first, none, none, none, none, every]
     # The only judged row of the fourth group is a success: it gives a clip.
-    assert kept.in_echo.reshape(6, 3).tolist() == [first, first, none, rest, none, every]
+    assert kept.groups.in_echo.tolist() == [first, first, none, rest, none, every]
     # Groups of which the first row is not judged are dealt like others.
-    parts = collect.split(collect._deal(kept, 2), 2)
-    assert sorted(part.in_policy.sum() for part in parts) == [2, 3]
+    parts = deal(kept, 2).split(2)
+    assert sorted(part.groups.in_policy.sum() for part in parts) == [2, 3]
 
 
 def test_mini_batches_share_policy_groups() -> None:
     found = experience([[1, 0], [1, 1], [0, 0], [0, 1]])
-    found = collect._filter(found, np.array([True, False, False, True]), wanted=2, keep_solved=True)
-    parts = collect.split(collect._deal(found, 2), 2)
-    assert [part.in_policy.sum() for part in parts] == [2, 2]
-    seen = sorted(text for part in parts for text in part.reasons)
-    assert seen == sorted(found.reasons)
+    found = choose_groups(found, wanted=2, keep_solved=True)
+    parts = deal(found, 2).split(2)
+    assert [part.groups.in_policy.sum() for part in parts] == [2, 2]
+    seen = sorted(text for part in parts for text in part.groups.reasons.flat)
+    assert seen == sorted(found.groups.reasons.flat)
     for part in parts:
         assert part.rollouts.group.tolist() == [0, 0, 1, 1]
         # Rows still belong to their reasons, and prompts to their rows.
-        assert [str(i) for i in part.rollouts.completion_ids[:, 0]] == list(part.reasons)
+        first = part.rollouts.completion_ids[:, 0]
+        assert [str(i) for i in first] == list(part.groups.reasons.flat)
         assert part.rollouts.prompt_ids[:, 0].tolist() == [4 * p.index for p in part.prompts]
 
 
@@ -163,41 +167,30 @@ def test_a_hint_moves_into_the_target_region() -> None:
 
 
 def test_trees_of_numpy_stay_numpy() -> None:
-    found = collect.join_rounds([experience([[1, 0], [0, 1]]), experience([[1, 1], [0, 0]])])
-    for part in (found, *collect.split(collect._deal(found, 2), 2)):
-        leaves = jax.tree.leaves((part.rollouts, part.graded, part.in_policy, part.in_echo))
+    found = join_rounds([experience([[1, 0], [0, 1]]), experience([[1, 1], [0, 0]])])
+    for part in (found, *deal(found, 2).split(2)):
+        leaves = jax.tree.leaves((part.rollouts, part.graded))
         assert all(isinstance(leaf, np.ndarray) for leaf in leaves)
-
-
-def test_prompts_of_many_lengths_make_few_shapes() -> None:
-    ahead = Config()
-    assert {collect._prompt_tokens(ahead, longest) for longest in (1, 500, 1024)} == {1024}
-    lazily = dataclasses.replace(ahead, optim=dataclasses.replace(ahead.optim, compile_ahead=False))
-    found = [collect._prompt_tokens(lazily, longest) for longest in range(1, 1025)]
-    assert len(set(found)) == 11 and found == sorted(found)
-    assert all(longest <= tokens < 2 * longest for longest, tokens in enumerate(found, 1))
-    # Never more than what memory was planned for.
-    short = dataclasses.replace(lazily, data=dataclasses.replace(lazily.data, max_prompt_tokens=40))
-    assert collect._prompt_tokens(short, 33) == 40
 
 
 def verdicts_as_graded(threshold: float | None) -> list[bool]:
     config = small_config(objective={"success_threshold": threshold})
-    run: Any = SimpleNamespace(config=config)
+    setup: Any = SimpleNamespace(config=config, objective=OBJECTIVES["grpo"])
     verdicts = [Verdict(0.9, True, ""), Verdict(1.0, False, ""), Verdict(0.5, False, "")]
-    rollouts = experience([[1, 0, 0]]).rollouts
-    graded = collect._graded(run, OBJECTIVES["grpo"], rollouts, verdicts, np.ones(3, bool))
-    return graded.correct.tolist()
+    given = experience([[1, 0, 0]])
+    graded = with_verdicts(setup, given.prompts, given.rollouts, np.ones(3, bool), verdicts)
+    return graded.graded.correct.tolist()
 
 
 @pytest.mark.parametrize("threshold", [None, 0.0])
 def test_an_unjudged_row_has_no_reward_and_no_punishment(threshold: float | None) -> None:
     config = small_config(objective={"success_threshold": threshold}, rollout={"max_new_tokens": T})
-    run: Any = SimpleNamespace(config=config)
-    verdicts = [Verdict(1.0, True, ""), Verdict(None, None, "not judged")]
-    rollouts = experience([[1, None]]).rollouts  # both as long as is allowed
     dapo = dataclasses.replace(OBJECTIVES["dapo"], overlong_buffer=0.5)
-    graded = collect._graded(run, dapo, rollouts, verdicts, np.ones(2, bool))
+    setup: Any = SimpleNamespace(config=config, objective=dapo)
+    verdicts = [Verdict(1.0, True, ""), Verdict(None, None, "not judged")]
+    given = experience([[1, None]])  # both as long as is allowed
+    found = with_verdicts(setup, given.prompts, given.rollouts, np.ones(2, bool), verdicts)
+    graded = found.graded
     assert graded.rewards.tolist() == [0.0, 0.0] and graded.with_verdict.tolist() == [True, False]
     assert graded.correct.tolist() == [True, False]
 

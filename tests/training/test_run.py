@@ -10,7 +10,7 @@ import pytest
 
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.parallel import place_whole
-from echorl_jax.training.opening import open_run
+from echorl_jax.training.run import open_run
 from tests.integration.conftest import small_config
 
 

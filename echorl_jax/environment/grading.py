@@ -42,7 +42,7 @@ class Grading:
       tokenizer: decodes.
       grader: judges; a bad item costs only itself.
       all_texts: decode other processes' completions too.
-      openings: tokens before each completion that belong to what is judged, such as a hint.
+      prefixes: tokens before each completion that belong to what is judged, such as a hint.
     """
 
     def __init__(
@@ -52,10 +52,10 @@ class Grading:
         tokenizer: "PreTrainedTokenizerBase",
         grader: GraderPool,
         all_texts: bool = False,
-        openings: Sequence[Sequence[int]] | None = None,
+        prefixes: Sequence[Sequence[int]] | None = None,
     ) -> None:
         self._rows = rows
-        self._openings = openings or [()] * len(rows)
+        self._prefixes = prefixes or [()] * len(rows)
         self._tokenizer = tokenizer
         self._grader = grader
         self._decoded = range(len(rows)) if all_texts else _own(len(rows))
@@ -74,7 +74,7 @@ class Grading:
             return
         own = [i for i in wanted if i in _own(len(self._rows))]
         try:
-            ids = [[*self._openings[i], *tokens.tolist()] for i, tokens in wanted.items()]
+            ids = [[*self._prefixes[i], *tokens.tolist()] for i, tokens in wanted.items()]
             texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
             for place, text in zip(wanted, texts, strict=True):
                 self._texts[place] = text

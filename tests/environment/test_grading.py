@@ -9,8 +9,7 @@ import pytest
 
 from echorl_jax.data import encode_prompt, load_rows, load_tokenizer
 from echorl_jax.data.tokens import BUILTIN
-from echorl_jax.evaluation.evaluate import end_tokens
-from echorl_jax.evaluation.grading import Grading
+from echorl_jax.environment import Grading, end_tokens
 from echorl_jax.models import init_params, load_decoder
 from echorl_jax.rewards import GraderPool, PoolError, Verdict
 from echorl_jax.rollout import generate
@@ -146,10 +145,10 @@ def test_a_hint_is_judged_with_what_goes_on_from_it() -> None:
     def ids(text: str) -> list[int]:
         return tokenizer.encode(text, add_special_tokens=False)
 
-    openings = [ids("23-15=8\n"), ids("23-15=8\n17*8=136"), []]
+    prefixes = [ids("23-15=8\n"), ids("23-15=8\n17*8=136"), []]
     completions = [ids("17*8=136"), [], ids("17*8=136")]
     with GraderPool("countdown", workers=0) as grader:
-        grading = Grading(rows, tokenizer=tokenizer, grader=grader, openings=openings)
+        grading = Grading(rows, tokenizer=tokenizer, grader=grader, prefixes=prefixes)
         grading.take([2, 0, 1], [np.array(completions[i], np.int32) for i in (2, 0, 1)])
         verdicts = grading.result().verdicts
     assert [verdict.correct for verdict in verdicts] == [True, True, False]

@@ -1,0 +1,106 @@
+"""Samples completions and grades them: the one act of training and of evaluation."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from echorl_jax.data import Prompt
+from echorl_jax.environment.engine import Engine
+from echorl_jax.environment.experts import append_experts, expert_completions
+from echorl_jax.environment.grading import GradedTexts, Grading
+from echorl_jax.models import Decoder
+from echorl_jax.rewards import GraderPool
+from echorl_jax.rollout import Progress, Sampling
+from echorl_jax.types import Array, HostArray, PyTree, Rollouts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempts:
+    """Completions; verdicts follow while the caller goes on."""
+
+    rollouts: Rollouts  # NumPy, rows in groups
+    on_policy: HostArray  # bool [N], False for experts' rows
+    slot_occupancy: float  # useful tokens / decoded tokens
+    grading: Grading
+
+    def verdicts(self) -> GradedTexts:
+        """Waits for the verdicts; all processes call it in the same order."""
+        return self.grading.result()
+
+
+def end_tokens(tokenizer: "PreTrainedTokenizerBase", model: Decoder) -> tuple[int, ...]:
+    """Tokens that end a completion: the tokenizer's and the model's."""
+    eos: Any = tokenizer.eos_token_id
+    return tuple(sorted({eos, *model.config.eos_ids}))
+
+
+def sample_and_grade(
+    engine: Engine,
+    params: PyTree,
+    prompts: Sequence[Prompt],
+    key: Array,
+    *,
+    sampling: Sampling,
+    tokenizer: "PreTrainedTokenizerBase",
+    grader: GraderPool,
+    graded_prompts: int | None = None,
+    expert_rows: int = 0,
+    all_texts: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> Attempts:
+    """Samples a group for each prompt, and starts to grade each row when it ends.
+
+    Args:
+      engine: samples.
+      params: the policy's parameters.
+      prompts: P prompts; hints at their ends are graded with the completions.
+      key: PRNG key of this call.
+      sampling: ``group_size`` counts sampled rows.
+      tokenizer: decodes completions.
+      grader: judges them.
+      graded_prompts: prompts from here on only fill up the call's shape; all are graded if None.
+      expert_rows: copies of the expert trajectory at the end of each group, G in all with those.
+      all_texts: decode the completions that other processes grade too.
+      progress: called by the engine now and then; an error ends the call.
+
+    Raises:
+      ConfigError: a row has no expert trajectory.
+    """
+    group = sampling.group_size + expert_rows
+    graded = [prompt for prompt in prompts[:graded_prompts] for _ in range(group)]
+    grading = Grading(
+        [prompt.row for prompt in graded],
+        tokenizer=tokenizer,
+        grader=grader,
+        prefixes=[prompt.ids[len(prompt.ids) - prompt.hint_tokens :] for prompt in graded],
+        all_texts=all_texts,
+    )
+    occupancy = 1.0
+
+    def watch(now: Progress) -> None:
+        nonlocal occupancy
+        occupancy = now.occupancy
+        if progress is not None:
+            progress(now)
+
+    def finished(rows: Sequence[int], completions: Sequence[HostArray]) -> None:
+        rows = [row // sampling.group_size * group + row % sampling.group_size for row in rows]
+        grading.take(rows, completions)
+
+    experts = None
+    if expert_rows:
+        experts = expert_completions(prompts, tokenizer, longest=sampling.max_new_tokens)
+        rows = [row for row in range(len(graded)) if row % group >= sampling.group_size]
+        grading.take(rows, [experts.completions[row // group] for row in rows])
+    rollouts = engine.sample(
+        params, prompts, key, sampling=sampling, finished=finished, progress=watch
+    )
+    on_policy = np.ones(len(rollouts.group), bool)
+    if experts is not None:
+        rollouts, on_policy = append_experts(rollouts, experts, count=expert_rows)
+    return Attempts(rollouts, on_policy, occupancy, grading)

@@ -1,0 +1,149 @@
+"""Warm-up: compiles every program before step 1 by running it once with zero loss weights.
+
+Out-of-memory shows here, largest shape first.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from echorl_jax.config import ConfigError
+from echorl_jax.data import Prompt
+from echorl_jax.environment import Engine, append_experts, expert_completions
+from echorl_jax.models import merge
+from echorl_jax.rewards import Verdict
+from echorl_jax.training.batch import make_batches, select_tokens
+from echorl_jax.training.experience import join_rounds, with_verdicts
+from echorl_jax.training.micro_batches import micro_batch_shapes, take_rows
+from echorl_jax.training.setup import Setup
+from echorl_jax.training.update import Quantity, micro_gradient, score_batch, token_entropies
+from echorl_jax.types import PyTree, TrainBatch
+
+
+def warm_up(
+    setup: Setup,
+    params: PyTree,
+    prompts: Sequence[Prompt],
+    *,
+    engine: Engine,
+    frozen: PyTree = None,
+    reference: PyTree | None = None,
+    say: Callable[[str], None],
+) -> None:
+    """Runs sampling, assembly and the gradient of every shape of micro-batch.
+
+    Args:
+      setup: of the run.
+      params: the trainable parameters, which stay.
+      prompts: of an ordinary step.
+      engine: samples.
+      frozen: the other parameters; None trains all.
+      reference: parameters of the reference policy, with a KL term.
+      say: prints a line of progress.
+
+    Raises:
+      ConfigError: a program needs more memory than there is.
+    """
+    say("compiling ahead: sampler")
+    objective, key = setup.objective, jax.random.key(0)
+    policy = merge(frozen, params)
+    rollouts = engine.warm_up(policy, prompts, key, sampling=setup.sampling)
+    on_policy = np.ones(len(rollouts.group), bool)
+    if objective.expert_rows:
+        longest = setup.config.rollout.max_new_tokens
+        experts = expert_completions(prompts, setup.tokenizer, longest=longest)
+        rollouts, on_policy = append_experts(rollouts, experts, count=objective.expert_rows)
+    if not engine.entropies:
+        token_entropies(setup, policy, rollouts)
+    wrong = [Verdict(0.0, False, "")] * len(on_policy)
+    one = with_verdicts(setup, prompts, rollouts, on_policy, wrong)
+    most = setup.config.objective.max_rounds if objective.dynamic_sampling else 1
+    batches: list[TrainBatch] = []
+    for rounds in range(1, most + 1):
+        parts, _ = make_batches(setup, join_rounds([one] * rounds), key, step=1)
+        for part in parts:
+            batch = select_tokens(part.batch, part.batch.old_logprobs, key, objective=objective)
+            if reference is not None:
+                zeros = np.zeros(batch.loss_mask.shape, np.float32)
+                batch = dataclasses.replace(batch, ref_logprobs=zeros)
+            batches.append(batch)
+    warm_up_updates(
+        setup,
+        params,
+        batches[0],
+        rows=max(len(batch.length) for batch in batches),
+        frozen=frozen,
+        reference=reference,
+        entropies=not engine.entropies,
+        say=say,
+    )
+
+
+def warm_up_updates(
+    setup: Setup,
+    params: PyTree,
+    batch: TrainBatch,
+    *,
+    rows: int,
+    frozen: PyTree = None,
+    reference: PyTree | None = None,
+    entropies: bool = False,
+    say: Callable[[str], None],
+) -> None:
+    """Runs the gradient, and the scores that updates need, of every shape of micro-batch.
+
+    Args:
+      setup, params, frozen, reference, say: see :func:`warm_up`.
+      batch: rows (NumPy) as wide as any of the run.
+      rows: of a batch, at most.
+      entropies: whether the trainer computes the entropies of sampled tokens.
+
+    Raises:
+      ConfigError: a program needs more memory than there is.
+    """
+    policy = merge(frozen, params)
+    scores: list[tuple[PyTree, Quantity]] = []
+    if reference is not None:
+        scores.append((reference, "logprobs"))
+    if setup.scores_policy:
+        scores.append((policy, "logprobs"))
+    if entropies:
+        scores.append((policy, "entropy"))
+    shapes = micro_batch_shapes(rows, setup.bounds)
+    for number, (count, width) in enumerate(shapes, 1):
+        say(f"compiling ahead: micro-batch {number}/{len(shapes)}, {count} x {width} tokens")
+        micro = _of_shape(batch, count, width)
+        plain = dataclasses.replace(micro, ref_logprobs=None, selected=None)
+        chosen = np.arange(min(count, len(batch.length)))
+        try:
+            total = micro_gradient(setup, params, micro, echo_coef=0.0, frozen=frozen)
+            jax.block_until_ready(total.loss)
+            del total
+            for weights, quantity in scores:
+                score_batch(
+                    setup,
+                    weights,
+                    [(chosen, plain)],
+                    shape=batch.loss_mask.shape,
+                    quantity=quantity,
+                )
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            budget = setup.config.optim.micro_batch_tokens
+            raise ConfigError(
+                f"config.optim.micro_batch_tokens = {budget}: the gradient of {count} rows x "
+                f"{width} tokens does not fit in memory; `echorl plan` says what to change"
+            ) from error
+
+
+def _of_shape(batch: TrainBatch, rows: int, width: int) -> TrainBatch:
+    """A micro-batch of the batch's first rows; longer ones are cut, padding keeps a token."""
+    micro = take_rows(batch, np.arange(min(rows, len(batch.length))), count=rows, width=width)
+    return dataclasses.replace(
+        micro,
+        length=np.minimum(micro.length, width).astype(np.int32),
+        prompt_length=np.minimum(micro.prompt_length, width).astype(np.int32),
+    )
