@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.core import LOSS_TERMS, Objective, batch_loss
-from echorl_jax.models import Decoder, merge
+from echorl_jax.models import Decoder, merge, param_shardings
 from echorl_jax.parallel import place_rows, place_whole
 from echorl_jax.rollout import join_rows, score_rows
 from echorl_jax.training.batch import select_tokens
@@ -196,7 +196,7 @@ def micro_gradient(
 ) -> Accumulated:
     """The gradient of one micro-batch, by the program that a run sums gradients with."""
     with jax.set_mesh(setup.mesh):
-        zeros = _zeros_like(params, setup.mesh)(params)
+        zeros = _zeros_like(setup, params)(params)
         placed = place_rows(micro, setup.mesh)
         return _accumulate(zeros, params, frozen, placed, np.float32(echo_coef), **_loss_of(setup))
 
@@ -219,7 +219,7 @@ def apply_update(
     coef = np.float32(echo_coef)
     with jax.set_mesh(setup.mesh):
         for micro in micro_batches:
-            total = _zeros_like(state.params, setup.mesh)(state.params) if total is None else total
+            total = _zeros_like(setup, state.params)(state.params) if total is None else total
             placed = place_rows(micro, setup.mesh)
             total = _accumulate(total, state.params, frozen, placed, coef, **_loss_of(setup))
         if total is None:
@@ -323,22 +323,26 @@ def _loss(
     return total, jax.lax.stop_gradient((terms, gaps.max()))
 
 
-def _zeros_like(params: PyTree, mesh: Mesh) -> Callable[[PyTree], Accumulated]:
+def _zeros_like(setup: Setup, params: PyTree) -> Callable[[PyTree], Accumulated]:
     """Makes a gradient sum of zeros, placed as the parameters are."""
-    leaves, structure = jax.tree.flatten(params)
-    return _zeros(structure, tuple(leaf.sharding for leaf in leaves), mesh)
+    return _zeros(setup.model, setup.mesh, jax.tree.structure(params))
 
 
 @functools.cache
-def _zeros(
-    structure: Any, shardings: tuple[Any, ...], mesh: Mesh
-) -> Callable[[PyTree], Accumulated]:
+def _zeros(model: Decoder, mesh: Mesh, structure: Any) -> Callable[[PyTree], Accumulated]:
     def zeros(params: PyTree) -> Accumulated:
         zero = jnp.zeros(())
         return Accumulated(jax.tree.map(jnp.zeros_like, params), zero, _no_terms(), zero)
 
+    def chosen(shardings: PyTree, like: PyTree) -> PyTree:
+        """The shardings of the trainable parameters."""
+        if not isinstance(like, dict):
+            return shardings
+        return {name: chosen(shardings[name], part) for name, part in like.items()}
+
+    like = jax.tree.unflatten(structure, range(structure.num_leaves))
     whole: Any = NamedSharding(mesh, PartitionSpec())
-    placed = Accumulated(jax.tree.unflatten(structure, shardings), whole, whole, whole)
+    placed = Accumulated(chosen(param_shardings(model, mesh), like), whole, whole, whole)
     return jax.jit(zeros, out_shardings=placed)
 
 
@@ -435,7 +439,7 @@ def _abstract_total(setup: Setup, params: PyTree) -> Accumulated:
     def scalar(leaf: Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
 
-    shapes = jax.eval_shape(_zeros_like(params, setup.mesh), params)
+    shapes = jax.eval_shape(_zeros_like(setup, params), params)
     rest = dataclasses.replace(shapes, gradient=None)
     return dataclasses.replace(jax.tree.map(scalar, rest), gradient=params)
 

@@ -79,8 +79,8 @@ def test_one_row_is_spoiled(tmp_path: Path) -> None:
         **fields, echo_weights=row, on_policy=row, token_weights=weights, advantages=row
     )
     faults = Faults.parse("nan@3", tmp_path)
-    assert faults.spoil(batch, 2) is batch
-    spoiled = faults.spoil(batch, 3)
+    assert faults.spoil([batch], 2) == [batch]
+    spoiled = faults.spoil([batch], 3)[0]
     assert np.flatnonzero(np.isnan(spoiled.advantages)).tolist() == [1]
     assert np.argwhere(np.isnan(spoiled.token_weights)).tolist() == [[1, 0]]
     assert np.isfinite(batch.token_weights).all()
