@@ -19,8 +19,13 @@ from echorl_jax.data import encode_prompt, encode_target, load_rows, load_tokeni
 from echorl_jax.data.tokens import BUILTIN
 from echorl_jax.models import load_model
 from echorl_jax.parallel import make_mesh, platform_of
-from echorl_jax.training.micro_batches import Bounds, computed_tokens, micro_batches
-from echorl_jax.training.packing import pack_rows, packed_width
+from echorl_jax.training.micro_batches import (
+    Bounds,
+    computed_tokens,
+    micro_batches,
+    pack_rows,
+    packed_width,
+)
 from echorl_jax.training.setup import static_setup
 from echorl_jax.training.update import micro_gradient
 from echorl_jax.types import TrainBatch

@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Computes and prints."""
-    from echorl_jax.training.replay import describe, replay
+    from echorl_jax.training.diagnose import describe, replay
 
     replayed = replay(arguments.dump)
     print("\n".join(describe(replayed)))

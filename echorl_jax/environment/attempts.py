@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echorl_jax.data import Prompt
-from echorl_jax.environment.engine import Engine
-from echorl_jax.environment.experts import append_experts, expert_completions
+from echorl_jax.environment.engines import Engine
+from echorl_jax.environment.expert_rows import append_experts, expert_completions
 from echorl_jax.environment.grading import GradedTexts, Grading
 from echorl_jax.models import Decoder
 from echorl_jax.rewards import GraderPool

@@ -25,7 +25,7 @@ from echorl_jax.errors import MOST, RunStopped, UserError, storage_reason
 from echorl_jax.parallel import any_process, is_first, wait_for_all
 from echorl_jax.training.checksums import checksums, digest
 from echorl_jax.training.faults import Faults
-from echorl_jax.training.late_writes import leave_out_late_writes
+from echorl_jax.training.logs import hide_closed_loop_errors
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.workdir import (
     copy_aside,
@@ -114,7 +114,7 @@ class Checkpoints:
         Raises:
           RunStopped: the directory cannot be written.
         """
-        leave_out_late_writes()
+        hide_closed_loop_errors()
         options = ocp.CheckpointManagerOptions(
             preservation_policy=_kept(workdir, config),
             cleanup_tmp_directories=True,

@@ -1,4 +1,4 @@
-"""Between Hugging Face directories and Orbax checkpoints of the bare weights."""
+"""Weights between Hugging Face directories, Orbax checkpoints and the export of a run."""
 
 import shutil
 from pathlib import Path
@@ -13,9 +13,27 @@ from echorl_jax.data import load_tokenizer
 from echorl_jax.data.tokens import model_path
 from echorl_jax.errors import UserError, writing
 from echorl_jax.models import load_decoder, load_model, save_model
+from echorl_jax.parallel import is_first
 from echorl_jax.training.checkpoints import DIRECTORY, read_params, read_weights
-from echorl_jax.training.late_writes import leave_out_late_writes
+from echorl_jax.training.logs import hide_closed_loop_errors
+from echorl_jax.training.setup import Setup
 from echorl_jax.training.workdir import read_json
+from echorl_jax.types import PyTree
+
+
+def export_model(workdir: Path, setup: Setup, params: PyTree) -> None:
+    """Writes ``workdir/export``, a directory that ``transformers`` loads; replaced as a whole.
+
+    Every process of a multi-process run calls this; the first one writes.
+    """
+    fresh, final = workdir / "export.partial", workdir / "export"
+    if is_first():
+        shutil.rmtree(fresh, ignore_errors=True)
+    save_model(fresh, setup.model, params, setup.tokenizer)
+    if is_first():
+        shutil.rmtree(final, ignore_errors=True)
+        fresh.rename(final)
+
 
 # Inside a converted directory: the weights, and all that is not weights as it came.
 WEIGHTS, ORIGINAL = "params", "huggingface"
@@ -51,7 +69,7 @@ def _to_orbax(source: Path, model: str, out: Path) -> str:
     path = str(source) if source.is_dir() else model
     decoder, params = load_model(path, param_dtype="float32")
     out.mkdir(parents=True)  # fails here, not in a thread of Orbax's
-    leave_out_late_writes()
+    hide_closed_loop_errors()
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save((out / WEIGHTS).resolve(), params)
     (out / ORIGINAL).mkdir()

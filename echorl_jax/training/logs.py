@@ -1,13 +1,17 @@
 """What a run writes while it runs: metrics.jsonl, TensorBoard events, a progress bar or lines."""
 
+import functools
 import json
 import math
 import os
+import sys
 import time
 import uuid
+from asyncio import base_events
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import jax
 from rich.table import Table
@@ -16,6 +20,10 @@ from echorl_jax.config import ConfigError
 from echorl_jax.evaluation.bar import Bar
 from echorl_jax.parallel import is_first
 from echorl_jax.training.workdir import replace_text, whole_lines
+
+if TYPE_CHECKING:
+    from sys import UnraisableHookArgs
+
 
 # TensorBoard sees new events this often; on a bucket each flush uploads the file again (seconds).
 EVENTS_EVERY_S = 60.0
@@ -207,3 +215,32 @@ def _summary(metrics: dict[str, float]) -> Iterator[str]:
     for name, value in metrics.items():
         if name.startswith("eval/") and "/pass@" in name:
             yield f"{name} {value:.3f}"
+
+
+@functools.cache
+def hide_closed_loop_errors() -> None:
+    """Hides tracebacks of writes that end after a failed checkpoint, which is reported in one line.
+
+    When one array's write fails, Orbax raises that error and closes its event loop. TensorStore
+    still writes other arrays then, and each reports its end to the closed loop from a thread of
+    C++, for which Python prints "Event loop is closed" with a traceback.
+    """
+    before = sys.unraisablehook
+
+    def report(error: "UnraisableHookArgs") -> None:
+        if not is_closed_loop_error(error):
+            before(error)
+
+    sys.unraisablehook = report
+
+
+def is_closed_loop_error(error: "UnraisableHookArgs") -> bool:
+    """Whether code outside Python reported the end of its work to a closed event loop."""
+    first = error.exc_traceback
+    return (
+        isinstance(error.exc_value, RuntimeError)
+        and str(error.exc_value) == "Event loop is closed"
+        and error.object is None
+        and first is not None
+        and first.tb_frame.f_code is base_events.BaseEventLoop.call_soon_threadsafe.__code__
+    )

@@ -21,18 +21,17 @@ from echorl_jax.parallel import any_process, from_first, is_first, smallest
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout import Progress
 from echorl_jax.rollout.memory import device_bytes
-from echorl_jax.training.capacity import with_slots
+from echorl_jax.training.capacity import overview, title, with_slots
 from echorl_jax.training.checkpoints import Checkpoints, Restored
 from echorl_jax.training.compiled import CompileCounter, keep_compiled
-from echorl_jax.training.dumps import Dumps
+from echorl_jax.training.convert import export_model
+from echorl_jax.training.diagnose import Dumps
 from echorl_jax.training.evaluator import Evaluator, attempt
-from echorl_jax.training.export import export_model
 from echorl_jax.training.faults import Faults
 from echorl_jax.training.health import Health
 from echorl_jax.training.inputs import compare_inputs, read_inputs, weights_digest
 from echorl_jax.training.logs import RunLog
 from echorl_jax.training.optimizer import TrainState, init_state
-from echorl_jax.training.overview import overview, title
 from echorl_jax.training.preemption import StopRequest, stop_on_signal
 from echorl_jax.training.setup import Setup, configured_objective, make_setup
 from echorl_jax.training.workdir import ASIDE, last_step, open_workdir, require_new, rewind

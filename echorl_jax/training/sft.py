@@ -15,8 +15,8 @@ from echorl_jax.environment import target_ids
 from echorl_jax.models import Decoder
 from echorl_jax.training.logs import timed
 from echorl_jax.training.metrics import training_speed
+from echorl_jax.training.micro_batches import pack_rows, packed_width
 from echorl_jax.training.optimizer import TrainState
-from echorl_jax.training.packing import pack_rows, packed_width
 from echorl_jax.training.run import open_run
 from echorl_jax.training.setup import Setup
 from echorl_jax.training.update import update, update_metrics

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,6 @@ from echorl_jax.models import Decoder, merge, param_shardings
 from echorl_jax.parallel import place_rows, place_whole
 from echorl_jax.rollout import join_rows, score_rows
 from echorl_jax.training.batch import select_tokens
-from echorl_jax.training.dumps import Dumps
 from echorl_jax.training.micro_batches import micro_batches, trainable_rows
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.setup import Setup
@@ -30,6 +29,9 @@ from echorl_jax.types import (
     TrainBatch,
     pytree,
 )
+
+if TYPE_CHECKING:
+    from echorl_jax.training.diagnose import Dumps
 
 # Mean of |trainer - sampler| over sampled tokens before the update, nats.
 GAP_MEAN = "rollout/logprob_gap_mean"
@@ -70,7 +72,7 @@ def update(
     echo_coef: float,
     frozen: PyTree = None,
     reference: PyTree | None = None,
-    dumps: Dumps | None = None,
+    dumps: "Dumps | None" = None,
 ) -> tuple[TrainState, list[UpdateStats], np.ndarray]:
     """One update for each batch (NumPy), ``objective.epochs`` times over; donates ``state``.
 

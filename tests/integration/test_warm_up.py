@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from echorl_jax.config import ConfigError
-from echorl_jax.environment.engine import slot_limits
+from echorl_jax.environment.engines import slot_limits
 from echorl_jax.training import loop
 from echorl_jax.training.compiled import CompileCounter
 from echorl_jax.training.logs import RunLog

@@ -12,7 +12,7 @@ from echorl_jax.config import ConfigError
 from echorl_jax.core import load_objective
 from echorl_jax.models import load_model
 from echorl_jax.parallel import make_mesh
-from echorl_jax.training.packing import first_fit, pack_rows
+from echorl_jax.training.micro_batches import first_fit, pack_rows
 from echorl_jax.training.setup import Setup, static_setup
 from echorl_jax.training.sft import packs, train_supervised
 from echorl_jax.training.update import micro_gradient

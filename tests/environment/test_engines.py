@@ -12,7 +12,7 @@ import pytest
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.data import Prompt
 from echorl_jax.environment import JaxEngine
-from echorl_jax.environment.engine import MOST_SAMPLES, make_engine
+from echorl_jax.environment.engines import MOST_SAMPLES, make_engine
 from echorl_jax.models import init_params
 from echorl_jax.rollout import Resources, Sampling
 from echorl_jax.training.loop import train

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from echorl_jax.training.late_writes import is_late_write, leave_out_late_writes
+from echorl_jax.training.logs import hide_closed_loop_errors, is_closed_loop_error
 
 
 def raised(*, by_python: bool) -> tuple[RuntimeError, TracebackType]:
@@ -29,8 +29,8 @@ class Clumsy:
 def test_only_late_writes_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(sys, "unraisablehook", seen.append)
-    leave_out_late_writes.cache_clear()
-    leave_out_late_writes()
+    hide_closed_loop_errors.cache_clear()
+    hide_closed_loop_errors()
     Clumsy()
     assert isinstance(seen[0].exc_value, OSError)
 
@@ -45,8 +45,8 @@ def test_only_late_writes_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
         unraisable(*raised(by_python=True)),
         unraisable(ValueError("Event loop is closed"), traceback),
     ]
-    assert is_late_write(late)
+    assert is_closed_loop_error(late)
     for report in (late, *others):
         sys.unraisablehook(report)
     assert seen[1:] == others
-    leave_out_late_writes.cache_clear()
+    hide_closed_loop_errors.cache_clear()
