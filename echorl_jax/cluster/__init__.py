@@ -5,9 +5,9 @@ say what happened when the runtime underneath has aborted.
 """
 
 from echorl_jax.cluster.place import Place, find_place
-from echorl_jax.cluster.secret import Secret
 from echorl_jax.cluster.signals import handling
 from echorl_jax.cluster.supervisor import Limits, supervise
+from echorl_jax.cluster.wire import Secret
 from echorl_jax.cluster.worker import Assignment, assignment, follow_supervisor, tell
 
 __all__ = [

@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-from echorl_jax.cluster.secret import is_signed
-from echorl_jax.cluster.wire import Message, Wire
+from echorl_jax.cluster.wire import Message, Wire, is_signed
 
 # How long others get to take the verdict before process 0 goes, and the hub with it (seconds).
 FAREWELL_S = 5.0

@@ -21,9 +21,8 @@ from typing import Any
 
 from echorl_jax.cluster.hub import Hub
 from echorl_jax.cluster.place import Place
-from echorl_jax.cluster.secret import Secret, sign
 from echorl_jax.cluster.signals import handling
-from echorl_jax.cluster.wire import Message, Wire
+from echorl_jax.cluster.wire import Message, Secret, Wire, sign
 from echorl_jax.cluster.worker import VARIABLE, Assignment
 from echorl_jax.errors import RunStopped, UserError, plain_line
 

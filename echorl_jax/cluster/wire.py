@@ -1,9 +1,19 @@
-"""Messages between supervisors: one JSON object a line, over TCP."""
+"""Messages between supervisors: one JSON object a line, over TCP, and the secret that they share.
+
+The secret keeps other processes from joining or ending a run. It is ``ECHORL_SECRET`` where the
+launcher sets that, else the file ``.secret`` in the directory that the run writes, which process 0
+creates. It is never sent: each process signs a random challenge.
+"""
 
 import contextlib
+import dataclasses
+import hmac
 import json
+import secrets
 import socket
 import threading
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 Message = dict[str, Any]
@@ -58,3 +68,51 @@ class Wire:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
+
+
+SECRET_VARIABLE = "ECHORL_SECRET"
+SECRET_FILE = ".secret"
+
+
+@dataclasses.dataclass(frozen=True)
+class Secret:
+    """Where a process finds the secret."""
+
+    source: str  # the variable, or the path of the file
+    value: bytes = b""  # of the variable
+
+    @classmethod
+    def find(cls, environment: Mapping[str, str], directory: Path) -> "Secret":
+        """The variable's value, or the file in the directory that the run writes."""
+        if value := environment.get(SECRET_VARIABLE, ""):
+            return cls(SECRET_VARIABLE, value.encode())
+        return cls(str(directory / SECRET_FILE))
+
+    def read(self) -> bytes:
+        """The secret; empty while the file is not there."""
+        try:
+            return self.value or Path(self.source).read_bytes().strip()
+        except FileNotFoundError:
+            return b""
+
+    def create(self) -> bytes:
+        """The secret; a file that is not there is written, readable by this user alone."""
+        if not self.read():
+            path = Path(self.source)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            fresh = path.with_name(f"{SECRET_FILE}.partial")
+            fresh.touch(mode=0o600)
+            fresh.write_text(secrets.token_hex(16) + "\n")
+            fresh.replace(path)
+        return self.read()
+
+
+def sign(secret: bytes, challenge: str) -> str:
+    """Proves the knowledge of the secret without telling it."""
+    return hmac.digest(secret, challenge.encode(), "sha256").hex()
+
+
+def is_signed(secret: bytes, challenge: str, signature: object) -> bool:
+    """Whether this is the signature of the challenge."""
+    found = str(signature).encode(errors="replace")
+    return hmac.compare_digest(sign(secret, challenge).encode(), found)

@@ -9,7 +9,6 @@ from echorl_jax.core.advantages import (
     rloo_advantages,
     whitened_advantages,
 )
-from echorl_jax.core.aggregation import aggregation_weights, mean_scale
 from echorl_jax.core.clips import (
     active_coef,
     clip_weights,
@@ -19,7 +18,7 @@ from echorl_jax.core.clips import (
 )
 from echorl_jax.core.entropy import logprobs_and_entropy, token_entropy, token_logprobs
 from echorl_jax.core.hints import hint_probability
-from echorl_jax.core.loss import LOSS_TERMS, batch_loss
+from echorl_jax.core.loss import LOSS_TERMS, aggregation_weights, batch_loss, mean_scale
 from echorl_jax.core.losses import (
     cispo_loss,
     clipped_tokens,

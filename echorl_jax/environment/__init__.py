@@ -1,8 +1,14 @@
 """Sampling and grading as one act, for training and for evaluation, and the engine that samples."""
 
-from echorl_jax.environment.attempts import Attempts, end_tokens, sample_and_grade
+from echorl_jax.environment.attempts import (
+    Attempts,
+    append_experts,
+    end_tokens,
+    expert_completions,
+    sample_and_grade,
+    target_ids,
+)
 from echorl_jax.environment.engines import MOST_SAMPLES, Engine, JaxEngine, make_engine
-from echorl_jax.environment.expert_rows import append_experts, expert_completions, target_ids
 from echorl_jax.environment.grading import GradedTexts, Grading
 
 __all__ = [

@@ -1,16 +1,20 @@
 """The device mesh and the one table that says where arrays live on it."""
 
-from echorl_jax.parallel.layout import (
+from echorl_jax.parallel.mesh import (
+    AXES,
     TABLE,
     Layout,
+    Platform,
+    ShardingError,
     constrain,
     local_bytes,
+    make_mesh,
     mesh_in_force,
     partition_spec,
+    platform_of,
     sharding_of,
     tree_shardings,
 )
-from echorl_jax.parallel.mesh import AXES, Platform, ShardingError, make_mesh, platform_of
 from echorl_jax.parallel.processes import (
     any_process,
     from_first,

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from echorl_jax.cluster.signals import StopRequest, stop_on_signal
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import Objective
 from echorl_jax.data import PromptStream, load_rows, require_embedded_rows
@@ -32,7 +33,6 @@ from echorl_jax.training.health import Health
 from echorl_jax.training.inputs import compare_inputs, read_inputs, weights_digest
 from echorl_jax.training.logs import RunLog
 from echorl_jax.training.optimizer import TrainState, init_state
-from echorl_jax.training.preemption import StopRequest, stop_on_signal
 from echorl_jax.training.setup import Setup, configured_objective, make_setup
 from echorl_jax.training.workdir import ASIDE, last_step, open_workdir, require_new, rewind
 from echorl_jax.types import Array, PyTree

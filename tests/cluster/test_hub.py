@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from echorl_jax.cluster.hub import Hub
-from echorl_jax.cluster.secret import sign
-from echorl_jax.cluster.wire import Wire
+from echorl_jax.cluster.wire import Wire, sign
 
 SECRET = b"of this test"
 Address = tuple[str, int]
