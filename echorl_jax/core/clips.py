@@ -272,6 +272,15 @@ def echo_weights(
 
     Returns:
       The clips, f32 ``[N, T]`` weights, and lambda.
+
+    >>> entropy, steps = jnp.array([[0.9, 0.1]]), jnp.array([[0, 1]])
+    >>> solved, group, sizes = jnp.array([True]), jnp.array([0]), {"num_groups": 1, "num_steps": 2}
+    >>> echo = echo_weights(entropy, steps, solved, group, **sizes, coef=0.5, step=3, end_step=4)
+    >>> echo.weights.tolist(), echo.coef.item()
+    ([[1.0, 0.0]], 0.5)
+    >>> echo = echo_weights(entropy, steps, solved, group, **sizes, coef=0.5, step=4, end_step=4)
+    >>> echo.weights.tolist(), echo.coef.item(), echo.clips.valid.tolist()
+    ([[0.0, 0.0]], 0.0, [[True]])
     """
     clips = mine_echo_clips(
         token_entropy,
