@@ -317,7 +317,8 @@ def _imported(path: str) -> Any:
         return vars(importlib.import_module(module)).get(attribute)
     except ModuleNotFoundError as error:
         raise ValueError(f"no module {error.name!r} for the objective {path!r}") from error
-    except Exception as error:  # the module is the user's program: anything can go wrong in it
+    # The module is the user's program: anything can go wrong in it.
+    except (Exception, SystemExit) as error:
         raise ValueError(
             f"cannot import {module!r} for the objective {path!r}: {error!r}"
         ) from error

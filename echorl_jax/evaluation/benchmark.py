@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,14 +22,17 @@ from echorl_jax.data import (
     require_embedded_rows,
     require_vocabulary,
 )
+from echorl_jax.data.templates import keep_date
 from echorl_jax.data.tokens import model_path
 from echorl_jax.environment import MOST_SAMPLES, JaxEngine, end_tokens
 from echorl_jax.errors import UserError, writing
 from echorl_jax.evaluation.evaluate import Attempt, attempt_prompts
 from echorl_jax.evaluation.generations import (
+    STARTED,
     claim,
     digest_rows,
     fingerprint,
+    first_start,
     heal,
     read_outcomes,
 )
@@ -37,7 +41,7 @@ from echorl_jax.evaluation.progress import EvaluationProgress
 from echorl_jax.evaluation.table import SourceResult, print_results, summarise
 from echorl_jax.locks import sole_writer
 from echorl_jax.models import load_model
-from echorl_jax.parallel import is_first, make_mesh, on_first, require_same
+from echorl_jax.parallel import is_first, make_mesh, on_first, require_same, texts_from_shares
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rewards.verdict import grading_failed
 from echorl_jax.rollout import Resources, Sampling
@@ -135,11 +139,13 @@ def run_benchmark(options: Benchmark, out: Path) -> dict[str, SourceResult]:
         raise UserError(f"--devices={options.devices}: several processes use all their devices")
     if options.devices > jax.device_count():
         raise UserError(f"--devices={options.devices}: there are {jax.device_count()}")
-    work = _prepare(options)
+    own = first_start(out) if is_first() else ""
+    started = texts_from_shares([own], jax.process_count(), most_bytes=32)[0]
+    work = _prepare(options, datetime.fromisoformat(started))
     path = model_path(options.model)
     file, order = out / "generations.jsonl", list(work.order())
     with contextlib.ExitStack() as held:
-        done = on_first(lambda: _take_up(options, work, path, file, order, held))
+        done = on_first(lambda: _take_up(options, work, path, file, order, held, started))
         if done < len(order):
             with writing(file):
                 _generate(options, work, path, file, done=done)
@@ -175,6 +181,7 @@ def _take_up(
     file: Path,
     order: Sequence[tuple[int, int, bool]],
     held: contextlib.ExitStack,
+    started: str,
 ) -> int:
     """Claims the folder until the stack is closed, or finds the same evaluation in it.
 
@@ -188,7 +195,8 @@ def _take_up(
         raise UserError(f"{file.parent}: {error.strerror}") from error
     settled = {name: value for name, value in vars(options).items() if name not in FREE}
     weights = fingerprint(Path(path))
-    claim(file.parent, {"model": options.model, "weights": weights, **settled, "rows": work.digest})
+    identity = {"model": options.model, "weights": weights, **settled, "rows": work.digest}
+    claim(file.parent, {**identity, STARTED: started})
     done = heal(file)
     if done > len(order):
         raise UserError(f"{file}: {done} attempts, expected at most {len(order)}")
@@ -197,8 +205,10 @@ def _take_up(
     return done
 
 
-def _prepare(options: Benchmark) -> _Work:
+def _prepare(options: Benchmark, started: datetime) -> _Work:
+    """Reads the rows. A date in a chat template is that of the evaluation's first start."""
     tokenizer = load_tokenizer(options.model)
+    keep_date(tokenizer, started)
     loaded = load_rows(options.data)
     rows = list(itertools.islice(loaded, options.limit or None))
     prompts = [encode_prompt(tokenizer, row, options.template) for row in rows]

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
@@ -12,6 +13,8 @@ from echorl_jax.errors import UserError, writing
 
 # Of each weight file so much is read, at both ends, to tell one model from another.
 FINGERPRINT_BYTES = 1 << 20
+# The time of the first start, which chat templates may write into prompts.
+STARTED = "started"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +28,15 @@ class Outcome:
     reason: str
     tokens: int
     truncated: bool
+
+
+def first_start(out: Path) -> str:
+    """When the evaluation in ``out`` began; now if nothing there tells."""
+    try:
+        options = json.loads((out / "options.json").read_bytes())
+        return datetime.fromisoformat(options[STARTED]).isoformat()
+    except (OSError, ValueError, TypeError, LookupError):  # claim() judges the file
+        return datetime.now().isoformat(timespec="seconds")
 
 
 def claim(out: Path, identity: Mapping[str, Any]) -> None:
@@ -54,7 +66,7 @@ def claim(out: Path, identity: Mapping[str, Any]) -> None:
     if not isinstance(before, dict):
         raise UserError(f"{file}: not the options of an evaluation")
     for name in {**before, **known}:
-        if before.get(name) != known.get(name):
+        if name != STARTED and before.get(name) != known.get(name):
             raise UserError(
                 f"{out} holds an evaluation with {name} = {before.get(name)!r}, "
                 f"not {known.get(name)!r}; take another --out or the same options"

@@ -202,8 +202,8 @@ def from_hf(raw: Mapping[str, Any], file: str = "config.json") -> DecoderConfig:
     read = {name: field.read(raw, name, file) for name, field in fields.items()}
     heads, hidden = read["num_attention_heads"], read["hidden_size"]
     attention_bias = read.get("attention_bias", False)
-    return DecoderConfig(
-        model_type=family,  # pyright: ignore[reportArgumentType]
+    settings: dict[str, Any] = dict(
+        model_type=family,
         vocab_size=read["vocab_size"],
         hidden_size=hidden,
         intermediate_size=read["intermediate_size"],
@@ -226,6 +226,10 @@ def from_hf(raw: Mapping[str, Any], file: str = "config.json") -> DecoderConfig:
         eos_ids=_ids(raw, "eos_token_id", file),
         pad_id=_optional_id(raw, "pad_token_id", file),
     )
+    try:
+        return DecoderConfig(**settings)
+    except ModelError as error:
+        raise ModelError(f"{file}: {error}") from error
 
 
 def to_hf(config: DecoderConfig) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def _import(path: str) -> Callable[..., Any]:
         raise ConfigError(f"grader {path!r}: one of {known}, or package.module:function{hint}")
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"grader {path}: cannot import {module_name}: {error!r}") from error
     if attribute not in vars(module):
         raise ConfigError(f"grader {path}: {module_name} has no {attribute}")

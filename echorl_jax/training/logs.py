@@ -156,7 +156,7 @@ def _open_wandb(project: str, workdir: Path):
         ) from error
     name = workdir / "wandb_run"
     if not name.exists():
-        name.write_text(uuid.uuid4().hex)
+        replace_text(name, uuid.uuid4().hex)
     return wandb.init(project=project, dir=str(workdir), id=name.read_text(), resume="allow")
 
 

@@ -98,3 +98,25 @@ def test_unknown_estimator_and_bound_are_refused():
         core.policy_loss(jnp.zeros((1, 1)), jnp.zeros(1), dual_clip=0.5)
     with pytest.raises(ValueError, match=r"\[B, T\]"):
         core.policy_loss(jnp.zeros((2, 1)), jnp.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("import no_such_library", "no module 'no_such_library'"),
+        ("from math import no_such_name", "ImportError"),
+        ("def push(:", "SyntaxError"),
+        ("1 / 0", "ZeroDivisionError"),
+        ("raise SystemExit(3)", "SystemExit"),
+        ("raise ValueError('two\\nlines')", "two"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_one_line_that_names_it(
+    tmp_path, monkeypatch, text, reason
+):
+    name = f"broken_{abs(hash(text))}"
+    (tmp_path / f"{name}.py").write_text(text + "\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=f"{name}:mine") as caught:
+        core.load_objective(f"{name}:mine")
+    assert reason in str(caught.value) and "\n" not in str(caught.value)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from echorl_jax.cli import run
+from echorl_jax.data.tokens import model_path
 from echorl_jax.errors import UserError
 from echorl_jax.evaluation.benchmark import Benchmark
 from echorl_jax.evaluation.presets import passes, samples_of
@@ -108,6 +110,27 @@ def test_a_folder_of_another_evaluation_is_refused(
 ) -> None:
     with pytest.raises(UserError, match=message):
         run([*COUNTDOWN, *options, f"--out={whole}"])
+
+
+def test_a_date_in_the_chat_template_is_that_of_the_first_start(tmp_path: Path) -> None:
+    """The template writes the microsecond of the rendering; the second command goes on."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(model_path("builtin:countdown"), model)
+    file = model / "tokenizer_config.json"
+    clock = "{{ strftime_now('%M%S%f') }} {{ messages[0]['content'] }}"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": clock}))
+    command = ["evaluate", f"--model={model}", *COUNTDOWN[2:], "--limit=2", "--samples=1"]
+    assert run([*command, f"--out={out}"]) == 0
+    first = (out / "generations.jsonl").read_bytes().splitlines(keepends=True)
+    assert len(first) == 4
+    (out / "generations.jsonl").write_bytes(first[0])
+    assert run([*command, f"--out={out}"]) == 0
+    assert (out / "generations.jsonl").read_bytes().splitlines(keepends=True) == first
+    options = json.loads((out / "options.json").read_text())
+    options["started"] = "2020-01-01T00:00:00"
+    (out / "options.json").write_text(json.dumps(options))
+    with pytest.raises(UserError, match="holds an evaluation with rows = "):
+        run([*command, f"--out={out}"])
 
 
 def test_gradings_that_fail_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.data import load_tokenizer
-from echorl_jax.models import load_model
+from echorl_jax.models import load_decoder, load_model
 from echorl_jax.tools.report.page import write_report
 from echorl_jax.training import loop
 from echorl_jax.training.optimizer import TrainState
@@ -41,12 +41,25 @@ def steady(workdir: Path) -> list[dict[str, Any]]:
     ]
 
 
-def same(a: Any, b: Any, *, tolerance: float = 0.0) -> bool:
-    return all(
-        jax.tree.leaves(
-            jax.tree.map(lambda x, y: np.allclose(x, y, atol=tolerance, rtol=tolerance), a, b)
-        )
+def same(a: Any, b: Any) -> bool:
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, a, b)))
+
+
+def require_close(a: Any, b: Any, start: Any) -> None:
+    """Compares what training has changed: the norm of the difference is at most 0.5% of it.
+
+    Other orders of summation give 0.02%, a learning rate that is 2% higher gives 2%.
+    """
+    a, b, start = (
+        np.concatenate([np.ravel(x) for x in jax.tree.leaves(jax.device_get(tree))])
+        for tree in (a, b, start)
     )
+    apart, changed = np.linalg.norm(a - b), np.linalg.norm(a - start)
+    assert 0 < changed and apart < 0.005 * changed, (apart, changed)
+
+
+def untrained() -> Any:
+    return load_model("echorl_jax/assets/countdown", dtype="float32")[1]
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +117,8 @@ def test_ledger_counts_groups(whole_run: Path) -> None:
 
 def test_export_is_the_trained_model(whole_run: Path) -> None:
     trained, weights = load_model(str(whole_run / "export"), dtype="float32")
-    base, before = load_model("echorl_jax/assets/countdown", dtype="float32")
-    assert trained.config == base.config
-    assert not same(weights, before)
+    assert trained.config == load_decoder("echorl_jax/assets/countdown").config
+    assert not same(weights, untrained())
     assert load_tokenizer(str(whole_run / "export")).vocab_size == 495
 
 
@@ -155,7 +167,7 @@ def test_the_mesh_does_not_matter(tmp_path: Path) -> None:
     for a, b in zip(steady(tmp_path / "one"), steady(tmp_path / "eight"), strict=True):
         for key in ("reward/mean", "echo/clips", "loss/echo", "optim/grad_norm"):
             assert np.isclose(a[key], b[key], rtol=1e-3), (key, a[key], b[key])
-    assert same(jax.device_get(one.params), jax.device_get(eight.params), tolerance=1e-3)
+    require_close(one.params, eight.params, untrained())
 
 
 def test_without_echo_it_is_the_plain_objective(tmp_path: Path) -> None:

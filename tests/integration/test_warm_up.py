@@ -24,6 +24,8 @@ from tests.integration.conftest import small_config
         pytest.param({"name": "grpo", "kl_coef": 0.001}, marks=pytest.mark.slow),
         pytest.param({"name": "dapo", "max_rounds": 2}, marks=pytest.mark.slow),
         pytest.param({"name": "luffy", "mini_batches": 2}, marks=pytest.mark.slow),
+        pytest.param({"name": "clip_cov", "mini_batches": 2, "epochs": 2}, marks=pytest.mark.slow),
+        pytest.param({"name": "kl_cov", "mini_batches": 2}, marks=pytest.mark.slow),
         pytest.param({"name": "uft", "old_logprobs": "trainer"}, marks=pytest.mark.slow),
     ],
 )

@@ -231,8 +231,8 @@ def test_write_and_read_is_the_identity(name):
 )
 def test_what_is_not_implemented_is_refused_by_name(changes, message):
     with pytest.raises(ModelError, match=message) as error:
-        from_hf(QWEN | changes)
-    assert "\n" not in str(error.value)
+        from_hf(QWEN | changes, "here/config.json")
+    assert str(error.value).startswith("here/config.json: ") and "\n" not in str(error.value)
 
 
 def test_fields_that_are_null_or_change_nothing_are_accepted():
@@ -268,8 +268,8 @@ def test_fields_that_are_null_or_change_nothing_are_accepted():
 )
 def test_a_field_of_a_wrong_type_or_value_is_one_line(changes, message):
     with pytest.raises(ModelError, match=message) as error:
-        from_hf(QWEN | changes)
-    assert "\n" not in str(error.value)
+        from_hf(QWEN | changes, "here/config.json")
+    assert str(error.value).startswith("here/config.json: ") and "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

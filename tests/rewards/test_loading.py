@@ -50,6 +50,7 @@ def test_none_is_no_verdict(name, response):
     [
         ("countdwn", "did you mean countdown?"),
         ("no_such_module:grade", "cannot import no_such_module"),
+        ("leaves_at_import:grade", "cannot import leaves_at_import: SystemExit"),
         ("hostile_graders:missing", "hostile_graders has no missing"),
         ("hostile_graders:NOT_A_FUNCTION", "not a function"),
         ("hostile_graders:wrong_signature", r"expected a function of \(response, row\)"),
@@ -57,7 +58,9 @@ def test_none_is_no_verdict(name, response):
         ("hostile_graders:", "or package.module:function"),
     ],
 )
-def test_a_grader_that_cannot_be_used_is_one_clear_line(name, message):
+def test_a_grader_that_cannot_be_used_is_one_clear_line(name, message, tmp_path, monkeypatch):
+    (tmp_path / "leaves_at_import.py").write_text("raise SystemExit(3)")
+    monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ConfigError, match=message) as caught:
         load_grader(name)
     assert "\n" not in str(caught.value)
