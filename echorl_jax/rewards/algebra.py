@@ -7,10 +7,11 @@ limits are for the rest.
 """
 
 import functools
+import itertools
 import logging
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -54,11 +55,8 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 def is_costly(text: str) -> bool:
     """Whether parsing a text might take more time or memory than an answer is worth."""
-    depth = deepest = 0
-    for sign in text:
-        depth += (sign in "([{") - (sign in ")]}")
-        deepest = max(deepest, depth)
-    return deepest > MAX_NESTING or COSTLY.search(text) is not None
+    depths = itertools.accumulate((sign in "([{") - (sign in ")]}") for sign in text)
+    return max(depths, default=0) > MAX_NESTING or COSTLY.search(text) is not None
 
 
 def same_expression(gold: str, answer: str) -> bool:
@@ -67,58 +65,50 @@ def same_expression(gold: str, answer: str) -> bool:
     >>> same_expression("\\sqrt{\\frac{1}{n}}", "\\frac{1}{\\sqrt{n}}"), same_expression("x", "|x|")
     (True, False)
     """
-    if _variables(gold) != _variables(answer):
-        return False
-    try:
-        return timeout(_limit())(_same)(gold, answer)
-    except TimeoutException:
-        return False
+    return _variables(gold) == _variables(answer) and bool(_limited(_same, gold, answer))
 
 
 def evaluate(text: str) -> Fraction | None:
     """The real value of a text without variables, to :data:`PRECISION` digits, or None."""
-    literal = number(text)
-    if literal is not None:
-        return literal.value
-    try:
-        parsed = timeout(_limit())(_parse)(text)
-    except TimeoutException:
-        return None
+    parsed = _limited(_parse, text)
     value = _value(parsed, {}) if isinstance(parsed, sympy.Expr) else None
     return Fraction(str(value)) if isinstance(value, sympy.Number) else None
 
 
-def _limit() -> int | None:
-    return LIMIT_S if threading.current_thread() is threading.main_thread() else None
+def _limited(function: Callable[..., Any], *arguments: str) -> Any:
+    """Calls a function; None after :data:`LIMIT_S` in a main thread, which alone gets signals."""
+    main = threading.current_thread() is threading.main_thread()
+    try:
+        return timeout(LIMIT_S if main else None)(function)(*arguments)
+    except TimeoutException:
+        return None
 
 
 def _variables(text: str) -> set[str]:
     """The variables of a text that has capital ones: the parser reads a for A, and pi for Pi."""
     found = VARIABLE.findall(text)
-    if not any(sign.isupper() for name in found for sign in name):
+    if "".join(found).islower():
         return set()
     return {part for name in found for part in ([name] if name[0] == "\\" else name)}
 
 
 def _same(gold: str, answer: str) -> bool:
-    numbers = number(gold), number(answer)
+    literals = number(gold), number(answer)
     first, second = (
-        _parse(text) if literal is None else _exact(literal)
-        for text, literal in zip((gold, answer), numbers, strict=True)
+        sympy.Rational(literal.value) / (100 if literal.percent else 1) if literal else _parse(text)
+        for literal, text in zip(literals, (gold, answer), strict=True)
     )
     if first is None or second is None:
         return False
-    if all(
-        isinstance(p, sympy.Expr) and not isinstance(p, sympy.MatrixExpr) for p in (first, second)
-    ):
-        same = _same_values(first, second, numbers)
+    if _is_scalar(first) and _is_scalar(second):
+        same = _same_values(first, second, literals)
         if same is not None:
             return same
     return verify([first], [second], allow_set_relation_comp=True, timeout_seconds=None)
 
 
-def _exact(literal: Number) -> Any:
-    return sympy.Rational(literal.value) / (100 if literal.percent else 1)
+def _is_scalar(parsed: Any) -> bool:
+    return isinstance(parsed, sympy.Expr) and not isinstance(parsed, sympy.MatrixExpr)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -153,24 +143,26 @@ def _same_values(
     gold, answer = gold.doit(), answer.doit()
     if gold.is_Rational and answer.is_Rational:
         return bool(gold == answer)
-    symbols = sorted(gold.free_symbols, key=str)
-    if symbols:
-        return _same_at_points(gold, answer, symbols)
+    if gold.free_symbols:
+        return _same_at_points(gold, answer)
     values = _value(gold, {}), _value(answer, {})
-    if values[0] is None or values[1] is None:
+    if None in values:
         return None
-    if _close(*values):
-        return True
-    return _is_rounded(literals[0], values[1]) or _is_rounded(literals[1], values[0])
+    return _close(*values) or any(
+        literal
+        and isinstance(value, sympy.Number)
+        and rounds_to(literal, Number(Fraction(str(value))))
+        for literal, value in zip(literals, values[::-1], strict=True)
+    )
 
 
-def _same_at_points(gold: Any, answer: Any, symbols: list[Any]) -> bool | None:
+def _same_at_points(gold: Any, answer: Any) -> bool | None:
     """Real expressions are compared where both are real, and must be real at the same points."""
-    compared = False
+    symbols, compared = sorted(gold.free_symbols, key=str), False
     for shift in range(len(POINTS)):
         point = {s: POINTS[(shift + 2 * i) % len(POINTS)] + i for i, s in enumerate(symbols)}
         values = _value(gold, point), _value(answer, point)
-        if values[0] is None or values[1] is None:
+        if None in values:
             return None
         real = [bool(value.is_real) for value in values]
         if not all(real) and not gold.has(sympy.I):
@@ -197,10 +189,3 @@ def _value(expression: Any, point: Mapping[Any, Any]) -> Any:
 def _close(first: Any, second: Any) -> bool:
     size = max(abs(first), abs(second))
     return bool(size <= ZERO or abs(first - second) <= TOLERANCE * size)
-
-
-def _is_rounded(literal: Number | None, value: Any) -> bool:
-    """Whether a decimal of enough digits is what another, irrational value rounds to."""
-    if literal is None or not isinstance(value, sympy.Number):
-        return False
-    return rounds_to(literal, Number(Fraction(str(value))))

@@ -376,7 +376,7 @@ def _same_approximation(gold: str, answer: str, problem: _Problem, depth: int) -
     literal = number(exact_side)
     option = literal is not None and (literal.places is not None or literal.value.denominator == 1)
     for text in rounded:
-        found, value = number(text), evaluate(exact_side)
+        found, value = number(text), literal.value if literal else evaluate(exact_side)
         fits = False
         if found is not None and value is not None:
             last_digit = Fraction(1, 10) ** (found.places or 0)
