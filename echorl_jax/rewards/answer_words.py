@@ -48,6 +48,7 @@ OR = _set(
     或者"""
 )
 AND = _set("and well und y e et also even both either , ; . & 、 ( [ 和 与 與 及 以") | {"\n"}
+OR_AND = OR | AND
 LISTING = OR | _set("and , ; &")
 CLOSING = _set(") ] \" ' ” ’ » :")
 # These end an answer, or begin a remark on it.
@@ -72,5 +73,6 @@ CONDITIONS = _set(
 DOUBTED = _set("think believe say mean sure certain know")
 ANNOUNCING = NOUNS | VERBS | OPTION | CORRECT
 EITHER = _set("or and oder und o y ou et / 和 或 与")
-# Before "option A": it is set aside.
-SET_ASIDE = INCORRECT | NEGATION | CONDITIONS | _set("eliminate exclude except out unlike than")
+DENIAL = INCORRECT | NEGATION
+# One of these before "option A" sets it aside.
+SET_ASIDE = DENIAL | CONDITIONS | _set("eliminate exclude except out unlike than")

@@ -1,28 +1,28 @@
-"""Judges multiple choice: a response is right if it settles on the one option that is right.
+"""Judges multiple choice: the response is right if it chooses the one right option.
 
 An option is named by its label or by its text. An answer that names several options, or denies the
-one that it names, chooses none. Answers are read word by word in windows of bounded length, so the
-time is linear in the length of the response.
+option that it names, chooses none. Answers are read word by word in windows of bounded length, so
+the time is linear in the length of the response.
 """
 
+import bisect
 import functools
 import itertools
 import re
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from echorl_jax.rewards import answer_words as words
-from echorl_jax.rewards.extraction import after_thinking, last_answer, last_boxed_span
+from echorl_jax.rewards.extraction import after_thinking, boxed_spans, last_answer
 from echorl_jax.rewards.verdict import Verdict
 
-# Answers end responses: phrases are looked for in this much of the end (characters).
+# Phrases are searched in this much of the end of a response (characters).
 TAIL = 10_000
-# Limits in words: what may stand between a phrase and its option, between two joined options, and
-# how far a sentence is followed.
+# Limits in words: between a phrase and its option, between two joined options, and for a sentence.
 LEAD_WORDS, JOIN_WORDS, SENTENCE_WORDS = 16, 8, 60
 LETTERS, DIGITS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ", "123456789"
-# What an answer with more than one option reads as.
+# Stands for the label where an answer names more than one option.
 SEVERAL = "several options"
 # "B) text", "(B) text", "B. text" at the start of a line of the prompt.
 OPTION_LINE = re.compile(r"^[ \t]*\(?([A-Z]|[1-9])[).:](.*)$", re.MULTILINE)
@@ -37,8 +37,7 @@ WORD = re.compile(
     r"[A-Za-zÀ-ɏ][A-Za-zÀ-ɏ0-9]*(?:['’-][A-Za-zÀ-ɏ]+)*|\d+(?:[.,]\d+)*(?:[A-Za-z]\w*)?"
     r"|答案|选[择项]?|選[擇項]?|正确|正確|错误|錯誤|应该|應該|不是|或者|而是|\n|\S"
 )
-
-# One marked answer that is joined to the one before it is not the whole answer.
+# A box or <answer> behind one of these joins is not the whole answer.
 JOINED_MARK = re.compile(
     r"(?:\}|</answer>)\W*(?:\b(?:or|and|oder|und|o|y|ou|et)\b|[,/|&、或和])\W*$", re.I
 )
@@ -54,12 +53,11 @@ def options_of(row: Mapping[str, Any]) -> dict[str, str]:
     if listed:
         return dict(zip(LETTERS, map(str, listed), strict=False))
     lines = OPTION_LINE.findall(unicodedata.normalize("NFKC", _prompt_text(row)))
-    found = {label: text.strip() for label, text in lines if text.strip()}
-    # A list of options has two or more and leaves none out.
-    labels = "".join(found)
-    return (
-        found if len(found) > 1 and labels in LETTERS + "|" + DIGITS and labels[0] in "A1" else {}
-    )
+    options = {label: text.strip() for label, text in lines if text.strip()}
+    # A list of options has at least two and leaves none out.
+    labels = "".join(options)
+    complete = LETTERS.startswith(labels) or DIGITS.startswith(labels)
+    return options if complete and len(labels) > 1 else {}
 
 
 def _prompt_text(row: Mapping[str, Any]) -> str:
@@ -72,8 +70,8 @@ def _prompt_text(row: Mapping[str, Any]) -> str:
 def is_choice(row: Mapping[str, Any]) -> bool:
     """Whether the ground truth names an option, by label or text.
 
-    A number does not where numbered lines of the prompt are all that could be options: they may be
-    statements or data.
+    A number does not if the only options are numbered lines of the prompt: they may be statements
+    or data.
     """
     truth, options = row["reward_model"]["ground_truth"], options_of(row)
     if not isinstance(truth, str):
@@ -116,64 +114,55 @@ def letter_of(text: str, options: Mapping[str, str]) -> str | None:
 
 
 def find_choice(response: str, options: Mapping[str, str]) -> str | None:
-    """The label that a response settles on, :data:`SEVERAL`, or None if it names none."""
+    """The label that a response chooses, :data:`SEVERAL`, or None if it names no option."""
     text = after_thinking(response)
-    marked, before, after = _marked(text)
-    if marked is None:
-        return _Answer(text[-TAIL:], options).settled()
-    if JOINED_MARK.search(before):
+    if (span := _marked_span(text)) is None:
+        return _Answer(text[-TAIL:], options).chosen()
+    start, end = span
+    if JOINED_MARK.search(MARK.sub("", text[max(0, start - 60) : start])):
         return SEVERAL
-    marked = marked[-TAIL:]
+    marked = text[start:end][-TAIL:]
     inside = _Answer(marked, options)
-    chosen = _named(marked, options) or inside.read(0, said=True) or inside.settled()
-    if chosen and _Answer(after.partition("\n")[0], options).joined(0, chosen):
-        return SEVERAL
-    return chosen
+    label = _named(marked, options) or inside.read(0, said=True) or inside.chosen()
+    after = re.sub(r"^(?:\}|</answer>)", "", text[end : end + 60]).partition("\n")[0]
+    return SEVERAL if label and _Answer(after, options).joined(0, label) else label
 
 
-def _marked(text: str) -> tuple[str | None, str, str]:
-    """The inside of the last box or ``<answer>``, with a little of the text before and after it."""
-    if (span := last_boxed_span(text)) is not None:
-        start, end = span
-    elif (inside := last_answer(text)) is not None:
-        end = text.rindex("</answer>")
-        start = end - len(inside)
-    else:
-        return None, "", ""
-    before = MARK.sub("", text[max(0, start - 60) : start])
-    return text[start:end], before, re.sub(r"^(?:\}|</answer>)", "", text[end : end + 60])
+def _marked_span(text: str) -> tuple[int, int] | None:
+    """Where the inside of the last box begins and ends, else that of the last ``<answer>``."""
+    if spans := boxed_spans(text):
+        return spans[-1]
+    inside = last_answer(text)
+    if inside is None:
+        return None
+    end = text.rindex("</answer>")
+    return end - len(inside), end
 
 
 def _clean(text: str) -> str:
-    """Text without type commands and emphasis, in the usual width, with single spaces."""
+    """Removes fonts and emphasis, and brings letters and spaces to their usual width."""
     plain = WRAPPERS.sub("", unicodedata.normalize("NFKC", text))
     return re.sub(r"[^\S\n]+", " ", plain).strip()
 
 
 @functools.lru_cache(maxsize=1024)
-def _spaced(text: str) -> str:
-    return " ".join(_clean(text).split()).strip(" .\"'“”")
-
-
-def _lower(text: str) -> str:
-    return _spaced(text).lower()
-
-
-def _unspaced(text: str) -> str:
-    return re.sub(r"[\s\\]", "", _lower(text))
+def _forms(text: str) -> tuple[str, str, str]:
+    """A text with single spaces, that in lower case, and that without spaces."""
+    spaced = " ".join(_clean(text).split()).strip(" .\"'“”")
+    return spaced, spaced.lower(), re.sub(r"[\s\\]", "", spaced.lower())
 
 
 def _named(text: str, options: Mapping[str, str]) -> str | None:
     """The option that a text is, as a whole: its label alone or its text."""
-    start = WORD.findall(_spaced(text)[:20])
+    forms = _forms(text)
+    start = WORD.findall(forms[0][:20])
     bare = "".join(word for word in start if word.lower() not in words.OPTION)
     label = bare.strip("()[]:,.").upper()
     if len(label) == 1 and label in (options or LETTERS + DIGITS):
         return label
-    for key in (_spaced, _lower, _unspaced):
-        wanted = key(text)
-        same = [name for name, option in options.items() if key(option) == wanted]
-        if len(same) == 1 and wanted:
+    for i, form in enumerate(forms):
+        same = [name for name, option in options.items() if _forms(option)[i] == form]
+        if len(same) == 1 and form:
             return same[0]
     return None
 
@@ -187,59 +176,40 @@ class _Answer:
         self._found = list(WORD.finditer(self._text))
         self._words = [found[0].lower() for found in self._found]
         self._labels = set(options) or {*LETTERS, *DIGITS}
-        texts = {label: _lower(option) for label, option in options.items()}
+        texts = {label: _forms(option)[1] for label, option in options.items()}
         # A text that is itself a label, such as "C" for carbon, would hide that label.
-        self._options = {k: text for k, text in texts.items() if text.upper() not in self._labels}
+        texts = {k: text for k, text in texts.items() if text.upper() not in self._labels}
+        self._texts = dict(sorted(texts.items(), key=lambda item: len(item[1]), reverse=True))
 
     def word(self, i: int) -> str:
         """Word i in lower case, "" outside of the text."""
         return self._words[i] if 0 <= i < len(self._words) else ""
 
-    def settled(self) -> str | None:
+    def chosen(self) -> str | None:
         """The option of the last phrase, else of "B is correct", "option B", a line."""
-        places = range(len(self._words))
-        for i in reversed(places):
-            if self._announces(i) and (named := self.read(i + 1, said=False)):
-                return named
-        for i in reversed(places):
-            if named := self._confirmed(i):
-                return named
-        for i in reversed(places):
-            if named := self._mentioned(i):
-                return named
+        for reader in (self._announced, self._confirmed, self._mentioned):
+            for i in reversed(range(len(self._words))):
+                if label := reader(i):
+                    return label
         return self._line()
 
-    def _line(self) -> str | None:
-        """The option that the last line is, or the first where the last is none."""
-        places = range(len(self._words))
-        starts = [i for i in places if self.word(i - 1) in {"", "\n"} and self.word(i) != "\n"]
-        for around in (starts[:-3:-1], starts[:2]):
-            chosen, *beside = [self._line_at(start) for start in around] or [None]
-            if chosen:
-                # Options that are listed again, one a line, are no answer.
-                return SEVERAL if any(beside) and beside != [chosen] else chosen
-        return None
-
-    def _line_at(self, start: int) -> str | None:
-        text = self._text[self._found[start].start() :].partition("\n")[0]
-        return self.read(start, said=False) or _named(text, self._options)
-
     def read(self, i: int, *, said: bool) -> str | None:
-        """The option that stands at word i or after words that lead up to it.
+        """The option at word i or after words that lead up to it.
 
-        Args:
-          said: whether "is" or a colon comes before: then an option may be named in any way, else
-            only by a label that is set apart.
+        ``said``: "is" or a colon comes before, so that an option may be named in any way. Otherwise
+        only a label that is set apart names one.
         """
         denied = False
         for at in range(i, i + LEAD_WORDS):
-            if found := self._option_at(at, said=said):
-                named, end = found
+            if option := self._option_at(at, said=said):
+                label, end = option
                 if denied:
                     return self._corrected(end)
-                if not said and self._denied_after(end):
+                if not said and words.DENIAL & {
+                    *_until(words.CLAUSE_END, self._words[end : end + 5])
+                }:
                     return None
-                return SEVERAL if self.joined(end, named) else named
+                return SEVERAL if self.joined(end, label) else label
             word = self.word(at)
             number = not said and word.isdigit() and at > i and self.word(at - 1).isalpha()
             sign = len(word) == 1 and not word.isalnum() and word not in "\\^%<?"
@@ -249,19 +219,19 @@ class _Answer:
             denied |= word in words.NEGATION
         return None
 
-    def joined(self, i: int, named: str) -> bool:
-        """Whether the words from i on add another option to the one that is named."""
+    def joined(self, i: int, label: str) -> bool:
+        """Whether the words from i on add another option to the one with that label."""
         after = i
         while self.word(after) in words.CLOSING | {".", "-"} and not self._text_at(after):
             after += 1
-        if own := self._text_at(after):
-            if own[0] != named:
+        if text := self._text_at(after):
+            if text[0] != label:
                 return True
-            i = own[1]
+            i = text[1]
         either = link = line = False
         for at in range(i, i + JOIN_WORDS):
             other = self._option_at(at, said=True) if link else None
-            if other and other[0] != named:
+            if other and other[0] != label:
                 if either or self._added(other[1], line=line):
                     return True
                 break
@@ -269,47 +239,29 @@ class _Answer:
             if not other and word not in words.JOIN:
                 break
             either |= word in words.OR
-            link |= word in words.OR | words.AND
+            link |= word in words.OR_AND
             line |= word == "\n"
-        return self._listed(i, named)
+        return self._listed(i, label)
 
     def _added(self, i: int, *, line: bool) -> bool:
-        """Whether the option before word i is meant as well: the sentence is no remark on it."""
-        while self.word(i) in words.CLOSING - {":"}:
-            i += 1
-        if self._refused(i):
+        """Whether the option before word i is chosen too: the sentence is no remark on it."""
+        i = self._after(i, words.CLOSING - {":"})
+        if self._denied(i):
             return False
         if self.word(i) in words.PLURAL or self.word(i + 1) == "also":
             return True
-        ends = {"", "\n"} if line else words.CLAUSE_END - {":"} | words.AND | words.OR
+        ends = {"", "\n"} if line else words.CLAUSE_END - {":"} | words.OR_AND
         return self.word(i) in ends
 
-    def _denied_after(self, i: int) -> bool:
-        """Whether the clause that goes on at word i denies the option before it."""
-        rest = itertools.takewhile(
-            lambda word: word not in words.CLAUSE_END, self._words[i : i + 5]
-        )
-        return bool(set(rest) & (words.INCORRECT | words.NEGATION))
-
-    def _refused(self, i: int) -> bool:
-        """Whether the sentence from word i on calls something wrong."""
-        return bool(set(self._sentence(i)) & (words.INCORRECT | words.NEGATION))
-
-    def _sentence(self, i: int) -> list[str]:
-        rest = self._words[i : i + SENTENCE_WORDS]
-        ends = (place for place, word in enumerate(rest) if word in words.SENTENCE_END)
-        return rest[: next(ends, None)]
-
-    def _listed(self, i: int, named: str) -> bool:
+    def _listed(self, i: int, label: str) -> bool:
         """Whether the sentence lists another option with its text, as in "A: four, B: five"."""
         for at, word in enumerate(self._sentence(i), start=i + 1):
-            while self.word(at) in words.OPTION | {"(", "["}:
-                at += 1
-            found = self._label_at(at, said=True)
-            if found and found[0] != named and self.word(at + 1) in {")", "]", ":"}:
+            at = self._after(at, words.OPTION | {"(", "["})
+            option = self._label_at(at, said=True)
+            if option and option[0] != label and self.word(at + 1) in {")", "]", ":"}:
                 text = self._text_at(at + 2)
-                meant = word in words.LISTING and self.word(at + 2) not in words.COPULA
-                if (meant and not self._refused(at + 2)) or (text and text[0] == found[0]):
+                listed = word in words.LISTING and self.word(at + 2) not in words.COPULA
+                if (listed and not self._denied(at + 2)) or (text and text[0] == option[0]):
                     return True
         return False
 
@@ -320,6 +272,19 @@ class _Answer:
                 return self.read(at + 1, said=True)
         return None
 
+    def _after(self, i: int, skipped: Set[str], step: int = 1) -> int:
+        """The first place from word i on whose word is none of those to be skipped."""
+        while self.word(i) in skipped:
+            i += step
+        return i
+
+    def _sentence(self, i: int) -> list[str]:
+        return _until(words.SENTENCE_END, self._words[i : i + SENTENCE_WORDS])
+
+    def _denied(self, i: int) -> bool:
+        """Whether the sentence from word i on calls something wrong."""
+        return not words.DENIAL.isdisjoint(self._sentence(i))
+
     def _option_at(self, i: int, *, said: bool) -> tuple[str, int] | None:
         """The option that begins at word i, and the word after it; a text wins over a label."""
         text = self._text_at(i) if said else None
@@ -329,39 +294,37 @@ class _Answer:
         label, after = self.word(i).upper(), self.word(i + 1)
         if label not in self._labels or after in words.FORMULA:
             return None
-        own = self._found[i]
-        before = self._text[max(0, own.start() - 1) : own.start()]
+        found = self._found[i]
+        before = self._text[max(0, found.start() - 1) : found.start()]
         if label.isdigit() and before in {"-", "−", ".", "/"}:
             return None
         # "a planet" and "I think" name no option; other capital letters do before any word.
-        capital = own[0].isupper() and label not in "AI"
+        capital = found[0].isupper() and label not in "AI"
         remark = after in words.REMARK or capital or label.isdigit()
-        joins = after in words.OR | words.AND or after > "\u2e7f"
-        ends = after in words.END | words.BECAUSE or joins or (said and remark)
-        return (label, i + 1) if ends else None
+        ends = after in words.END | words.BECAUSE | words.OR_AND or _is_chinese(after)
+        return (label, i + 1) if ends or (said and remark) else None
 
     def _text_at(self, i: int) -> tuple[str, int] | None:
         """The longest option whose text begins at word i and ends a clause."""
         if i >= len(self._found):
             return None
-        start, best = self._found[i].start(), None
+        start = self._found[i].start()
         if self.word(i)[0].isdigit() and self._text[max(0, start - 1) : start] in {"-", "−"}:
             return None
-        for label, text in self._options.items():
-            if not self._lowered.startswith(text or "\0", start) or (best and len(text) < best[0]):
+        for label, text in self._texts.items():  # the longest first
+            if not text or not self._lowered.startswith(text, start):
                 continue
-            end, after = start + len(text), i
-            while after < len(self._found) and self._found[after].start() < end:
-                after += 1
+            end = start + len(text)
+            after = bisect.bisect_left(self._found, end, lo=i, key=re.Match.start)
+            whole = self._found[after - 1].end() == end and self.word(after) in words.WHOLE
             # "5-6" and "5/6" are computed from the number 5.
             computed = self.word(after) in {*"-–/"} and self.word(after + 1)[:1].isdigit()
-            whole = self._found[after - 1].end() == end and self.word(after) in words.WHOLE
             if whole and not computed:
-                best = len(text), label, after
-        return best and best[1:]
+                return label, after
+        return None
 
-    def _announces(self, i: int) -> bool:
-        """Whether an answer may follow word i: "answer", "correct option", "richtig ist"."""
+    def _announced(self, i: int) -> str | None:
+        """The option that follows "answer", "correct option", "richtig ist"."""
         word, before, after = self._words[i], self.word(i - 1), self.word(i + 1)
         if not (
             word in words.NOUNS
@@ -369,30 +332,14 @@ class _Answer:
             or (word in words.OPTION and {before, after} & words.CORRECT)
             or (word in words.CORRECT and after in words.COPULA)
         ):
-            return False
-        clause: list[str] = []  # backwards
-        while (
-            len(clause) < 8 and (before := self.word(i - 1 - len(clause))) not in words.CLAUSE_END
-        ):
-            clause.append(before)
-        if set(clause[:2]) & (words.INCORRECT | words.CONDITIONS) or set(clause[:1]) & {*"不非"}:
-            return False
-        return not any(
-            verb in words.DOUBTED and (no in words.NEGATION or no.endswith("n't"))
-            for verb, no in zip(clause, clause[1:], strict=False)
-        )
-
-    def _mentioned(self, i: int) -> str | None:
-        """The label in "this matches option B", unless the sentence sets it aside."""
-        if self._words[i] not in words.OPTION:
             return None
-        at = i + 1 + (self.word(i + 1) in {"(", "["})
-        found = self._label_at(at, said=True)
-        before = self._words[max(0, i - 6) : i][::-1]
-        clause = itertools.takewhile(lambda word: word not in words.CLAUSE_END, before)
-        if not found or set(clause) & words.SET_ASIDE or self._refused(at):
+        clause = self._clause_before(i, 8)
+        if {*clause[:2]} & (words.INCORRECT | words.CONDITIONS) or {*clause[:1]} & {*"不非"}:
             return None
-        return SEVERAL if self.joined(found[1], found[0]) else found[0]
+        for verb, no in itertools.pairwise(clause):
+            if verb in words.DOUBTED and (no in words.NEGATION or no.endswith("n't")):
+                return None
+        return self.read(i + 1, said=False)
 
     def _confirmed(self, i: int) -> str | None:
         """The label in "B is correct", "Option B is the answer", "C ist richtig", "C项正确"."""
@@ -403,13 +350,51 @@ class _Answer:
         while self.word(at) in words.CONFIRMING and at < i + 7:
             verb |= self.word(at) in (words.COPULA | words.OPTION) - {"\n"}
             at += 1
-        confirmed = self.word(at) in words.CORRECT | words.NOUNS
         # "正确" follows without a verb.
-        if not confirmed or not (verb or self.word(at) > "\u2e7f"):
+        verb |= _is_chinese(self.word(at))
+        before = self.word(self._after(i - 1, words.OPTION | {"(", "[", "statement"}, step=-1))
+        confirmed = self.word(at) in words.CORRECT | words.NOUNS
+        if not (confirmed and verb) or before in words.CONDITIONS:
             return None
-        before = i - 1
-        while self.word(before) in words.OPTION | {"(", "[", "statement"}:
-            before -= 1
-        if self.word(before) in words.CONDITIONS:
+        return SEVERAL if before in words.EITHER else label
+
+    def _mentioned(self, i: int) -> str | None:
+        """The label in "this matches option B", unless the sentence sets it aside."""
+        if self._words[i] not in words.OPTION:
             return None
-        return SEVERAL if self.word(before) in words.EITHER else label
+        at = i + 1 + (self.word(i + 1) in {"(", "["})
+        option = self._label_at(at, said=True)
+        if not option or words.SET_ASIDE & {*self._clause_before(i, 6)} or self._denied(at):
+            return None
+        label, end = option
+        return SEVERAL if self.joined(end, label) else label
+
+    def _clause_before(self, i: int, limit: int) -> list[str]:
+        """At most ``limit`` words of the clause before word i, backwards."""
+        return _until(words.CLAUSE_END, self._words[max(0, i - limit) : i][::-1])
+
+    def _line(self) -> str | None:
+        """The option that the last line is, or the first where the last is none."""
+        starts = [
+            i
+            for i, word in enumerate(self._words)
+            if word != "\n" and self.word(i - 1) in {"", "\n"}
+        ]
+        for around in (starts[:-3:-1], starts[:2]):
+            label, *beside = [self._line_at(start) for start in around] or [None]
+            if label:
+                # Options that are listed again, one a line, are no answer.
+                return SEVERAL if any(beside) and beside != [label] else label
+        return None
+
+    def _line_at(self, start: int) -> str | None:
+        text = self._text[self._found[start].start() :].partition("\n")[0]
+        return self.read(start, said=False) or _named(text, self._texts)
+
+
+def _until(ends: Set[str], clause: Sequence[str]) -> list[str]:
+    return list(itertools.takewhile(lambda word: word not in ends, clause))
+
+
+def _is_chinese(word: str) -> bool:
+    return word > "\u2e7f"

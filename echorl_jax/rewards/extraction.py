@@ -66,22 +66,6 @@ def last_answer(response: str) -> str | None:
     return inside if start else None
 
 
-def last_boxed(response: str) -> str | None:
-    r"""The inside of the last ``\boxed{...}`` or ``\fbox{...}`` whose braces balance, or None.
-
-    >>> last_boxed(r"so \boxed{\frac{1}{2}}")
-    '\\frac{1}{2}'
-    """
-    span = last_boxed_span(response)
-    return response[span[0] : span[1]] if span else None
-
-
-def last_boxed_span(response: str) -> tuple[int, int] | None:
-    """Where the inside of the last balanced box begins and ends."""
-    spans = boxed_spans(response)
-    return spans[-1] if spans else None
-
-
 def boxed_spans(response: str) -> list[tuple[int, int]]:
     """Where the insides of all balanced boxes begin and end, in the order of their beginnings."""
     starts = [match.end() for match in BOX.finditer(response)]

@@ -10,7 +10,7 @@ import pytest
 from echorl_jax.cli import run
 from echorl_jax.data import load_rows
 from echorl_jax.rewards import GraderPool, load_grader
-from echorl_jax.rewards.extraction import last_answer, last_boxed
+from echorl_jax.rewards.extraction import boxed_spans, last_answer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_files = pytest.mark.skipif(not SHARED.is_dir(), reason="no public data files")
@@ -36,8 +36,9 @@ def judge(response, gold):
         ("}{" * 9, None),
     ],
 )
-def test_the_last_balanced_box(text, inside):
-    assert last_boxed(text) == inside
+def test_the_last_balanced_box_is_found(text, inside):
+    insides = [text[start:end] for start, end in boxed_spans(text)]
+    assert (insides[-1] if insides else None) == inside
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_the_last_balanced_box(text, inside):
         ("<answer>1", None),
     ],
 )
-def test_the_last_closed_answer(text, inside):
+def test_the_last_closed_answer_tag_is_found(text, inside):
     assert last_answer(text) == inside
 
 
