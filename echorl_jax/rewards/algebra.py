@@ -1,8 +1,8 @@
 """Compares mathematical expressions with SymPy, by their values to 25 digits.
 
-The parser of Math-Verify reads the LaTeX. Values are compared relatively, at a few points where
-there are variables; equations, inequalities and sets go to Math-Verify. SymPy can run for hours on
-a short text: texts known to be costly are refused, a main thread is interrupted, and the pool's
+Math-Verify's parser reads the LaTeX. Values are compared relatively, at a few points if there are
+variables; equations, inequalities and sets go to Math-Verify. SymPy can run for hours on a short
+text: texts known to be costly are refused, SymPy is interrupted in a main thread, and the pool's
 limits are for the rest.
 """
 
@@ -10,22 +10,21 @@ import functools
 import itertools
 import logging
 import re
+import signal
 import threading
 from collections.abc import Callable, Mapping
 from fractions import Fraction
-from typing import Any
+from typing import Any, NoReturn
 
 import sympy
 from latex2sympy2_extended import NormalizationConfig, latex2sympy, normalize_latex
 from math_verify import verify
-from math_verify.errors import TimeoutException
 from math_verify.grader import should_treat_as_complex
-from math_verify.utils import timeout
 
 from echorl_jax.rewards.literals import Number, number, rounds_to
 
-# SymPy is interrupted after this long (seconds); only possible in a main thread.
-LIMIT_S = 4
+# SymPy is interrupted after this much processor time (seconds): a busy machine changes no verdict.
+LIMIT_S = 4.0
 MAX_NESTING = 40
 # Towers of powers, exponents and factorials of large numbers, numbers of hundreds of digits:
 # parsing evaluates them.
@@ -76,16 +75,26 @@ def evaluate(text: str) -> Fraction | None:
 
 
 def _limited(function: Callable[..., Any], *arguments: str) -> Any:
-    """Calls a function; None after :data:`LIMIT_S` in a main thread, which alone gets signals."""
-    main = threading.current_thread() is threading.main_thread()
+    """Calls a function; None after :data:`LIMIT_S`. Only a main thread can be interrupted."""
+    if threading.current_thread() is not threading.main_thread():
+        return function(*arguments)
+    before = signal.signal(signal.SIGVTALRM, _interrupt)
+    signal.setitimer(signal.ITIMER_VIRTUAL, LIMIT_S)
     try:
-        return timeout(LIMIT_S if main else None)(function)(*arguments)
-    except TimeoutException:
+        return function(*arguments)
+    except TimeoutError:
         return None
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise TimeoutError
 
 
 def _variables(text: str) -> set[str]:
-    """The variables of a text that has capital ones: the parser reads a for A, and pi for Pi."""
+    """The variables, if any is a capital: the parser reads A as a, and Pi as pi."""
     found = VARIABLE.findall(text)
     if "".join(found).islower():
         return set()
@@ -113,7 +122,7 @@ def _is_scalar(parsed: Any) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _parse(text: str) -> Any:
-    """A SymPy object, or None for what is no mathematics. Decimals are exact fractions."""
+    """A SymPy object in which decimals are exact fractions, or None if the text is unreadable."""
     if is_costly(text):
         return None
     if TRIGONOMETRIC.search(text):

@@ -1,5 +1,6 @@
 """Verdicts on mathematics, against published verdicts and against hostile answers."""
 
+import itertools
 import json
 import os
 import time
@@ -9,7 +10,7 @@ import pytest
 
 from echorl_jax.cli import run
 from echorl_jax.data import load_rows
-from echorl_jax.rewards import GraderPool, load_grader
+from echorl_jax.rewards import GraderPool, algebra, load_grader
 from echorl_jax.rewards.extraction import boxed_spans, last_answer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -128,6 +129,12 @@ def test_the_problem_says_what_an_answer_may_be(prompt, gold, answer, right):
 )
 def test_a_letter_is_judged_as_a_choice(response, right):
     assert judge(response, "C").correct == right
+
+
+def test_sympy_is_interrupted_after_processor_time_only(monkeypatch):
+    monkeypatch.setattr(algebra, "LIMIT_S", 0.2)
+    assert algebra._limited(lambda text: sum(0 for _ in itertools.count()), "") is None
+    assert algebra._limited(lambda text: time.sleep(0.5) or text, "on a busy machine") is not None
 
 
 @needs_files
