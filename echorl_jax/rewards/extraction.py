@@ -1,10 +1,11 @@
-"""Finds the part of a response that is its answer, in time linear in the length of the text."""
+"""Finds the answer in a response, in time linear in the length of the text."""
 
+import itertools
 import re
 
 from echorl_jax.rewards.notation import brace_pairs
 
-# Marks of reasoning before an answer, as current models write them.
+# Tags around the reasoning before an answer, as current models write them.
 _THINK = r"(?:think|thinking|thought|reasoning)"
 THINK_START = re.compile(rf"<{_THINK}>|\[THINK\]|<\|begin_of_thought\|>", re.IGNORECASE)
 THINK_END = re.compile(rf"</{_THINK}>|\[/THINK\]|<\|end_of_thought\|>", re.IGNORECASE)
@@ -12,44 +13,43 @@ ANSWER_START, ANSWER_END = "<answer>", "</answer>"
 # GSM8K's solutions end in "#### 72".
 GSM8K_MARK = "####"
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-# What may stand between boxes that are one answer together: "\boxed{1} and y = \boxed{2}".
+# Boxes with only this between them are one answer: "\boxed{1} and y = \boxed{2}".
 BETWEEN_BOXES = re.compile(
     r"(?:[\s$,;&]|\\[\[\](),;:! ]|\\q?quad|\\text\s*\{\s*(?:and|or)\s*\}|and\b|or\b"
     r"|[A-Za-z](?:_\{?[0-9A-Za-z]\}?)?\s*=)*"
 )
 MOST_BETWEEN_BOXES = 60
 NEGATED_BOX = re.compile(r"\b(?:not|isn't|never)[\s$:({\\]*$", re.IGNORECASE)
-# What belongs to a box but stands behind it: a percent sign, a word of size, one more option.
+# These belong to the box before them: a percent sign, "million", one more option.
 AFTER_BOX = re.compile(
     r"[\s$]*(?:\\[)\]])?[\s$]*(\\?%|percent|per cent|pct|(?:hundred|thousand|[mbtr]+illion)\b"
     r"|,?\s*or\b(?=\s*\$?\s*[-+]?[0-9\\])[^.\n]*)",
     re.IGNORECASE,
 )
-# An answer without any mark is looked for in this much of the end.
+# An answer without a box, tag or #### is searched in this much of the end (characters).
 TAIL = 1000
 ANSWER_PHRASE = re.compile(r"\banswer\b(?:\s*\*\*)?(?:\s+is\b|\s*[:=])?", re.IGNORECASE)
 DISPLAY_MATH = re.compile(r"\$\$[^$]*\$\$|\\\[[^\]]*\\\]")
 MATH = re.compile(r"\$\$[^$]*\$\$|\$[^$\n]*\$|\\\([^\n)]*\\\)|\\\([^\n]*?\\\)|\\\[[^\n]*?\\\]")
 SENTENCE_END = re.compile(r"[.!?](?=\s|$)|\n")
-# Verbs that state a value, and those that do so in a finished sentence only.
+# Verbs that state a value, and verbs that state one only in a finished sentence.
 STATES = re.compile(r"(?:\b(?:is|are|was|were|equals|equal to)\b|[=:≈])", re.IGNORECASE)
 MENTIONS = re.compile(
     r"\b(?:be|by|has|have|had|get|gets|gives|needs|there (?:is|are)|of)\b", re.IGNORECASE
 )
-# An amount with the sign of its currency behind it, and no mathematics.
+# In "5$" the dollar sign is a currency, unless another one follows.
 AMOUNT = re.compile(r"\s*[-+]?[0-9][0-9.,]*\s?\$(?=[^$]*$)")
 DENIED = re.compile(r"\b(?:not|no|never|without|less|more|over|under)\b|n't\b", re.IGNORECASE)
 UNSURE = re.compile(r"\b(?:could|may|might|maybe|perhaps|possibly|either)\b", re.IGNORECASE)
 
 
 def after_thinking(response: str) -> str:
-    """What follows the reasoning; nothing if the response was cut off inside it.
+    """The text after the reasoning; empty if the response was cut off inside the reasoning.
 
     >>> after_thinking("<think> hmm </think> 42"), after_thinking("<think> 42")
     (' 42', '')
     """
-    ends = [match.end() for match in THINK_END.finditer(response)]
-    rest = response[ends[-1] :] if ends else response
+    rest = THINK_END.split(response)[-1]
     return "" if THINK_START.search(rest) else rest
 
 
@@ -67,7 +67,7 @@ def last_answer(response: str) -> str | None:
 
 
 def boxed_spans(response: str) -> list[tuple[int, int]]:
-    """Where the insides of all balanced boxes begin and end, in the order of their beginnings."""
+    """Where the inside of each balanced box begins and ends, in the order of the beginnings."""
     starts = [match.end() for match in BOX.finditer(response)]
     if not starts:
         return []
@@ -97,24 +97,24 @@ def final_answer(text: str) -> str | None:
 
 
 def _boxes(text: str, spans: list[tuple[int, int]]) -> str | None:
+    """The contents of the last box and of those joined to it, or None if a "not" precedes them."""
     start, end = spans[-1]
     contents = [text[start:end]]
     after = AFTER_BOX.match(text, end + 1, end + 80)
-    behind = after[1] if after else ""
+    suffix = after[1] if after else ""
     for before_start, before_end in reversed(spans[:-1]):
-        between = BOX.sub("", text[before_end + 1 : start])
-        if before_end > start or start - before_end > MOST_BETWEEN_BOXES:
+        if not 0 <= start - before_end <= MOST_BETWEEN_BOXES:
             break
-        if not BETWEEN_BOXES.fullmatch(between):
+        if not BETWEEN_BOXES.fullmatch(BOX.sub("", text[before_end + 1 : start])):
             break
         start = before_start
         if text[before_start:before_end] != contents[0]:
             contents.insert(0, text[before_start:before_end])
-    opening = text.rfind("\\", 0, start)
-    if NEGATED_BOX.search(text[max(0, opening - 20) : opening]):
+    command = text.rfind("\\", 0, start)
+    if NEGATED_BOX.search(text[max(0, command - 20) : command]):
         return None
-    separator = "" if not behind or behind[0] in "\\%" else " "
-    return " , ".join(contents) + separator + behind
+    separator = "" if suffix[:1] in ("", "\\", "%") else " "
+    return " , ".join(contents) + separator + suffix
 
 
 def _end(text: str) -> str:
@@ -126,21 +126,21 @@ def _end(text: str) -> str:
 
 
 def _stated(tail: str) -> str | None:
-    """The value that is stated without any mark: after "answer", or in the last sentence."""
+    """The value stated after the last "answer", else in the last sentence with a value."""
     tail = tail.partition("<|")[0]
     tail = DISPLAY_MATH.sub(lambda found: found[0].replace("\n", " "), tail)
-    phrases = list(ANSWER_PHRASE.finditer(tail))
-    if phrases:
-        sentences = _sentences(tail[phrases[-1].end() :])
+    *before, rest = ANSWER_PHRASE.split(tail)
+    sentences = _sentences(rest)
+    if before:
         return _value_of(sentences[0], certain=True) if sentences else None
-    valued = [s for s in _sentences(tail) if any(sign.isdigit() for sign in s) or MATH.search(s)]
+    valued = [s for s in sentences if any(map(str.isdigit, s)) or MATH.search(s)]
     return _value_of(valued[-1], certain=False) if valued else None
 
 
 def _masked(text: str) -> str:
-    """The text with its mathematics replaced, so that no word is looked for in there.
+    """The text with "#" for its mathematics, so that no word and no stop is found in there.
 
-    A sentence may end inside of it: ``$x = 5.$`` keeps a stop.
+    A stop at the end, as in ``$x = 5.$``, ends the sentence and is kept.
     """
 
     def mask(found: re.Match[str]) -> str:
@@ -151,31 +151,32 @@ def _masked(text: str) -> str:
 
 
 def _sentences(text: str) -> list[str]:
-    """Sentences with their stops; points inside of mathematics end none."""
-    found, start, masked = [], 0, _masked(text)
-    for end in SENTENCE_END.finditer(masked):
-        found.append(text[start : end.end()])
-        start = end.end()
-    return [sentence for sentence in (*found, text[start:]) if sentence.strip(" *#:\n\t")]
+    ends = [end.end() for end in SENTENCE_END.finditer(_masked(text))]
+    sentences = (text[start:end] for start, end in itertools.pairwise([0, *ends, len(text)]))
+    return [sentence for sentence in sentences if sentence.strip(" *#:\n\t")]
 
 
 def _value_of(sentence: str, *, certain: bool) -> str | None:
-    """What a sentence states: after its last verb, else its only mathematics, else all of it."""
+    """The value after the last verb, else the only number or formula, else the whole sentence.
+
+    None for a question and for a guess. ``certain``: the sentence follows "answer", so that it need
+    not be finished.
+    """
     masked = _masked(sentence)
-    if masked.rstrip().endswith("?"):
+    end = masked.rstrip()[-1:]
+    if end == "?":
         return None
-    whole = masked.rstrip().endswith((".", "!", "#", "*"))
-    for verbs in (STATES, MENTIONS)[: 2 if certain or whole else 1]:
-        ends = [match.end() for match in verbs.finditer(masked)]
-        if ends and any(sign == "#" or sign.isdigit() for sign in masked[ends[-1] :]):
-            if UNSURE.search(masked[max(ends[-1] - 20, 0) :]):
+    finished = end in (".", "!", "#", "*")
+    for verbs in (STATES, MENTIONS) if certain or finished else (STATES,):
+        rest = verbs.split(masked)[-1]
+        place = len(masked) - len(rest)
+        if place and re.search(r"[#\d]", rest):
+            if UNSURE.search(masked, max(place - 20, 0)):
                 return None
-            amount = AMOUNT.match(sentence, ends[-1])
-            return amount[0] if amount else sentence[ends[-1] :]
+            amount = AMOUNT.match(sentence, place)
+            return amount[0] if amount else sentence[place:]
     numbers = list(re.finditer(r"[-+]?\$?[0-9][0-9,.]*", masked))
-    if whole and len(numbers) == 1 and "#" not in masked and not DENIED.search(masked):
+    if finished and len(numbers) == 1 and "#" not in masked and not DENIED.search(masked):
         return sentence[numbers[0].start() :]
-    found = MATH.findall(sentence)
-    if len(found) == 1 and not any(sign.isdigit() for sign in masked):
-        return found[0]
-    return sentence
+    formulas = MATH.findall(sentence)
+    return formulas[0] if len(formulas) == 1 and not re.search(r"\d", masked) else sentence

@@ -43,7 +43,7 @@ def test_bracketed_expressions_have_their_exact_value(pair):
         ("6 × 7 ÷ 2 − 1", 20),
     ],
 )
-def test_precedence_signs_and_exactness(text, value):
+def test_precedence_and_signs_follow_arithmetic(text, value):
     assert parse_expression(text).value == value
 
 
@@ -85,20 +85,20 @@ HOSTILE = [
 
 @pytest.mark.parametrize("text", HOSTILE, ids=lambda text: ascii(text[:12]))
 def test_hostile_text_is_refused_at_once(text):
-    start = time.perf_counter()
+    start = time.process_time()
     with pytest.raises(ArithmeticSyntaxError) as caught:
         parse_expression(text)
-    assert time.perf_counter() - start < 0.2
+    assert time.process_time() - start < 0.2
     assert len(str(caught.value)) < 100
 
 
-def test_division_by_zero_is_an_error_of_its_own():
+def test_division_by_zero_raises_zero_division_error():
     with pytest.raises(ZeroDivisionError):
         parse_expression("1/(2-2)")
 
 
 def test_the_largest_text_allowed_is_cheap():
-    start = time.perf_counter()
+    start = time.process_time()
     parse_expression("*".join(["9" * 15] * 31))
     parse_expression("(" * 40 + "1" + ")" * 40)
-    assert time.perf_counter() - start < 0.2
+    assert time.process_time() - start < 0.2

@@ -1,4 +1,4 @@
-"""Verdicts on multiple choice, and graders chosen row by row."""
+"""Tests verdicts on multiple choice, and the grader that `auto` takes for each row."""
 
 import json
 from pathlib import Path
@@ -46,7 +46,7 @@ def row(gold="B", options=OPTIONS):
         "The answer is I guess the second\nB",
     ],
 )
-def test_right(response):
+def test_the_right_option_is_accepted(response):
     assert grade(response, row()).correct
 
 
@@ -65,7 +65,7 @@ def test_the_first_digit_of_a_number_names_no_option(response):
 
 
 @pytest.mark.parametrize("response", ["**Answer: 2**", "The answer is 2.", "the answer is $2$, so"])
-def test_a_digit_that_is_the_whole_answer_does(response):
+def test_a_digit_that_is_the_whole_answer_names_an_option(response):
     assert grade(response, row("B", ["1", "2", "3", "4"])).correct
 
 
@@ -94,7 +94,7 @@ def test_options_may_have_their_labels():
         "(" * 1_000_000,
     ],
 )
-def test_wrong(response):
+def test_other_responses_are_refused(response):
     assert not grade(response, row()).correct
 
 
@@ -309,7 +309,7 @@ CITIES = ["Paris", "New York", "New York City"]
         ([f"case {n}" for n in range(9)], "I think the answer is I.", "I"),
     ],
 )
-def test_options_of_many_kinds(options, response, chosen):
+def test_options_that_are_numbers_phrases_or_names(options, response, chosen):
     assert choices(response, options) == chosen
 
 
@@ -338,7 +338,7 @@ def test_a_prompt_may_be_plain_text():
 
 
 @needs_bugs
-def test_collected_faults():
+def test_reported_responses_have_the_right_verdict():
     lines = (BUGS / "choice_answers.jsonl").read_text().splitlines()
     for each in map(json.loads, lines):
         asked = {"options": each["options"], "reward_model": {"ground_truth": each["answer"]}}

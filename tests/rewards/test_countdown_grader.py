@@ -31,7 +31,7 @@ def row(numbers, target):
         "<answer>7--9*5</answer>",
     ],
 )
-def test_right(response):
+def test_a_solution_is_right(response):
     verdict = grade(response, row([5, 7, 9], 52))
     assert verdict.correct and verdict.score == 1.0 and verdict.reason == "reaches 52"
 
@@ -71,7 +71,7 @@ def test_numbers_may_be_left_over():
         ("-9*-5=45\n-7-45=-52", "reaches -52, not 52"),
     ],
 )
-def test_wrong(response, reason):
+def test_a_mistake_is_wrong_and_named(response, reason):
     verdict = grade(response, row([5, 7, 9], 52))
     assert not verdict.correct and verdict.score == 0.0 and verdict.reason == reason
 
@@ -101,14 +101,14 @@ def test_each_copy_of_a_number_is_used_once():
 )
 def test_hostile_responses_are_wrong_and_cheap(response, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    start = time.perf_counter()
+    start = time.process_time()
     verdict = grade(response, row([5, 7, 9], 52))
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
     assert not verdict.correct and len(verdict.reason) <= 200 and "\n" not in verdict.reason
     assert not list(tmp_path.iterdir())
 
 
-def test_a_row_that_is_no_countdown_problem_is_a_verdict():
+def test_a_row_without_a_puzzle_gives_a_failed_verdict():
     verdict = judge(grade, "1+1=2", {"reward_model": {"ground_truth": "2"}})
     assert not verdict.correct and verdict.reason.startswith("the grader raised TypeError")
 
@@ -130,7 +130,7 @@ def test_the_answers_of_the_public_files_are_right_and_shuffled_ones_wrong():
     assert not any(grade(text, each).correct for text, each in shifted)
 
 
-def test_an_answer_inside_of_unfinished_reasoning_is_none():
+def test_an_answer_inside_unfinished_reasoning_does_not_count():
     truth = {"numbers": [5, 7, 9], "target": 52}
     row = {"reward_model": {"ground_truth": truth}}
     answer = "<answer>9*5+7</answer>"

@@ -24,14 +24,14 @@ def test_a_users_function_is_found_by_its_path():
     assert verdict == Verdict(0.5, True, "fine 3")
 
 
-def test_verls_signature():
+def test_a_verl_function_gets_verl_arguments():
     grader = load_grader("hostile_graders:verl_score")
     assert grader("2", ROW) == Verdict(2.0, True, "scored 2")
     assert grader("3", ROW) == Verdict(-1.0, False, "scored -1")
 
 
 @pytest.mark.parametrize("info", [{}, {"prompt_format": "text"}])
-def test_trls_signature(info):
+def test_a_trl_function_gets_trl_arguments(info):
     grader = load_grader("hostile_graders:trl_reward")
     assert grader("2", {**ROW, "extra_info": info}).correct
     assert not grader("3", {**ROW, "extra_info": info}).correct
@@ -97,7 +97,7 @@ def test_whatever_a_grader_raises_is_a_verdict(response):
     assert len(verdict.reason) <= 200 and verdict.reason.isprintable()
 
 
-def test_an_interrupt_is_no_verdict():
+def test_an_interrupt_is_not_caught():
     def interrupted(response, row):
         raise KeyboardInterrupt
 

@@ -1,4 +1,4 @@
-"""Verdicts on mathematics, against published verdicts and against hostile answers."""
+"""Tests verdicts on mathematics: worded answers, published verdicts, hostile answers."""
 
 import itertools
 import json
@@ -77,7 +77,7 @@ def test_the_last_closed_answer_tag_is_found(text, inside):
         ("**Final Answer:** a * b ** c **so** \\boxed{3}", "3"),
     ],
 )
-def test_right(response, gold):
+def test_an_equal_answer_is_accepted(response, gold):
     assert judge(response, gold).correct
 
 
@@ -97,7 +97,7 @@ def test_right(response, gold):
         (r"\boxed{2007 + \frac\pi 2}", "2"),
     ],
 )
-def test_wrong(response, gold):
+def test_another_answer_is_refused(response, gold):
     assert not judge(response, gold).correct
 
 

@@ -64,17 +64,17 @@ def test_a_process_that_dies_between_rounds_is_replaced(obedient):
     assert all(v.correct for v in obedient.grade(["fine"] * 4, [{}] * 4))
 
 
-def test_long_responses_and_rows_travel(obedient):
+def test_long_responses_and_rows_reach_the_process(obedient):
     (verdict,) = obedient.grade(["x" * 2_000_000], [{"number": 1, "text": "y" * 2_000_000}])
     assert verdict.correct
 
 
-def test_processes_know_no_jax(obedient):
+def test_grading_processes_do_not_import_jax(obedient):
     (verdict,) = obedient.grade(["modules"], [{}])
     assert verdict.reason == "False"
 
 
-def test_a_hanging_item_holds_up_nobody_else(obedient):
+def test_a_hanging_item_does_not_delay_others(obedient):
     """One of two processes hangs; what is handed in later goes through the other."""
     slow = obedient.submit(["sleep", "fine"], [{}] * 2)
     later = [obedient.submit([f"later {n}"], [{"number": n}]) for n in range(20)]
@@ -90,7 +90,7 @@ def test_waiting_in_the_queue_costs_no_time():
         assert [job.result()[0].reason for job in jobs] == [f"{n}" for n in range(6)]
 
 
-def test_nothing_to_grade(obedient):
+def test_an_empty_list_has_no_verdicts(obedient):
     assert obedient.grade([], []) == []
     with pytest.raises(ValueError, match="shorter|longer"):
         obedient.grade(["one"], [])
@@ -239,7 +239,7 @@ def test_processes_that_die_at_the_start_are_an_error_not_a_loop(tmp_path, monke
             broken.grade(["x"], [{}])
 
 
-def test_a_closed_pool_says_so():
+def test_a_closed_pool_refuses_work():
     closed = GraderPool("countdown", workers=1)
     closed.close()
     closed.close()
@@ -266,7 +266,7 @@ def test_a_script_without_main_guard_or_close_ends_by_itself(tmp_path):
     assert (run.stdout, run.stderr, run.returncode) == ("run\nTrue\n", "", 0)
 
 
-def test_workers_of_a_killed_pool_go_without_a_word():
+def test_workers_of_a_killed_pool_end_without_output():
     """With a verdict on its way that nobody reads, the socket is reset instead of closed."""
     ours, theirs = socket.socketpair()
     command = [sys.executable, "-m", "echorl_jax.rewards.worker", str(theirs.fileno())]

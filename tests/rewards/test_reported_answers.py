@@ -1,4 +1,4 @@
-"""Answers that were once judged wrongly, from the files of reported faults, where they exist."""
+"""Tests answers that were once judged wrongly, if the files of reported faults exist."""
 
 import json
 import subprocess
@@ -25,7 +25,7 @@ def read(name):
 @pytest.mark.parametrize(
     "trap", read("grader_traps.jsonl"), ids=lambda t: f"{t['kind']}: {t['response']!a}"[:60]
 )
-def test_traps(trap):
+def test_a_reported_trap_has_the_right_verdict(trap):
     grader = load_grader(trap["grader"])
     assert judge(grader, trap["response"], trap["row"]).correct == trap["expected"]
 
@@ -34,7 +34,7 @@ def test_traps(trap):
 @pytest.mark.parametrize(
     "line", read("math_answers.jsonl"), ids=lambda t: f"{t['response']!a} for {t['answer']!a}"[:60]
 )
-def test_answers(line):
+def test_a_reported_answer_has_the_right_verdict(line):
     row = {"prompt": [], "reward_model": {"ground_truth": line["answer"]}}
     assert judge(load_grader("math"), line["response"], row).correct == line["expected"]
 
