@@ -220,7 +220,7 @@ def sample_request(
         )
 
     with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
-        weights = rollout_params(model, params, mesh)
+        weights = rollout_params(model, params, mesh, kv_dtype=resources.kv_dtype)
         running = [make_worker(index, weights) for index in range(workers)]
         run_workers(model, weights, running, mesh=mesh, progress=progress)
         return _rollouts(

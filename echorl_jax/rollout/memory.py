@@ -147,11 +147,21 @@ def position_bytes(model: Decoder, kv_dtype: KVDtype | None, tensor: int = 1) ->
     return 2 * config.num_layers * heads * vector
 
 
-def shares_weights(model: Decoder, *, devices: int, platform: Platform) -> bool:
-    """Whether sampling reads the trainer's weights without a copy: same type, one device, no GPU
-    (there the layers lie apart).
+def balances_keys(model: Decoder, kv_dtype: KVDtype | None) -> bool:
+    """Whether the sampler has key projections of its own, for int8 keys with biases. Norms of keys
+    would undo the scaling, and leave no large channel.
     """
-    return devices == 1 and model.dtype == model.param_dtype and platform != "gpu"
+    return kv_dtype == "int8" and model.config.qkv_bias and not model.config.qk_norm
+
+
+def shares_weights(
+    model: Decoder, *, devices: int, platform: Platform, kv_dtype: KVDtype | None = None
+) -> bool:
+    """Whether sampling reads the trainer's weights without a copy: same type, one device, no GPU
+    (there the layers lie apart), no projections of its own.
+    """
+    same = model.dtype == model.param_dtype and not balances_keys(model, kv_dtype)
+    return devices == 1 and same and platform != "gpu"
 
 
 def weight_bytes(model: Decoder, mesh: Mesh | AbstractMesh | None) -> int:

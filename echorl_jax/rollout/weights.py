@@ -16,9 +16,10 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from echorl_jax.choices import KVDtype
 from echorl_jax.models import Decoder, param_shardings
 from echorl_jax.parallel import platform_of
-from echorl_jax.rollout.memory import shares_weights
+from echorl_jax.rollout.memory import balances_keys, shares_weights
 from echorl_jax.types import Array, PyTree
 
 _Carry = TypeVar("_Carry")
@@ -33,25 +34,37 @@ def windows(model: Decoder) -> np.ndarray:
     return np.array([UNBOUNDED if w is None else w for w in model.config.windows], np.int32)
 
 
-def rollout_params(model: Decoder, params: PyTree, mesh: Mesh | None) -> PyTree:
+def rollout_params(
+    model: Decoder, params: PyTree, mesh: Mesh | None, *, kv_dtype: KVDtype | None = None
+) -> PyTree:
     """The weights for sampling, made by one compiled program: in the compute dtype, on a mesh in
-    its layout, on GPU layer by layer. Weights that sampling can share are returned as they are.
+    its layout, on GPU layer by layer, for int8 keys with :func:`balance_keys`. Weights that
+    sampling can share are returned as they are.
     """
     devices = 1 if mesh is None else mesh.size
-    if shares_weights(model, devices=devices, platform=platform_of(mesh)):
+    if shares_weights(model, devices=devices, platform=platform_of(mesh), kv_dtype=kv_dtype):
         return params
-    return _compiled_layout(model, mesh)(params)
+    return _compiled_layout(model, mesh, balances_keys(model, kv_dtype))(params)
 
 
-def rollout_layout(model: Decoder, mesh: Mesh | None) -> tuple[Callable[[PyTree], PyTree], PyTree]:
-    """The function, not jitted, that makes the weights for sampling, and its output shardings."""
+def rollout_layout(
+    model: Decoder, mesh: Mesh | None, *, balance: bool = False
+) -> tuple[Callable[[PyTree], PyTree], PyTree]:
+    """The function, not jitted, that makes the weights for sampling, and its output shardings.
+
+    ``balance`` adds :func:`balance_keys`, which changes no shape.
+    """
     shardings = None if mesh is None else param_shardings(model, mesh, layout="rollout")
+
+    def cast(params: PyTree) -> PyTree:
+        return model.cast(balance_keys(params) if balance else params)
+
     if platform_of(mesh) != "gpu":
-        return model.cast, shardings
+        return cast, shardings
     single = mesh is None or mesh.size == 1
 
     def make(params: PyTree) -> PyTree:
-        return split_layers(model.cast(params), join=single)
+        return split_layers(cast(params), join=single)
 
     if mesh is None:
         return make, None
@@ -73,9 +86,47 @@ def abstract_rollout_params(model: Decoder, mesh: Mesh) -> PyTree:
 
 
 @functools.cache
-def _compiled_layout(model: Decoder, mesh: Mesh | None) -> Callable[[PyTree], PyTree]:
-    make, shardings = rollout_layout(model, mesh)
+def _compiled_layout(
+    model: Decoder, mesh: Mesh | None, balance: bool
+) -> Callable[[PyTree], PyTree]:
+    make, shardings = rollout_layout(model, mesh, balance=balance)
     return jax.jit(make, out_shardings=shardings)
+
+
+def balance_keys(params: PyTree) -> PyTree:
+    """The same attention with keys whose channels are of similar size, for one int8 scale.
+
+    A few key biases of Qwen2.5 reach 211, and the largest channel of a key sets the step of all.
+    Rotary embedding mixes channel i with i + K/2 only: both are divided by a factor in the key
+    projection and multiplied by it in that of the queries, which leaves every score as it is. The
+    factor is a power of two, so that it rounds nothing, and 1 for pairs up to the head's median
+    size: length of the bias plus one deviation of the rest, as the norm's scale and the kernel
+    make it of inputs of variance 1. Source: SmoothAttention of QServe, arXiv 2405.04532.
+    """
+    layers = params["layers"]
+    attention, query, key = layers["attention"], layers["attention"]["q"], layers["attention"]["k"]
+    scaled = key["kernel"] * layers["attention_norm"]["scale"][:, :, None, None]  # [L, D, KV, K]
+    size = _pair_length(key["bias"]) + _pair_length(jnp.sqrt(jnp.square(scaled).sum(axis=1)))
+    median = jnp.maximum(jnp.median(size, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
+    exponent = jnp.round(jnp.log2(jnp.clip(size / median, 1, 2**16))).astype(jnp.int32)
+    factor = jnp.tile(jnp.ldexp(jnp.ones_like(size), exponent), 2)  # [L, KV, K]
+    of_query = jnp.repeat(factor, query["kernel"].shape[2] // factor.shape[1], axis=1)
+    balanced = {**attention, "q": _times(query, of_query), "k": _times(key, 1 / factor)}
+    return {**params, "layers": {**layers, "attention": balanced}}
+
+
+def _pair_length(x: Array) -> Array:
+    """``[L, KV, K]`` to ``[L, KV, K/2]``: the length of each pair of channels that is rotated."""
+    pairs = jnp.square(x).reshape(*x.shape[:2], 2, -1)
+    return jnp.sqrt(pairs.sum(axis=2))
+
+
+def _times(projection: PyTree, factor: Array) -> PyTree:
+    """A projection with its outputs ``[L, heads, K]`` multiplied."""
+    return {
+        "kernel": projection["kernel"] * factor[:, None],
+        "bias": projection["bias"] * factor,
+    }
 
 
 def split_layers(params: PyTree, *, join: bool) -> PyTree:

@@ -49,7 +49,10 @@ def persistent_memory(setup: Setup) -> PersistentMemory:
         moment_bytes=first_moment + 4,
         reference=setup.objective.kl_coef != 0,
         shares_weights=shares_weights(
-            setup.model, devices=setup.mesh.size, platform=setup.platform
+            setup.model,
+            devices=setup.mesh.size,
+            platform=setup.platform,
+            kv_dtype=setup.config.rollout.kv_dtype,
         ),
     )
 
