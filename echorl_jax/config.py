@@ -70,7 +70,7 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
     # What samples: "" is the sampler of this package; "package.module:factory" makes another one
-    # (docs/extending.md).
+    # (docs/architecture.md, "Where a change goes").
     engine: str = ""
     # Prompts per training step, P.
     prompts_per_step: int = 128
