@@ -56,10 +56,6 @@ def run(arguments: argparse.Namespace) -> int:
     from echorl_jax.tools.plan.plan_table import as_dict, print_plan
     from echorl_jax.tools.plan.roofline import Lengths
 
-    lengths = Lengths(
-        arguments.prompt_tokens or config.data.max_prompt_tokens,
-        arguments.completion_tokens or config.rollout.max_new_tokens,
-    )
     start = time.monotonic()
 
     def say(text: str) -> None:
@@ -68,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     plans = make_plan(
         config,
         arguments.topology,
-        lengths=lengths,
+        lengths=Lengths(arguments.prompt_tokens, arguments.completion_tokens),
         tries=arguments.tries,
         say=say,
         formula=arguments.estimate,

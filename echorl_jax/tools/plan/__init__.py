@@ -1,1 +1,1 @@
-"""What `echorl plan` says: memory and least times of a config on chips that need not be there."""
+"""``echorl plan``: memory and least times of a config on chips that this machine need not have."""

@@ -1,6 +1,7 @@
-"""What accelerators can hold and do: the figures that a plan is measured against."""
+"""Memory and peak speeds of accelerators."""
 
 import dataclasses
+import math
 import time
 
 import jax
@@ -15,16 +16,16 @@ GB = 10**9
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One device. Peaks are the makers' figures, dense, without sparsity."""
+    """One device with its manufacturer's peak speeds, dense, without sparsity."""
 
     name: str
     memory_bytes: int
     flops_per_second: float  # bfloat16 matrix products
     bytes_per_second: float  # device memory
-    # All links to other chips together, in one direction; None where they are not known.
+    # All links to other chips together, in one direction; None where unknown.
     link_bytes_per_second: float | None = None
-    libtpu_name: str = ""  # accelerator type as libtpu counts it, with {} for its number
-    cores: int = 1  # that the number counts
+    libtpu_name: str = ""  # accelerator type for libtpu, with {} for the number of cores
+    cores: int = 1
     platform: Platform = "tpu"
 
 
@@ -43,56 +44,45 @@ GPUS = {
 
 
 def parse_topology(text: str) -> tuple[Chip, int]:
-    """``v5p:2x2x2`` as the chip and their number; ``h100:8`` likewise.
+    """Reads ``v5p:2x2x2`` or ``h100:8`` as the chip and the number of chips.
 
     Raises:
-      ConfigError: an unknown chip or a shape that is none.
+      ConfigError: an unknown chip or a malformed shape.
 
     >>> chip, count = parse_topology("v5e:4x4")
     >>> chip.name, count
     ('TPU v5e', 16)
     """
     name, _, shape = text.partition(":")
-    known = TPUS | GPUS
-    sides = shape.split("x")
+    known, sides = TPUS | GPUS, shape.split("x")
     if name not in known or not all(side.isdigit() and int(side) for side in sides):
         raise ConfigError(
             f"--topology={text}: must be CHIP:SHAPE such as v5p:2x2x2, v5e:4x4 or h100:8, with "
             f"CHIP one of {', '.join(known)}"
         )
-    count = 1
-    for side in sides:
-        count *= int(side)
-    return known[name], count
+    return known[name], math.prod(map(int, sides))
 
 
 def local_chip() -> Chip:
-    """This machine's device; of an unknown one the peaks are measured, in a second."""
-    device, limit = jax.local_devices()[0], device_bytes()
+    """This machine's device; the peaks of an unknown one are measured, which takes a second."""
+    kind, limit = jax.local_devices()[0].device_kind, device_bytes()
     for word, chip in (TPUS | GPUS).items():
-        kind = device.device_kind.lower()
-        if word in kind or (word == "v5e" and "v5 lite" in kind):
+        if word in kind.lower().replace("v5 lite", "v5e"):
             return dataclasses.replace(chip, memory_bytes=limit)
-    flops, speed = _measure()
-    name = f"{device.device_kind} (peaks measured)"
-    return Chip(name, limit, flops, speed, platform=platform_of(None))
-
-
-def _measure() -> tuple[float, float]:
-    """Operations and bytes per second of one large product and one large sum, the best of three."""
     side, size = 1024, 1 << 25
-    x = jnp.ones((side, side), jnp.float32)
-    y = jnp.ones(size, jnp.float32)
-    product = jax.jit(lambda a: a @ a)
-    total = jax.jit(lambda a: a + 1.0)
-    return 2 * side**3 / _best(product, x), 2 * 4 * size / _best(total, y)
+    product = _seconds(lambda a: a @ a, jnp.ones((side, side), jnp.float32))
+    total = _seconds(lambda a: a + 1.0, jnp.ones(size, jnp.float32))
+    flops, speed = 2 * side**3 / product, 2 * 4 * size / total
+    return Chip(f"{kind} (peaks measured)", limit, flops, speed, platform=platform_of(None))
 
 
-def _best(function, argument) -> float:
-    function(argument).block_until_ready()
+def _seconds(function, argument) -> float:
+    """The shortest of three times."""
+    compiled = jax.jit(function)
+    compiled(argument).block_until_ready()
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        function(argument).block_until_ready()
+        compiled(argument).block_until_ready()
         seconds.append(time.perf_counter() - start)
     return min(seconds)

@@ -1,4 +1,4 @@
-"""Whether a config fits its chips, how long a step takes at least, and what to change if not."""
+"""Plans a config for chips: memory, least time of a step, and other settings if it does not fit."""
 
 import dataclasses
 import math
@@ -15,23 +15,29 @@ from echorl_jax.models import Decoder
 from echorl_jax.models.published import architecture
 from echorl_jax.parallel import AXES, ShardingError, make_mesh
 from echorl_jax.tools.plan.chips import GPUS, Chip, local_chip, parse_topology
-from echorl_jax.tools.plan.memory_table import PROGRAMS, Memory, compile_programs, estimate
+from echorl_jax.tools.plan.memory_table import (
+    PROGRAMS,
+    SAMPLING,
+    Memory,
+    compile_programs,
+    estimate,
+)
 from echorl_jax.tools.plan.roofline import Lengths, step_phases
-from echorl_jax.training.capacity import USABLE, persistent_memory, with_slots
+from echorl_jax.training.capacity import USABLE, with_slots
 from echorl_jax.training.setup import Setup, configured_objective, static_setup
 
 Say = Callable[[str], None]
-_SAMPLING = ("prefill", "decode")
+Changes = dict[str, Any]  # config keys with other values than asked for
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a plan is made for."""
+    """The chips that a plan is made for."""
 
     chip: Chip
     count: int
-    devices: Any  # described or real ones to compile for; None where a formula has to do
-    attention: str | None  # the kernel there; None keeps the config's
+    devices: Any  # real or described ones to compile for; None: estimate by formula
+    attention: str | None  # the attention kernel; None keeps the config's
 
     @property
     def usable_bytes(self) -> int:
@@ -44,19 +50,19 @@ class Plan:
 
     setup: Setup
     target: Target
-    changes: dict[str, Any]  # config keys that differ from what was asked
+    changes: Changes
     memory: list[Memory]
     seconds: dict[str, float]  # by phase, at the chip's peaks
     lengths: Lengths
 
     @property
-    def fits(self) -> bool:
-        return not self.too_large
-
-    @property
     def too_large(self) -> list[str]:
         """Programs that need more than the chip has."""
         return [m.program for m in self.memory if m.total > self.target.usable_bytes]
+
+    @property
+    def fits(self) -> bool:
+        return not self.too_large
 
     @property
     def peak_bytes(self) -> int:
@@ -71,100 +77,95 @@ def make_plan(
     config: Config,
     topology: str,
     *,
-    lengths: Lengths | None,
+    lengths: Lengths | None = None,
     tries: int,
     say: Say,
     formula: bool = False,
 ) -> list[Plan]:
-    """The plan for the config as it is and, while that does not fit, for changed ones.
+    """Plans the config and, while that does not fit, changed ones.
 
     Args:
       config: validated options.
       topology: ``v5p:2x2x2``, ``h100:8``; "" is this machine.
-      lengths: mean lengths for the times; the longest allowed unless given.
+      lengths: mean lengths for the times; the longest allowed where 0 or not given.
       tries: changed configs to compile, at most.
-      say: told about progress.
+      say: receives lines of progress.
       formula: estimate, do not compile.
 
     Returns:
-      The plans in the order tried: the first is the config's own, the last the best.
+      The plans in the order tried: the first is of the unchanged config, the last is the best.
 
     Raises:
       ConfigError: a topology, model or mesh that cannot be, or no libtpu for a TPU.
     """
     target = find_target(topology, formula=formula)
-    lengths = lengths or Lengths(config.data.max_prompt_tokens, config.rollout.max_new_tokens)
-    plans = [_plan(config, {}, target, lengths, known={}, say=say)]
     prompt, completion = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    given = lengths or Lengths(0, 0)
+    lengths = Lengths(given.prompt or prompt, given.completion or completion)
+    plans = [_plan(config, {}, target, lengths, say=say)]
     if warning := plans[0].setup.model.config.warn_of_positions(prompt, completion):
         say(warning)
     if plans[0].fits or not tries:
         return plans
     for changes in candidates(config, target, lengths)[:tries]:
         say(f"{', '.join(plans[-1].too_large)} too large; trying {describe(changes)}")
-        known = _same_sampling(plans[-1], changed(config, changes))
-        plans.append(_plan(config, changes, target, lengths, known=known, say=say))
+        plans.append(_plan(config, changes, target, lengths, before=plans[-1], say=say))
         if plans[-1].fits:
             break
     return plans
 
 
-def _same_sampling(plan: Plan, config: Config) -> dict[str, Memory]:
-    """What need not be compiled again: sampling depends on the mesh and the slots alone."""
-    setup = plan_setup(config, plan.target)
-    if setup.mesh != plan.setup.mesh or setup.slots != plan.setup.slots:
-        return {}
-    return {m.program: m for m in plan.memory if m.program in _SAMPLING}
-
-
 def find_target(topology: str, *, formula: bool = False) -> Target:
-    """The chips of a ``--topology``, described by libtpu where they are TPUs."""
+    """The chips of a ``--topology``, described by libtpu where they are TPUs.
+
+    Raises:
+      ConfigError: the topology is malformed, or libtpu is missing or does not know it.
+    """
     if not topology:
         devices = jax.devices()
         return Target(local_chip(), len(devices), None if formula else devices, None)
     chip, count = parse_topology(topology)
     if formula or topology.partition(":")[0] in GPUS:
         return Target(chip, count, None, "xla")
-    return Target(chip, count, _described(topology), "splash")
-
-
-def _described(topology: str) -> Any:
     from jax.experimental import topologies
 
     try:
-        return topologies.get_topology_desc(topology, "tpu").devices
-    except Exception as error:  # a missing plugin shows as any of several
+        devices = topologies.get_topology_desc(topology, "tpu").devices
+    except Exception as error:  # a missing plugin raises one of several types
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"--topology={topology}: libtpu does not describe it ({reason}); it has to be "
             "installed (pip install 'echorl-jax[tpu]') and to know that shape"
         ) from error
+    return Target(chip, count, devices, "splash")
 
 
 def _plan(
     config: Config,
-    changes: dict[str, Any],
+    changes: Changes,
     target: Target,
     lengths: Lengths,
     *,
-    known: dict[str, Memory],
-    say: Say,
+    before: Plan | None = None,
+    say: Say = print,
 ) -> Plan:
+    """Plans a changed config; takes the sampler's programs from ``before`` if they are the same."""
     setup = plan_setup(changed(config, changes), target)
+    supervised = setup.objective.supervised
+    wanted = [name for name in PROGRAMS if name != "score" or setup.scoring_passes]
+    if supervised:
+        wanted = ["accumulate", "apply"]
     if target.devices is None:
         memory = estimate(setup)
     else:
-        wanted = PROGRAMS if setup.scoring_passes else tuple(n for n in PROGRAMS if n != "score")
-        if setup.objective.supervised:
-            wanted = ("accumulate", "apply")
-        missing = tuple(name for name in wanted if name not in known)
-        fresh = compile_programs(setup, names=missing, say=say)
-        by_name = known | {m.program: m for m in fresh}
-        memory = [by_name[name] for name in wanted if name in by_name]
-    phases = step_phases(setup, lengths)
-    seconds = {phase.name: phase.seconds(target.chip) for phase in phases}
-    if setup.objective.supervised:
-        seconds = {name: seconds[name] for name in ("accumulate", "apply")}
+        # Sampling depends only on the mesh and the slots.
+        same = before and (before.setup.mesh, before.setup.slots) == (setup.mesh, setup.slots)
+        known = [m for m in before.memory if m.program in SAMPLING] if before and same else []
+        missing = [name for name in wanted if name not in [m.program for m in known]]
+        memory = [*known, *compile_programs(setup, names=missing, say=say)]
+    seconds = {phase.name: phase.seconds(target.chip) for phase in step_phases(setup, lengths)}
+    if supervised:
+        seconds = {name: seconds[name] for name in wanted}
     return Plan(setup, target, changes, memory, seconds, lengths)
 
 
@@ -180,38 +181,37 @@ def plan_setup(config: Config, target: Target) -> Setup:
         remat=config.model.remat,
         attention=target.attention or config.model.attention,  # pyright: ignore[reportArgumentType]
     )
-    objective = configured_objective(config)
-    mesh = _mesh(config, target)
+    objective, mesh = configured_objective(config), _mesh(config, target)
     setup = static_setup(config, mesh, model, objective, platform=target.chip.platform)
     slots = setup.shards
-    # Without room for one slot on each device the plan shows by how much it is too large.
+    # If one slot per device does not fit, the plan shows how much too large it is.
     with suppress(ConfigError):
         slots = with_slots(setup, device_bytes=target.chip.memory_bytes).slots
     return dataclasses.replace(setup, slots=max(slots // setup.shards, 1) * setup.shards)
 
 
 def _mesh(config: Config, target: Target) -> Mesh | AbstractMesh:
-    sizes = config.mesh
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     if target.devices is not None:
-        return make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices=target.devices)
-    known = math.prod(n for n in (sizes.data, sizes.fsdp, sizes.tensor) if n != -1)
-    shape = tuple(target.count // known if n == -1 else n for n in vars(sizes).values())[:3]
+        return make_mesh(*sizes, devices=target.devices)
+    known = math.prod(size for size in sizes if size != -1)
+    shape = tuple(target.count // known if size == -1 else size for size in sizes)
     if math.prod(shape) != target.count:
         raise ShardingError(f"mesh {shape} does not fit {target.count} device(s)")
     return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def candidates(config: Config, target: Target, lengths: Lengths) -> list[dict[str, Any]]:
-    """Changed keys that fit by formula, the fastest first; the smallest if none does.
+def candidates(config: Config, target: Target, lengths: Lengths) -> list[Changes]:
+    """Changes that fit by formula, the fastest first; the smallest if none does.
 
     Meshes with every split over ``tensor`` that the model allows, layers recomputed or not, and
-    micro-batches halved down to a row on each device. Communication is not in the times, so a
-    doubling of ``tensor`` counts as a twentieth of them.
+    micro-batches halved down to a row on each device. The times leave out communication, so each
+    doubling of ``tensor`` adds a twentieth to them.
     """
     target = dataclasses.replace(target, devices=None)
     found = []
     for changes in _variants(config, target):
-        plan = _plan(changed(config, changes), changes, target, lengths, known={}, say=print)
+        plan = _plan(config, changes, target, lengths)
         tensor = plan.setup.mesh.shape["tensor"]
         budget = plan.setup.config.optim.micro_batch_tokens
         rank = plan.step_seconds * (1 + 0.05 * math.log2(tensor)), -budget, len(changes)
@@ -221,30 +221,26 @@ def candidates(config: Config, target: Target, lengths: Lengths) -> list[dict[st
     return fitting or [changes for _, _, changes in found[:1]]
 
 
-def _variants(config: Config, target: Target) -> Iterator[dict[str, Any]]:
-    own = plan_setup(config, target)
-    shape, given = own.model.config, dict(own.mesh.shape)
-    remats = dict.fromkeys((config.model.remat, "layer"))
-    budgets, most = [], config.optim.micro_batch_tokens
-    while not budgets or most >= own.bounds.longest:
-        budgets.append(most)
-        most //= 2
+def _variants(config: Config, target: Target) -> Iterator[Changes]:
+    setup = plan_setup(config, target)
+    shape, given = setup.model.config, dict(setup.mesh.shape)
+    budget = config.optim.micro_batch_tokens
+    cuts: list[Changes] = [{}]
+    while (budget := budget // 2) >= setup.bounds.longest:
+        cuts.append({"optim.micro_batch_tokens": budget})
+    remats: list[Changes] = [{}]
+    if config.model.remat != "layer":
+        remats.append({"model.remat": "layer"})
     for tensor in (2**power for power in range(target.count.bit_length())):
-        if target.count % tensor or shape.num_heads % tensor or shape.intermediate_size % tensor:
-            continue
         mesh = {"data": 1, "fsdp": target.count // tensor, "tensor": tensor}
-        if shape.hidden_size % mesh["fsdp"]:
+        split = (target.count, shape.num_heads, shape.intermediate_size)
+        if any(size % tensor for size in split) or shape.hidden_size % mesh["fsdp"]:
             continue
         moved = {} if mesh == given else {f"mesh.{axis}": n for axis, n in mesh.items()}
-        for remat in remats:
-            kept = {} if remat == config.model.remat else {"model.remat": remat}
-            for budget in budgets:
-                cut = {"optim.micro_batch_tokens": budget} if budget != budgets[0] else {}
-                if moved or kept or cut:
-                    yield moved | kept | cut
+        yield from (c for remat in remats for cut in cuts if (c := moved | remat | cut))
 
 
-def changed(config: Config, changes: dict[str, Any]) -> Config:
+def changed(config: Config, changes: Changes) -> Config:
     """The config with dotted keys replaced."""
     for key, value in changes.items():
         section, name = key.split(".")
@@ -253,13 +249,6 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
     return config
 
 
-def describe(changes: dict[str, Any]) -> str:
-    """The changes as options to type."""
+def describe(changes: Changes) -> str:
+    """The changes as options of a command line."""
     return " ".join(f"--config.{key}={value}" for key, value in changes.items())
-
-
-def chips_needed(plan: Plan) -> int:
-    """Chips over which the state alone has to be split, by its bytes."""
-    memory = persistent_memory(plan.setup)
-    copies = plan.setup.mesh.shape["fsdp"] * plan.setup.mesh.shape["tensor"]
-    return math.ceil((memory.always + memory.master) * copies / plan.target.usable_bytes)

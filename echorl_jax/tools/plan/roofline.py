@@ -1,16 +1,16 @@
 """Operations, bytes and exchanges of a training step by formula, and their least times on a chip.
 
-The compiler's count does not serve here: it counts the body of a loop once, and layers,
-micro-batches and tokens are loops. Grading is not counted, so the times are lower bounds. What
-chips send each other stands beside the roofline's seconds and is not added to them, because the
-share that hides behind computation is unknown. Exchanges are those that grow with weights or
-tokens, as the sharding table implies them; latency, vocabulary sums, the embedding, and what a
-compiler merges or avoids are not counted. A chip is taken to use all its links at once.
+The compiler's count does not help: it counts the body of a loop once, and layers, micro-batches and
+tokens are loops. Grading is not counted, so the times are lower bounds.
+
+Exchanges between chips are reported beside the times and not added to them, because the share that
+computation hides is unknown. They are those that grow with weights or tokens under the sharding
+table; latency, vocabulary sums, the embedding and the compiler's merging are not counted. A chip is
+assumed to use all its links at once.
 """
 
 import dataclasses
 import math
-from collections.abc import Iterator
 
 import jax
 
@@ -24,7 +24,7 @@ from echorl_jax.training.setup import Setup
 
 @dataclasses.dataclass(frozen=True)
 class Lengths:
-    """Mean tokens of a row: what the time depends on, while memory depends on the bounds."""
+    """Mean tokens of a row. They decide the time; memory depends on the largest lengths."""
 
     prompt: float
     completion: float
@@ -32,7 +32,7 @@ class Lengths:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """A part of the step on one chip."""
+    """One phase of a step on one chip."""
 
     name: str
     flops: float
@@ -57,32 +57,25 @@ def forward_flops(model: Decoder, *, length: float, targets: float) -> float:
 
 def step_phases(setup: Setup, lengths: Lengths) -> list[Phase]:
     """Sampling, scoring if the config asks for it, and learning, all rows with a gradient."""
-    config, chips = setup.config, setup.mesh.size
-    rollout, objective = config.rollout, config.objective
-    rows = setup.rows
-    length = lengths.prompt + lengths.completion
+    chips, epochs, rows = setup.mesh.size, setup.config.objective.epochs, setup.rows
+    length, prompts = lengths.prompt + lengths.completion, setup.config.rollout.prompts_per_step
+    prefill = forward_flops(setup.model, length=lengths.prompt, targets=0) * prompts
     whole = forward_flops(setup.model, length=length, targets=lengths.completion)
     layers = forward_flops(setup.model, length=length, targets=0)
     # Backward costs two forward passes; logits are always computed again, layers as remat says.
     learn = 3 * whole + (whole - layers) + (layers if setup.model.remat == "layer" else 0)
-    passes = setup.scoring_passes
+    score = whole * rows * setup.scoring_passes
     params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.model.param_shapes()))
-    updates = setup.mini_batches * objective.epochs
     # Parameters, both moments: read and written; gradient: read. Float32.
-    apply = Phase("apply", 0.0, 28 * params * updates / (chips / setup.mesh.shape["data"]))
-    return [
-        Phase(
-            "prefill",
-            forward_flops(setup.model, length=lengths.prompt, targets=0)
-            * rollout.prompts_per_step
-            / chips,
-            0.0,
-        ),
+    state = 28 * params * setup.mini_batches * epochs / (chips / setup.mesh.shape["data"])
+    phases = [
+        Phase("prefill", prefill / chips, 0.0),
         _decode(setup, lengths),
-        *([Phase("score", whole * rows * passes / chips, 0.0)] if passes else []),
-        Phase("accumulate", learn * rows * objective.epochs / chips, 0.0),
-        apply,
+        Phase("score", score / chips, 0.0),
+        Phase("accumulate", learn * rows * epochs / chips, 0.0),
+        Phase("apply", 0.0, state),
     ]
+    return [phase for phase in phases if phase.name != "score" or score]
 
 
 def decode_steps(setup: Setup, lengths: Lengths) -> float:
@@ -99,8 +92,7 @@ def _decode(setup: Setup, lengths: Lengths) -> Phase:
         group_size=setup.sampled_group_size if setup.slots >= setup.sampled_rows else 1,
         kv_dtype=setup.config.rollout.kv_dtype,
     )
-    steps = decode_steps(setup, lengths)
-    chips = setup.mesh.size
+    steps, chips = decode_steps(setup, lengths), setup.mesh.size
     # Weights are split over tensor only: each group of chips reads them all.
     read = cost.weight_bytes / setup.mesh.shape["tensor"] + cost.cache_bytes / chips
     return Phase("decode", cost.flops * steps / chips, read * steps)
@@ -108,22 +100,22 @@ def _decode(setup: Setup, lengths: Lengths) -> Phase:
 
 @dataclasses.dataclass(frozen=True)
 class Exchange:
-    """What a phase of a step sends along one mesh axis."""
+    """Bytes that one chip sends along one mesh axis in a phase of a step."""
 
     phase: str
     axis: str
-    bytes: float  # by one chip in a step
+    bytes: float
 
     def seconds(self, chip: Chip) -> float | None:
-        """Time at the speed of the chip's links; None where that is not known."""
+        """Time at the speed of the chip's links; None where unknown."""
         speed = chip.link_bytes_per_second
         return None if speed is None else self.bytes / speed
 
 
 def gathered(whole: float, chips: int) -> float:
-    """Bytes a chip sends for an array of ``whole`` bytes to be gathered, or reduced and scattered.
+    """Bytes that a chip sends to gather an array of ``whole`` bytes, or to reduce and scatter it.
 
-    On a ring each chip passes on all parts but one: ``(n - 1) / n`` of the whole.
+    On a ring each chip forwards all shards but one: ``(n - 1) / n`` of the whole.
 
     >>> gathered(80.0, 4)
     60.0
@@ -131,70 +123,55 @@ def gathered(whole: float, chips: int) -> float:
     return whole * (chips - 1) / chips
 
 
-def all_reduced(whole: float, chips: int) -> float:
-    """Bytes a chip sends to add up arrays of ``whole`` bytes: reduce and scatter, then gather.
-
-    >>> all_reduced(80.0, 4)
-    120.0
-    """
-    return 2 * gathered(whole, chips)
-
-
 def exchanges(setup: Setup, lengths: Lengths) -> list[Exchange]:
-    """What a chip sends in a step with rows of these mean lengths; none where an axis is 1.
+    """Bytes that a chip sends in a step with rows of these mean lengths; none over an axis of 1.
 
-    With W bytes of weights in the compute type on a chip that has its part of ``tensor`` only, and
-    A bytes of hidden states of the tokens on a chip:
+    With W bytes of weights in the compute type, split over ``tensor`` only, and A bytes of hidden
+    states of the tokens on a chip (an all-reduce is a reduce and scatter, then a gather):
 
     * ``weights``: the sampler's copy is gathered over ``fsdp`` once, W.
     * ``prefill``, ``decode``, each decode step: two all-reduces of A in a layer over ``tensor``.
     * ``score``: W gathered over ``fsdp`` for each micro-batch, two all-reduces in a layer.
     * ``accumulate``, each micro-batch: W gathered over ``fsdp`` forward and backward, gradients
-      reduced and scattered; what is then on a chip all-reduced over ``data``; two all-reduces in a
+      reduced and scattered; the shard of a chip all-reduced over ``data``; two all-reduces in a
       layer over ``tensor`` forward, two backward, two where layers are recomputed.
     """
-    found = _learning(setup, lengths)
-    if not setup.objective.supervised:
-        found = [*_sampling(setup, lengths), *found]
+    config, mesh, shards = setup.config, setup.mesh.shape, setup.shards
+    weights = _weight_bytes(setup)
+    gather = gathered(weights, mesh["fsdp"])
+    prompts = config.rollout.prompts_per_step * lengths.prompt
+    tokens = setup.rows * (lengths.prompt + lengths.completion)
+    layers = _layers(setup, tokens / shards)
+    parts, passes, epochs = setup.mini_batches, setup.scoring_passes, config.objective.epochs
+    micro = parts * math.ceil(tokens / parts / math.prod(setup.micro_batch))
+    reduce = 2 * gathered(weights / mesh["fsdp"], mesh["data"])
+    decode = _layers(setup, setup.slots / shards) * decode_steps(setup, lengths)
+    times = 3 if setup.model.remat == "layer" else 2
+    sampling = [
+        Exchange("weights", "fsdp", gather),
+        Exchange("prefill", "tensor", _layers(setup, prompts / shards)),
+        Exchange("decode", "tensor", decode),
+    ]
+    learning = [
+        Exchange("score", "fsdp", passes * micro * gather),
+        Exchange("score", "tensor", passes * layers),
+        Exchange("accumulate", "fsdp", 3 * micro * epochs * gather),
+        Exchange("accumulate", "data", micro * epochs * reduce),
+        Exchange("accumulate", "tensor", times * epochs * layers),
+    ]
+    found = learning if setup.objective.supervised else sampling + learning
     return [exchange for exchange in found if exchange.bytes]
 
 
-def _sampling(setup: Setup, lengths: Lengths) -> Iterator[Exchange]:
-    prompts = setup.config.rollout.prompts_per_step
-    yield Exchange("weights", "fsdp", gathered(_weight_bytes(setup), setup.mesh.shape["fsdp"]))
-    yield Exchange("prefill", "tensor", _layers(setup, prompts * lengths.prompt / setup.shards))
-    decode_step = _layers(setup, setup.slots / setup.shards)
-    yield Exchange("decode", "tensor", decode_step * decode_steps(setup, lengths))
-
-
-def _learning(setup: Setup, lengths: Lengths) -> Iterator[Exchange]:
-    config, mesh = setup.config, setup.mesh.shape
-    weights = _weight_bytes(setup)
-    tokens = setup.rows * (lengths.prompt + lengths.completion)
-    layers = _layers(setup, tokens / setup.shards)
-    parts = setup.mini_batches
-    micro = parts * math.ceil(tokens / parts / math.prod(setup.micro_batch))
-    if passes := setup.scoring_passes:
-        yield Exchange("score", "fsdp", passes * micro * gathered(weights, mesh["fsdp"]))
-        yield Exchange("score", "tensor", passes * layers)
-    epochs = config.objective.epochs
-    micro *= epochs
-    yield Exchange("accumulate", "fsdp", 3 * micro * gathered(weights, mesh["fsdp"]))
-    own = weights / mesh["fsdp"]
-    yield Exchange("accumulate", "data", micro * all_reduced(own, mesh["data"]))
-    times = 3 if setup.model.remat == "layer" else 2
-    yield Exchange("accumulate", "tensor", times * epochs * layers)
-
-
 def _weight_bytes(setup: Setup) -> int:
-    """All weights in the compute type, split over ``tensor`` alone."""
+    """Bytes of all weights in the compute type, split over ``tensor`` only."""
     narrow = jax.eval_shape(setup.model.cast, setup.model.param_shapes())
     return local_bytes(setup.model.param_axes(), narrow, setup.mesh, "rollout")
 
 
 def _layers(setup: Setup, tokens: float) -> float:
-    """One pass through all layers: attention and MLP each add up their parts."""
+    """Bytes of one pass through all layers: an all-reduce after attention and one after the MLP."""
     size = 2 if setup.model.dtype == "bfloat16" else 4
     shape = setup.model.config
-    one = all_reduced(tokens * shape.hidden_size * size, setup.mesh.shape["tensor"])
+    one = 2 * gathered(tokens * shape.hidden_size * size, setup.mesh.shape["tensor"])
     return 2 * shape.num_layers * one

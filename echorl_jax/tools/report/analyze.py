@@ -2,31 +2,17 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from echorl_jax.data import load_rows
 from echorl_jax.environment import MOST_SAMPLES
 from echorl_jax.errors import UserError
-from echorl_jax.rewards import GraderPool
-from echorl_jax.tools.report import golden_entropy
+from echorl_jax.tools.report import golden_entropy, step_deletion
 from echorl_jax.tools.report.entropy_decay import entropy_collapse, entropy_law
 from echorl_jax.tools.report.page import write_report
 from echorl_jax.tools.report.policy import Analysis, Policy
-from echorl_jax.tools.report.runs import (
-    DELETION,
-    FOLDER,
-    TRAJECTORIES,
-    read_run,
-    read_runs,
-    write_jsonl,
-)
-from echorl_jax.tools.report.step_deletion import (
-    deletion_curve,
-    deletion_outcomes,
-    find_solutions,
-)
+from echorl_jax.tools.report.runs import read_run, read_runs, study_file, write_jsonl
 from echorl_jax.tools.report.viewer import all_clips
 
 STUDIES = ("run", "entropy", "deletion")
@@ -54,12 +40,10 @@ def analyze(options: Analysis) -> list[Path]:
         assert options.rollouts is not None
         rows = golden_entropy.stored_rows(options.rollouts, limit=options.limit)
         files += _write_entropy(options, rows, f"Rollouts of {options.rollouts.name}.")
-    elif "entropy" in studies:
-        with _policy(options) as policy:
-            files += _write_entropy(options, _entropy(policy), _about(options))
-    if "deletion" in studies:
-        with _policy(options) as policy:
-            files += _deletion(policy)
+    elif {"entropy", "deletion"} & set(studies):
+        with Policy.load(options) as policy:
+            files += _entropy(policy) if "entropy" in studies else []
+            files += _deletion(policy) if "deletion" in studies else []
     return [*files, write_report(options.workdir, compare=options.compare)]
 
 
@@ -74,15 +58,12 @@ def write_studies(workdir: Path, *, compare: tuple[Path, ...] = ()) -> list[Path
       ConfigError: a given working directory does not exist.
     """
     runs = read_runs([workdir, *compare])
-    written = {
-        "collapse.jsonl": map(entropy_collapse, runs),
-        "entropy_law.jsonl": map(entropy_law, runs),
-        "clips.jsonl": all_clips(runs[0]),
+    studies = {
+        "collapse": map(entropy_collapse, runs),
+        "entropy_law": map(entropy_law, runs),
+        "clips": all_clips(runs[0]),
     }
-    return [
-        write_jsonl(workdir / FOLDER / name, [row for row in rows if row is not None])
-        for name, rows in written.items()
-    ]
+    return _write(workdir, {name: [row for row in rows if row] for name, rows in studies.items()})
 
 
 def _allowed(options: Analysis) -> Iterator[str]:
@@ -121,23 +102,18 @@ def _check(options: Analysis) -> None:
         raise UserError("entropy needs --model and --data, or --rollouts with stored entropies")
 
 
-@contextmanager
-def _policy(options: Analysis) -> Iterator[Policy]:
-    with GraderPool(options.grader, workers=options.workers) as grader:
-        yield Policy.load(options, grader)
-
-
 def _rows(options: Analysis) -> Sequence[Mapping[str, Any]]:
     return list(itertools.islice(load_rows(str(options.data)), options.limit or None))
 
 
-def _entropy(policy: Policy) -> list[Row]:
+def _entropy(policy: Policy) -> list[Path]:
     options = policy.options
-    expert, used = golden_entropy.expert_rows(policy, _rows(options))
+    rows, used = golden_entropy.expert_rows(policy, _rows(options))
     if options.rollouts is None:
-        return [*expert, *golden_entropy.policy_rows(policy, used)]
-    limit = options.limit
-    return [*expert, *golden_entropy.rescored_rows(policy, options.rollouts, limit=limit)]
+        rows += golden_entropy.policy_rows(policy, used)
+    else:
+        rows += golden_entropy.rescored_rows(policy, options.rollouts, limit=options.limit)
+    return _write_entropy(options, rows, _about(options))
 
 
 def _write_entropy(options: Analysis, rows: list[Row], about: str) -> list[Path]:
@@ -151,31 +127,28 @@ def _write_entropy(options: Analysis, rows: list[Row], about: str) -> list[Path]
             f"{profile['source']}: {profile['trajectories']} trajectories, token entropy {token}, "
             f"step entropy {step}, highest step {profile['peak_mean']:.3f} nats"
         )
-    folder = options.workdir / FOLDER
-    return [
-        write_jsonl(folder / TRAJECTORIES, profiles),
-        write_jsonl(folder / "step_entropy.jsonl", golden_entropy.step_rows(rows)),
-    ]
+    steps = golden_entropy.step_rows(rows)
+    return _write(options.workdir, {"trajectories": profiles, "step_entropy": steps})
 
 
 def _deletion(policy: Policy) -> list[Path]:
     options, rows = policy.options, _rows(policy.options)
-    solutions = find_solutions(policy, rows)
-    outcomes = deletion_outcomes(policy, rows, solutions)
+    solutions = step_deletion.find_solutions(policy, rows)
+    outcomes = step_deletion.deletion_outcomes(policy, rows, solutions)
     used = len({row["row"] for row in outcomes})
     about = (
         f"{_about(options)} {used} solutions by the {options.solutions} with at least "
         f"{max(options.deletions)} steps; {len(solutions) - used} shorter ones are left out."
     )
-    curve = [point | {"about": about} for point in deletion_curve(outcomes)]
+    curve = [point | {"about": about} for point in step_deletion.deletion_curve(outcomes)]
     for p in curve:
         interval = f"[{p['low']:.1%}, {p['high']:.1%}] of {p['trials']}"
         print(f"{p['deleted']} deleted, {p['order']}: {p['success']:.1%} right {interval}")
-    folder = options.workdir / FOLDER
-    return [
-        write_jsonl(folder / DELETION, curve),
-        write_jsonl(folder / "deletion_outcomes.jsonl", outcomes),
-    ]
+    return _write(options.workdir, {"deletion": curve, "deletion_outcomes": outcomes})
+
+
+def _write(workdir: Path, studies: dict[str, list[Row]]) -> list[Path]:
+    return [write_jsonl(study_file(workdir, name), rows) for name, rows in studies.items()]
 
 
 def _about(options: Analysis) -> str:

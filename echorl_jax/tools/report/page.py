@@ -23,15 +23,7 @@ from echorl_jax.tools.report.curves import Section
 from echorl_jax.tools.report.entropy_decay import collapse_section, law_section
 from echorl_jax.tools.report.golden_entropy import profile_section
 from echorl_jax.tools.report.ledger import Visit, build_ledger, read_ledger
-from echorl_jax.tools.report.runs import (
-    DELETION,
-    FOLDER,
-    TRAJECTORIES,
-    Run,
-    map_leaves,
-    read_jsonl,
-    read_runs,
-)
+from echorl_jax.tools.report.runs import Run, map_leaves, read_jsonl, read_runs, study_file
 from echorl_jax.tools.report.step_deletion import deletion_section
 from echorl_jax.tools.report.viewer import Viewer, build_viewer, clip_section, embed_json, visible
 from echorl_jax.training.workdir import replace_text
@@ -172,14 +164,16 @@ def page_sections(runs: Sequence[Run], viewer: Viewer) -> list[Section]:
     ``analysis/deletion.jsonl`` in the working directory of the first run.
     """
     plots = curves.build_sections(runs)
-    folder = runs[0].path / FOLDER
+    trajectories, deletion = (
+        list(read_jsonl(study_file(runs[0].path, name))) for name in ("trajectories", "deletion")
+    )
     found = [
         *(section for section in plots if not section.folded),
         collapse_section(runs),
         law_section(runs),
         clip_section(viewer.clips),
-        profile_section(list(read_jsonl(folder / TRAJECTORIES))),
-        deletion_section(list(read_jsonl(folder / DELETION))),
+        profile_section(trajectories),
+        deletion_section(deletion),
         *(section for section in plots if section.folded),
     ]
     return [section for section in found if section is not None]

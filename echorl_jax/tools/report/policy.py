@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -91,8 +92,9 @@ class Policy:
     options: Analysis
 
     @classmethod
-    def load(cls, options: Analysis, grader: GraderPool) -> "Policy":
-        """Loads ``options.model``.
+    @contextmanager
+    def load(cls, options: Analysis) -> Iterator["Policy"]:
+        """Loads ``options.model`` and starts the grader, which ends with the context.
 
         Raises:
           UserError: there is no such model, or an option is out of its range.
@@ -107,7 +109,8 @@ class Policy:
         if max(ids, default=0) >= size:
             raise UserError(f"--delimiter_ids: {max(ids)} is not in the vocabulary of {size}")
         marks = np.isin(np.arange(size), ids) if ids else newline_delimiters(tokenizer, size)
-        return cls(model, params, tokenizer, marks, grader, options)
+        with GraderPool(options.grader, workers=options.workers) as grader:
+            yield cls(model, params, tokenizer, marks, grader, options)
 
     def prompt(self, row: Mapping[str, Any]) -> list[int]:
         """The token ids that ask for an answer to ``row``."""
@@ -189,8 +192,8 @@ class Policy:
         return list(_cut(answers, samples))
 
     def _require_embedded(self, texts: Sequence[Sequence[int]], what: str) -> None:
+        size = self.model.config.vocab_size
         for number, ids in enumerate(texts):
-            size = self.model.config.vocab_size
             require_embedded(self.tokenizer, ids, size, f"{what}, text {number}")
 
     def _trajectories(

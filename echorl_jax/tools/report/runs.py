@@ -15,9 +15,6 @@ from typing import Any, TypeGuard
 
 from echorl_jax.config import ConfigError
 
-# Folder and files with the results of studies, beside the run.
-FOLDER, TRAJECTORIES, DELETION = "analysis", "trajectories.jsonl", "deletion.jsonl"
-
 
 @dataclasses.dataclass(frozen=True)
 class Run:
@@ -108,6 +105,11 @@ def read_jsonl(path: Path, broken: list[int] | None = None) -> Iterator[dict[str
                 yield value
             elif broken is not None:
                 broken.append(number)
+
+
+def study_file(workdir: Path, name: str) -> Path:
+    """The JSONL file with the rows of a study."""
+    return workdir / "analysis" / f"{name}.jsonl"
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

@@ -1,4 +1,4 @@
-"""Plans: bytes against real arrays, operations against the compiler, verdicts by arithmetic."""
+"""Compares plans with real arrays, the compiler's operations and hand-worked values."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from echorl_jax.core import OBJECTIVES
 from echorl_jax.models import Decoder, DecoderConfig, init_params
 from echorl_jax.parallel import AXES, Platform, make_mesh
 from echorl_jax.tools.plan.chips import GB, GPUS, TPUS, parse_topology
-from echorl_jax.tools.plan.memory_table import compile_programs
+from echorl_jax.tools.plan.memory_table import compile_programs, lower_program
 from echorl_jax.tools.plan.plan import Target, candidates, find_target, make_plan, plan_setup
 from echorl_jax.tools.plan.plan_table import as_dict
 from echorl_jax.tools.plan.roofline import Exchange, Lengths, exchanges, forward_flops, step_phases
@@ -37,13 +37,13 @@ def local_bytes(tree) -> int:
     return sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def test_demonstrations_are_counted_as_such() -> None:
+def test_supervised_rows_are_counted_as_demonstrations() -> None:
     config = small_config(
         objective={"name": "sft", "mini_batches": 4},
         rollout={"prompts_per_step": 64, "group_size": 8},
         optim={"sft_rows_per_step": 16, "micro_batch_tokens": 1024},
     )
-    plans = make_plan(config, "h100:1", lengths=None, tries=0, say=quiet, formula=True)
+    plans = make_plan(config, "h100:1", tries=0, say=quiet, formula=True)
     found = as_dict(plans, "h100:1")
     assert found["rows_per_step"] == 16 == found["micro_batch"]["rows"]
     tokens = 16 * found["roofline"]["mean_completion_tokens"]
@@ -59,7 +59,7 @@ def with_slots_for(
 
 
 @pytest.mark.parametrize("moment,each", [("float32", 8), ("bfloat16", 6)])
-def test_weight_memory_is_that_of_the_arrays(moment: str, each: int) -> None:
+def test_weight_memory_equals_that_of_real_arrays(moment: str, each: int) -> None:
     model, mesh = Decoder(ONE_LAYER, dtype="bfloat16"), make_mesh(2, 2, 2)
     params = init_params(model, jax.random.key(0), mesh=mesh)
     optimizer = make_optimizer(
@@ -75,7 +75,7 @@ def test_weight_memory_is_that_of_the_arrays(moment: str, each: int) -> None:
     assert memory.always == memory.master + memory.moments + memory.reference
 
 
-def test_operations_are_those_of_the_compiler() -> None:
+def test_forward_operations_match_the_compiler() -> None:
     """One layer, so that no loop hides its length; within 5%: the mask leaves out half."""
     model = Decoder(ONE_LAYER, dtype="float32", remat="none")
     tokens = jax.ShapeDtypeStruct((1, 32), "int32")
@@ -84,7 +84,7 @@ def test_operations_are_those_of_the_compiler() -> None:
     assert forward_flops(model, length=32, targets=32) == pytest.approx(counted, rel=0.05)
 
 
-def test_the_update_is_counted_like_the_compiler() -> None:
+def test_update_operations_match_the_compiler() -> None:
     config = small_config(
         data={"max_prompt_tokens": 4},
         rollout={"prompts_per_step": 8, "group_size": 4, "max_new_tokens": 28},
@@ -94,19 +94,17 @@ def test_the_update_is_counted_like_the_compiler() -> None:
     model = Decoder(ONE_LAYER, dtype="float32", remat="none")
     setup = with_slots_for(config, model, mesh, slots=32, platform="cpu")
     assert setup.micro_batch == (32, 32)
-    from echorl_jax.tools.plan.memory_table import _update_program
-
-    compiled = _update_program(setup, "accumulate").compile()
+    compiled = lower_program(setup, "accumulate").compile()
     counted = (compiled.cost_analysis() or {})["flops"]
     phases = {phase.name: phase for phase in step_phases(setup, Lengths(4, 28))}
     assert phases["accumulate"].flops == pytest.approx(counted, rel=0.1)
-    turns = 28  # 32 rows in 32 slots
+    decode_steps = 28  # 32 rows in 32 slots
     weights = 4 * (256 * 12 * 32 + 256 * 256 + 3 * 256 * 512 + 256 * 1000)
-    assert phases["decode"].bytes > turns * weights
+    assert phases["decode"].bytes > decode_steps * weights
 
 
-def test_communication_is_that_of_the_sharding_table() -> None:
-    """By hand, on 2 x 2 x 2 chips: half of an array is sent to gather it, all of it to add it."""
+def test_communication_matches_hand_worked_bytes() -> None:
+    """On 2 x 2 x 2 chips a gather sends half of an array, an all-reduce all of it."""
     config = small_config(
         data={"max_prompt_tokens": 4},
         rollout={"prompts_per_step": 8, "group_size": 4, "max_new_tokens": 28},
@@ -155,8 +153,8 @@ def test_local_programs_compile_and_fit() -> None:
     assert found[1].batch < 1e6 < found[1].total
 
 
-def test_micro_batches_are_those_of_the_run() -> None:
-    """DAPO may learn from several rounds at once, supervised learning has a number of its own."""
+def test_micro_batches_equal_those_of_the_run() -> None:
+    """DAPO may learn from several rounds at once; supervised training has its own row count."""
     target = Target(TPUS["v5p"], 1, None, None)
     sizes = {"rollout": {"prompts_per_step": 8, "group_size": 8, "max_new_tokens": 96}}
     sizes |= {"data": {"max_prompt_tokens": 32}, "optim": {"micro_batch_tokens": 32768}}
@@ -169,7 +167,7 @@ def test_micro_batches_are_those_of_the_run() -> None:
     assert (sft.rows, sft.max_rows, sft.micro_batch) == (16, 16, (32, 128))
 
 
-def test_topologies() -> None:
+def test_topologies_are_read_or_refused() -> None:
     assert parse_topology("v5p:2x2x2") == (TPUS["v5p"], 8)
     assert parse_topology("h100:8") == (GPUS["h100"], 8)
     for text in ("v9:2x2", "v5p", "v5p:2x", "v5p:0x2", "h100:"):
@@ -177,7 +175,7 @@ def test_topologies() -> None:
             parse_topology(text)
 
 
-def test_without_libtpu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_libtpu_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     from jax.experimental import topologies
 
     def missing(*arguments: object) -> None:
@@ -188,21 +186,21 @@ def test_without_libtpu_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         find_target("v5p:2x2x2")
 
 
-def test_what_does_not_fit_is_changed_until_it_does() -> None:
+def test_a_config_that_does_not_fit_is_changed_until_it_fits() -> None:
     """7.6B parameters in bfloat16 take 15.2 GB on each chip unless tensor splits them."""
-    plans = make_plan(load_config(PAPER), "v5e:8x8", lengths=None, tries=6, say=quiet, formula=True)
+    plans = make_plan(load_config(PAPER), "v5e:8x8", tries=6, say=quiet, formula=True)
     assert not plans[0].fits and "decode" in plans[0].too_large
     assert plans[-1].fits and plans[-1].changes["mesh.tensor"] in (2, 4)
     assert plans[-1].step_seconds < 1000  # with enough slots
     assert plans[-1].peak_bytes < 16 * GB
     assert plans[0].memory[0].weights > 15.2 * GB
-    alone = make_plan(load_config(PAPER), "h100:1", lengths=None, tries=6, say=quiet)
+    alone = make_plan(load_config(PAPER), "h100:1", tries=6, say=quiet)
     assert not alone[-1].fits and alone[-1].memory[0].source == "formula"
 
 
-def test_learning_that_does_not_fit_is_recomputed_or_cut() -> None:
+def test_a_large_update_recomputes_layers_or_cuts_micro_batches() -> None:
     config = load_config(PAPER, {"model.remat": "none"})
-    (plan,) = make_plan(config, "v5p:2x2x2", lengths=None, tries=0, say=quiet, formula=True)
+    (plan,) = make_plan(config, "v5p:2x2x2", tries=0, say=quiet, formula=True)
     assert plan.too_large == ["accumulate"]
     # A layer's activations for all 28 layers do not fit even for a row on each chip.
     first = candidates(config, plan.target, plan.lengths)[0]
@@ -216,7 +214,7 @@ def test_learning_that_does_not_fit_is_recomputed_or_cut() -> None:
     assert cut and all("optim.micro_batch_tokens" in c or "mesh.tensor" in c for c in cut)
 
 
-def test_the_command_prints_one_object(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_json_or_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     code = cli.run(["plan", f"--config={PAPER}", "--topology=h100:8", "--json"])
     result = json.loads(capsys.readouterr().out)
     assert code == 0 and result["fits"] and result["chips"] == 8

@@ -1,4 +1,4 @@
-"""`echorl plan` as a user runs it for TPUs that are not here: the compiler's own figures."""
+"""Runs `echorl plan` for TPUs that are not present and checks the compiler's figures."""
 
 import json
 import os
@@ -36,7 +36,7 @@ CHIPS, CHIP_BYTES = 4, 16 * GB  # v5e:2x2
 
 @pytest.fixture(scope="module")
 def search_path(libtpu: str) -> str:
-    """Where a command finds this package and libtpu."""
+    """PYTHONPATH with this package and libtpu."""
     return os.pathsep.join([str(ROOT), libtpu])
 
 
@@ -73,7 +73,7 @@ def parameters() -> int:
 
 
 @pytest.mark.slow
-def test_the_compiler_counts_what_the_shapes_say(model: Path, search_path: str) -> None:
+def test_compiled_memory_matches_the_shapes(model: Path, search_path: str) -> None:
     code, found = plan(model, search_path, "--config.optim.micro_batch_tokens=4096")
     assert code == 0 and found["fits"] and found["chips"] == CHIPS
     assert found["usable_bytes_per_chip"] == pytest.approx(0.95 * CHIP_BYTES)
@@ -98,7 +98,7 @@ def test_the_compiler_counts_what_the_shapes_say(model: Path, search_path: str) 
 
 
 @pytest.mark.slow
-def test_what_the_compiler_refuses_does_not_fit(model: Path, search_path: str) -> None:
+def test_a_program_that_the_compiler_refuses_does_not_fit(model: Path, search_path: str) -> None:
     """Every product of 4 layers for 131,072 tokens a chip: some 28 GB of them alone."""
     code, found = plan(
         model,
