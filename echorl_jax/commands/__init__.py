@@ -1,17 +1,43 @@
 """One thin module per command: ``add_arguments(parser)`` and ``run(arguments) -> exit code``.
 
-Nothing heavy is imported before ``run``, so that ``--help`` answers at once.
+Heavy imports are inside ``run``, so that ``--help`` is quick.
 """
 
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from echorl_jax.config import LARGEST
+from echorl_jax.config import LARGEST, Config
+
+MODEL = "Hugging Face directory, repository id or builtin:countdown"
+GRADERS = "auto (default), math, choice, countdown or package.module:function"
+DTYPES = ("bfloat16", "float32")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Declares ``--config``; the command then also takes ``--config.KEY=VALUE``."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="a file under configs/")
+    parser.set_defaults(overrides={})
+
+
+def read_config(arguments: argparse.Namespace) -> Config:
+    """The config of ``--config`` with its overrides."""
+    from echorl_jax.config_file import load_config
+
+    return load_config(arguments.config, arguments.overrides)
+
+
+def add_compare(parser: argparse.ArgumentParser, use: str) -> None:
+    """Declares ``--compare``, other runs for the report."""
+    text = f"another run, {use}; may be repeated"
+    parser.add_argument(
+        "--compare", action="append", default=[], type=Path, metavar="DIR", help=text
+    )
 
 
 def whole(least: int = 0) -> Callable[[str], int]:
-    """Reads a whole number of at least ``least``, for an option of a command.
+    """Makes the ``type`` of an option that is a whole number of at least ``least``.
 
     >>> whole(1)("12")
     12
@@ -32,7 +58,7 @@ def whole(least: int = 0) -> Callable[[str], int]:
 
 
 def number(text: str) -> float:
-    """Reads a finite number of at least 0, for an option of a command.
+    """The ``type`` of an option that is a finite number of at least 0.
 
     >>> number("1e-3")
     0.001

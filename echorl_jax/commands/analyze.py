@@ -3,17 +3,17 @@
 A study writes its rows to WORKDIR/analysis/*.jsonl and a section of WORKDIR/report.html. WORKDIR
 may be a run or any new directory.
 
-  run       from the files of a run (and of those in --compare, say without echo): how fast
-            entropy falls, the law R = -a exp(H) + b with the reward it predicts at zero entropy,
-            and where EchoClips end, how long they are and what token closes them. No model needed.
-  entropy   token and step entropy of a policy along expert trajectories (column target of --data)
-            and along its own (sampled, or read from --rollouts). The paper's starting point:
-            experts run at higher entropy. With --rollouts alone, such as a run's samples, the
-            entropies stored there are taken: right answers against wrong ones, without a model.
-  deletion  takes right solutions apart: deletes k steps, highest entropy first, lowest first or at
-            random, lets the policy go on from what is left, and grades. A curve with intervals.
+  run       reads the files of a run (and of those in --compare, for example without echo): how
+            fast entropy falls, the law R = -a exp(H) + b with the reward it predicts at zero
+            entropy, and the place, length and last token of EchoClips. Needs no model.
+  entropy   measures token and step entropy of a policy along expert trajectories (column target of
+            --data) and along its own (sampled, or read from --rollouts). The paper's starting
+            point: experts have higher entropy. With --rollouts alone, such as a run's samples, it
+            compares right and wrong answers by the entropies stored there, without a model.
+  deletion  deletes k steps from right solutions, highest entropy first, lowest first or at random,
+            lets the policy continue the rest, and grades. Gives a curve with intervals.
 
-Without a named study, all that the options are enough for.
+Without a named study it runs all studies that the options are sufficient for.
 
 examples:
   echorl analyze --workdir=runs/echo --compare=runs/plain
@@ -28,23 +28,16 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from echorl_jax.commands import number, whole
+from echorl_jax.commands import DTYPES, GRADERS, MODEL, add_compare, number, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     add = parser.add_argument
     add("studies", nargs="*", metavar="STUDY", help="run, entropy, deletion")
-    add("--workdir", required=True, type=Path, metavar="DIR", help="a run, or where results go")
-    add(
-        "--compare",
-        action="append",
-        default=[],
-        type=Path,
-        metavar="DIR",
-        help="another run for the study run; may be repeated",
-    )
-    add("--model", help="Hugging Face directory, repository id or builtin:countdown")
+    add("--workdir", required=True, type=Path, metavar="DIR", help="a run, or any new directory")
+    add_compare(parser, "for the study run")
+    add("--model", help=MODEL)
     add("--data", metavar="FILE[,FILE]", help="rows, as config.data.train")
     add("--rollouts", type=Path, metavar="FILE", help="JSONL: a run's samples or generations.jsonl")
     add("--limit", type=whole(), default=0, help="only the first rows (default: all)")
@@ -52,13 +45,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--solutions",
         choices=["policy", "expert"],
         default="policy",
-        help="whose solutions lose steps (default: the policy's own right answers)",
+        help="author of the solutions that lose steps (default: the policy, its right answers)",
     )
     add("--deletions", type=_numbers, default=(0, 1, 2), metavar="K,K", help="default 0,1,2")
-    add("--samples", type=whole(1), default=4, help="attempts at finding a solution (default 4)")
+    add(
+        "--samples", type=whole(1), default=4, help="attempts of the policy at each row (default 4)"
+    )
     add("--temperature", type=number, default=1.0, help="of sampling and entropies (default 1)")
-    add("--max_new_tokens", type=whole(1), default=1024, help="longest trajectory (default 1024)")
-    add("--max_prompt_tokens", type=whole(1), default=2048, help="longer prompts are left out")
+    add(
+        "--max_new_tokens",
+        type=whole(1),
+        default=1024,
+        help="longest trajectory in tokens (default 1024)",
+    )
+    add(
+        "--max_prompt_tokens",
+        type=whole(1),
+        default=2048,
+        help="rows with longer prompts are left out (default 2048)",
+    )
     add(
         "--delimiter_ids",
         type=_numbers,
@@ -67,16 +72,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens that end a step (default: every token with a newline; the paper's Qwen2.5 "
         "setting is 198,271)",
     )
-    add("--template", default="chat", help="how a row becomes text, as config.data.template")
-    add("--grader", default="auto", help="auto, math, choice, countdown or module:function")
-    add("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="compute type")
+    add("--template", default="chat", help="turns a row into text, as config.data.template")
+    add("--grader", default="auto", help=GRADERS)
+    add("--dtype", default="bfloat16", choices=DTYPES, help="compute type (default bfloat16)")
     add("--batch", type=whole(1), default=64, help="rows computed together (default 64)")
-    add("--workers", type=whole(), default=2, help="grading processes")
+    add("--workers", type=whole(), default=2, help="grading processes (default 2)")
     add("--seed", type=whole(), default=0, help="of sampling and random deletion")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Studies, and says where the results are."""
+    """Runs the studies and prints the paths of their files."""
     from echorl_jax.tools.report.analyze import Analysis, analyze
 
     names = {field.name for field in dataclasses.fields(Analysis)}

@@ -1,7 +1,7 @@
 """Converts a Hugging Face model directory to an Orbax checkpoint, or such a checkpoint back.
 
-The direction follows from what --model is. The round trip is bit-identical. A run's workdir becomes
-a Hugging Face directory of one of its checkpoints, also while the run goes on.
+The kind of --model decides the direction. The round trip is bit-identical. A run's workdir gives a
+Hugging Face directory of one of its checkpoints, even during the run.
 
 examples:
   echorl convert --model=models/qwen --out=checkpoints/qwen
@@ -15,15 +15,22 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("--model", required=True, metavar="DIR", help="what to convert")
     parser.add_argument(
-        "--step", default="latest", help="of a workdir: latest (the default), best, or a number"
+        "--model",
+        required=True,
+        metavar="DIR",
+        help="Hugging Face directory, Orbax checkpoint or workdir of a run",
+    )
+    parser.add_argument(
+        "--step",
+        default="latest",
+        help="checkpoint of a workdir: latest (default), best or a number",
     )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="must not exist")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Converts and says what was written."""
+    """Converts and prints the written path."""
     from echorl_jax.training.convert import convert
 
     print(convert(arguments.model, arguments.out, step=arguments.step))

@@ -1,12 +1,12 @@
-"""Tries a model on benchmark rows: greedy pass@1, avg@k and pass@k for each data source.
+"""Evaluates a model on benchmark rows: greedy pass@1, avg@k and pass@k for each data source.
 
 Writes generations.jsonl (a line per attempt), options.json and scores.json to --out and prints a
-table with 95% intervals. The same command goes on where a killed one was. Samples need a
-temperature above 0; pass@k is the unbiased estimate. --samples=aime*=32,4 tries rows whose data
-source begins with aime 32 times and others 4 times; --greedy adds one greedy attempt at each row.
+table with 95% intervals. After a kill, the same command continues. Several samples need a
+temperature above 0; pass@k is the unbiased estimate. --samples=aime*=32,4 makes 32 attempts at rows
+whose data source begins with aime and 4 at others; --greedy adds one greedy attempt at each row.
 
 --preset=paper takes the EchoRL authors' settings: temperature 0.6, top_p 1, 8,192 tokens, 32
-samples on AIME and AMC and one elsewhere, their system prompt; options given beside it win.
+samples on AIME and AMC and one elsewhere, their system prompt; other options override them.
 
 The same command in several processes is one evaluation, as for train: see docs/launch.md.
 
@@ -21,33 +21,37 @@ import dataclasses
 from pathlib import Path
 
 from echorl_jax.cluster import Limits
-from echorl_jax.commands import number, whole
+from echorl_jax.commands import DTYPES, GRADERS, MODEL, number, whole
 from echorl_jax.commands.processes import take_place
 from echorl_jax.config import MeshConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declares the options; one that is not given takes the preset's value or the default."""
+    """Declares the options. Their defaults come from the preset, so argparse's are None."""
     add = parser.add_argument
-    add("--model", required=True, help="Hugging Face directory, repository id or builtin:countdown")
+    add("--model", required=True, help=MODEL)
     add("--data", required=True, metavar="FILE[,FILE]", help="rows, as config.data.eval")
-    add("--out", required=True, type=Path, metavar="DIR", help="where results go")
+    add("--out", required=True, type=Path, metavar="DIR", help="directory of the results")
     add("--preset", default="", help="settings by name: paper")
-    add("--grader", help="auto (default), math, choice, countdown or module:function")
+    add("--grader", help=GRADERS)
     add("--samples", metavar="K|PATTERN=K,...", help="attempts per row (default 1)")
     add("--temperature", type=number, help="default: greedy for one sample, else 0.6")
     add("--greedy", action="store_true", default=None, help="one greedy attempt per row as well")
     add("--top_p", type=number, help="default 1.0, the whole distribution")
-    add("--max_new_tokens", type=whole(1), help="longest completion (default 1024)")
-    add("--max_prompt_tokens", type=whole(1), help="longer prompts are left out (default 2048)")
-    add("--limit", type=whole(), help="only the first rows")
+    add("--max_new_tokens", type=whole(1), help="longest completion in tokens (default 1024)")
+    add(
+        "--max_prompt_tokens",
+        type=whole(1),
+        help="rows with longer prompts are left out (default 2048)",
+    )
+    add("--limit", type=whole(), help="only the first rows (default: all)")
     add("--template", help="chat (default), plain, luffy, qwen-math, boxed or uft")
-    add("--dtype", choices=["bfloat16", "float32"], help="weights and compute (default bfloat16)")
+    add("--dtype", choices=DTYPES, help="weights and compute (default bfloat16)")
     add("--seed", type=whole(), help="of the sampling (default 0)")
     add("--batch", type=whole(1), help="completions in one call of the sampler (default 256)")
     add("--slots", type=whole(), help="completions decoded at once; 0 (default) fits memory")
     add("--workers", type=whole(), help="grading processes (default 2)")
-    add("--devices", type=whole(), help="how many to use; 0 (default) is all")
+    add("--devices", type=whole(), help="devices to use; 0 (default) is all")
     add("--tensor", type=whole(1), help="devices that share one copy of the weights (default 1)")
 
 
@@ -55,8 +59,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Evaluates and prints the table."""
     options = {name: value for name, value in vars(arguments).items() if name != "command_line"}
     facts = {f"--{name}": str(value) for name, value in options.items()}
-    meeting = MeshConfig()
-    limits = Limits(meeting.start_timeout_s, meeting.lost_after_s)
+    defaults = MeshConfig()
+    limits = Limits(defaults.start_timeout_s, defaults.lost_after_s)
     code = take_place(arguments, facts=facts, limits=limits, directory=arguments.out)
     if code is not None:
         return code

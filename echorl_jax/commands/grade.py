@@ -1,9 +1,9 @@
-"""Verdicts for finished generations, without a model.
+"""Grades finished generations, without a model.
 
-Every input line is written again with `correct`, `score` and `reason`; a summary follows. Both are
-null, and the line is not counted, where the grader returns None: it does not judge that line. With
---verdict_key the lines' own verdicts are kept as `expected` and compared: how many right answers
-are accepted and wrong ones rejected, what accepting everything would get, where the two differ.
+Writes every input line again with `correct`, `score` and `reason`, then prints a summary. Where the
+grader returns None it does not judge the line: both are null, and the line is not counted. With
+--verdict_key it keeps the verdicts in the file as `expected` and compares: how many right answers
+are accepted and wrong ones rejected, the score of accepting everything, and the lines that differ.
 
 examples:
   echorl grade generations.jsonl --grader=countdown --out=graded.jsonl
@@ -14,19 +14,21 @@ examples:
 import argparse
 from pathlib import Path
 
-from echorl_jax.commands import number, whole
+from echorl_jax.commands import GRADERS, number, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("file", type=Path, metavar="FILE.jsonl", help="one object per line")
-    parser.add_argument("--response_key", default="response", help="what was generated")
-    parser.add_argument("--answer_key", help="the right answer (default: answer or ground_truth)")
-    graders = "auto, math, choice, countdown or package.module:function"
-    parser.add_argument("--grader", default="auto", help=graders)
-    parser.add_argument("--verdict_key", help="true or false from another judge, to compare with")
-    parser.add_argument("--workers", type=whole(), default=2, help="grading processes")
-    parser.add_argument("--timeout_s", type=number, default=10.0, help="limit for one verdict")
+    parser.add_argument("--response_key", default="response", help="key of the generated text")
+    parser.add_argument(
+        "--answer_key", help="key of the gold answer (default: answer or ground_truth)"
+    )
+    parser.add_argument("--grader", default="auto", help=GRADERS)
+    parser.add_argument("--verdict_key", help="key of another judge's true or false, to compare")
+    workers, limit = "grading processes (default 2)", "seconds for one verdict (default 10)"
+    parser.add_argument("--workers", type=whole(), default=2, help=workers)
+    parser.add_argument("--timeout_s", type=number, default=10.0, help=limit)
     parser.add_argument("--out", type=Path, metavar="OUT.jsonl", help="default: standard output")
 
 

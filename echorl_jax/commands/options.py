@@ -10,7 +10,7 @@ import argparse
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("word", nargs="?", default="", help="only keys that contain this")
+    parser.add_argument("word", nargs="?", default="", help="list only keys that contain this word")
 
 
 def run(arguments: argparse.Namespace) -> int:

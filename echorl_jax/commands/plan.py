@@ -1,10 +1,10 @@
-"""Says before any accelerator time whether a config fits, and how fast a step can be at best.
+"""Computes the memory per chip and the least step time of a config, without an accelerator.
 
 Compiles the programs of a training step (prompt prefill, decode loop, scoring, gradient of a
-micro-batch, optimizer) from shapes alone: for a TPU topology through libtpu, with no TPU here, or
-for this machine. For GPUs (a100, h100, h200) the figures are estimated by formula. No weights are
-read. If a program does not fit, other settings are tried and the best is printed. Exit code 1 when
-nothing fits.
+micro-batch, optimizer) from shapes alone: for a TPU topology through libtpu, with no TPU present,
+or for this machine. For GPUs (a100, h100, h200) the figures are estimated by formula. No weights
+are read. If a program does not fit, other settings are tried and the best is printed. Exit code 1
+if nothing fits.
 
 examples:
   echorl plan --config=configs/countdown.py
@@ -18,36 +18,25 @@ import os
 import sys
 import time
 
-from echorl_jax.commands import number, whole
+from echorl_jax.commands import add_config, number, read_config, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options; any config key may be set with ``--config.KEY=VALUE``."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="a file under configs/")
-    parser.add_argument(
-        "--topology", default="", metavar="CHIP:SHAPE", help="such as v5p:2x2x2; else this machine"
-    )
-    parser.add_argument(
-        "--estimate", action="store_true", help="by formula, in seconds: compile nothing"
-    )
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument(
-        "--tries", type=whole(), default=4, help="other settings to compile, at most"
-    )
-    parser.add_argument(
-        "--prompt_tokens", type=number, default=0, help="mean prompt, for the times; else the bound"
-    )
-    parser.add_argument(
-        "--completion_tokens", type=number, default=0, help="mean completion, likewise"
-    )
-    parser.set_defaults(overrides={})
+    add_config(parser)
+    add, mean = parser.add_argument, "for the times (default: the longest allowed)"
+    chips = "such as v5p:2x2x2 (default: this machine)"
+    add("--topology", default="", metavar="CHIP:SHAPE", help=chips)
+    add("--estimate", action="store_true", help="estimate by formula in seconds, compile nothing")
+    add("--json", action="store_true", help="print one JSON object")
+    add("--tries", type=whole(), default=4, help="other settings to compile, at most (default 4)")
+    add("--prompt_tokens", type=number, default=0, help=f"mean prompt length, {mean}")
+    add("--completion_tokens", type=number, default=0, help=f"mean completion length, {mean}")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Compiles and prints."""
-    from echorl_jax.config_file import load_config
-
-    config = load_config(arguments.config, arguments.overrides)
+    """Makes the plan and prints it."""
+    config = read_config(arguments)
     if arguments.topology:
         _describe_tpu(arguments.topology)
     from rich.console import Console
@@ -77,7 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _describe_tpu(topology: str) -> None:
-    """Tells libtpu, before it is loaded, which slice to imagine, and JAX to run on the CPU."""
+    """Sets the environment of libtpu, which reads it when loaded, and keeps JAX on the CPU."""
     import jax
 
     from echorl_jax.tools.plan.chips import parse_topology

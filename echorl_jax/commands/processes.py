@@ -1,4 +1,4 @@
-"""A command that may be one process of several first finds out here whether it is."""
+"""Starts a command that may run in several processes on several hosts."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ from echorl_jax.config_file import flatten, to_dict
 
 
 def join(config: Config, arguments: argparse.Namespace) -> int | None:
-    """:func:`take_place` in a run that trains: the processes have to agree on its config."""
+    """:func:`take_place` of a training run, whose processes must have the same config."""
     return take_place(
         arguments,
         facts={"--workdir": arguments.workdir, **flatten(to_dict(config), "config.")},
@@ -33,23 +33,23 @@ def join(config: Config, arguments: argparse.Namespace) -> int | None:
 def take_place(
     arguments: argparse.Namespace, *, facts: Mapping[str, Any], limits: Limits, directory: Path
 ) -> int | None:
-    """Takes this process's place among several that run the same command.
+    """Joins the other processes that run the same command.
 
-    Alone, there is nothing to do. One of several becomes the supervisor of a training process, the
-    same command again, until that has ended. The training process joins its peers through JAX.
+    A single process continues at once. One of several starts the same command again as a training
+    process and supervises it until it ends. The training process joins its peers through JAX.
 
     Args:
       arguments: of the command.
-      facts: what has to be the same on all processes, beside the command and the packages.
-      limits: how long to wait for the others.
-      directory: that the processes write; it holds their secret unless ``ECHORL_SECRET`` is set.
+      facts: values that must be equal in all processes, besides the command and the packages.
+      limits: times to wait for the others.
+      directory: written by the processes; holds their secret unless ``ECHORL_SECRET`` is set.
 
     Returns:
-      The exit code of a supervisor; None in a process that goes on to do the work.
+      The exit code of a supervisor; None in a process that must do the work.
 
     Raises:
       UserError: the environment is contradictory, or the processes do not agree.
-      RunStopped: a process did not come, or was lost.
+      RunStopped: a process did not start in time, or was lost.
     """
     given = assignment()
     if given is not None:

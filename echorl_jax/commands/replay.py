@@ -1,7 +1,7 @@
-"""Computes a dumped update again: loss and gradient norm as the run saw them, and what is wrong.
+"""Repeats a dumped update: compares loss and gradient norm with the run's and names wrong values.
 
 A run dumps an update whose gradient is not finite, and the first one of config.debug.dump_step, to
-WORKDIR/dumps. Exit code 1 when the run's values do not come out again.
+WORKDIR/dumps. Exit code 1 if the run's values are not reproduced.
 
 example:
   echorl replay runs/first/dumps/step_000005_update_00
@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Computes and prints."""
+    """Repeats the update and prints the comparison."""
     from echorl_jax.training.diagnose import describe, replay
 
     replayed = replay(arguments.dump)

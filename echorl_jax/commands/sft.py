@@ -1,4 +1,4 @@
-"""Supervised training on expert trajectories: a warm start, or a model from scratch.
+"""Trains on expert trajectories, from given or random weights.
 
 The rows need a `target` column with the expert's messages; generated Countdown rows have one. With
 --config.model.init=random the model directory gives only architecture and tokenizer.
@@ -12,6 +12,7 @@ example:
 import argparse
 from pathlib import Path
 
+from echorl_jax.commands import read_config
 from echorl_jax.commands.processes import join
 from echorl_jax.commands.train import add_arguments as add_arguments
 from echorl_jax.commands.train import finish
@@ -19,9 +20,7 @@ from echorl_jax.commands.train import finish
 
 def run(arguments: argparse.Namespace) -> int:
     """Loads the config, then trains."""
-    from echorl_jax.config_file import load_config
-
-    config = load_config(arguments.config, arguments.overrides)
+    config = read_config(arguments)
     if (code := join(config, arguments)) is not None:
         return code
     from echorl_jax.training.sft import train_supervised

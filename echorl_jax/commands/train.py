@@ -1,7 +1,7 @@
 """Trains a policy with verifiable rewards; EchoRL is on unless config.echo.enabled is false.
 
-A workdir that already has a checkpoint is continued. It receives config.json, metrics.jsonl (a line
-per step), checkpoints/, samples/, tensorboard/, report.html and export/ (Hugging Face format).
+A run whose workdir has a checkpoint is resumed. The workdir receives config.json, metrics.jsonl (a
+line per step), checkpoints/, samples/, tensorboard/, report.html and export/ (Hugging Face format).
 
 examples:
   echorl train --config=configs/countdown.py --workdir=runs/first
@@ -15,16 +15,15 @@ The same command on several hosts or in several processes is one run: see docs/l
 import argparse
 from pathlib import Path
 
+from echorl_jax.commands import add_config, read_config
 from echorl_jax.commands.processes import join
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options; any config key may be set with ``--config.KEY=VALUE``."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="a file under configs/")
-    parser.add_argument(
-        "--workdir", required=True, type=_directory, metavar="DIR", help="where the run lives"
-    )
-    parser.set_defaults(overrides={})
+    add_config(parser)
+    workdir = "directory of the run's files"
+    parser.add_argument("--workdir", required=True, type=_directory, metavar="DIR", help=workdir)
 
 
 def _directory(text: str) -> str:
@@ -35,9 +34,7 @@ def _directory(text: str) -> str:
 
 def run(arguments: argparse.Namespace) -> int:
     """Loads the config, trains, and writes the report."""
-    from echorl_jax.config_file import load_config
-
-    config = load_config(arguments.config, arguments.overrides)
+    config = read_config(arguments)
     if (code := join(config, arguments)) is not None:
         return code
     from echorl_jax.training.loop import train
@@ -48,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def finish(workdir: Path, *, report: bool) -> None:
-    """Says what the run achieved and where its files are; writes the report. Once per run."""
+    """Prints the result of the run and the paths of its files; writes the report. Once per run."""
     from echorl_jax.parallel import is_first
     from echorl_jax.tools.report.headline import headline
     from echorl_jax.tools.report.page import write_report

@@ -12,15 +12,8 @@ from echorl_jax.tools.plan.plan import Plan, describe
 from echorl_jax.tools.plan.roofline import exchanges
 from echorl_jax.training.capacity import persistent_memory
 
-_COLUMNS = {
-    "weights": "weights",
-    "optimizer": "optim",
-    "gradient": "grad",
-    "cache": "cache",
-    "batch": "batch",
-    "temporaries": "temp",
-    "total": "total",
-}
+_FIELDS = ("weights", "optimizer", "gradient", "cache", "batch", "temporaries", "total")
+_HEADINGS = ("weights", "optim", "grad", "cache", "batch", "temp", "total")
 
 
 def as_dict(plans: list[Plan], topology: str) -> dict[str, Any]:
@@ -77,10 +70,10 @@ def print_plan(plans: list[Plan], console: Console) -> None:
     where = f"{plan.target.count} x {chip.name}, mesh {axes}"
     unit, name = (GB, "GB") if plan.peak_bytes > GB else (10**6, "MB")
     table = Table(title=f"{setup.config.model.path} on {where}: {name} per chip")
-    for heading in ("program", *_COLUMNS.values(), "used"):
+    for heading in ("program", *_HEADINGS, "used"):
         table.add_column(heading, justify="left" if heading == "program" else "right")
     for program in figures["programs"]:
-        cells = [f"{program[field] / unit:.2f}" for field in _COLUMNS]
+        cells = [f"{program[field] / unit:.2f}" for field in _FIELDS]
         used = f"{program['total'] / chip.memory_bytes:.0%}"
         table.add_row(program["program"], *cells, used)
     console.print(table)

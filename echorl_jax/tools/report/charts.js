@@ -3,7 +3,7 @@
 
 const page = JSON.parse(document.getElementById("data").textContent);
 
-/** Makes an element; text always goes in as text. */
+/** Makes an element. Text is never parsed as HTML. */
 function element(tag, className, text) {
   const made = document.createElement(tag);
   if (className) made.className = className;
@@ -60,7 +60,7 @@ function stacked(series) {
   return heights;
 }
 
-/** How one series is painted. */
+/** The uPlot style of one series. */
 function paintOf(one) {
   const stroke = colour(one.colour);
   const dash = DASHES[one.dash % DASHES.length];
@@ -100,13 +100,13 @@ function layers(panel) {
       const none = { ...thin, stroke: "transparent", spanGaps: true };
       made.bands.push({ series: [add(one.high, none), add(one.low, none)], fill: withAlpha(stroke, 0.14) });
     }
-    // Of stacked areas the tallest comes first: the lower ones are painted over it.
+    // The tallest stacked area comes first, because later ones are painted over it.
     add(heights ? heights[i] : one.y, paintOf(one));
   });
   return made;
 }
 
-/** The values at one place, or without a place the last value of each curve. */
+/** Shows the values at one index, or the last value of each curve if it is null. */
 function fillReadout(readout, panel, index) {
   const atEnd = panel.x_name === "step" ? "last" : "";
   const when = index === null ? atEnd : panel.x_name + " " + significant(panel.x[index]);
@@ -149,7 +149,7 @@ function optionsOf(panel, width, made, readout) {
   const only = panel.x.length === 1 ? [panel.x[0] - 1, panel.x[0] + 1] : null;
   const margin = bars ? (panel.x[1] - panel.x[0]) / 2 : 0;
   const xRange = only ?? (bars ? [panel.x[0] - margin, panel.x[panel.x.length - 1] + margin] : undefined);
-  // Nothing but zeros would be drawn on an axis up to 100.
+  // uPlot would draw a series of zeros on an axis up to 100.
   const flat = panel.series.every((one) => one.y.every((v) => !v));
   const yRange =
     areas || flat ? [0, 1] : bars ? (_, low, high) => [0, (high || 1) * 1.05] : undefined;
@@ -196,7 +196,7 @@ function optionsOf(panel, width, made, readout) {
   };
 }
 
-/** Draws one panel into `holder` and returns how to take it away again. */
+/** Draws one panel into `holder` and returns a function that removes it. */
 function drawPanel(panel, holder) {
   const card = element("article", "panel");
   card.append(element("h3", "", panel.title));

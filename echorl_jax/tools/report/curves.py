@@ -288,8 +288,8 @@ def _group_shares(run: Run, named: bool) -> Panel | None:
         Series(label, on_grid(grid, smoothed(line)), colour, paint="area")
         for (label, colour), line in zip(names, lines, strict=True)
     ]
-    title = f"What the groups were: {run.name}" if named else "What the groups were"
-    note = "Only mixed groups give an advantage. All-right groups teach through their clip."
+    title = f"Outcomes of groups: {run.name}" if named else "Outcomes of groups"
+    note = "Only mixed groups give an advantage. All-right groups give an EchoClip."
     return Panel(title, grid, series, note, "share")
 
 

@@ -1,4 +1,4 @@
-"""Token entropy over a run: how fast it falls, and how much reward its fall bought.
+"""Token entropy over a run: how fast it falls, and how reward rises with its fall.
 
 Cui et al. (arXiv 2505.22617) observe that, without a term that keeps entropy up, a policy trades
 entropy H for reward R along R = -a exp(H) + b. Once fitted, the law gives a ceiling: R = b - a
@@ -134,9 +134,9 @@ def law_section(runs: Sequence[Run]) -> Section | None:
         return None
     notes = (
         "Reward over token entropy, and the law R = -a exp(H) + b fitted to it. Where the law "
-        "holds, reward is bought with entropy, and b - a is reached when the entropy is spent.",
-        "A fit to one run says nothing about cause. Where it explains less than half of the "
-        "variance, no ceiling is named.",
+        "holds, reward rises as entropy falls, up to b - a at zero entropy.",
+        "A fit to one run does not show a cause. A law that explains less than half of the "
+        "variance gets no ceiling.",
     )
     columns = ["Run", "a", "b", "Variance explained", "Ceiling b - a", "Best of the last tenth"]
     return Section("entropy-law", "Entropy law", panels, notes, [(columns, table)])
@@ -151,7 +151,7 @@ def _ceiling(law: Row) -> str:
 
 def _law_panel(law: Row, entropy: list[float], reward: list[float], colour: str) -> Panel:
     order = np.argsort(entropy, kind="stable")
-    # The curve starts at zero entropy, where the ceiling is read off.
+    # The curve starts at zero entropy, where its value is the ceiling.
     grid = [0.0, *(entropy[i] for i in order)]
     steps = Series("steps", [None, *(rounded(reward[i]) for i in order)], colour, paint="dots")
     curve = Series("law", [rounded(law["b"] - law["a"] * math.exp(h)) for h in grid], "ink")

@@ -227,7 +227,7 @@ def profile_section(rows: Sequence[Row]) -> Section | None:
         for row in rows
     ]
     notes = [
-        "Entropy of the policy, in nats, at each token of a trajectory, whoever wrote it. "
+        "Entropy of the policy, in nats, at each token of a trajectory, also of the expert's. "
         "Brackets: 95% interval over trajectories."
     ]
     notes += [str(rows[0]["about"])] if rows[0].get("about") else []

@@ -1,4 +1,4 @@
-"""The numbers at the top of the report: what changed between the start and the end of a run."""
+"""The numbers at the top of the report: the changes between start and end of a run."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

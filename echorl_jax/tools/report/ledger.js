@@ -8,7 +8,7 @@ function cellState([, , correct, size]) {
   return correct <= 0 ? "wrong" : correct >= size ? "right" : "mixed";
 }
 
-/** Where each cell goes: columns of a step from the bottom up, or a row of visits per prompt. */
+/** Places the cells: a column per step from the bottom up, or a row of visits per prompt. */
 function layout(mode) {
   const cells = [];
   const lanes = page.ledger[mode];
@@ -29,7 +29,7 @@ function cellSize(mode, columns, rows, room) {
   return [width, height];
 }
 
-/** Draws the cells and returns how to find the one at a column and row. */
+/** Draws the cells and returns a function from column and row to the cell. */
 function paintLedger(canvas, mode) {
   const room = document.getElementById("ledger-scroll").clientWidth;
   const { cells, columns, rows } = layout(mode);
@@ -93,7 +93,7 @@ function movesTable(moves) {
     element(
       "p",
       "note",
-      "What became of a prompt's group the next time it was drawn, over " +
+      "The outcome of a prompt's group at its next visit, over " +
         total.toLocaleString("en") +
         " returns.",
     ),
@@ -146,7 +146,7 @@ function startLedger() {
     readout.textContent =
       mode === "steps"
         ? "A column is a step. Point at a cell, or tap it."
-        : "A row is a prompt that came back, a column a visit; the easiest prompts on top. Point at a cell, or tap it.";
+        : "A row is a prompt with several visits, a column a visit; the easiest prompts are on top. Point at a cell, or tap it.";
   };
   if (modes.length > 1) document.getElementById("ledger-modes").append(...buttons);
   const key = document.getElementById("ledger-key");

@@ -1,4 +1,4 @@
-"""The signal ledger: for each prompt and step, what its group could teach.
+"""The signal ledger: the outcome of every group, by step and by prompt.
 
 A mixed group (some rollouts right) has an advantage; an all-right or all-wrong group has none. The
 ledger counts every group of the run and draws as many as fit on a page.

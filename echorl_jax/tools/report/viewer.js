@@ -1,5 +1,5 @@
 "use strict";
-// The EchoClip viewer: filter the sampled groups, look at one rollout in full and at the others of its group.
+// The EchoClip viewer: filter the sampled groups, shows one rollout in full and the others of its group in short.
 
 const OUTCOMES = [
   ["", "any outcome"],
@@ -59,7 +59,7 @@ function stepRow(rollout, i, start, highest) {
   for (let t = start; t < end; t++) {
     const last = t === rollout.tokens.length - 1;
     const text = rollout.tokens[t];
-    // The frame of a step is its line break: a newline that closes it is drawn as a mark only.
+    // Each step is a row of its own, so the newline that ends it is drawn only as a mark.
     tokens.append(tokenSpan(text, rollout.entropy[t], t === end - 1 && !last));
   }
   row.append(gutter, tokens);

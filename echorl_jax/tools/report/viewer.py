@@ -145,32 +145,20 @@ def clip_section(clips: Sequence[Row]) -> Section | None:
         tables.append((columns, rows))
     notes = (f"From the {len(clips):,} clips among the samples that were read.",)
     width = -(-max(clip["tokens"] for clip in clips) // BINS)
+    covered, lengths = [c["place"] for c in ordered], [c["tokens"] - 1 for c in ordered]
+    shares = [(i + 0.5) / BINS for i in range(BINS)]
+    tokens = [i * width + (width + 1) / 2 for i in range(BINS)]
+    cover, length = "Clips by how much of the response they cover.", "Clips by length."
     panels = [
-        _histogram(
-            ("Where in the response", "Share of clips by how much of the response they cover."),
-            [clip["place"] for clip in ordered],
-            1.0,
-            [(i + 0.5) / BINS for i in range(BINS)],
-            "part of the response",
-        ),
-        _histogram(
-            ("How long", "Share of clips by length."),
-            [clip["tokens"] - 1 for clip in ordered],
-            width * BINS,
-            [i * width + (width + 1) / 2 for i in range(BINS)],
-            "tokens",
-        ),
+        Panel("Where in the response", shares, _bars(covered, 1), cover, "share", "covered part"),
+        Panel("How long", tokens, _bars(lengths, width * BINS), length, "share", "tokens"),
     ]
     return Section("clips", "Where clips end", panels, notes, tables)
 
 
-def _histogram(
-    words: tuple[str, str], values: list[float], limit: float, middles: list[float], x_name: str
-) -> Panel:
+def _bars(values: list[float], limit: float) -> list[Series]:
     counts, _ = np.histogram(values, BINS, range=(0, limit))
-    shares = [rounded(n / len(values)) for n in counts]
-    title, note = words
-    return Panel(title, middles, [Series("", shares, paint="bars")], note, "share", x_name)
+    return [Series("", [rounded(n / len(values)) for n in counts], paint="bars")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,7 +193,7 @@ def build_viewer(run: Run, *, page_bytes: int = PAGE_BYTES) -> Viewer:
                 left_out += 1
     kept.sort(key=lambda group: (group["step"], group["group"] or 0))
     values = sorted(v for g in kept for r in g["rollouts"] for v in r["entropy"])
-    # Above the 98th percentile all tokens look alike, so that rare ones do not make the rest pale.
+    # Shading is full from the 98th percentile on; rare high values would make the rest pale.
     scale = max(0.05, values[int(0.98 * (len(values) - 1))] / 100) if values else 1.0
     return Viewer(kept, len(files), len(chosen), left_out, scale, tuple(clips))
 

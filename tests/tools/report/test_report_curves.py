@@ -63,7 +63,7 @@ def test_runs_of_different_length_share_one_grid(tmp_path):
 
 def test_the_stacked_shares_add_up_to_one(tmp_path):
     run = read_run(write_run(tmp_path / "run", steps=50))
-    stack = panel(build_sections([run]), "What the groups were")
+    stack = panel(build_sections([run]), "Outcomes of groups")
     for parts in zip(*(series.y for series in stack.series), strict=True):
         assert sum(parts) == pytest.approx(1.0, abs=1e-3)
     assert [series.colour for series in stack.series] == ["right", "mixed", "wrong"]
