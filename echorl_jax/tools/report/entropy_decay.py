@@ -105,7 +105,9 @@ def fit_entropy_law(entropy: Sequence[float], reward: Sequence[float]) -> dict[s
     x, y = np.exp(np.asarray(entropy, np.float64)), np.asarray(reward, np.float64)
     if len(x) < MIN_POINTS or np.ptp(x) < MIN_SPREAD * x.mean():
         return None
-    slope, b = map(float, np.polyfit(x, y, 1))
+    # The closed form gives a slope of exactly 0 for a constant reward; np.polyfit does not.
+    slope = float(((x - x.mean()) * (y - y.mean())).sum() / ((x - x.mean()) ** 2).sum())
+    b = float(y.mean()) - slope * float(x.mean())
     total = float(len(y) * y.var())
     # A constant reward has no variance to explain.
     r2 = 1.0 - float(((y - slope * x - b) ** 2).sum()) / total if total and np.ptp(y) else 1.0
