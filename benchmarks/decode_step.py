@@ -26,9 +26,9 @@ from echorl_jax.models import Decoder, DecoderConfig
 from echorl_jax.models.published import architecture
 from echorl_jax.rollout import DecodeStepCost, Sampling, decode_step_cost, make_request
 from echorl_jax.rollout.cache import empty_cache
+from echorl_jax.rollout.decode import forward
 from echorl_jax.rollout.prefill import BLOCK
 from echorl_jax.rollout.slots import Queue, first_slots
-from echorl_jax.rollout.step import forward
 from echorl_jax.tools.plan.chips import Chip
 from echorl_jax.tools.plan.plan import find_target
 

@@ -1,9 +1,13 @@
-"""Keys and values of past positions, in blocks.
+"""Keys and values of past positions in blocks, and attention over them.
 
 A block of one layer is one contiguous piece. In it each (row, head) is a matrix: values
 ``[block, K]``, keys transposed ``[K, block]``, so that both products of attention run over rows as
-they lie in memory. Rotary positions are in the keys already, so where a key lies does not matter;
-that makes the ring possible (see ``slots.py``).
+they lie in memory. Keys include their rotary positions, so their order in the cache is free; the
+ring of ``slots.py`` depends on that.
+
+Attention visits the blocks one by one and merges them by an online softmax (Milakov and Gimelshein,
+arXiv 1805.02867). Query heads that share a key head stay grouped: a block is read once for all of
+them and never repeated in memory.
 """
 
 import jax
@@ -12,6 +16,7 @@ from jax import lax
 
 from echorl_jax.choices import KVDtype
 from echorl_jax.parallel import constrain
+from echorl_jax.precision import wide_einsum
 from echorl_jax.types import Array, pytree
 
 KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
@@ -52,7 +57,7 @@ def empty_cache(
     dtype: KVDtype,
     whole: bool = False,
 ) -> Cache:
-    """A cache of zeros, placed on the mesh in force: rows split over it, unless ``whole``."""
+    """A cache of zeros on the current mesh: rows split over it, unless ``whole``."""
     matrices = (layers, blocks, rows, kv_heads)
     scale = jnp.zeros((*matrices, block), jnp.float32) if dtype == "int8" else None
     cache = Cache(
@@ -65,7 +70,7 @@ def empty_cache(
 
 
 def place(cache: Cache, rows: str | None) -> Cache:
-    """Pins the cache to the mesh in force, its rows split ("batch") or whole (None)."""
+    """Constrains the cache to the current mesh, rows split ("batch") or replicated (None)."""
     axes = ("layers", None, rows, "kv_heads")
     return jax.tree.map(lambda x: constrain(x, *axes, *(None,) * (x.ndim - 4)), cache)
 
@@ -89,11 +94,11 @@ def _quantise(x: Array) -> tuple[Array, Array]:
 
 
 def as_blocks(new: Cache, *, axis: int, block: int) -> Cache:
-    """Turns vectors into blocks: positions split in two, block numbers and places in a block.
+    """Turns vectors into blocks: the axis of positions becomes (block, position in the block).
 
     Args:
       new: from :func:`encode`, ``[..., rows, positions, KV, K]`` (scales without K).
-      axis: that of positions, counted from the front.
+      axis: the axis of positions, counted from the front.
       block: positions in a block.
 
     Returns:
@@ -123,7 +128,7 @@ def write_column(cache: Cache, new: Cache, column: Array) -> Cache:
     """Writes one position of every row and layer.
 
     Args:
-      cache: where to.
+      cache: the destination.
       new: ``[L, rows, KV, K]`` (scales ``[L, rows, KV]``), from :func:`encode`.
       column: i32 scalar in ``[0, length)``.
     """
@@ -133,10 +138,10 @@ def write_column(cache: Cache, new: Cache, column: Array) -> Cache:
 
 
 def write_piece(cache: Cache, new: Cache, row: Array, position: Array) -> Cache:
-    """Writes whole blocks of some rows into a cache that is whole on every device.
+    """Writes whole blocks of some rows into a replicated cache.
 
     Args:
-      cache: where to.
+      cache: the destination.
       new: ``[L, rows, positions, KV, K]`` (scales without K), from :func:`encode`.
       row: i32 scalar, the first row.
       position: i32 scalar, the first position; a multiple of the block, as is their number.
@@ -173,12 +178,12 @@ def copy_row(cache: Cache, source: Cache, row: Array, source_row: Array) -> Cach
 
 
 def gather_rows(source: Cache, rows: Array) -> Cache:
-    """Rows i32 ``[M]`` of a cache that is whole on every device, split over them."""
+    """Rows i32 ``[M]`` of a replicated cache, split over the devices."""
     return place(jax.tree.map(lambda x: x[:, :, rows], source), "batch")
 
 
 def pick_rows(cache: Cache, rows: Array) -> Cache:
-    """Some rows of each part of a split cache, without moving any between the parts.
+    """Some rows of each part of a split cache; no row moves between parts.
 
     Args:
       cache: M rows in d equal parts, one for each device that rows are split over.
@@ -194,3 +199,84 @@ def pick_rows(cache: Cache, rows: Array) -> Cache:
         return picked.reshape(*x.shape[:2], rows.size, *x.shape[3:])
 
     return place(jax.tree.map(pick, cache), "batch")
+
+
+# Score of a masked key: exp of its distance to any real score is exactly 0.
+NEVER = -1e30
+
+
+@pytree
+class Partial:
+    """Attention over some of the keys, in a form that can be merged with the rest."""
+
+    mixed: Array  # f32 [M, KV, R, K], sum of exp(score - top) * value
+    mass: Array  # f32 [M, KV, R], sum of exp(score - top)
+    top: Array  # f32 [M, KV, R], largest score
+
+
+def no_attention(q: Array) -> Partial:
+    """No attention yet, for queries ``[M, KV, R, K]``; the first block must hold a key for each."""
+    return Partial(
+        mixed=jnp.zeros(q.shape, jnp.float32),
+        mass=jnp.zeros(q.shape[:-1], jnp.float32),
+        top=jnp.full(q.shape[:-1], -jnp.inf, jnp.float32),
+    )
+
+
+def self_attention(q: Array, k: Array, v: Array) -> Partial:
+    """Attention of each query to its own position only.
+
+    Args:
+      q: ``[M, KV, R, K]``, R query heads for each key head.
+      k: ``[M, KV, K]``.
+      v: ``[M, KV, K]``.
+    """
+    scores = wide_einsum("mhrk,mhk->mhr", q, k)
+    return Partial(
+        mixed=jnp.broadcast_to(v[:, :, None, :].astype(jnp.float32), q.shape),
+        mass=jnp.ones_like(scores),
+        top=scores * q.shape[-1] ** -0.5,
+    )
+
+
+def merge_block(partial: Partial, q: Array, block: Cache, valid: Array) -> Partial:
+    """Adds one block of keys.
+
+    With scores s and the largest score m before and after: the sums so far are scaled by
+    ``exp(m_old - m_new)``, then ``exp(s - m_new)`` is added.
+
+    Args:
+      partial: attention so far.
+      q: ``[M, KV, R, K]``.
+      block: keys ``[M, KV, K, block]``, values ``[M, KV, block, K]``, scales ``[M, KV, block]``.
+      valid: bool, broadcasts to ``[M, KV, R, block]``.
+    """
+    k, v = block.k.astype(q.dtype), block.v.astype(q.dtype)
+    scores = wide_einsum("mhrk,mhkb->mhrb", q, k)
+    if block.k_scale is not None:
+        scores = scores * block.k_scale[:, :, None, :]
+    scores = jnp.where(valid, scores * q.shape[-1] ** -0.5, NEVER)
+    top = jnp.maximum(partial.top, scores.max(-1))
+    weight = jnp.exp(scores - top[..., None])
+    shrink = jnp.exp(partial.top - top)
+    mass = partial.mass * shrink + weight.sum(-1)
+    if block.v_scale is not None:
+        weight = weight * block.v_scale[:, :, None, :]
+    mixed = wide_einsum("mhrb,mhbk->mhrk", weight.astype(v.dtype), v)
+    return Partial(mixed=partial.mixed * shrink[..., None] + mixed, mass=mass, top=top)
+
+
+def combine(one: Partial, other: Partial) -> Partial:
+    """Attention over the keys of both; at least one of them has seen a key."""
+    top = jnp.maximum(one.top, other.top)
+    first, second = jnp.exp(one.top - top), jnp.exp(other.top - top)
+    return Partial(
+        mixed=one.mixed * first[..., None] + other.mixed * second[..., None],
+        mass=one.mass * first + other.mass * second,
+        top=top,
+    )
+
+
+def finish_attention(partial: Partial) -> Array:
+    """The attention output, f32 ``[M, KV, R, K]``."""
+    return partial.mixed / partial.mass[..., None]

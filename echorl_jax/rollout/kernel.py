@@ -1,10 +1,10 @@
-"""Attention of a turn on GPU: one kernel that reads the caches where they lie.
+"""Attention of a decode step on GPU: one kernel that reads the caches in place.
 
-XLA copies each block out of a cache before it multiplies, and starts some ten kernels for it. Here
-a program of the grid takes one key head of one row, walks over the blocks that hold a key for it,
-and keeps the running softmax in registers (``attention.merge_block``, in Triton through Pallas).
-What a row has not filled is not read, and the host need not know how much that is. Rows of a group
-read the same prompt, so that all but one find it in the GPU's cache.
+XLA copies each block out of a cache before it multiplies, and starts about ten kernels for it. Here
+each program of the grid takes one key head of one row, visits the blocks that hold keys for it, and
+keeps the running softmax in registers (:func:`cache.merge_block`, in Triton through Pallas). Unused
+columns are not read, and the host need not know their number. Rows of a group read the same prompt,
+so all but one find it in the GPU's cache.
 """
 
 import functools
@@ -18,8 +18,7 @@ from jax.sharding import PartitionSpec
 
 from echorl_jax.parallel import mesh_in_force, partition_spec
 from echorl_jax.precision import wide_einsum
-from echorl_jax.rollout.attention import NEVER, Partial
-from echorl_jax.rollout.cache import Cache
+from echorl_jax.rollout.cache import NEVER, Cache, Partial
 from echorl_jax.types import Array, pytree
 
 try:
@@ -27,13 +26,13 @@ try:
 except ImportError:  # a JAX without it
     triton = None
 
-# Programs that keep a large GPU busy; with fewer rows and heads than that, blocks are dealt out.
+# Programs that keep a large GPU busy; with fewer rows and heads, blocks are split over programs.
 PROGRAMS = 128
-# Bytes of keys and values on their way to a program, so that two fit a multiprocessor.
+# Bytes of keys and values in flight per program; two programs fit a multiprocessor.
 IN_FLIGHT = 96 << 10
 # Smallest side of a matrix product in Triton.
 SMALLEST = 16
-# Python runs the kernel, for tests where there is no GPU.
+# Interpret mode, for tests without a GPU.
 INTERPRET = False
 
 
@@ -45,8 +44,8 @@ class Span:
 
     start: Array  # i32 [M], in [0, length)
     count: Array  # i32 [M], up to the length
-    # i32 [M], whose columns, in a cache that is whole on every device. None: the row's own, in a
-    # cache of M rows that is split as the queries are.
+    # i32 [M], row of a replicated cache that each row reads. None: the same row, in a cache of M
+    # rows that is split like the queries.
     row: Array | None = None
 
 
@@ -139,8 +138,8 @@ def _kernel(
     group: int,
     parts: int,
 ) -> None:
-    """One key head of one row, and every ``parts``-th of its blocks: attention to them, and the
-    logarithm of the sum of exp(score), by which parts are weighed.
+    """Attention to every ``parts``-th block of one key head of one row, and the logarithm of the
+    sum of exp(score), the weight of the part.
     """
     row, head, part = (pl.program_id(axis) for axis in range(3))
     # Triton needs at least 16 queries: repeat the last one; the duplicates write the same values.
@@ -159,7 +158,7 @@ def _kernel(
         place = row if span.row is None else span.row[row]
         columns = span.start[row], span.count[row]
         partial = _walk(partial, q, cache, (layer_ref[0], place, head), columns, (part, parts))
-    mass = jnp.maximum(partial.mass, jnp.finfo(jnp.float32).tiny)  # of a part without a key
+    mass = jnp.maximum(partial.mass, jnp.finfo(jnp.float32).tiny)  # a part may have no key
     out_ref[part, row, head, query, :] = (partial.mixed / mass[:, None]).astype(out_ref.dtype)
     log_mass_ref[part, row, head, query] = partial.top + jnp.log(mass)
 
@@ -175,12 +174,12 @@ def _walk(
     """Adds the keys of one span.
 
     Args:
-      partial: what has been seen, without the axes of rows and heads.
+      partial: attention so far, without the axes of rows and heads.
       q: ``[queries, K]``.
       cache: references to a cache.
       place: layer, row and key head.
       columns: the first one and their number.
-      share: which of how many parts of the blocks.
+      share: the index of the part and the number of parts.
     """
     (layer, row, head), (start, count), (part, parts) = place, columns, share
     _, blocks, _, _, block, _ = cache.v.shape

@@ -11,12 +11,15 @@ from jax import lax
 from echorl_jax.choices import KVDtype
 from echorl_jax.models import Decoder
 from echorl_jax.parallel import Platform, constrain
-from echorl_jax.rollout import attention
 from echorl_jax.rollout.cache import (
     Cache,
+    Partial,
     as_blocks,
     empty_cache,
     encode,
+    finish_attention,
+    merge_block,
+    no_attention,
     place,
     read_block,
     write_piece,
@@ -121,14 +124,14 @@ def prefill(
     """Fills ``store`` with the keys and values of the prompts.
 
     A piece is ``rows`` prompts by ``chunk`` positions. It attends to itself and to the blocks
-    before it, so memory for activations grows neither with the number nor with the length of
-    prompts, and pieces past the longest prompt of their rows are not computed.
+    before it, so memory for activations does not grow with the number or length of prompts. Pieces
+    past the longest prompt of their rows are skipped.
 
     Args:
       model: the decoder.
       params: its weights.
       tokens: i32 ``[P, S]``, padded on the right; P a multiple of ``rows``, S of ``chunk``.
-      lengths: i32 ``[P]``; columns from there on get values that nobody may read.
+      lengths: i32 ``[P]``; columns from there on hold values that must not be read.
       store: cache for P rows and S positions; ``chunk`` is a multiple of its block.
       rows: prompts in a piece.
       chunk: positions in a piece.
@@ -151,7 +154,7 @@ def prefill(
 def _prefill_piece(
     model: Decoder, params: PyTree, tokens: Array, row: Array, position: Array, store: Cache
 ) -> Cache:
-    """Writes ``tokens [rows, chunk]`` at ``[row, position]``; the positions before are there."""
+    """Writes ``tokens [rows, chunk]`` at ``[row, position]``; earlier positions are filled."""
     rows, chunk = tokens.shape
     positions = jnp.broadcast_to((position + jnp.arange(chunk))[None, :], (rows, chunk))
     tables = model.rotary(positions)
@@ -180,18 +183,18 @@ def _attend_piece(
     grouped = split.reshape(rows, kv_heads, chunk * group, width)
     at = position + jnp.repeat(jnp.arange(chunk), group)  # position of each query
 
-    def merge(partial: attention.Partial, block: Cache, first: Array) -> attention.Partial:
+    def merge(partial: Partial, block: Cache, first: Array) -> Partial:
         distance = at[:, None] - (first + jnp.arange(block.v.shape[2]))[None, :]
         valid = (distance >= 0) & (distance < window)
-        return attention.merge_block(partial, grouped, block, valid[None, None])
+        return merge_block(partial, grouped, block, valid[None, None])
 
-    def earlier(index: Array, partial: attention.Partial) -> attention.Partial:
+    def earlier(index: Array, partial: Partial) -> Partial:
         block = read_block(store, layer, index)
         block = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, row, rows), block)
         return merge(partial, block, index * store.block)
 
     own = jax.tree.map(lambda x: x[0], as_blocks(new, axis=1, block=chunk))
-    partial = merge(attention.nothing(grouped), own, position)
+    partial = merge(no_attention(grouped), own, position)
     partial = lax.fori_loop(0, position // store.block, earlier, partial)
-    out = attention.finish(partial).reshape(split.shape).transpose(0, 2, 1, 3, 4)
+    out = finish_attention(partial).reshape(split.shape).transpose(0, 2, 1, 3, 4)
     return out.reshape(q.shape).astype(q.dtype)

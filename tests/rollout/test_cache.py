@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from echorl_jax.models import init_params
-from echorl_jax.rollout import attention, cache
+from echorl_jax.rollout import cache
 from echorl_jax.rollout.prefill import prefill
 from tests.rollout.conftest import decoder
 
@@ -34,22 +34,22 @@ def test_merged_blocks_equal_one_softmax(order):
     valid = np.random.default_rng(3).random((4, 24)) < 0.6
     valid[1, :8] = False  # one row sees no key of this block
     own_k, own_v = random(4, 2, 6, seed=4), random(4, 2, 6, seed=5)
-    partial, apart = attention.own_position(q, own_k, own_v), attention.nothing(q)
+    partial, apart = cache.self_attention(q, own_k, own_v), cache.no_attention(q)
     for at in order:
         part = slice(at * 8, at * 8 + 8)
         block = cache.Cache(jnp.swapaxes(k[:, :, part], 2, 3), v[:, :, part])
         seen = jnp.asarray(valid[:, None, None, part])
-        partial = attention.merge_block(partial, q, block, seen)
+        partial = cache.merge_block(partial, q, block, seen)
         if at != 0:
-            apart = attention.merge_block(apart, q, block, seen)
+            apart = cache.merge_block(apart, q, block, seen)
     everything = [jnp.concatenate([x, y[:, :, None]], 2) for x, y in ((k, own_k), (v, own_v))]
     expected = plain(q, *everything, np.append(valid, np.ones((4, 1), bool), axis=1))
-    np.testing.assert_allclose(attention.finish(partial), expected, atol=1e-5)
+    np.testing.assert_allclose(cache.finish_attention(partial), expected, atol=1e-5)
     # Keys merged into both partial results count twice, as if they were repeated.
-    both = attention.combine(partial, apart)
+    both = cache.combine(partial, apart)
     twice = [np.concatenate([x, y[:, :, 8:]], 2) for x, y in zip(everything, (k, v), strict=True)]
     seen = np.append(np.append(valid, np.ones((4, 1), bool), axis=1), valid[:, 8:], axis=1)
-    np.testing.assert_allclose(attention.finish(both), plain(q, *twice, seen), atol=1e-5)
+    np.testing.assert_allclose(cache.finish_attention(both), plain(q, *twice, seen), atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 0), ("bfloat16", 0.02), ("int8", 0.02)])

@@ -19,10 +19,10 @@ from echorl_jax.rollout import (
     rollout_params,
 )
 from echorl_jax.rollout.cache import empty_cache
+from echorl_jax.rollout.decode import forward
 from echorl_jax.rollout.engine import lower_decode, lower_prefill
 from echorl_jax.rollout.memory import shares_weights
 from echorl_jax.rollout.slots import Queue, first_slots
-from echorl_jax.rollout.step import forward
 from tests.rollout.conftest import EOS, PROMPTS, decoder
 
 SIZES = {"slots": 8, "prompts": 4, "group_size": 4, "prompt_tokens": 32, "max_new_tokens": 64}
