@@ -1,7 +1,7 @@
 """The share of an accelerator's memory bandwidth that the decode loop reaches.
 
 A decode step reads every weight once, and the filled part of the caches
-(``rollout.decode_step_cost``). Its bytes per second are compared with a copy of 4 GB on the same
+(``roofline.decode_step_cost``). Its bytes per second are compared with a copy of 4 GB on the same
 device. The weights are random, no row ends early, and prompts are prefilled once for each group;
 the prefill counts as time, not as bytes.
 
@@ -23,7 +23,8 @@ import numpy as np
 
 from echorl_jax.models import Decoder, init_params
 from echorl_jax.models.published import architecture
-from echorl_jax.rollout import decode_step_cost, generate
+from echorl_jax.rollout import generate
+from echorl_jax.tools.plan.roofline import decode_step_cost
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> float:

@@ -1,4 +1,4 @@
-"""Causal self-attention over right-padded rows: one function, the kernel chosen by platform."""
+"""Causal self-attention over right-padded rows; the platform selects the kernel."""
 
 from typing import Literal
 
@@ -25,8 +25,8 @@ def attend(
 ) -> Array:
     """``softmax(q k^T / sqrt(head_dim)) v`` under a causal mask.
 
-    Position i sees position j when ``i - window < j <= i``, j is no padding, and both belong to one
-    segment. Scores and softmax are f32 on every kernel.
+    Position i sees position j if ``i - window < j <= i``, j is not padding, and both belong to one
+    segment. Scores and softmax are f32 in every kernel.
 
     Args:
       q: ``[B, T, H, K]``.
@@ -35,15 +35,15 @@ def attend(
       v: ``[B, T, KV, K]``.
       lengths: i32 ``[B]``, real tokens in each row; all unless given.
       segment_ids: i32 ``[B, T]``, 0 or more, for several sequences packed into one row.
-      window: latest positions that are visible, the own included; all unless given.
-      kernel: ``auto`` is splash on TPU, cuDNN on GPU where it can, blocks of plain XLA elsewhere.
+      window: latest visible positions, the current one included; all unless given.
+      kernel: ``auto`` is splash on TPU, cuDNN on GPU where it is supported, plain XLA elsewhere.
         The platform is that of ``jax.default_backend()``: name the kernel to compile for another.
 
     Returns:
-      ``[B, T, H, K]`` in q's dtype; at padding positions finite and without meaning.
+      ``[B, T, H, K]`` in q's dtype; finite but meaningless at padding positions.
 
     Raises:
-      ModelError: a named kernel that cannot do what is asked.
+      ModelError: the named kernel does not support these inputs.
     """
     if kernel == "auto":
         kernel = _for_platform(q, segment_ids)
@@ -52,7 +52,7 @@ def attend(
     if kernel == "cudnn":
         refusal = _cudnn_refusal(q, segment_ids)
         if refusal:
-            raise ModelError(f"attention kernel cudnn cannot take {refusal}")
+            raise ModelError(f"attention kernel cudnn does not support {refusal}")
         return _fused(q, k, v, lengths, window)
     block = _block_size(q.shape[1])
     if q.shape[1] <= block:
@@ -70,14 +70,14 @@ def _for_platform(q: Array, segment_ids: Array | None) -> Kernel:
 
 
 def _block_size(length: int) -> int:
-    """Measured on CPU, where small blocks stay in cache; elsewhere a block has to fill the chip."""
+    """Small blocks on CPU, which stay in cache (measured); large blocks to fill other chips."""
     if jax.default_backend() != "cpu":
         return 512
     return 64 if length <= 1024 else 128
 
 
 def _cudnn_refusal(q: Array, segment_ids: Array | None) -> str | None:
-    """Why the cuDNN kernel cannot be used, if it cannot."""
+    """The reason why the cuDNN kernel cannot be used, or None."""
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtype {q.dtype}; it needs bfloat16 or float16"
     if q.shape[-1] > 128 or q.shape[-1] % 8:
@@ -95,11 +95,11 @@ def _fused(
     window: int | None,
     implementation: Literal["cudnn", "xla"] = "cudnn",
 ) -> Array:
-    """cuDNN's flash attention through JAX's own binding, which knows how to shard it.
+    """cuDNN's flash attention by JAX's function, which also shards it.
 
-    The same binding has a plain implementation, with which tests check what is passed to it.
+    That function has a plain implementation too, with which tests check the arguments.
     """
-    # A row without tokens would have no key at all to attend to.
+    # A row without tokens would attend to no key.
     real = None if lengths is None else jnp.maximum(lengths.astype(jnp.int32), 1)
     return jax.nn.dot_product_attention(
         q,

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 from echorl_jax.precision import wide_einsum
 from echorl_jax.types import Array
 
-# A finite "minus infinity": a row without a single visible key gives an average instead of NaN.
+# Score of hidden keys; finite, so that a row without a visible key gives an average and not NaN.
 HIDDEN = -1e30
 
 
 class _Mask(NamedTuple):
-    """What a block needs to know to hide keys: i32 ``[B]`` and i32 ``[blocks, B, block]``."""
+    """Data for hiding keys: i32 ``[B]`` and i32 ``[blocks, B, block]``."""
 
     lengths: Array | None
     segments: Array | None
@@ -35,9 +35,7 @@ def blockwise_attention(
     window: int | None,
     block: int,
 ) -> Array:
-    """Shapes and meaning as in ``attention.attend``; memory grows with ``T * block``, not
-    ``T^2``.
-    """
+    """:func:`attention.attend` in memory that grows with ``T * block`` instead of ``T^2``."""
     batch, length, heads, width = q.shape
     kv_heads = k.shape[2]
     padded = -(-length // block) * block
@@ -70,7 +68,7 @@ def _first_block(i: Array, block: int, window: int | None) -> Array:
 
 
 def _scores(q: Array, k: Array, mask: _Mask, i: Array, j: Array, window: int | None) -> Array:
-    """f32 ``[B, KV, R, block, block]`` of queries i and keys j, hidden ones at ``HIDDEN``."""
+    """Scores of queries i and keys j, f32 ``[B, KV, R, block, block]``; hidden ones are HIDDEN."""
     block = q.shape[-2]
     query = (i * block + jnp.arange(block))[None, :, None]
     key = (j * block + jnp.arange(block))[None, None, :]
@@ -91,7 +89,7 @@ def _attend(q: Array, k: Array, v: Array, mask: _Mask, window: int | None) -> Ar
 
 
 def _forward(q: Array, k: Array, v: Array, mask: _Mask, window: int | None):
-    """Attention of every block of queries, and what the backward pass needs of it."""
+    """Attention of all blocks of queries, and the inputs of the backward pass."""
 
     def queries(i: Array) -> tuple[Array, Array]:
         def keys(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
@@ -132,7 +130,7 @@ def _backward(window: int | None, saved, d_out: Array):
             weights = jnp.exp(scores - log_norm[i][..., None])
             d_weights = wide_einsum("bngqk,bnsk->bngqs", d_out[i], v[j])
             d_scores = (weights * (d_weights - dot[..., None]) * scale).astype(q.dtype)
-            # A KV head gathers from all query heads that share it.
+            # The gradient of a KV head is a sum over the query heads that share it.
             weights = weights.astype(v.dtype)
             dv = dv.at[j].add(wide_einsum("bngqs,bngqk->bnsk", weights, d_out[i]))
             dk = dk.at[j].add(wide_einsum("bngqs,bngqk->bnsk", d_scores, q[i]))

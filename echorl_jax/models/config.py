@@ -1,4 +1,4 @@
-"""What distinguishes one decoder from another: static, hashable, nothing about files."""
+"""The architecture of a decoder as a static, hashable description without files."""
 
 import dataclasses
 from typing import Literal
@@ -7,7 +7,7 @@ from echorl_jax.errors import UserError
 
 
 class ModelError(UserError):
-    """A model directory that we cannot use: one line that names the field or the tensor."""
+    """A model that we cannot use; one line names the field or the tensor."""
 
 
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
@@ -15,20 +15,18 @@ RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn"]
 
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding: base and scaling. Fields are those of the Hugging Face
-    ``rope_parameters``.
-    """
+    """Base and scaling of rotary position embedding; fields of Hugging Face ``rope_parameters``."""
 
     theta: float = 10_000.0
     kind: RopeKind = "default"
     factor: float = 1.0
-    # Context of pre-training, where the scaling starts from (llama3, yarn).
+    # Context of pre-training (llama3, yarn).
     original_max_position_embeddings: int = 0
     # llama3: wavelengths between original / high and original / low are blended.
     low_freq_factor: float = 1.0
     high_freq_factor: float = 1.0
-    # yarn: dimensions that turn more than beta_fast times are kept, fewer than beta_slow times are
-    # interpolated.
+    # yarn: within that context, dimensions that turn more than beta_fast times are kept, and those
+    # that turn less than beta_slow times are interpolated.
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float | None = None
@@ -69,7 +67,7 @@ class DecoderConfig:
 
     @property
     def positions(self) -> int:
-        """Positions that the model is made for, its rope scaling included."""
+        """Positions that the model supports, rope scaling included."""
         if self.rope.kind == "yarn":
             scaled = self.rope.factor * self.rope.original_max_position_embeddings
         else:
@@ -79,7 +77,7 @@ class DecoderConfig:
         return max(self.max_position_embeddings, int(scaled))
 
     def warn_of_positions(self, prompt_tokens: int, max_new_tokens: int) -> str:
-        """A line about rows that may be longer than :attr:`positions`; "" if none can be."""
+        """A warning if rows may be longer than :attr:`positions`, else an empty string."""
         longest = prompt_tokens + max_new_tokens
         if longest <= self.positions:
             return ""
@@ -92,7 +90,7 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ModelError(
-                f"num_attention_heads={self.num_heads} is no multiple of "
+                f"num_attention_heads={self.num_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_kv_heads}"
             )
         if self.head_dim < 2 or self.head_dim % 2:

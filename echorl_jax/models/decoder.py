@@ -25,9 +25,7 @@ _REMAT_POLICIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A causal language model without its weights.
-
-    Hashable, so that it can be a static argument of ``jax.jit``.
+    """A causal language model without weights, hashable as a static argument of ``jax.jit``.
 
     ``params`` is a nested dict; the leaves under ``layers`` are stacked ``[num_layers, ...]``.
     Weights are stored as ``param_dtype`` and cast to ``dtype`` where they are used; norms, rotary
@@ -44,11 +42,8 @@ class Decoder:
     attention: Kernel = "auto"
 
     def __post_init__(self) -> None:
-        for name, value, allowed in (
-            ("remat", self.remat, get_args(Remat)),
-            ("attention", self.attention, get_args(Kernel)),
-        ):
-            if value not in allowed:
+        for name, allowed in (("remat", get_args(Remat)), ("attention", get_args(Kernel))):
+            if (value := vars(self)[name]) not in allowed:
                 raise ModelError(f"{name}={value!r} is not one of {', '.join(allowed)}")
 
     def hidden(
@@ -65,19 +60,18 @@ class Decoder:
         Args:
           params: the weights.
           tokens: i32 ``[B, T]``, padded on the right.
-          lengths: i32 ``[B]``, real tokens of each row; all unless given. Padding is never attended
+          lengths: i32 ``[B]``, real tokens of each row, all unless given; padding is not attended
             to.
           segment_ids: i32 ``[B, T]``, for several sequences packed into one row.
           positions: i32 ``[B, T]``, from 0 along the row unless given (packed rows start again with
             each segment).
 
         Returns:
-          ``[B, T, D]`` in the compute dtype; at padding positions finite and without meaning.
+          ``[B, T, D]`` in the compute dtype; finite but meaningless at padding positions.
         """
         if positions is None:
             positions = _row_positions(tokens.shape, lengths)
         tables = self.rotary(positions)
-
         masks = {"lengths": lengths, "segment_ids": segment_ids, "kernel": self.attention}
         windows = tuple(dict.fromkeys(self.config.windows))
         kernels = [functools.partial(attend, window=window, **masks) for window in windows]
@@ -99,20 +93,15 @@ class Decoder:
         return self.final_norm(params, x)
 
     def logits(self, params: PyTree, tokens: Array, *, lengths: Array | None = None) -> Array:
-        """f32 ``[B, T, V]``; large, so for tests and small work only."""
+        """Logits of all positions, f32 ``[B, T, V]``; large, so for tests and small models only."""
         hidden = self.hidden(params, tokens, lengths=lengths)
-        head = self.head(params).astype(hidden.dtype)
-        return jnp.matmul(
-            hidden,
-            head,
-            precision=precision_of(hidden.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        head, precision = self.head(params).astype(hidden.dtype), precision_of(hidden.dtype)
+        return jnp.matmul(hidden, head, precision=precision, preferred_element_type=jnp.float32)
 
     def head(self, params: PyTree) -> Array:
-        """``[D, V]``, the output projection, or the transposed embedding where the two are tied.
+        """The output projection ``[D, V]``: the transposed embedding if the two are tied.
 
-        In the dtype of ``params``: whoever multiplies casts, and so gets its gradient in f32.
+        It has the dtype of ``params``; cast it where it is used, so that its gradient is f32.
         """
         if self.config.tied_embeddings:
             return params["embed"]["table"].T
@@ -124,10 +113,10 @@ class Decoder:
         return constrain(x, "batch", "length", "feature") if x.ndim == 3 else x
 
     def _look_up(self, params: PyTree, tokens: Array) -> Array:
-        """:meth:`embed` for a table split along its features.
+        """:meth:`embed` for a table that is split along its features.
 
-        Each device looks up its share of the features for all rows of its ``fsdp`` neighbours, and
-        they exchange; left to itself, the compiler copies every row to every device.
+        Each device looks up its share of the features for all rows of its ``fsdp`` neighbours, then
+        they exchange. Without these constraints XLA copies every row to every device.
         """
         tokens = constrain(tokens, "table_batch", "length")
         x = self._part("embed", params["embed"])(tokens, jnp.dtype(self.dtype))
@@ -156,9 +145,7 @@ class Decoder:
         return self._part("layers", layer).qkv(x, tables)
 
     def finish_layer(self, layer: PyTree, x: Array, attended: Array) -> Array:
-        """Second half of a layer: output projection, residual, MLP. ``attended`` is ``[B, T, H,
-        K]``.
-        """
+        """Second half of a layer, after attention ``[B, T, H, K]``: projection, residual, MLP."""
         return self._part("layers", layer).finish(x, attended)
 
     def final_norm(self, params: PyTree, x: Array) -> Array:
@@ -175,9 +162,7 @@ class Decoder:
         return _axes(self.config)
 
     def cast(self, params: PyTree) -> PyTree:
-        """Weights as the sampler wants them: matrices in the compute dtype, once; norms stay
-        f32, as in training.
-        """
+        """Weights for sampling: matrices in the compute dtype; norms stay f32, as in training."""
         return jax.tree.map(
             lambda leaf, axes: leaf if "norm" in axes else leaf.astype(self.dtype),
             params,
@@ -190,7 +175,7 @@ class Decoder:
 
 
 def _row_positions(shape: tuple[int, ...], lengths: Array | None) -> Array:
-    """0, 1, ... along each row; padding repeats the last real position, so that it never counts
+    """0, 1, ... along each row. Padding repeats the last real position, so that it does not count
     as length.
     """
     row = jnp.broadcast_to(jnp.arange(shape[1], dtype=jnp.int32)[None, :], shape)
@@ -207,7 +192,7 @@ def _trunk(config: DecoderConfig) -> Trunk:
 
 @functools.cache
 def _graphs(config: DecoderConfig) -> dict[str, Any]:
-    """The static half of each part."""
+    """The static half of each part of the model."""
     trunk = _trunk(config)
     parts = {"embed": trunk.embed, "layers": trunk.layers, "final_norm": trunk.final_norm}
     return {name: nnx.split(part)[0] for name, part in parts.items()}

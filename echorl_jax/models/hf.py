@@ -1,11 +1,12 @@
-"""Hugging Face model directories: in, straight into shards, and out.
+"""Loads and saves Hugging Face model directories.
 
-A checkpoint is read one tensor at a time, and of that only the slices that this process's devices
-hold. Layers are written into their stacked array in place, so host memory stays near the largest
-tensor.
+A checkpoint is read one tensor at a time, and of each tensor only the slices for the devices of
+this process. Layers are written into their stacked array in place, so host memory stays near the
+size of the largest tensor.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
@@ -31,12 +32,12 @@ from echorl_jax.models.tensor_files import (
 from echorl_jax.parallel import Layout
 from echorl_jax.types import Array, PyTree
 
-# Tensors that an error names, of each kind.
+# Most tensors of each kind that an error names.
 NAMED = 3
 
 
 class Tokenizer(Protocol):
-    """Anything that can write itself into a directory, such as a transformers tokenizer."""
+    """An object that can write itself into a directory, such as a transformers tokenizer."""
 
     def save_pretrained(self, save_directory: str) -> Any: ...
 
@@ -51,7 +52,8 @@ def load_decoder(
 ) -> Decoder:
     """The model of a directory or repository id, without its weights."""
     config = read_config(_directory(path))
-    return Decoder(config, _name(dtype), _name(param_dtype), remat, attention)
+    types = jnp.dtype(dtype).name, jnp.dtype(param_dtype).name
+    return Decoder(config, *types, remat, attention)
 
 
 def load_model(
@@ -71,7 +73,7 @@ def load_model(
         ``[hf]`` and a network).
       dtype: of activations and matrix products.
       mesh: where the weights go; the first device unless given.
-      param_dtype: of the weights, whatever type is stored.
+      param_dtype: of the weights, which may be stored in another type.
       remat: what the backward pass recomputes.
       attention: attention kernel.
       layout: column of the sharding table.
@@ -80,8 +82,8 @@ def load_model(
       The static model and its params pytree.
 
     Raises:
-      ModelError: unsupported architecture or field; missing, surplus or misshapen tensors, or some
-        with values that are not finite; no safetensors.
+      ModelError: unsupported architecture or field; tensors that are missing, surplus, misshapen or
+        not finite; no safetensors.
     """
     directory = _directory(path)
     model = load_decoder(
@@ -92,13 +94,14 @@ def load_model(
     _check(directory, names, stored, tied=model.config.tied_embeddings)
     shardings = None if mesh is None else param_shardings(model, mesh, layout=layout)
     params: dict[str, Any] = {}
+    first = SingleDeviceSharding(jax.local_devices()[0])
     for name in names:
-        sharding = (
-            SingleDeviceSharding(jax.local_devices()[0])
-            if shardings is None
-            else _at(shardings, name.path)
-        )
-        _put(params, name.path, _load(name, stored, sharding, jnp.dtype(param_dtype)))
+        sharding = first if shardings is None else _at(shardings, name.path)
+        *parents, leaf = name.path
+        node = params
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[leaf] = _load(name, stored, sharding, jnp.dtype(param_dtype))
     _require_finite(directory, [(name, _at(params, name.path)) for name in names])
     return model, params
 
@@ -117,20 +120,22 @@ def save_model(
     Every process of a multi-process run calls this; the first one writes.
 
     Args:
-      path: the directory, made if missing.
-      model: the model.
-      params: its weights.
-      tokenizer: written beside them if given.
-      dtype: of the stored tensors; the type the model was loaded from unless given, which makes a
-        round trip bit-identical.
-      shard_bytes: largest file; one is held in host memory while it is written.
+      path: the directory, created if missing.
+      model, params: the model and its weights.
+      tokenizer: written to the same directory if given.
+      dtype: of the stored tensors; unless given the type the model was loaded from, so that a round
+        trip is bit-identical.
+      shard_bytes: size of the largest file; one file is held in host memory while it is written.
     """
     directory = Path(path)
     stored_dtype = np.dtype(dtype or model.config.stored_dtype)
     sources = {
-        name.stored[layer]: _source(name, _at(params, name.path), layer, stored_dtype)
+        stored: TensorSource(
+            name.stored_shape,
+            functools.partial(_fetch, name, _at(params, name.path), layer, stored_dtype.name),
+        )
         for name in tensor_names(model)
-        for layer in range(len(name.stored))
+        for layer, stored in enumerate(name.stored)
     }
     if jax.process_index() != 0:
         for source in sources.values():
@@ -159,7 +164,7 @@ def _directory(path: str | Path) -> Path:
         )
     except ImportError:
         raise ModelError(
-            f"{path} is no directory; repository ids need huggingface_hub: "
+            f"{path} is not a directory; repository ids need huggingface_hub: "
             "pip install 'echorl-jax[hf]'"
         ) from None
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
@@ -168,18 +173,14 @@ def _directory(path: str | Path) -> Path:
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
-            f"{path} is no directory, and no repository could be had: {reason}"
+            f"{path} is not a directory, and no repository could be downloaded: {reason}"
         ) from None
-
-
-def _name(dtype: Any) -> str:
-    return jnp.dtype(dtype).name
 
 
 def _check(
     directory: Path, names: list[TensorName], stored: dict[str, StoredTensor], *, tied: bool
 ) -> None:
-    """Raises one line for tensors that are missing, surplus or of another shape."""
+    """Raises ModelError for tensors that are missing, surplus or of another shape."""
     shapes = {tensor: name.stored_shape for name in names for tensor in name.stored}
     missing = [f"{name} {list(shape)}" for name, shape in shapes.items() if name not in stored]
     surplus = [
@@ -192,20 +193,20 @@ def _check(
         for name, shape in shapes.items()
         if name in stored and stored[name].shape != shape
     ]
-    found = [("missing", missing), ("surplus", surplus), ("misshapen", wrong)]
-    problems = [f"{kind} tensor(s): {_some(items)}" for kind, items in found if items]
+    kinds = {"missing": missing, "surplus": surplus, "misshapen": wrong}
+    problems = [f"{kind} tensor(s): {_some(items)}" for kind, items in kinds.items() if items]
     if problems:
         raise ModelError(f"{directory}: {'; '.join(problems)}")
 
 
 def _require_finite(directory: Path, loaded: list[tuple[TensorName, Array]]) -> None:
-    """Raises one line for weights of a run that diverged, or of a type too narrow for them."""
+    """Raises ModelError for NaN and infinity: a run that diverged, or a type that is too narrow."""
     values = [array for _, array in loaded]
     stacked = tuple(name.stacked for name, _ in loaded)
-    spoiled = _spoiled(stacked, tuple(array.sharding for array in values))
+    not_finite = _not_finite(stacked, tuple(array.sharding for array in values))
     wrong = [
         tensor
-        for (name, _), layers in zip(loaded, jax.device_get(spoiled(values)), strict=True)
+        for (name, _), layers in zip(loaded, jax.device_get(not_finite(values)), strict=True)
         for tensor, bad in zip(name.stored, layers.flat, strict=True)
         if bad
     ]
@@ -214,15 +215,15 @@ def _require_finite(directory: Path, loaded: list[tuple[TensorName, Array]]) -> 
 
 
 @functools.cache
-def _spoiled(
+def _not_finite(
     stacked: tuple[bool, ...], shardings: tuple[Any, ...]
 ) -> Callable[[list[Array]], list[Array]]:
-    """Tells parameters with values that are not finite, layer by layer where they are stacked."""
+    """A function that flags parameters with NaN or infinity, for each layer of stacked ones."""
     mesh = shardings[0].mesh if isinstance(shardings[0], NamedSharding) else None
 
-    def spoiled(values: list[Array]) -> list[Array]:
-        # The largest of a device's part is no number if one is, which between devices only sums
-        # are. An array of answers would be held in memory beside the weights.
+    def flags(values: list[Array]) -> list[Array]:
+        # max() propagates NaN within a shard, and psum shares the flag; a boolean array would cost
+        # as much memory as the weights.
         largest = [
             jnp.abs(v).max(axis=tuple(range(int(layers), v.ndim)))
             for layers, v in zip(stacked, values, strict=True)
@@ -231,19 +232,17 @@ def _spoiled(
         return bad if mesh is None else jax.lax.psum(bad, mesh.axis_names)
 
     if mesh is None:
-        return jax.jit(spoiled)
+        return jax.jit(flags)
     specs = [sharding.spec for sharding in shardings]
     return jax.jit(
         jax.shard_map(
-            spoiled, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(), check_vma=False
+            flags, mesh=mesh, in_specs=(specs,), out_specs=PartitionSpec(), check_vma=False
         )
     )
 
 
 def _redundant(name: str, stored: dict[str, StoredTensor], *, tied: bool) -> bool:
-    """Tensors that repeat what is known: rope tables of old files, and an output projection tied
-    to the embedding.
-    """
+    """True for rope tables of old files, and for an output projection equal to a tied embedding."""
     if name.endswith(".rotary_emb.inv_freq"):
         return True
     embedding = stored.get("model.embed_tokens.weight")
@@ -259,16 +258,18 @@ def _some(items: list[str]) -> str:
 
 
 def _load(name: TensorName, stored: dict[str, StoredTensor], sharding: Any, dtype: Any) -> Array:
-    """One parameter, in its shards."""
+    """Loads one parameter into its shards."""
     if not name.stacked:
         return _device_array(name, stored[name.stored[0]], sharding).astype(dtype)
-    one = _layer_sharding(sharding)
+    one = sharding
+    if isinstance(sharding, NamedSharding):
+        one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
     shape = (len(name.stored), *name.shape)
     stack = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, dtype)
     write = jax.jit(_write_layer, donate_argnums=0, out_shardings=sharding)
     for layer, tensor in enumerate(name.stored):
         stack = write(stack, _device_array(name, stored[tensor], one), layer)
-        # Without waiting, every layer's host copy would be alive at once.
+        # Wait, or the host copies of all layers exist at once.
         stack.block_until_ready()
     return stack
 
@@ -277,25 +278,13 @@ def _write_layer(stack: Array, values: Array, layer: Array) -> Array:
     return jax.lax.dynamic_update_index_in_dim(stack, values.astype(stack.dtype), layer, 0)
 
 
-def _layer_sharding(sharding: Any) -> Any:
-    if isinstance(sharding, NamedSharding):
-        return NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    return sharding
-
-
 def _device_array(name: TensorName, tensor: StoredTensor, sharding: Any) -> Array:
-    """A stored tensor as a sharded array of its own dtype; each device reads only its slice."""
+    """A stored tensor as a sharded array of the same dtype; each device reads only its slice."""
     view = name.from_stored(tensor.view())
     if view.dtype == np.float64:
         view = view.astype(np.float32)
     return jax.make_array_from_callback(
         name.shape, sharding, lambda index: np.ascontiguousarray(view[index])
-    )
-
-
-def _source(name: TensorName, values: Array, layer: int, dtype: np.dtype) -> TensorSource:
-    return TensorSource(
-        name.stored_shape, functools.partial(_fetch, name, values, layer, dtype.name)
     )
 
 
@@ -313,12 +302,4 @@ def _fetch(name: TensorName, values: Array, layer: int, dtype: str) -> np.ndarra
 
 
 def _at(tree: PyTree, path: tuple[str, ...]) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
-
-
-def _put(tree: dict[str, Any], path: tuple[str, ...], value: Any) -> None:
-    for key in path[:-1]:
-        tree = tree.setdefault(key, {})
-    tree[path[-1]] = value
+    return functools.reduce(operator.getitem, path, tree)

@@ -1,4 +1,4 @@
-"""Which Hugging Face tensor is which parameter, and how the two are laid out."""
+"""Maps parameters to Hugging Face tensors, by name and by layout."""
 
 import dataclasses
 import math
@@ -24,10 +24,10 @@ _OUTER: dict[tuple[str, ...], str] = {
 
 @dataclasses.dataclass(frozen=True)
 class TensorName:
-    """One parameter's place in a checkpoint.
+    """The tensors of a checkpoint that hold one parameter.
 
-    A kernel ``[in..., out...]`` is stored as the matrix ``[out, in]`` with heads and head_dim
-    folded into one axis.
+    A kernel ``[in..., out...]`` is stored as the matrix ``[out, in]``, where heads and head_dim are
+    one axis.
     """
 
     path: tuple[str, ...]
@@ -35,7 +35,7 @@ class TensorName:
     stored: tuple[str, ...]
     # One layer's shape.
     shape: tuple[int, ...]
-    # Leading axes that a kernel contracts; 0 is stored as it is.
+    # Leading axes that a kernel contracts; 0 for a parameter that is stored unchanged.
     inputs: int
     stacked: bool
 

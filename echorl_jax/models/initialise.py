@@ -1,4 +1,4 @@
-"""Fresh weights, drawn straight into their shards."""
+"""Draws initial weights directly into their shards."""
 
 import functools
 import itertools
@@ -18,7 +18,7 @@ _CONSTANTS = {"bias": 0.0, "scale": 1.0}
 
 
 def param_shardings(model: Decoder, mesh: Mesh, *, layout: Layout = "train") -> PyTree:
-    """Where each parameter lives on ``mesh``, in the training or the rollout layout."""
+    """The sharding of each parameter on ``mesh``, in the training or the rollout layout."""
     return tree_shardings(model.param_axes(), model.param_shapes(), mesh, layout)
 
 
@@ -46,7 +46,7 @@ def merge(frozen: PyTree, trainable: PyTree) -> PyTree:
 
 
 def abstract_params(model: Decoder, mesh: Mesh) -> PyTree:
-    """Shapes, types and places of the training weights; no array is made."""
+    """Shapes, types and shardings of the training weights, without arrays."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         model.param_shapes(),
@@ -60,7 +60,7 @@ def init_params(model: Decoder, key: Array, mesh: Mesh | None = None) -> PyTree:
     The values depend on the key alone, not on the mesh.
 
     Args:
-      model: what to initialise.
+      model: the decoder.
       key: PRNG key.
       mesh: where the weights go; one device unless given.
 
@@ -87,7 +87,7 @@ def _draw(model: Decoder, key: Array) -> PyTree:
 
 
 def _fill(shapes: PyTree, key: Array, scale: float) -> PyTree:
-    """Arrays for a tree of shapes; its matrices share a single draw, which compiles once."""
+    """Arrays for a tree of shapes. All matrices come from one draw, which compiles once."""
     leaves, tree = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=_is_shape)
     kinds = [path[-1].key for path, _ in leaves]
     sizes = [

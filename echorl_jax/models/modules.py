@@ -1,6 +1,6 @@
-"""The parts of the decoder as Flax NNX modules: what they hold, where, and how they compute.
+"""The parts of the decoder as Flax NNX modules.
 
-Parameters are declared once, with shape and logical axes. Weights arrive from outside, so a module
+Each declares its parameters once, with shape and logical axes. Weights are passed in, so a module
 is built abstractly (the zeros below are never allocated) and merged with arrays where it is used.
 Matrix products run in the dtype of their input; norms and rotary embedding in f32.
 """
@@ -19,7 +19,7 @@ from echorl_jax.types import Array
 
 
 class Embedding(nnx.Module):
-    """Token ids to vectors."""
+    """Looks up the vectors of token ids."""
 
     def __init__(self, config: DecoderConfig):
         shape = (config.vocab_size, config.hidden_size)
@@ -44,17 +44,10 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A matrix product over the last ``inputs`` axes, with an optional bias; axes keep their
-    meaning (heads, head_dim).
-    """
+    """A matrix product over the last ``inputs`` axes, with an optional bias."""
 
     def __init__(
-        self,
-        shape: tuple[int, ...],
-        axes: tuple[str, ...],
-        *,
-        bias: bool,
-        inputs: int = 1,
+        self, shape: tuple[int, ...], axes: tuple[str, ...], *, bias: bool, inputs: int = 1
     ):
         self.inputs = inputs
         self.kernel = nnx.Param(jnp.zeros(shape), axes=axes)
@@ -63,7 +56,7 @@ class Linear(nnx.Module):
     def __call__(self, x: Array) -> Array:
         kernel = self.kernel[...].astype(x.dtype)
         leading, features = x.shape[: x.ndim - self.inputs], kernel.shape[self.inputs :]
-        # As plain matrices: with more axes XLA copies activations to transpose them for the
+        # Multiply plain matrices: with more axes XLA copies activations to transpose them for the
         # weight gradient (a quarter of the backward pass on CPU).
         rows = x.reshape(math.prod(leading), -1)
         out = jnp.matmul(
@@ -76,9 +69,7 @@ class Linear(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Projections around the attention kernel; the kernel itself belongs to whoever holds the
-    keys.
-    """
+    """The projections before and after attention, which the caller computes."""
 
     def __init__(self, config: DecoderConfig):
         c = config
@@ -126,7 +117,7 @@ class MLP(nnx.Module):
 
 
 class Layer(nnx.Module):
-    """One decoder layer in two halves, with the attention kernel between them."""
+    """One decoder layer in two halves; attention runs between them."""
 
     def __init__(self, config: DecoderConfig):
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -144,9 +135,7 @@ class Layer(nnx.Module):
 
 
 class Trunk(nnx.Module):
-    """The whole tree, with one layer standing for all of them; their parameters are stacked
-    ``[L, ...]``.
-    """
+    """The whole model with one layer in place of all; the weights of layers are ``[L, ...]``."""
 
     def __init__(self, config: DecoderConfig):
         self.embed = Embedding(config)

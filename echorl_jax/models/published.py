@@ -1,6 +1,6 @@
-"""Architectures that are known without a network: those of the paper's text backbones.
+"""The architectures of the paper's text models, for use without a network.
 
-The files hold the fields of each model's published ``config.json`` that shape the computation.
+The files hold those fields of each published ``config.json`` that determine the computation.
 """
 
 import json
@@ -13,10 +13,10 @@ _DIRECTORY = Path(__file__).parent.parent / "assets" / "architectures"
 
 
 def architecture(path: str) -> DecoderConfig:
-    """The architecture of a model directory, or of one of those repositories.
+    """The architecture of a model directory, or of a repository of the paper.
 
     Raises:
-      ModelError: neither a directory with a ``config.json`` that we implement, nor known.
+      ModelError: another path, or a ``config.json`` that we do not implement.
 
     >>> architecture("Qwen/Qwen2.5-Math-7B").num_layers
     28

@@ -1,4 +1,4 @@
-"""Rotary position embedding with the scalings that Llama and Qwen publish."""
+"""Rotary position embedding with the scalings of published Llama and Qwen models."""
 
 import math
 from typing import NamedTuple
@@ -11,21 +11,19 @@ from echorl_jax.types import Array
 
 
 class Rotary(NamedTuple):
-    """Cosine and sine of each position's angles, f32 ``[B, T, head_dim / 2]``, scaled by the
-    attention factor.
-    """
+    """Cosine and sine of angles times the attention factor, f32 ``[B, T, head_dim / 2]``."""
 
     cos: Array
     sin: Array
 
 
 def rotary(config: DecoderConfig, positions: Array) -> Rotary:
-    """The tables for ``positions`` i32 ``[B, T]``, to be computed once and used in every layer.
+    """The tables for ``positions`` i32 ``[B, T]``; compute them once for all layers.
 
     ``angle = position * theta ** (-2 i / head_dim)`` before scaling. Sources: RoFormer, arXiv
-    2104.09864; dynamic NTK and YaRN, arXiv 2309.00071; Llama 3, arXiv 2407.21783. Under dynamic NTK
-    the base grows with the row's last position once it passes ``max_position_embeddings``, so
-    there, and only there, keys of a longer row differ from those of its prefix.
+    2104.09864; dynamic NTK and YaRN, arXiv 2309.00071; Llama 3, arXiv 2407.21783. With dynamic NTK
+    the base grows with the row's last position beyond ``max_position_embeddings``, so the keys of a
+    prefix change when its row grows; with all other scalings they do not.
     """
     frequencies = _frequencies(config, positions)
     angles = positions[..., None].astype(jnp.float32) * frequencies  # [B, T, head_dim / 2]
@@ -34,9 +32,7 @@ def rotary(config: DecoderConfig, positions: Array) -> Rotary:
 
 
 def rotate(x: Array, tables: Rotary) -> Array:
-    """Turns pairs ``(x_i, x_{i + head_dim / 2})`` of ``x [B, T, heads, head_dim]`` by their
-    angles, in f32.
-    """
+    """Rotates pairs ``(x_i, x_{i + head_dim / 2})`` of ``x [B, T, heads, head_dim]``, in f32."""
     cos, sin = tables.cos[:, :, None, :], tables.sin[:, :, None, :]  # [B, T, 1, head_dim / 2]
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
@@ -78,7 +74,7 @@ def _dynamic(config: DecoderConfig, positions: Array) -> Array:
 
 
 def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
-    """Long wavelengths are stretched by ``factor``, short ones kept, and those between blended."""
+    """Stretches long wavelengths by ``factor``, keeps short ones and blends those between."""
     context = rope.original_max_position_embeddings
     turns = context * plain / np.float32(2 * math.pi)
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
@@ -87,8 +83,8 @@ def _llama3(rope: RopeConfig, plain: np.ndarray) -> np.ndarray:
 
 
 def _yarn(rope: RopeConfig, head_dim: int) -> np.ndarray:
-    """Dimensions that turn often within the original context are kept, slow ones interpolated,
-    with a ramp between.
+    """Keeps dimensions that turn often within the original context, interpolates slow ones, and
+    blends those between by a ramp.
     """
 
     def dimension_of(turns: float) -> float:
@@ -106,9 +102,7 @@ def _yarn(rope: RopeConfig, head_dim: int) -> np.ndarray:
 
 
 def _attention_factor(rope: RopeConfig) -> float:
-    """YaRN's temperature: cosines and sines grow by ``0.1 ln(factor) + 1``, unless the file says
-    otherwise.
-    """
+    """YaRN's factor of cosines and sines: ``0.1 ln(factor) + 1`` unless given."""
     if rope.kind != "yarn":
         return 1.0
     if rope.attention_factor is not None:

@@ -1,6 +1,7 @@
-"""Attention on TPU: JAX's Pallas splash kernel, one call for each shard of rows and heads."""
+"""Attention on TPU by JAX's Pallas splash kernel, once for each shard of rows and heads."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +24,10 @@ def splash_attention(
     window: int | None,
     interpret: bool = False,
 ) -> Array:
-    """Shapes and meaning as in ``attention.attend``.
+    """:func:`attention.attend` on TPU; ``interpret`` runs the kernel on any platform, for tests.
 
-    The compiler cannot split a Pallas call by itself, so under a mesh (``jax.set_mesh``) it runs in
-    a ``shard_map`` over rows and heads.
-
-    Args:
-      interpret: run the kernel's Python on any platform, for tests.
+    XLA cannot split a Pallas call, so under a mesh (``jax.set_mesh``) it runs in a ``shard_map``
+    over rows and heads.
     """
     batch, length, heads, width = q.shape
     block = min(_LARGEST_BLOCK, -(-length // _LANES) * _LANES)
@@ -64,7 +62,7 @@ def _heads_first(x: Array, padded: int) -> Array:
 def _segments(
     batch: int, length: int, padded: int, lengths: Array | None, segment_ids: Array | None
 ) -> Array:
-    """i32 ``[B, padded]``: the segment plus one, and 0 for padding, which sees only itself."""
+    """Segments for the kernel, i32 ``[B, padded]``: ids plus one, and 0 for padding."""
     position = jnp.arange(padded, dtype=jnp.int32)[None, :]
     last = jnp.full((batch, 1), length) if lengths is None else lengths[:, None]
     if segment_ids is None:
@@ -87,12 +85,11 @@ def _rows(
 ) -> Array:
     """The kernel over the rows and heads of one device.
 
-    ``all_kv_heads`` says that the query heads are a shard while the KV heads, too few to be split,
-    are all here.
+    ``all_kv_heads``: the query heads are a shard, but the KV heads, too few to split, are complete.
     """
     _, heads, length, _ = q.shape
     if all_kv_heads:
-        k, v = (_own_kv_heads(x, heads, group) for x in (k, v))
+        k, v = (_local_kv_heads(x, heads, group) for x in (k, v))
     shape = (length, length)
     if window is None:
         mask = splash.CausalMask(shape)
@@ -111,8 +108,8 @@ def _rows(
     return jax.vmap(row)(q, k, v, segments)
 
 
-def _own_kv_heads(x: Array, heads: int, group: int) -> Array:
-    """The KV heads of this device's query heads: one, if they share it, else one for each."""
+def _local_kv_heads(x: Array, heads: int, group: int) -> Array:
+    """The KV heads for the query heads of this device: one if they share it, else one for each."""
     first = jax.lax.axis_index("tensor") * heads
     if group % heads == 0:
         return jax.lax.dynamic_slice_in_dim(x, first // group, 1, axis=1)
@@ -120,13 +117,7 @@ def _own_kv_heads(x: Array, heads: int, group: int) -> Array:
 
 
 def _block_sizes(block: int) -> splash.BlockSizes:
-    return splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
+    forward, backward = "q kv kv_compute", "q_dkv kv_dkv kv_dkv_compute q_dq kv_dq"
+    names = [*forward.split(), *backward.split()]
+    sizes: dict[str, Any] = {f"block_{name}": block for name in names}
+    return splash.BlockSizes(**sizes)

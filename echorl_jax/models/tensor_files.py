@@ -1,6 +1,6 @@
-"""Safetensors files: headers first, bytes only where they are needed.
+"""Reads and writes safetensors files.
 
-Reading goes through a memory map, so that a slice of a tensor costs that slice. Writing holds one
+Reading uses a memory map, so that a slice of a tensor reads only that slice. Writing holds one
 shard in memory.
 """
 
@@ -28,13 +28,13 @@ _DTYPES: Mapping[str, Any] = {
 }
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-# Bytes of the largest JSON file that is read; the index of a model of 1T parameters has some 10 MB.
+# Largest JSON file that is read; the index of a model of 1T parameters has some 10 MB.
 _JSON_BYTES = 100_000_000
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor's bytes are."""
+    """The file, offset, shape and type of a stored tensor."""
 
     file: Path
     offset: int
@@ -50,7 +50,7 @@ class StoredTensor:
 
 @dataclasses.dataclass(frozen=True)
 class TensorSource:
-    """A tensor to be written: its values are fetched only when its turn comes."""
+    """A tensor to be written; its values are fetched just before."""
 
     shape: tuple[int, ...]
     fetch: Callable[[], np.ndarray]
@@ -60,8 +60,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """All tensors of a model directory, by name.
 
     Raises:
-      ModelError: no safetensors, a shard of the index that is missing, a file that is damaged, or
-        two sets of weights.
+      ModelError: no safetensors, a missing shard, a damaged file, or two sets of weights.
     """
     tensors: dict[str, StoredTensor] = {}
     for file in _files(directory):
@@ -73,8 +72,8 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
 
 
 def _files(directory: Path) -> list[Path]:
-    """The files that transformers reads: ``model.safetensors`` where there is one, else the shards
-    of the index. Both in one directory are of two saves, and nothing tells which one is meant.
+    """The files that transformers reads: ``model.safetensors`` if it exists, else the shards of the
+    index. A directory with both holds two saves, and the newer one cannot be told.
     """
     single, index = directory / _SINGLE, directory / _INDEX
     shards = _shards(index) if index.exists() else []
@@ -83,7 +82,7 @@ def _files(directory: Path) -> list[Path]:
         if others:
             raise ModelError(
                 f"{directory} holds {_SINGLE} and {_INDEX}, which names other weights "
-                f"({others[0]}); delete the ones that are out of date"
+                f"({others[0]}); delete the weights that are out of date"
             )
         return [single]
     missing = [file.name for file in shards if not file.exists()]
@@ -101,7 +100,7 @@ def _shards(index: Path) -> list[Path]:
     names = list(weight_map.values()) if isinstance(weight_map, dict) else []
     if not names or not all(isinstance(name, str) for name in names):
         raise ModelError(f"{index} is not an index of safetensors shards")
-    # A backslash is a separator on some systems, a null byte no name anywhere.
+    # A backslash is a separator on some systems; no system allows a null byte.
     outside = [name for name in names if Path(name).name != name or {"\\", "\0"} & set(name)]
     if outside:
         raise ModelError(f"{index} names a file outside its directory: {outside[0]!r:.99}")
@@ -109,8 +108,8 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file. The library checks that they fill it without gap or overlap, so
-    that offsets are sums of sizes.
+    """The tensors of one file. safetensors checks that they leave no gap and do not overlap, so
+    offsets are sums of sizes.
     """
     tensors = {}
     try:
@@ -126,7 +125,7 @@ def _read_header(file: Path) -> dict[str, StoredTensor]:
                 offset += math.prod(shape) * tensors[name].dtype.itemsize
     except (SafetensorError, OSError) as error:
         reason = " ".join(str(error).split())
-        raise ModelError(f"{file} is damaged or no safetensors file: {reason:.200}") from None
+        raise ModelError(f"{file} is not a readable safetensors file: {reason:.200}") from None
     return tensors
 
 
@@ -142,7 +141,7 @@ def write_tensors(
     for file, names in zip(files, shards, strict=True):
         values = {name: np.ascontiguousarray(tensors[name].fetch(), dtype) for name in names}
         save_file(values, directory / f"{file}.part", {"format": "pt"})
-    # Only now that all is written: a run that stops earlier leaves the old weights whole.
+    # Delete the old weights only now: a run that stops earlier leaves them complete.
     for old in [*directory.glob("model*.safetensors"), *directory.glob(_INDEX)]:
         old.unlink()
     for file in files:
@@ -167,11 +166,11 @@ def read_json(path: Path) -> dict[str, Any]:
         raw = json.loads(text)
     except FileNotFoundError:
         raise ModelError(f"{path} does not exist") from None
-    # ValueError also stands for text that is not UTF-8 and for numbers of too many digits.
+    # ValueError includes text that is not UTF-8 and numbers with too many digits.
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not JSON: {error}") from None
     if not isinstance(raw, dict):
-        raise ModelError(f"{path} holds no JSON object")
+        raise ModelError(f"{path} does not hold a JSON object")
     return raw
 
 
@@ -184,9 +183,7 @@ def _bytes(source: TensorSource, dtype: np.dtype) -> int:
 
 
 def _cut(tensors: Mapping[str, TensorSource], dtype: np.dtype, limit: int) -> list[list[str]]:
-    """Consecutive names in shards of at most ``limit`` bytes; a larger tensor has a shard to
-    itself.
-    """
+    """Consecutive names in shards of at most ``limit`` bytes; a larger tensor fills one shard."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, source in tensors.items():

@@ -3,10 +3,8 @@
 from echorl_jax.rollout.engine import generate, generate_with_progress, sample_request
 from echorl_jax.rollout.host import Finished, Progress
 from echorl_jax.rollout.memory import (
-    DecodeStepCost,
     RolloutMemory,
     choose_slots,
-    decode_step_cost,
     rollout_memory,
 )
 from echorl_jax.rollout.request import Request, Resources, Sampling, make_request, pad_lists
@@ -14,7 +12,6 @@ from echorl_jax.rollout.scoring import join_rows, score, score_rollouts, score_r
 from echorl_jax.rollout.weights import rollout_params
 
 __all__ = [
-    "DecodeStepCost",
     "Finished",
     "Progress",
     "Request",
@@ -22,7 +19,6 @@ __all__ = [
     "RolloutMemory",
     "Sampling",
     "choose_slots",
-    "decode_step_cost",
     "generate",
     "generate_with_progress",
     "join_rows",

@@ -1,9 +1,9 @@
 """Keys and values of past positions in blocks, and attention over them.
 
-A block of one layer is one contiguous piece. In it each (row, head) is a matrix: values
-``[block, K]``, keys transposed ``[K, block]``, so that both products of attention run over rows as
-they lie in memory. Keys include their rotary positions, so their order in the cache is free; the
-ring of ``slots.py`` depends on that.
+A block of one layer is contiguous in memory. For each row and head it holds a matrix of values
+``[block, K]`` and one of transposed keys ``[K, block]``, so that both products of attention read
+contiguous rows. Keys include their rotary positions, so their order in the cache is free; the ring
+of ``slots.py`` depends on that.
 
 Attention visits the blocks one by one and merges them by an online softmax (Milakov and Gimelshein,
 arXiv 1805.02867). Query heads that share a key head stay grouped: a block is read once for all of
@@ -57,7 +57,7 @@ def empty_cache(
     dtype: KVDtype,
     whole: bool = False,
 ) -> Cache:
-    """A cache of zeros on the current mesh: rows split over it, unless ``whole``."""
+    """A cache of zeros; its rows are split over the current mesh, unless ``whole``."""
     matrices = (layers, blocks, rows, kv_heads)
     scale = jnp.zeros((*matrices, block), jnp.float32) if dtype == "int8" else None
     cache = Cache(
@@ -76,9 +76,9 @@ def place(cache: Cache, rows: str | None) -> Cache:
 
 
 def encode(k: Array, v: Array, like: Cache) -> Cache:
-    """Keys and values ``[..., K]`` in the type of ``like``; int8 has a scale for each vector.
+    """Converts keys and values ``[..., K]`` to the type of ``like``.
 
-    int8: each vector is divided by ``max|x| / 127``, its scale, and rounded.
+    For int8 each vector is divided by its scale, ``max|x| / 127``, and rounded.
     """
     if like.k_scale is None:
         return Cache(k.astype(like.k.dtype), v.astype(like.v.dtype))
@@ -94,7 +94,7 @@ def _quantise(x: Array) -> tuple[Array, Array]:
 
 
 def as_blocks(new: Cache, *, axis: int, block: int) -> Cache:
-    """Turns vectors into blocks: the axis of positions becomes (block, position in the block).
+    """Cuts the axis of positions into blocks.
 
     Args:
       new: from :func:`encode`, ``[..., rows, positions, KV, K]`` (scales without K).
@@ -168,7 +168,7 @@ def _write(cache: Cache, part: Cache, block: Array, row: Array, place_in: Array)
 
 
 def copy_row(cache: Cache, source: Cache, row: Array, source_row: Array) -> Cache:
-    """Row ``row`` becomes a copy of ``source``'s ``source_row``."""
+    """Replaces row ``row`` by row ``source_row`` of ``source``."""
 
     def copy(whole: Array, other: Array) -> Array:
         part = lax.dynamic_slice_in_dim(other, source_row, 1, axis=2)
@@ -178,12 +178,12 @@ def copy_row(cache: Cache, source: Cache, row: Array, source_row: Array) -> Cach
 
 
 def gather_rows(source: Cache, rows: Array) -> Cache:
-    """Rows i32 ``[M]`` of a replicated cache, split over the devices."""
+    """Copies rows i32 ``[M]`` of a replicated cache into one that is split over the devices."""
     return place(jax.tree.map(lambda x: x[:, :, rows], source), "batch")
 
 
 def pick_rows(cache: Cache, rows: Array) -> Cache:
-    """Some rows of each part of a split cache; no row moves between parts.
+    """Selects rows of each part of a split cache; no row moves between parts.
 
     Args:
       cache: M rows in d equal parts, one for each device that rows are split over.

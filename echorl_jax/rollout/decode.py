@@ -1,7 +1,7 @@
 """The decode loop on the device: in every step each slot writes one token.
 
-The loop never waits for the host. A call ends after a number of steps, when all rows are done, or
-when so few slots are busy that a program with fewer slots does the same work faster.
+The loop never waits for the host. It ends after a number of steps, when all rows are done, or when
+so few slots are busy that a program with fewer slots is faster.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ from echorl_jax.types import Array, PyTree, pytree
 
 @dataclasses.dataclass(frozen=True)
 class DecodeSpec:
-    """The static part of the decode program."""
+    """Static settings of the decode program."""
 
     sampling: Sampling
     steps: int  # most decode steps in one call
@@ -68,7 +68,7 @@ class Output:
 
 @pytree
 class Status:
-    """All that the host reads after a call."""
+    """The numbers that the host reads after a call."""
 
     active: Array  # i32 [], busy slots
     needed: Array  # i32 [], fewest slots that hold the busy ones
@@ -79,7 +79,7 @@ class Status:
 
 @pytree
 class _Step:
-    """What one decode step wrote; with a leading axis of steps, the log of a call."""
+    """The results of one decode step; with a leading axis of steps, the log of a call."""
 
     token: Array  # i32 [M]
     logprob: Array  # f32 [M]
@@ -113,8 +113,7 @@ def decode(
     """Writes tokens until the call ends.
 
     Args:
-      model: the decoder.
-      params: the weights, in the layout for sampling.
+      model, params: the decoder and its weights in the layout for sampling.
       queue: the rows to write.
       slots: the rows being written.
       output: the tokens written so far.
@@ -148,7 +147,10 @@ def decode(
         return slots, log, steps + 1, tokens + busy
 
     zero = jnp.zeros((), jnp.int32)
-    log = _empty_log(spec.steps, slots.row.shape[0], queue.rows)
+    size = spec.steps, slots.row.shape[0]
+    integers, numbers = jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.float32)
+    idle, running = jnp.full(size, queue.rows, jnp.int32), jnp.zeros(size, bool)
+    log = _Step(integers, numbers, numbers, row=idle, position=integers, stopped=running)
     slots, log, steps, tokens = lax.while_loop(go_on, body, (slots, log, zero, zero))
     busy = slots.row < queue.rows
     status = Status(
@@ -162,14 +164,14 @@ def decode(
 
 
 def _uniforms(queue: Queue, row: Array, position: Array) -> Array:
-    """f32 ``[M, 2]``, for tokens of the rows; those of idle slots are unused."""
+    """Uniform numbers for a token of each slot, f32 ``[M, 2]``; idle slots do not use theirs."""
     return token_uniforms(queue.key[jnp.minimum(row, queue.rows - 1)], position)
 
 
 def _uniforms_ahead(queue: Queue, slots: Slots, steps: int) -> Array:
-    """The uniforms of all steps, f32 ``[steps, M, 2]``, where every slot keeps its row to the end.
+    """The uniform numbers of all steps, f32 ``[steps, M, 2]``, where no slot changes its row.
 
-    A row fits the ring, so there are no more steps than the ring has columns.
+    A row fits into the ring, so there are at most as many steps as the ring has columns.
     """
     step = jnp.arange(min(steps, slots.ring.length), dtype=jnp.int32)
     return jax.vmap(lambda later: _uniforms(queue, slots.row, slots.position + later))(step)
@@ -183,29 +185,16 @@ def _decode_step(
     uniforms: Array,
     spec: DecodeSpec,
 ) -> tuple[Slots, _Step]:
-    """One token for every slot; slots whose rows have ended become idle."""
+    """Writes one token in every slot; slots whose rows have ended become idle."""
     logits, new = forward(model, params, queue, slots, platform=spec.platform)
     drawn = sample(logits, uniforms, spec.sampling, prefix=prefix_tokens(queue, slots))
-    drawn = jax.tree.map(lambda x: constrain(x, None), drawn)  # whole on every device from here on
-    ring = write_column(slots.ring, new, slots.step % slots.ring.length)
+    drawn = jax.tree.map(lambda x: constrain(x, None), drawn)  # replicated from here on
     row, position = slots.row, slots.position
+    ring = write_column(slots.ring, new, slots.step % slots.ring.length)
     slots = dataclasses.replace(slots, ring=ring)
     slots, ended, stopped = append(queue, slots, drawn.token, spec.sampling)
     return retire(queue, slots, ended), _Step(
         drawn.token, drawn.logprob, drawn.entropy, row, position, stopped
-    )
-
-
-def _empty_log(steps: int, slots: int, idle: int) -> _Step:
-    integers = jnp.zeros((steps, slots), jnp.int32)
-    numbers = jnp.zeros((steps, slots), jnp.float32)
-    return _Step(
-        token=integers,
-        logprob=numbers,
-        entropy=numbers,
-        row=jnp.full((steps, slots), idle, jnp.int32),
-        position=integers,
-        stopped=jnp.zeros((steps, slots), bool),
     )
 
 
@@ -235,12 +224,11 @@ def forward(
 ) -> tuple[Array, Cache]:
     """Logits after each slot's latest token, and the keys and values to add to the ring.
 
-    The caches are only read here: a token attends to itself directly, and its keys and values are
+    It only reads the caches: a token attends to itself directly, and its keys and values are
     written afterwards, for all layers at once. Otherwise every layer would copy a cache.
 
     Args:
-      model: the decoder.
-      params: its weights.
+      model, params: the decoder and its weights.
       queue: the rows to write.
       slots: M.
       platform: the target of the compilation; on ``gpu`` a kernel reads the caches where it fits.
@@ -274,7 +262,7 @@ def forward(
 
 
 def _by_kernel(queue: Queue, slots: Slots) -> Attend:
-    """Each row reads the part of the caches that it has filled."""
+    """Attention in which each row reads only the columns of the caches that it has filled."""
     ring, prompt, row = slots.ring, slots.prompt, None
     if prompt is None:
         prompt = queue.store
@@ -293,7 +281,7 @@ def _by_kernel(queue: Queue, slots: Slots) -> Attend:
 
 
 def _by_blocks(queue: Queue, slots: Slots) -> Attend:
-    """All rows read as many blocks as the longest row has filled."""
+    """Attention in which all rows read as many blocks as the longest row has filled."""
     # With a slot for each row, the slots of a group are adjacent and share the store's prompt.
     prompt, filled = slots.prompt, slots.cached
     if prompt is None:
@@ -327,7 +315,7 @@ def _attend_ring(
     window: Array | None,
     blocks: Array | int,
 ) -> Partial:
-    """Adds the tokens of the completion. A column's age is its distance to the current position."""
+    """Merges the tokens of the completion. A column's age is its distance to the current one."""
     ring = slots.ring
     step = slots.step % ring.length
     oldest = slots.position if window is None else jnp.minimum(slots.position, window - 1)
@@ -351,7 +339,7 @@ def _attend_prompt(
     window: Array | None,
     blocks: Array | int,
 ) -> Partial:
-    """Adds the prompts without their last tokens, which are in the ring.
+    """Merges the prompts without their last tokens, which are in the ring.
 
     Args:
       partial: attention to the completion.

@@ -1,6 +1,5 @@
 """Samples completions. The decode loop runs on the device; the host only polls it."""
 
-import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -22,13 +21,13 @@ from echorl_jax.rollout.host import (
     Worker,
     choose_cpu_workers,
     decode_call,
+    mesh_context,
     run_workers,
     worker_slots,
 )
 from echorl_jax.rollout.memory import cache_dtype, choose_slots
 from echorl_jax.rollout.prefill import PrefillSpec, begin_call, block_sizes
 from echorl_jax.rollout.request import (
-    PROMPT_MULTIPLE,
     Request,
     Resources,
     Sampling,
@@ -138,31 +137,22 @@ def generate(
         prefixes=prefixes,
         prompt_tokens=prompt_tokens,
     )
-    resources = Resources(slots, cpu_workers, kv_dtype, mesh, steps_per_poll, pad_id)
     return sample_request(
         model,
         params,
         request,
         key,
         sampling=sampling,
-        resources=resources,
+        resources=Resources(slots, cpu_workers, kv_dtype, mesh, steps_per_poll, pad_id),
         progress=progress,
         finished=finished,
     )
 
 
 def generate_with_progress(*args: Any, **settings: Any) -> tuple[Rollouts, Progress]:
-    """:func:`generate`, and the progress at its end: tokens, seconds, slot occupancy."""
-    last: list[Progress] = []
-    watch = settings.pop("progress", None)
-
-    def note(now: Progress) -> None:
-        last[:] = [now]
-        if watch is not None:
-            watch(now)
-
-    rollouts = generate(*args, **settings, progress=note)
-    return rollouts, last[0]
+    """Returns the rollouts of :func:`generate` and the last :class:`Progress`."""
+    polls: list[Progress] = []
+    return generate(*args, **settings, progress=polls.append), polls[-1]
 
 
 def sample_request(
@@ -179,54 +169,41 @@ def sample_request(
     """:func:`generate` for settings and rows that were checked before.
 
     Args:
-      model: the decoder.
-      params: the trainer's weights.
+      model, params, key, progress, finished: see :func:`generate`.
       request: from :func:`make_request`, with the same ``sampling``.
-      key: PRNG key.
       sampling: from :meth:`Sampling.checked`.
       resources: how the call runs.
-      progress, finished: see :func:`generate`.
     """
     resources.check()
     _check_context(model, request, sampling)
-    mesh, prompts = resources.mesh, request.prompts
-    resources = _with_workers(model, request, sampling, resources)
-    workers = resources.cpu_workers
-    request = request.padded(bucket(prompts, multiple=resources.shards * workers))
-    resources = _with_slots(model, request, sampling, resources)
-    prefill_spec, decode_spec = _specs(
-        model,
-        sampling,
-        resources,
-        rows=request.rows // workers,
-        prompt_tokens=request.tokens.shape[1],
-    )
-
-    def make_worker(index: int, weights: PyTree) -> Worker:
-        part = request.part(workers, index)
-        rows = int(part.count)
-
-        def begin() -> tuple[Queue, Slots, Output]:
-            placed, placed_key = _on_device(part, mesh), _key_on_device(key, mesh)
-            return begin_call(model, weights, placed, placed_key, spec=prefill_spec)
-
-        return Worker(
-            begin,
-            rows=rows,
-            slots=resources.slots,
-            spec=decode_spec,
-            finished=FinishedRows(finished, request.part_rows(workers, index)[:rows]),
-            alone=workers == 1,
-        )
-
-    with jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+    request, resources = _fit(model, request, sampling, resources)
+    mesh, count = resources.mesh, resources.cpu_workers
+    prefill_spec = _prefill_spec(request, sampling, resources)
+    refill = request.rows // count > resources.slots
+    decode_spec = _decode_spec(sampling, resources, refill=refill)
+    key = _key_on_device(key, mesh)
+    with mesh_context(mesh):
         weights = rollout_params(model, params, mesh, kv_dtype=resources.kv_dtype)
-        running = [make_worker(index, weights) for index in range(workers)]
-        run_workers(model, weights, running, mesh=mesh, progress=progress)
+
+        def begin(index: int) -> tuple[Queue, Slots, Output]:
+            part = _on_device(request.part(count, index), mesh)
+            return begin_call(model, weights, part, key, spec=prefill_spec)
+
+        workers = [
+            Worker(
+                functools.partial(begin, index),
+                FinishedRows(finished, request.part_rows(count, index)),
+                slots=resources.slots,
+                spec=decode_spec,
+                alone=count == 1,
+            )
+            for index in range(count)
+        ]
+        run_workers(model, weights, workers, mesh=mesh, progress=progress)
         return _rollouts(
             _on_device(request, mesh),
-            [worker.output for worker in running],
-            prompts=prompts,
+            [worker.output for worker in workers],
+            prompts=request.prompts,
             group_size=sampling.group_size,
         )
 
@@ -242,26 +219,21 @@ def _check_context(model: Decoder, request: Request, sampling: Sampling) -> None
         )
 
 
-def _with_workers(
+def _fit(
     model: Decoder, request: Request, sampling: Sampling, resources: Resources
-) -> Resources:
-    """Fills in the number of CPU workers."""
+) -> tuple[Request, Resources]:
+    """Pads the request, and chooses the workers, the slots of each and the type of the cache."""
+    mesh, shards = resources.mesh, resources.shards
+    kv_dtype = cache_dtype(model, resources.kv_dtype)
     workers = min(resources.cpu_workers, request.prompts) or choose_cpu_workers(
         model,
         prompts=request.prompts,
         slots=resources.slots or request.rows,
         max_new_tokens=sampling.max_new_tokens,
-        kv_dtype=resources.kv_dtype,
-        mesh=resources.mesh,
+        kv_dtype=kv_dtype,
+        mesh=mesh,
     )
-    return dataclasses.replace(resources, cpu_workers=workers)
-
-
-def _with_slots(
-    model: Decoder, request: Request, sampling: Sampling, resources: Resources
-) -> Resources:
-    """Fills in the slots of each worker and the type of the cache."""
-    mesh, kv_dtype = resources.mesh, cache_dtype(model, resources.kv_dtype)
+    request = request.padded(bucket(request.prompts, multiple=shards * workers))
     slots = resources.slots
     if not slots:
         slots = choose_slots(
@@ -274,46 +246,40 @@ def _with_slots(
         )
         if mesh is not None and mesh.is_multi_process:
             slots = smallest(slots)  # hosts may differ in memory, but run one program
-    workers, shards = resources.cpu_workers, resources.shards
     slots = worker_slots(request.rows, slots, workers=workers, shards=shards)
-    return dataclasses.replace(resources, slots=slots, kv_dtype=kv_dtype)
+    return request, dataclasses.replace(
+        resources, cpu_workers=workers, slots=slots, kv_dtype=kv_dtype
+    )
 
 
-def _specs(
-    model: Decoder, sampling: Sampling, resources: Resources, *, rows: int, prompt_tokens: int
-) -> tuple[PrefillSpec, DecodeSpec]:
-    """The static parts of the two programs of a worker.
-
-    Args:
-      resources: with the slots and the number of workers filled in.
-      rows: of one worker, padding included.
-      prompt_tokens: S, padded.
-    """
-    platform = platform_of(resources.mesh)
+def _prefill_spec(request: Request, sampling: Sampling, resources: Resources) -> PrefillSpec:
     block, ring_block = block_sizes(
-        prompt_tokens,
+        request.tokens.shape[1],
         sampling.max_new_tokens,
-        platform=platform,
+        platform=platform_of(resources.mesh),
         cpu_workers=resources.cpu_workers,
     )
-    prefill_spec = PrefillSpec(
+    assert resources.kv_dtype is not None
+    return PrefillSpec(
         slots=resources.slots,
         length=sampling.max_new_tokens,
         stop_window=sampling.stop_window,
         block=block,
         ring_block=ring_block,
         pad_id=resources.pad_id,
-        kv_dtype=cache_dtype(model, resources.kv_dtype),
+        kv_dtype=resources.kv_dtype,
         shards=resources.shards,
     )
-    decode_spec = DecodeSpec(
+
+
+def _decode_spec(sampling: Sampling, resources: Resources, *, refill: bool) -> DecodeSpec:
+    return DecodeSpec(
         sampling=sampling,
         steps=resources.steps_per_poll,
-        refill=rows > resources.slots,
-        platform=platform,
+        refill=refill,
+        platform=platform_of(resources.mesh),
         shards=resources.shards,
     )
-    return prefill_spec, decode_spec
 
 
 def _on_device(request: Request, mesh: Mesh | None) -> Request:
@@ -357,39 +323,30 @@ def _rollouts(
 def lower_prefill(
     model: Decoder, sampling: Sampling, resources: Resources, *, prompts: int, prompt_tokens: int
 ) -> jax.stages.Lowered:
-    """The prefill program, lowered from shapes alone.
+    """Lowers the prefill program from shapes alone.
 
     Args:
       model: the decoder.
       sampling: static settings.
-      resources: with a mesh of real devices or of those of a topology, and slots that are a
-        multiple of the devices that rows are split over.
+      resources: with slots, and a mesh of real devices or of those of a topology.
       prompts: P, padded to an allowed shape as :func:`generate` does.
       prompt_tokens: S, padded likewise.
     """
     mesh = resources.mesh
     assert mesh is not None
-    prompts = bucket(prompts, multiple=resources.shards)
-    rows, width = prompts * sampling.group_size, bucket(prompt_tokens, multiple=PROMPT_MULTIPLE)
-    resources = dataclasses.replace(resources, cpu_workers=1, slots=min(resources.slots, rows))
-    spec, _ = _specs(model, sampling, resources, rows=rows, prompt_tokens=width)
-    whole = NamedSharding(mesh, PartitionSpec())
-
-    def array(*size: int, dtype: object = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct(size, dtype, sharding=whole)
-
-    per_row = array(rows)
-    request = Request(
-        tokens=array(prompts, width),
-        length=array(prompts),
-        group=per_row,
-        row_id=per_row,
-        limit=per_row,
-        prefix=array(rows, 0),
-        prefix_length=per_row,
-        count=array(),
+    blank = [[0] * prompt_tokens] * prompts
+    request, resources = _fit(
+        model,
+        make_request(blank, sampling, vocab_size=model.config.vocab_size),
+        sampling,
+        dataclasses.replace(resources, cpu_workers=1),
     )
-    key = array(dtype=jax.eval_shape(lambda: jax.random.key(0)).dtype)
+    spec = _prefill_spec(request, sampling, resources)
+    whole = NamedSharding(mesh, PartitionSpec())
+    request, key = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
+        (request, jax.random.key(0)),
+    )
     weights = abstract_rollout_params(model, mesh)
     with jax.set_mesh(mesh):
         return begin_call.lower(model, weights, request, key, spec=spec)
@@ -402,12 +359,12 @@ def lower_decode(
     prefill: jax.stages.Lowered,
     prefilled: jax.stages.Compiled,
 ) -> jax.stages.Lowered:
-    """The decode program, lowered for what :func:`lower_prefill`'s program returns.
+    """Lowers the decode program for the results of the prefill program.
 
     Args:
-      model, sampling, resources: those of the prefill program.
-      prefill: that program, lowered.
-      prefilled: that program, compiled.
+      model, sampling, resources: those of :func:`lower_prefill`.
+      prefill: its result.
+      prefilled: its result, compiled.
     """
     mesh = resources.mesh
     assert mesh is not None
@@ -416,9 +373,8 @@ def lower_decode(
         prefill.out_info,
         prefilled.output_shardings,
     )
-    prompt_tokens = queue.request.tokens.shape[1]
-    resources = dataclasses.replace(resources, cpu_workers=1, slots=slots.row.shape[0])
-    _, spec = _specs(model, sampling, resources, rows=queue.rows, prompt_tokens=prompt_tokens)
+    refill = queue.rows > slots.row.shape[0]
+    spec = _decode_spec(sampling, resources, refill=refill)
     whole = NamedSharding(mesh, PartitionSpec())
     shrink_at = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)
     weights = abstract_rollout_params(model, mesh)

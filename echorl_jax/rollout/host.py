@@ -1,9 +1,8 @@
-"""The host's part of sampling: starts programs, polls them, reports finished rows.
+"""The host side of sampling: starts programs, polls them and reports finished rows.
 
 A worker is one decode loop with its share of the rows and of the slots. An accelerator has one. On
-CPU, XLA splits each operation over the cores, and with a small model the cores spend more time
-waiting for each other than computing; so there each core gets a worker, and workers do not wait for
-each other.
+CPU, XLA splits each operation over the cores, and with a small model the cores wait for each other
+longer than they compute. So each core gets a worker, and workers do not wait for each other.
 """
 
 import contextlib
@@ -14,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from typing import Any
 
 import jax
 import numpy as np
@@ -32,12 +32,12 @@ from echorl_jax.types import Array, HostArray, PyTree
 FEWEST_SLOTS = 8
 # More workers are untested.
 MOST_CPU_WORKERS = 8
-# Weights up to this size may be read by every worker at no loss (docs/performance.md).
+# With weights up to this size more workers are always faster (docs/performance.md).
 SHARED_WEIGHT_BYTES = 64 << 20
-# Rows of one fetch, so that one program fetches any number of them.
+# Rows of one fetch: one shape, so that one program fetches any number of rows.
 FETCH_ROWS = 32
 
-# Called with numbers of rows and their tokens, EOS included.
+# Called with row numbers and the tokens of each row, EOS included.
 Finished = Callable[[Sequence[int], Sequence[HostArray]], None]
 
 
@@ -49,7 +49,7 @@ class Progress:
     rows_done: int
     tokens: int
     seconds: float
-    slots: int  # of the programs that ran last
+    slots: int  # slots of the programs that ran last
     occupancy: float  # tokens so far / tokens computed so far, idle slots included
 
     @property
@@ -68,10 +68,9 @@ def choose_cpu_workers(
 ) -> int:
     """One worker per core on a single CPU device, fewer if weights are large; otherwise one.
 
-    Every worker reads all weights. With large weights that pays when completions are long, because
-    attention runs faster within a worker: as long as the weights that all workers but one read are
-    at most as many bytes as the cache of the completions (measured on two cores,
-    docs/performance.md).
+    Every worker reads all weights, but attention is faster within a worker. So workers are added
+    while the weights that the additional ones read are at most as many bytes as the cache of the
+    completions (measured on two cores, docs/performance.md).
 
     Args:
       model: the decoder.
@@ -112,8 +111,8 @@ def _cores() -> int:
 class FinishedRows:
     """Passes each finished row to ``finished`` once; does nothing without that callback.
 
-    Rows are found at the host's polls. They are copied out before the next program takes over the
-    buffers, and handed to the callback while that program runs.
+    The host finds them when it polls. It copies them before the next program takes over the
+    buffers, and calls ``finished`` while that program runs.
 
     Args:
       finished: called with each row once, in any order.
@@ -123,20 +122,21 @@ class FinishedRows:
     def __init__(self, finished: Finished | None, row_numbers: HostArray) -> None:
         self._finished = finished
         self._row_numbers = row_numbers
-        self._known = np.zeros(len(row_numbers), bool)
+        self.rows = len(row_numbers)
+        self._known = np.zeros(self.rows, bool)
         self._fetched: list[tuple[HostArray, Array, Array]] = []
 
     def flags(self, limit: Array, output: Output) -> Array | None:
-        """Bool ``[N]``, which rows have ended, to be read together with the status."""
+        """Flags of the rows that have ended, bool ``[N]``, to be read together with the status."""
         if self._finished is None:
             return None
         return _ended(limit, output.length, output.stopped)
 
     def fetch(self, ended: HostArray | None, output: Output) -> None:
-        """Starts to copy out the rows that have ended since the last call."""
+        """Starts to copy the rows that have ended since the last call."""
         if ended is None:
             return
-        new = np.flatnonzero(ended[: len(self._known)] & ~self._known)
+        new = np.flatnonzero(ended[: self.rows] & ~self._known)
         self._known[new] = True
         for start in range(0, len(new), FETCH_ROWS):
             rows: HostArray = new[start : start + FETCH_ROWS]
@@ -144,7 +144,7 @@ class FinishedRows:
             self._fetched.append((rows, *_pick(output.token, output.length, filled)))
 
     def report(self) -> None:
-        """Hands over the rows that were copied out."""
+        """Passes the copied rows to ``finished``."""
         for rows, *arrays in self._fetched:
             token, length = jax.device_get(arrays)
             completions = [token[i, : length[i]] for i in range(len(rows))]
@@ -168,24 +168,22 @@ class Worker:
 
     Args:
       begin: returns the queue, slots that hold its first rows, and an empty output.
-      rows: rows that are not padding.
-      slots: M.
-      spec: the static part of the decode program.
       finished: reports finished rows.
+      slots: M.
+      spec: the static settings of the decode program.
       alone: whether there is no other worker.
     """
 
     def __init__(
         self,
         begin: Callable[[], tuple[Queue, Slots, Output]],
+        finished: FinishedRows,
         *,
-        rows: int,
         slots: int,
         spec: DecodeSpec,
-        finished: FinishedRows,
         alone: bool,
     ) -> None:
-        self.rows, self.rows_done, self.tokens, self.computed = rows, 0, 0, 0
+        self.rows, self.rows_done, self.tokens, self.computed = finished.rows, 0, 0, 0
         self._begin, self._spec, self._finished, self._alone = begin, spec, finished, alone
         self._state: tuple[Queue, Slots, Output] | None = None
         self._slot_counts = slot_counts(slots, smallest=max(FEWEST_SLOTS, spec.shards))
@@ -194,7 +192,7 @@ class Worker:
 
     @property
     def slots(self) -> int:
-        """Slots of the program that runs, or ran last."""
+        """Slots of the current program."""
         return self._slot_counts[self._level]
 
     @property
@@ -204,7 +202,7 @@ class Worker:
 
     @property
     def output(self) -> Output:
-        """The rows as far as they are; the worker must have been started."""
+        """The tokens written so far, after :meth:`start`."""
         assert self._state is not None
         return self._state[2]
 
@@ -253,10 +251,10 @@ decode_call = jax.jit(
 
 @functools.cache
 def _decode_in_order() -> Callable[..., tuple[Slots, Output, Status]]:
-    """The decode program for one of several workers: one thread computes its operations in order.
+    """The decode program for one of several workers, with its operations in order.
 
-    XLA's default schedule for CPU moves operations ahead so that they can run in parallel. Weights
-    of a layer would then be read long before their use, and have left the cache by then.
+    XLA's default schedule for CPU moves operations ahead so that they can run in parallel. It would
+    read the weights of a layer so early that they leave the cache before they are used.
     """
     options = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
     try:
@@ -274,6 +272,11 @@ def _decode_in_order() -> Callable[..., tuple[Slots, Output, Status]]:
 _compact = jax.jit(compact, static_argnames=("size", "shards"))
 
 
+def mesh_context(mesh: Mesh | None) -> contextlib.AbstractContextManager[Any]:
+    """Makes ``mesh`` the current one; does nothing for None."""
+    return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
 def run_workers(
     model: Decoder,
     params: PyTree,
@@ -282,15 +285,7 @@ def run_workers(
     mesh: Mesh | None,
     progress: Callable[[Progress], None] | None,
 ) -> None:
-    """Writes all rows of all workers.
-
-    Args:
-      model: the decoder.
-      params: the weights, in the layout for sampling.
-      workers: each is polled when its program has ended.
-      mesh: the current one.
-      progress: called after each poll.
-    """
+    """Runs the workers until all rows are written; calls ``progress`` after each poll."""
     begin = time.perf_counter()
 
     def report() -> None:
@@ -317,15 +312,15 @@ def _run_threads(
     mesh: Mesh | None,
     report: Callable[[], None],
 ) -> None:
-    """A thread for each worker: on CPU, programs started by one thread run one after the other.
+    """Runs each worker in a thread: on CPU, programs of one thread run one after the other.
 
-    All callbacks are called from the caller's thread.
+    Callbacks run in the thread of the caller.
     """
 
-    starting = threading.Lock()  # the second worker then finds the program compiled
+    starting = threading.Lock()  # so that only the first worker compiles the program
 
     def advance(worker: Worker) -> None:
-        with starting, jax.set_mesh(mesh) if mesh is not None else contextlib.nullcontext():
+        with starting, mesh_context(mesh):
             worker.start(model, params)
         worker.wait()
 

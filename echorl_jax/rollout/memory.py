@@ -1,7 +1,6 @@
-"""The cost of sampling before anything runs: memory of a call, and work of one decode step."""
+"""The memory of a call by formula, and the number of slots that fits."""
 
 import dataclasses
-import math
 import os
 
 import jax
@@ -12,14 +11,14 @@ from echorl_jax.parallel import Platform, local_bytes
 from echorl_jax.rollout.cache import KV_BYTES, KVDtype
 from echorl_jax.rollout.request import bucket_below
 
-# Share of a device's memory that slots may take by default: in training, weights, optimizer state
-# and the activations of the update need room too.
+# Share of a device's memory that slots may take by default. Training needs the rest for weights,
+# optimizer state and the activations of the update.
 SLOT_SHARE = 0.4
 
 
 @dataclasses.dataclass(frozen=True)
 class RolloutMemory:
-    """Bytes on the device that holds most."""
+    """Bytes on the device with the largest share."""
 
     weights: int  # in the layout for sampling and the compute dtype
     prompts: int  # keys and values of all prompts, on every device that rows are split over
@@ -90,16 +89,12 @@ def choose_slots(
     mesh: Mesh | AbstractMesh | None = None,
     slot_bytes: int | None = None,
 ) -> int:
-    """All rows at once if their keys and values fit, else the largest allowed number that does.
+    """A slot for each row if they fit into memory, else the largest allowed number that fits.
 
     Args:
-      model: the decoder.
       rows: N.
-      prompt_tokens: S, as padded.
-      max_new_tokens: T.
-      kv_dtype: type of the cache; the model's unless given.
-      mesh: where it runs; one device unless given.
       slot_bytes: limit for slots on each device; 0.4 of its memory unless given.
+      model, prompt_tokens, max_new_tokens, kv_dtype, mesh: as in :func:`rollout_memory`.
 
     Raises:
       ValueError: not even one slot for each device fits.
@@ -107,14 +102,13 @@ def choose_slots(
     axes = dict(mesh.shape) if mesh is not None else {}
     shards = axes.get("data", 1) * axes.get("fsdp", 1)
     budget = int(SLOT_SHARE * device_bytes()) if slot_bytes is None else slot_bytes
-    # With a slot for each row prompts are not copied at first, but when rows move to fewer slots at
-    # the end they are.
+    # With a slot for each row, prompts are copied only at the end, when rows move to fewer slots.
     each = position_bytes(model, kv_dtype, axes.get("tensor", 1)) * (prompt_tokens + max_new_tokens)
     fit = budget // each * shards
     if fit < shards:
         raise ValueError(
             f"one slot of {prompt_tokens} + {max_new_tokens} tokens takes {each / 1e9:.2f} GB, "
-            f"more than the {budget / 1e9:.2f} GB of each device that slots may take"
+            f"more than the {budget / 1e9:.2f} GB that slots may take on each device"
         )
     return rows if fit >= rows else bucket_below(fit, multiple=shards)
 
@@ -129,7 +123,7 @@ def device_bytes() -> int:
 
 
 def cache_dtype(model: Decoder, kv_dtype: KVDtype | None) -> KVDtype:
-    """The type of the cache: ``kv_dtype``, or that of the model's activations for None."""
+    """The type of the cache: ``kv_dtype``, or for None the type of the model's activations."""
     if kv_dtype is None:
         return "bfloat16" if model.dtype == "bfloat16" else "float32"
     if kv_dtype not in KV_BYTES:
@@ -148,8 +142,9 @@ def position_bytes(model: Decoder, kv_dtype: KVDtype | None, tensor: int = 1) ->
 
 
 def balances_keys(model: Decoder, kv_dtype: KVDtype | None) -> bool:
-    """Whether the sampler has key projections of its own, for int8 keys with biases. Norms of keys
-    would undo the scaling, and leave no large channel.
+    """True if the sampler scales the key projections: int8 keys with biases and without norms.
+
+    Norms of keys would undo the scaling, and leave no large channel.
     """
     return kv_dtype == "int8" and model.config.qkv_bias and not model.config.qk_norm
 
@@ -157,8 +152,10 @@ def balances_keys(model: Decoder, kv_dtype: KVDtype | None) -> bool:
 def shares_weights(
     model: Decoder, *, devices: int, platform: Platform, kv_dtype: KVDtype | None = None
 ) -> bool:
-    """Whether sampling reads the trainer's weights without a copy: same type, one device, no GPU
-    (there the layers lie apart), no projections of its own.
+    """True if sampling reads the trainer's weights without a copy.
+
+    That needs one type, one device and unscaled keys, but not a GPU, where layers are stored
+    separately.
     """
     same = model.dtype == model.param_dtype and not balances_keys(model, kv_dtype)
     return devices == 1 and same and platform != "gpu"
@@ -168,71 +165,3 @@ def weight_bytes(model: Decoder, mesh: Mesh | AbstractMesh | None) -> int:
     """Bytes of the weights for sampling on one device."""
     shapes = jax.eval_shape(model.cast, model.param_shapes())
     return local_bytes(model.param_axes(), shapes, mesh, "rollout")
-
-
-@dataclasses.dataclass(frozen=True)
-class DecodeStepCost:
-    """Work of writing one token for each of M slots, on all devices together."""
-
-    matrix_flops: int  # products with weights
-    attention_flops: int  # scores and weighted values
-    weight_bytes: int  # each weight is read once
-    cache_bytes: int  # each key and value attended to is read once, new ones are written
-
-    @property
-    def flops(self) -> int:
-        return self.matrix_flops + self.attention_flops
-
-    @property
-    def bytes(self) -> int:
-        return self.weight_bytes + self.cache_bytes
-
-    def seconds(self, *, flops_per_second: float, bytes_per_second: float) -> float:
-        """Least time on hardware with these peaks: the slower of the two."""
-        return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
-
-
-def decode_step_cost(
-    model: Decoder,
-    *,
-    slots: int,
-    prompt_tokens: float,
-    completion_tokens: float,
-    group_size: int = 1,
-    kv_dtype: KVDtype | None = None,
-) -> DecodeStepCost:
-    """Counts one decode step at a mean context length.
-
-    With W weights in matrices, head included, L layers, H query heads of size K and c positions in
-    the context: ``2 M W`` and ``4 M L H K c`` operations. Bytes: W weights, and for each
-    slot its completion and 1 / ``group_size`` of its prompt.
-
-    Args:
-      model: the decoder.
-      slots: M.
-      prompt_tokens: mean prompt length.
-      completion_tokens: mean number of tokens so far.
-      group_size: slots that read a prompt together: G with a slot for each row, else 1.
-      kv_dtype: type of the cache; the model's unless given.
-    """
-    config = model.config
-    weights = layer_weights(model) + config.hidden_size * config.vocab_size
-    context = prompt_tokens + completion_tokens
-    heads = config.num_layers * config.num_heads * config.head_dim
-    read = prompt_tokens / group_size + completion_tokens
-    width = 2 if model.dtype == "bfloat16" else 4
-    return DecodeStepCost(
-        matrix_flops=2 * slots * weights,
-        attention_flops=round(4 * slots * heads * context),
-        weight_bytes=weights * width,
-        cache_bytes=round(slots * (read + 1) * position_bytes(model, kv_dtype)),
-    )
-
-
-def layer_weights(model: Decoder) -> int:
-    """Weights in the matrices of all layers."""
-    return sum(
-        math.prod(shape.shape)
-        for path, shape in jax.tree_util.tree_leaves_with_path(model.layers(model.param_shapes()))
-        if path[-1].key == "kernel"
-    )

@@ -31,12 +31,12 @@ from echorl_jax.rollout.slots import Queue, Slots, first_slots
 from echorl_jax.rollout.weights import over_layers, windows
 from echorl_jax.types import Array, PyTree
 
-# Positions in a block of the cache. A TPU computes with 128 lanes, used or not, and each block has
-# a fixed cost there; on CPU a block has to stay in the caches (docs/performance.md), on GPU three
-# of them in the fast memory of a multiprocessor.
+# Positions in a block of the cache. A TPU always computes with 128 lanes, and each block has a
+# fixed cost; on CPU a block has to stay in the processor's caches (docs/performance.md), on GPU
+# three blocks have to fit into the shared memory of a multiprocessor.
 BLOCK = {"cpu": 64, "gpu": 64, "tpu": 128}
-# For completions with several CPU workers: without threads to wake per block, short blocks waste
-# less.
+# Positions in a block of completions with several CPU workers: they start no threads per block, so
+# short blocks waste less.
 WORKER_BLOCK = 32
 # Limits of one prefill piece: positions, and prompts times positions.
 PREFILL_CHUNK = 512
@@ -45,7 +45,7 @@ PREFILL_TOKENS = 8192
 
 @dataclasses.dataclass(frozen=True)
 class PrefillSpec:
-    """The static part of the prefill program."""
+    """Static settings of the prefill program."""
 
     slots: int
     length: int  # T
@@ -77,7 +77,7 @@ def block_sizes(
 def begin_call(
     model: Decoder, params: PyTree, request: Request, key: Array, *, spec: PrefillSpec
 ) -> tuple[Queue, Slots, Output]:
-    """The first program of a call: prefills each prompt once and gives the first rows to slots."""
+    """Prefills each prompt once and gives the first rows to the slots."""
     config = model.config
     cache = functools.partial(
         empty_cache,
@@ -128,10 +128,9 @@ def prefill(
     past the longest prompt of their rows are skipped.
 
     Args:
-      model: the decoder.
-      params: its weights.
+      model, params: the decoder and its weights.
       tokens: i32 ``[P, S]``, padded on the right; P a multiple of ``rows``, S of ``chunk``.
-      lengths: i32 ``[P]``; columns from there on hold values that must not be read.
+      lengths: i32 ``[P]``; the columns after that many must not be read.
       store: cache for P rows and S positions; ``chunk`` is a multiple of its block.
       rows: prompts in a piece.
       chunk: positions in a piece.
@@ -193,8 +192,8 @@ def _attend_piece(
         block = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, row, rows), block)
         return merge(partial, block, index * store.block)
 
-    own = jax.tree.map(lambda x: x[0], as_blocks(new, axis=1, block=chunk))
-    partial = merge(no_attention(grouped), own, position)
+    piece = jax.tree.map(lambda x: x[0], as_blocks(new, axis=1, block=chunk))
+    partial = merge(no_attention(grouped), piece, position)
     partial = lax.fori_loop(0, position // store.block, earlier, partial)
     out = finish_attention(partial).reshape(split.shape).transpose(0, 2, 1, 3, 4)
     return out.reshape(q.shape).astype(q.dtype)

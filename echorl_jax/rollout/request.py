@@ -1,4 +1,4 @@
-"""What a call asks for: the settings of sampling, and its rows, checked and padded.
+"""The input of a call: sampling settings, rows and resources, checked and padded.
 
 Array shapes come from a small closed set (:func:`bucket`), so that the number of compiled programs
 does not grow with the data.
@@ -25,8 +25,8 @@ class Sampling:
 
     Banned tokens are removed first. Then ``top_k`` keeps the k most probable tokens, ``top_p`` the
     most probable tokens that together hold ``top_p`` of the remaining probability, and ``min_p``
-    the tokens at least ``min_p`` times as probable as the most probable one. Ties with the last
-    token kept are kept too. Reported log-probabilities and entropies ignore all of this.
+    the tokens at least ``min_p`` times as probable as the most probable one. Tokens that tie with
+    the last one kept are kept too. Reported log-probabilities and entropies are not truncated.
     """
 
     group_size: int  # G
@@ -59,23 +59,23 @@ class Sampling:
         Raises:
           ValueError: a value out of range, a token outside the vocabulary, or every token banned.
         """
-        for name in ("group_size", "max_new_tokens"):
-            if vars(self)[name] < 1:
-                raise ValueError(f"{name}={vars(self)[name]}: must be at least 1")
-        if self.temperature != 0 and not 1e-30 <= self.temperature < math.inf:
-            raise ValueError(
-                f"temperature={self.temperature}: must be 0 (greedy) or at least 1e-30"
-            )
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k}: must be 0 (off) or positive")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: must lie in (0, 1]")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p={self.min_p}: must lie in [0, 1]")
-        if not all(self.stop_sequences):
-            raise ValueError("stop_sequences: one of them is empty")
-        for name in ("eos_ids", "banned_ids"):
-            check_tokens(name, vars(self)[name], vocab_size)
+        for name, valid, requirement in (
+            ("group_size", self.group_size >= 1, "at least 1"),
+            ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            (
+                "temperature",
+                self.temperature == 0 or 1e-30 <= self.temperature < math.inf,
+                "0 (greedy) or at least 1e-30",
+            ),
+            ("top_k", self.top_k >= 0, "0 (off) or positive"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("min_p", 0 <= self.min_p <= 1, "from 0 to 1"),
+            ("stop_sequences", all(self.stop_sequences), "sequences of at least one token"),
+        ):
+            if not valid:
+                raise ValueError(f"{name}={vars(self)[name]}: must be {requirement}")
+        check_tokens("eos_ids", self.eos_ids, vocab_size)
+        check_tokens("banned_ids", self.banned_ids, vocab_size)
         for sequence in self.stop_sequences:
             check_tokens("stop_sequences", sequence, vocab_size)
         if len(set(self.banned_ids)) == vocab_size:
@@ -111,7 +111,7 @@ class Resources:
         return 1 if self.mesh is None else self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     def check(self) -> None:
-        """Raises ValueError for a value out of range; the message names it."""
+        """Raises ValueError, with the name of the setting, for a value out of range."""
         if jax.config.values["jax_enable_x64"]:
             raise ValueError("jax_enable_x64 is on: the sampler counts and computes in 32 bits")
         for name, least in (("slots", 0), ("cpu_workers", 0), ("steps_per_poll", 1)):
@@ -119,7 +119,7 @@ class Resources:
                 raise ValueError(f"{name}={value}: must be at least {least}")
         if self.cpu_workers > 1 and self.mesh is not None and self.mesh.size > 1:
             raise ValueError(
-                f"cpu_workers={self.cpu_workers}: a mesh of {self.mesh.size} devices has one"
+                f"cpu_workers={self.cpu_workers}: a mesh of {self.mesh.size} devices has one worker"
             )
 
 
@@ -129,7 +129,7 @@ def sorted_ids(ids: Iterable[int]) -> tuple[int, ...]:
 
 
 def check_tokens(name: str, ids: Sequence[int], vocab_size: int) -> None:
-    """Raises ValueError, with the name, unless every id is an integer in ``[0, vocab_size)``."""
+    """Raises ValueError, with ``name``, unless every id is an integer in ``[0, vocab_size)``."""
     if len(ids) and np.asarray(ids).dtype.kind not in "iu":
         raise ValueError(f"{name}: token ids must be whole numbers")
     if len(ids) and not (min(ids) >= 0 and max(ids) < vocab_size):
@@ -137,11 +137,19 @@ def check_tokens(name: str, ids: Sequence[int], vocab_size: int) -> None:
         raise ValueError(f"{name}: token {wrong} is outside the vocabulary of {vocab_size}")
 
 
+def check_lists(name: str, lists: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises ValueError for an empty list and for a token outside the vocabulary."""
+    for index, ids in enumerate(lists):
+        if not len(ids):
+            raise ValueError(f"{name}[{index}] is empty")
+        check_tokens(f"{name}[{index}]", ids, vocab_size)
+
+
 @pytree
 class Request:
-    """The rows of one call, the rows of a prompt side by side: NumPy on the host, then on devices.
+    """The rows of one call; the rows of a prompt are adjacent. NumPy arrays until they are placed.
 
-    Rows from ``count`` on pad the shape; nothing is written for them.
+    Rows from ``count`` on pad the shape; nothing is written for them. All methods are for the host.
     """
 
     tokens: Array  # i32 [P, S], the prompts, right-padded
@@ -165,47 +173,42 @@ class Request:
 
     @property
     def prompts(self) -> int:
-        """Prompts without padding; on the host only."""
+        """Prompts without padding."""
         return int(self.count) // self.group_size
 
     def padded(self, prompts: int) -> "Request":
-        """The request with blank rows for ``prompts`` prompts in all; on the host only."""
-        blank = prompts - len(self.length)
-
-        def pad(values: HostArray, count: int, fill: int = 0) -> HostArray:
-            widths = [(0, count), *[(0, 0)] * (values.ndim - 1)]
-            return np.pad(values, widths, constant_values=fill)
-
-        rows = blank * self.group_size
-        return Request(
-            tokens=pad(self.tokens, blank),
-            length=pad(self.length, blank, 1),
-            group=_groups(prompts, self.group_size),
-            row_id=pad(self.row_id, rows),
-            limit=pad(self.limit, rows, 1),
-            prefix=pad(self.prefix, rows),
-            prefix_length=pad(self.prefix_length, rows),
-            count=self.count,
-        )
-
-    def part_rows(self, parts: int, part: int) -> HostArray:
-        """The rows of every ``parts``-th prompt, so that the parts share the padding too."""
-        first = np.arange(part, len(self.length), parts) * self.group_size
-        return (first[:, None] + np.arange(self.group_size)).reshape(-1)
+        """The request with padding for ``prompts`` prompts in all."""
+        last = len(self.length) - 1
+        index = np.arange(prompts)
+        repeated = self._take(np.minimum(index, last), int(self.count))
+        # A prompt of one token costs no prefill.
+        length = np.where(index > last, 1, repeated.length).astype(np.int32)
+        return dataclasses.replace(repeated, length=length)
 
     def part(self, parts: int, part: int) -> "Request":
-        """The request for :meth:`part_rows`; P is a multiple of ``parts``. On the host only."""
-        rows = self.part_rows(parts, part)
-        count: HostArray = np.int32(len(range(part, self.prompts, parts)) * self.group_size)
+        """The rows of every ``parts``-th prompt, so that the parts share the padding too."""
+        count = len(range(part, self.prompts, parts)) * self.group_size
+        return self._take(np.arange(part, len(self.length), parts), count)
+
+    def part_rows(self, parts: int, part: int) -> HostArray:
+        """The numbers of the rows of :meth:`part` that are not padding."""
+        return self._rows_of(np.arange(part, self.prompts, parts))
+
+    def _rows_of(self, prompts: HostArray) -> HostArray:
+        return (prompts[:, None] * self.group_size + np.arange(self.group_size)).reshape(-1)
+
+    def _take(self, prompts: HostArray, count: int) -> "Request":
+        """The given prompts with all their rows, ``count`` of which are not padding."""
+        rows, number = self._rows_of(prompts), np.int32(count)
         return Request(
-            tokens=self.tokens[part::parts],
-            length=self.length[part::parts],
-            group=self.group[: len(rows)],
+            tokens=self.tokens[prompts],
+            length=self.length[prompts],
+            group=_groups(len(prompts), self.group_size),
             row_id=self.row_id[rows],
             limit=self.limit[rows],
             prefix=self.prefix[rows],
             prefix_length=self.prefix_length[rows],
-            count=count,
+            count=number,  # pyright: ignore[reportArgumentType]
         )
 
 
@@ -229,13 +232,10 @@ def make_request(
       ValueError: an empty list, a length or a token out of range; the message names it.
     """
     if len(prompts) == 0:
-        raise ValueError("prompts: there is none")
+        raise ValueError("prompts: the list is empty")
     if prompt_tokens < 0:
         raise ValueError(f"prompt_tokens={prompt_tokens}: must not be negative")
-    for index, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise ValueError(f"prompts[{index}] is empty")
-        check_tokens(f"prompts[{index}]", prompt, vocab_size)
+    check_lists("prompts", prompts, vocab_size)
     rows, longest = len(prompts) * sampling.group_size, max(prompt_tokens, *map(len, prompts))
     limits = [sampling.max_new_tokens] * rows if row_limits is None else row_limits
     limit = _per_row("row_limits", limits, rows, least=1, most=sampling.max_new_tokens)
@@ -247,7 +247,7 @@ def make_request(
         check_tokens(f"prefixes[{row}]", prefix, vocab_size)
         if len(prefix) > limit[row]:
             raise ValueError(
-                f"prefixes[{row}]: {len(prefix)} tokens, but the row may have {limit[row]}"
+                f"prefixes[{row}]: {len(prefix)} tokens, above the row's limit of {limit[row]}"
             )
     tokens, length = pad_lists(prompts, bucket(longest, multiple=PROMPT_MULTIPLE))
     width = max(map(len, prefixes))
@@ -285,7 +285,7 @@ def pad_lists(lists: Sequence[Sequence[int]], width: int) -> tuple[HostArray, Ho
 def bucket(size: int, *, multiple: int = 1) -> int:
     """The smallest allowed size that holds ``size``: ``multiple`` times 1, 2, 3, 4, 6, 8, 12, 16...
 
-    At most a third of it is padding, beyond the first few.
+    At most a third of it is padding, beyond the smallest sizes.
 
     >>> [bucket(n) for n in (1, 5, 9, 13, 100)], bucket(70, multiple=16)
     ([1, 6, 12, 16, 128], 96)
@@ -309,7 +309,7 @@ def bucket_below(size: int, *, multiple: int = 1) -> int:
 
 
 def slot_counts(slots: int, *, smallest: int) -> tuple[int, ...]:
-    """Numbers of slots for which a program exists, from ``slots`` down by halves.
+    """The numbers of slots that have a program: ``slots``, then halves down to ``smallest``.
 
     >>> slot_counts(64, smallest=8), slot_counts(6, smallest=8)
     ((64, 32, 16, 8), (6,))

@@ -1,12 +1,10 @@
 """From logits to a token, its log-probability and its entropy, with two random numbers per token.
 
-Drawing by the largest of V Gumbel variates would need V random numbers a token. Here a uniform
-number is looked up in the cumulative distribution, in two levels: which block of the vocabulary,
-then which token of the block. Only block sums and one block are scanned, and with the vocabulary
-split over devices only block sums and one block travel.
+The Gumbel method would need V random numbers per token. Here one uniform number selects a block of
+the vocabulary from the cumulative distribution, and another one a token of the block. So only the
+block sums and one block are scanned, and only these are sent where devices share the vocabulary.
 
-The vocabulary comes first inside, the rows last: on CPU the product with the output matrix, which
-lies by tokens where embeddings are tied, is faster into that order.
+Arrays are ``[V, M]`` inside, because the product with a tied embedding is faster so on CPU.
 """
 
 import math
@@ -21,16 +19,16 @@ from echorl_jax.parallel import constrain
 from echorl_jax.rollout.request import Sampling
 from echorl_jax.types import Array, pytree
 
-# Logit of what cannot be drawn: exp of it is exactly 0 in float32, and 0 times it is 0, not NaN.
+# Logit of excluded tokens: its exp is exactly 0 in float32, and 0 times it is 0, not NaN.
 _NEVER = -1e30
-# The number of blocks has as much in common with this as it can, so that 2, 3, 4, 6, 8, 16 or 32
-# devices may share a vocabulary that they divide.
+# The number of blocks shares as many divisors with this as possible, so that 2, 3, 4, 6, 8, 16 or
+# 32 devices can split the vocabulary.
 SHARED = 96
 
 
 @pytree
 class Sampled:
-    """One token a row."""
+    """One token per row."""
 
     token: Array  # i32 [M]
     logprob: Array  # f32 [M], under the whole distribution at the sampling temperature
@@ -38,9 +36,9 @@ class Sampled:
 
 
 def sampling_key(key: Array) -> Array:
-    """The call's key for Threefry, whatever generator it is for.
+    """Converts a key of any generator to one for Threefry.
 
-    Other generators (``rbg``) give other numbers when rows are computed together, so that samples
+    Numbers of other generators (``rbg``) depend on the rows that are computed together, so samples
     would depend on the number of slots.
     """
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
@@ -49,17 +47,12 @@ def sampling_key(key: Array) -> Array:
 
 
 def row_keys(key: Array, number: Array) -> Array:
-    """The keys ``fold_in(key, number)`` of rows, ``[N]``.
-
-    Args:
-      key: one PRNG key for the call.
-      number: i32 ``[N]``.
-    """
+    """The keys ``fold_in(key, number)`` for ``number`` i32 ``[N]``."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, number)
 
 
 def token_uniforms(keys: Array, position: Array) -> Array:
-    """The two uniform numbers of the tokens at ``position``, whatever slots compute them.
+    """Two uniform numbers for each token; they depend on its row and position alone.
 
     Args:
       keys: ``[M]`` from :func:`row_keys`.
@@ -91,7 +84,7 @@ def sample(
       prefix: i32 ``[M]``, a token to take in place of the draw; -1 takes the draw.
     """
     z = logits.astype(jnp.float32).T
-    # The maximum first, so that the likeliest token weighs exactly 1 at any temperature.
+    # Subtract before the division, so that the likeliest token weighs exactly 1.
     z = z - z.max(0, keepdims=True)
     if sampling.scale != 1:
         z = jnp.maximum(z / sampling.scale, _NEVER)
@@ -115,17 +108,14 @@ def sample(
 
 
 def vocabulary_blocks(vocab: int) -> tuple[int, int]:
-    """Splits the vocabulary into blocks for the two-level search.
+    """Splits a vocabulary of V tokens into blocks for the two-level search.
 
-    Which token a number draws depends on the blocks, so these depend on the vocabulary alone, not
-    on the mesh; and their number is one that devices can share, see :data:`SHARED`.
-
-    Args:
-      vocab: V.
+    The drawn token depends on the blocks, so these depend on V alone and not on the mesh; devices
+    can split them evenly, see :data:`SHARED`.
 
     Returns:
       ``(blocks, width)`` with ``blocks * width >= vocab``: a pair of divisors near the square root
-      if there is one, else the square root with padding.
+      if there is one, else a pair near the square root with padding.
 
     >>> vocabulary_blocks(32_000), vocabulary_blocks(50_257)
     ((160, 200), (288, 175))
@@ -162,7 +152,7 @@ def _truncate(
 ) -> tuple[Array, Array]:
     """Weights ``[blocks, width, M]``, 0 where a token may not be drawn, and their block sums."""
     if sampling.banned_ids:
-        # The maximum again, of what is allowed: nearly all the mass may lie on banned tokens.
+        # Subtract the maximum again: nearly all the mass may lie on banned tokens.
         z = jnp.where(_banned(z.shape, sampling.banned_ids), _NEVER, z)
         weight = jnp.exp(z - z.max((0, 1), keepdims=True))
     if sampling.top_k:
@@ -179,8 +169,8 @@ def _truncate(
 def _keep_likeliest(weight: Array, enough: Callable[[Array], Array]) -> Array:
     """Zeroes weights below the largest threshold for which ``enough(kept weights) [M]`` holds.
 
-    The order of non-negative floats is that of their bit patterns, so bisection of those finds the
-    threshold exactly: no sort, and no vocabulary gathered where it is split over devices.
+    Non-negative floats are ordered as their bit patterns, so bisection of the patterns finds the
+    threshold exactly, without a sort and without a gather where devices split the vocabulary.
     """
     bits = lax.bitcast_convert_type(weight, jnp.int32)
 
@@ -208,7 +198,7 @@ def _draw(weight: Array, block_sums: Array, uniforms: Array) -> Array:
 
 
 def _search(weight: Array, uniform: Array) -> Array:
-    """First index whose cumulative weight passes ``uniform`` of the whole; its own is never 0.
+    """First index with a weight above 0 whose cumulative weight exceeds ``uniform`` of the total.
 
     Args:
       weight: f32 ``[M, n]``, not negative.
@@ -216,5 +206,6 @@ def _search(weight: Array, uniform: Array) -> Array:
     """
     cumulative = jnp.cumsum(weight, axis=-1)
     passed = (cumulative > uniform[:, None] * cumulative[:, -1:]) & (weight > 0)
-    # A parallel prefix sum may round past its own end. Then nothing passes: take the likeliest.
+    # By rounding, a parallel prefix sum may exceed its last entry, so that no index passes. Then
+    # take the likeliest.
     return jnp.where(passed.any(-1), jnp.argmax(passed, axis=-1), jnp.argmax(weight, axis=-1))

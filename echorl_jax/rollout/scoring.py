@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of given completions, by the very functions the trainer uses."""
+"""Scores given completions: log-probabilities and entropies by the functions of the trainer."""
 
 import functools
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from echorl_jax.parallel import mesh_in_force
 from echorl_jax.rollout.request import (
     PROMPT_MULTIPLE,
     bucket,
-    check_tokens,
+    check_lists,
     greatest_divisor,
     pad_lists,
 )
@@ -21,7 +21,7 @@ from echorl_jax.types import Array, PyTree, Rollouts
 
 
 def join_rows(rollouts: Rollouts) -> tuple[Array, Array]:
-    """Each rollout as one right-padded row, its prompt followed by its completion.
+    """Joins each rollout's prompt and completion into one right-padded row.
 
     Returns:
       tokens i32 ``[N, S + T]`` (0 where padded) and their number i32 ``[N]``.
@@ -53,7 +53,7 @@ def score_rows(
     """Scores the tokens after each row's prompt; pure, differentiable.
 
     Args:
-      model, params: the decoder.
+      model, params: the decoder and its weights.
       tokens: i32 ``[B, L]``, prompt then completion, padded on the right.
       prompt_length: i32 ``[B]``, at least 1.
       length: i32 ``[B]``, prompt and completion.
@@ -61,7 +61,7 @@ def score_rows(
       temperature: divides the logits; above 0.
       chunk_size: tokens whose logits exist at once.
       segment_ids: i32 ``[B, L]``, for several sequences in a row, which do not see each other. The
-        first token of each is then scored as well, after the sequence before it: of no use.
+        first token of each is scored from the sequence before it; ignore that score.
 
     Returns:
       (logprobs, entropy), f32 ``[B, T]``, 0 past the completion. Entry t belongs to
@@ -89,14 +89,14 @@ def score_rows(
 
 
 def _data_shards(rows: int) -> int:
-    """Parts that the mesh in force splits the rows into, if it can split them evenly."""
+    """Parts that the current mesh splits the rows into; 1 if it cannot split them evenly."""
     mesh = mesh_in_force()
     shards = 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
     return 1 if rows % shards else shards
 
 
 def segment_positions(segment_ids: Array) -> Array:
-    """Places within each run of equal ids, i32 ``[B, L]``.
+    """Positions within each run of equal ids, i32 ``[B, L]``.
 
     >>> segment_positions(jnp.array([[0, 0, 1, 1, 1]])).tolist()
     [[0, 1, 0, 1, 2]]
@@ -116,10 +116,10 @@ def score_rollouts(
     rows: int = 32,
     chunk_size: int = 1024,
 ) -> tuple[Array, Array]:
-    """The trainer's log-probabilities and entropies of these completions, beside the sampler's own.
+    """Scores rollouts as the trainer does, to be compared with the numbers of the sampler.
 
     Args:
-      model, params: the decoder.
+      model, params: the decoder and its weights.
       rollouts: N completions.
       temperature: the one they were sampled at (1 for greedy ones).
       rows: most rows computed at once.
@@ -129,7 +129,7 @@ def score_rollouts(
       (logprobs, entropy), f32 ``[N, T]``, 0 past each completion's end.
     """
     tokens, length = join_rows(rollouts)
-    prompt_length = rollouts.prompt_length[rollouts.group]
+    whole = tokens, rollouts.prompt_length[rollouts.group], length
     count, longest = rollouts.completion_ids.shape
     score = functools.partial(
         score_rows,
@@ -141,10 +141,8 @@ def score_rollouts(
     )
     pieces = count // greatest_divisor(count, most=rows)
     if pieces == 1:
-        return score(tokens, prompt_length, length)
-    cut = jax.tree.map(
-        lambda x: x.reshape(pieces, -1, *x.shape[1:]), (tokens, prompt_length, length)
-    )
+        return score(*whole)
+    cut = jax.tree.map(lambda x: x.reshape(pieces, -1, *x.shape[1:]), whole)
     logprobs, entropy = lax.map(lambda piece: score(*piece), cut)
     return logprobs.reshape(count, longest), entropy.reshape(count, longest)
 
@@ -162,9 +160,8 @@ def score(
     """Scores given completions, such as expert trajectories.
 
     Args:
-      model, params: the decoder.
+      model, params, temperature, rows, chunk_size: as in :func:`score_rollouts`.
       prompts, completions: N token lists each.
-      temperature, rows, chunk_size: as in :func:`score_rollouts`.
 
     Returns:
       (logprobs, entropy), f32 ``[N, T]`` with T the longest completion; 0 past each one's end.
@@ -174,39 +171,26 @@ def score(
     """
     if len(prompts) != len(completions) or not prompts:
         raise ValueError(f"{len(prompts)} prompts for {len(completions)} completions")
-    for name, lists in (("prompts", prompts), ("completions", completions)):
-        for index, ids in enumerate(lists):
-            if not len(ids):
-                raise ValueError(f"{name}[{index}] is empty")
-            check_tokens(f"{name}[{index}]", ids, model.config.vocab_size)
-    given = given_rollouts(prompts, completions)
+    check_lists("prompts", prompts, model.config.vocab_size)
+    check_lists("completions", completions, model.config.vocab_size)
+    count, most = len(prompts), max(map(len, completions))
+    padding = [(0,)] * (bucket(count) - count)
+    (prompt_ids, prompt_length), (completion_ids, completion_length) = (
+        pad_lists([*lists, *padding], bucket(max(map(len, lists)), multiple=PROMPT_MULTIPLE))
+        for lists in (prompts, completions)
+    )
+    unused = jnp.zeros(0)
+    given = Rollouts(
+        prompt_ids=prompt_ids,
+        prompt_length=prompt_length,
+        group=jnp.arange(len(prompt_ids), dtype=jnp.int32),
+        completion_ids=completion_ids,
+        completion_length=completion_length,
+        rollout_logprobs=unused,
+        token_entropy=unused,
+        truncated=unused,
+    )
     logprobs, entropy = score_rollouts(
         model, params, given, temperature=temperature, rows=rows, chunk_size=chunk_size
     )
-    count, longest = len(completions), max(map(len, completions))
-    return logprobs[:count, :longest], entropy[:count, :longest]
-
-
-def given_rollouts(
-    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
-) -> Rollouts:
-    """Token lists as rollouts, one prompt per row, padded to an allowed shape; scores are 0."""
-    count = bucket(len(prompts))
-    padding = [(0,)] * (count - len(prompts))
-    prompt_ids, prompt_length = pad_lists(
-        [*prompts, *padding], bucket(max(map(len, prompts)), multiple=PROMPT_MULTIPLE)
-    )
-    ids, length = pad_lists(
-        [*completions, *padding], bucket(max(map(len, completions)), multiple=PROMPT_MULTIPLE)
-    )
-    nothing = jnp.zeros(ids.shape, jnp.float32)
-    return Rollouts(
-        prompt_ids=jnp.asarray(prompt_ids),
-        prompt_length=jnp.asarray(prompt_length),
-        group=jnp.arange(count, dtype=jnp.int32),
-        completion_ids=jnp.asarray(ids),
-        completion_length=jnp.asarray(length),
-        rollout_logprobs=nothing,
-        token_entropy=nothing,
-        truncated=jnp.zeros(count, bool),
-    )
+    return logprobs[:count, :most], entropy[:count, :most]

@@ -1,11 +1,10 @@
 """Continuous batching: a slot whose row has ended takes the next row of the queue.
 
 The cache of the completions is a ring. In every decode step all slots write the same column, so the
-write is one slice and needs no scatter. A slot whose row has t tokens reads the t latest columns; a
-slot that takes a new row no longer reads the older ones.
+write is one slice and needs no scatter. A slot whose row has t tokens reads the t latest columns,
+so a slot that takes a new row does not read the columns of the previous one.
 
-All decisions are made on replicated arrays of one number per slot, so that every device and every
-process makes the same ones.
+Decisions depend on replicated arrays only, so that every device and process takes the same ones.
 """
 
 import dataclasses
@@ -21,7 +20,7 @@ from echorl_jax.types import Array, pytree
 
 @pytree
 class Queue:
-    """The rows of a call and what they start from. Read only."""
+    """The rows of a call with their prompts and keys; never written to."""
 
     request: Request
     key: Array  # PRNG keys [N] of the rows
@@ -60,7 +59,7 @@ class Slots:
 
 
 def _whole(slots: Slots) -> Slots:
-    """Keeps the arrays that decisions depend on replicated."""
+    """Replicates the arrays that decisions depend on."""
     return dataclasses.replace(
         slots,
         row=constrain(slots.row, None),
@@ -72,7 +71,7 @@ def _whole(slots: Slots) -> Slots:
 
 
 def first_slots(queue: Queue, *, slots: int, stop_window: int, ring: Cache) -> Slots:
-    """Gives the first rows to the slots; with a slot for each row prompts are not copied.
+    """Gives the first rows to M ``slots``; with a slot for each row prompts are not copied.
 
     Args:
       queue: the rows to write.
@@ -97,7 +96,7 @@ def first_slots(queue: Queue, *, slots: int, stop_window: int, ring: Cache) -> S
 
 
 def prefix_tokens(queue: Queue, slots: Slots) -> Array | None:
-    """The prefix token that each slot has to write, i32 ``[M]``, or -1; None without prefixes."""
+    """The prefix token that each slot has to write, or -1: i32 ``[M]``; None without prefixes."""
     prefix = queue.request.prefix
     width = prefix.shape[1]
     if width == 0:
@@ -171,12 +170,12 @@ def refill(queue: Queue, slots: Slots) -> Slots:
 
 
 def needed(busy: Array, *, shards: int) -> Array:
-    """Fewest slots that hold the busy ones, in ``shards`` equal parts the size of the fullest."""
+    """Fewest slots that hold the busy ones in ``shards`` equal parts: the fullest part decides."""
     return busy.reshape(shards, -1).sum(-1, dtype=jnp.int32).max() * shards
 
 
 def compact(queue: Queue, slots: Slots, *, size: int, shards: int) -> Slots:
-    """The same rows in ``size`` slots: the busy ones, and idle ones to fill up.
+    """Moves the busy slots into ``size`` slots, which idle ones fill up.
 
     Args:
       queue: the rows to write.

@@ -1,3 +1,3 @@
-"""``make_golden.py`` needs torch and is no test."""
+"""Excludes ``make_golden.py`` from collection: it needs torch and is not a test."""
 
 collect_ignore = ["make_golden.py"]

@@ -1,4 +1,4 @@
-"""Small model configurations and their weights, the same for transformers and for us.
+"""Small model configurations and weights, shared by transformers and this package.
 
 Weights are drawn from the case's seed in the order of the tensor names, so that golden files need
 to hold results only. NumPy alone: the script that runs transformers and the tests both import this.
@@ -146,7 +146,7 @@ def _random_rope(rng: np.random.Generator) -> dict[str, Any]:
 
 
 def tokens_of(case: dict[str, Any]) -> np.ndarray:
-    """i32 ``[rows, longest]``; padding is filled with ordinary ids, which nothing may look at."""
+    """i32 ``[rows, longest]``; padding is filled with ordinary ids, which must not be read."""
     rng = np.random.default_rng(_seed(case))
     return rng.integers(3, VOCAB, size=(len(case["rows"]), max(case["rows"]))).astype(np.int32)
 

@@ -1,4 +1,4 @@
-"""Runs transformers (torch) on the cases of ``hf_reference`` and writes what it computes.
+"""Runs transformers (torch) on the cases of ``hf_reference`` and writes the results.
 
 For each case: ``NAME.json``, the ``config.json`` as transformers saves it, and ``NAME.npz`` with
 the logits of the real tokens, and for some cases the gradients of a loss and greedy continuations.
@@ -53,7 +53,7 @@ def logits_of(model: torch.nn.Module, case: dict[str, Any]) -> list[torch.Tensor
 
 
 def gradients_of(model: torch.nn.Module, case: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Gradients of the mean next-token loss over all rows, and of no padding."""
+    """Gradients of the mean next-token loss over all real tokens."""
     tokens = torch.from_numpy(reference.tokens_of(case)).long()
     model.zero_grad()
     losses = [

@@ -24,14 +24,14 @@ def write_case(directory: Path, case: dict[str, Any], config: dict[str, Any]) ->
 
 
 def real_rows(values: jax.Array, case: dict[str, Any]) -> np.ndarray:
-    """The rows' real positions, one after the other."""
+    """The real positions of all rows, concatenated."""
     return np.concatenate([np.asarray(values[i, :n]) for i, n in enumerate(case["rows"])])
 
 
 def check_logits(
     directory: Path, case: dict[str, Any], expected: np.ndarray, dtype: str, bound: float
 ) -> None:
-    """One padded batch, every real position."""
+    """Logits of every real position, from one padded batch."""
     model, params = load_model(directory, dtype=dtype)
     logits = jax.jit(model.logits)(
         params, jnp.asarray(tokens_of(case)), lengths=jnp.asarray(case["rows"])
@@ -64,7 +64,7 @@ def check_gradients(directory: Path, case: dict[str, Any], golden: dict[str, np.
 
 
 def check_greedy(directory: Path, case: dict[str, Any], expected: np.ndarray) -> None:
-    """The likeliest next token, again and again, by whole forward passes."""
+    """Appends the likeliest next token repeatedly, by full forward passes."""
     model, params = load_model(directory, dtype="float32")
     tokens = np.zeros((expected.shape[0], GREEDY_PROMPT + expected.shape[1]), np.int32)
     tokens[:, :GREEDY_PROMPT] = tokens_of(case)[:, :GREEDY_PROMPT]

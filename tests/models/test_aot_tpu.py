@@ -1,4 +1,4 @@
-"""The training step's model, compiled for TPU by libtpu on this machine: it fits, with splash."""
+"""The model of a training step, compiled for TPU by libtpu here, uses splash and fits."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Attention kernels against a plain NumPy softmax, and their gradients against a plain JAX one."""
+"""Attention kernels equal a softmax in NumPy, and their gradients a softmax in JAX."""
 
 import functools
 
@@ -45,7 +45,7 @@ def _visible(length, lengths, segments, window) -> np.ndarray:
 
 
 def _oracle(q, k, v, visible) -> np.ndarray:
-    """One query at a time, in float64."""
+    """Attention of one query at a time, in float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     out = np.zeros(q.shape)
     group = q.shape[2] // k.shape[2]
@@ -119,15 +119,15 @@ def test_bfloat16_blocks_stay_within_rounding():
 
 
 @pytest.mark.parametrize("window", [None, 9])
-def test_what_the_fused_kernel_is_asked_for(window):
-    """Arguments for cuDNN, computed by the same binding's plain implementation."""
+def test_arguments_of_the_fused_kernel_are_correct(window):
+    """Passes the arguments for cuDNN to the plain implementation of the same JAX function."""
     q, k, v, _, lengths, real = _inputs(40, 4, 2)
     out = _fused(q, k, v, lengths, window, implementation="xla")
     expected = _oracle(q, k, v, _visible(40, lengths, None, window))
     np.testing.assert_allclose(np.where(real, out, 0), np.where(real, expected, 0), atol=2e-5)
 
 
-def test_a_named_kernel_that_cannot_says_why():
+def test_a_kernel_that_does_not_support_its_inputs_is_refused():
     q, k, v, _, lengths, _ = _inputs(16, 2, 2)
     with pytest.raises(ModelError, match="float32; it needs bfloat16"):
         attend(q, k, v, lengths=lengths, kernel="cudnn")
@@ -138,7 +138,7 @@ def test_a_named_kernel_that_cannot_says_why():
 
 @pytest.mark.parametrize("length", [1024, 4096])
 def test_memory_of_long_rows_grows_with_the_length_only(length):
-    """No ``[H, T, T]`` array: 4 heads of f32 scores would take 4 * 4 * T^2 bytes."""
+    """No array ``[H, T, T]`` exists: 4 heads of f32 scores would take 4 * 4 * T^2 bytes."""
     shape = jax.ShapeDtypeStruct((1, length, 4, WIDTH), jnp.float32)
     kv = jax.ShapeDtypeStruct((1, length, 2, WIDTH), jnp.float32)
     gradient = jax.grad(lambda q, k, v: attend(q, k, v, kernel="xla").sum(), (0, 1, 2))

@@ -1,4 +1,4 @@
-"""The decoder's own promises: padding, packing, blocks, remat policies, compile time."""
+"""The decoder handles padding, packing and remat, and compiles in time independent of depth."""
 
 import dataclasses
 import time
@@ -44,7 +44,7 @@ def test_the_model_is_static_and_its_weights_a_plain_pytree(params):
     assert params["layers"]["mlp"]["gate"]["kernel"].shape == (3, 24, 32)
 
 
-def test_fresh_weights_have_the_scale_that_the_config_asks_for(params):
+def test_initial_weights_have_the_scale_of_the_config(params):
     kernel = params["layers"]["mlp"]["up"]["kernel"]
     assert abs(float(kernel.std()) - 0.3) < 0.02
     assert not np.array_equal(kernel[0], kernel[1])
@@ -81,8 +81,8 @@ def test_packed_rows_equal_separate_rows(params):
         np.testing.assert_allclose(packed[:, start:end], alone, atol=2e-5)
 
 
-def test_the_blocks_step_by_step_equal_the_whole(params):
-    """A sampler's way: one token at a time, keys and values kept, the same weights and maths."""
+def test_decoding_step_by_step_equals_a_full_forward_pass(params):
+    """Decodes one token at a time with kept keys and values, as a sampler does."""
     tokens = _tokens(2, 9)
     whole = jax.jit(MODEL.hidden)(params, tokens)
     windows = jnp.array([window or 99 for window in CONFIG.windows])
@@ -141,7 +141,7 @@ def test_remat_saves_memory():
 
 
 def test_compile_time_does_not_grow_with_depth():
-    """Processor seconds, which neighbours on the machine hardly disturb: 48 layers against 4."""
+    """Compares processor seconds of 48 and of 4 layers; other programs hardly change them."""
 
     def seconds(layers: int) -> float:
         config = dataclasses.replace(CONFIG, num_layers=layers, windows=(None,) * layers)
@@ -155,8 +155,8 @@ def test_compile_time_does_not_grow_with_depth():
     assert seconds(48) < 1.3 * max(seconds(4), seconds(5))
 
 
-def test_dynamic_rope_looks_at_each_row_alone():
-    """A row's numbers do not depend on a longer neighbour, past the limit or not."""
+def test_dynamic_rope_depends_on_each_row_alone():
+    """A row's results do not depend on a longer row of the batch, beyond the limit or not."""
     rope = RopeConfig(kind="dynamic", factor=2.0)
     config = dataclasses.replace(CONFIG, rope=rope, max_position_embeddings=8)
     model = Decoder(config, "float32", attention="xla")
@@ -167,7 +167,7 @@ def test_dynamic_rope_looks_at_each_row_alone():
     np.testing.assert_allclose(both[1:, :10], logits(params, tokens[1:, :10]), atol=2e-5)
 
 
-def test_cast_keeps_norms_and_is_what_compute_uses(params):
+def test_cast_weights_keep_norms_and_give_the_same_logits(params):
     model = dataclasses.replace(MODEL, dtype="bfloat16")
     tokens = _tokens(2, 9)
     cast = model.cast(params)
@@ -178,7 +178,7 @@ def test_cast_keeps_norms_and_is_what_compute_uses(params):
 
 
 def test_impossible_architectures_are_refused():
-    with pytest.raises(ModelError, match="num_attention_heads=4 is no multiple"):
+    with pytest.raises(ModelError, match="num_attention_heads=4 is not a multiple"):
         dataclasses.replace(CONFIG, num_kv_heads=3)
     with pytest.raises(ModelError, match="1 layer_types for 3 layers"):
         dataclasses.replace(CONFIG, windows=(None,))

@@ -1,4 +1,4 @@
-"""Model directories: round trips, and one clear line for whatever is wrong with one."""
+"""Model directories survive round trips, and every damage gives a one-line error."""
 
 import dataclasses
 import json
@@ -107,7 +107,7 @@ def test_weights_that_are_not_finite_are_named(saved, tmp_path, sizes):
     assert sorted(named) == ["model.layers.1.mlp.up_proj.weight", "model.norm.weight"]
 
 
-def test_shards_and_index_are_readable_by_others(saved):
+def test_safetensors_reads_shards_and_index(saved):
     index = json.loads((saved / "model.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2 and all((saved / file).stat().st_size < 9000 for file in files)
@@ -135,7 +135,7 @@ def test_a_second_save_leaves_no_old_shards(saved, tmp_path):
     load_model(tmp_path)
 
 
-def test_tokenizer_is_saved_beside_the_weights(saved, tmp_path):
+def test_tokenizer_is_saved_with_the_weights(saved, tmp_path):
     class Tokenizer:
         def save_pretrained(self, save_directory: str) -> None:
             (Path(save_directory) / "tokenizer.json").write_text("{}")
@@ -149,7 +149,7 @@ QWEN_TOKENIZER = Path(__file__).parents[3] / "shared" / "data" / "tokenizers" / 
 
 
 @pytest.mark.skipif(not QWEN_TOKENIZER.exists(), reason="the Qwen2.5 tokenizer is not here")
-def test_a_published_tokenizer_comes_back(saved, tmp_path):
+def test_a_published_tokenizer_survives_a_round_trip(saved, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(QWEN_TOKENIZER)
     model, params = load_model(saved)
     save_model(tmp_path, model, params, tokenizer)
@@ -206,13 +206,13 @@ def _copy(saved: Path, target: Path, change) -> Path:
         ),
     ],
 )
-def test_wrong_tensors_are_one_line(saved, tmp_path, change, message):
+def test_wrong_tensors_are_refused_in_one_line(saved, tmp_path, change, message):
     with pytest.raises(ModelError, match=message) as error:
         load_model(_copy(saved, tmp_path, change))
     assert "\n" not in str(error.value)
 
 
-def test_tensors_that_repeat_what_is_known_are_accepted(saved, tmp_path):
+def test_redundant_tensors_are_accepted(saved, tmp_path):
     def tie(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
         tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(2, np.float32)
@@ -246,9 +246,9 @@ def _header(entry: dict) -> bytes:
     [
         (lambda d: None, "holds no model.safetensors and no"),
         (lambda d: (d / "pytorch_model.bin").touch(), "pytorch_model.bin is a pickle"),
-        (lambda d: _damage(d, b""), "is damaged or no safetensors file"),
+        (lambda d: _damage(d, b""), "is not a readable safetensors file"),
         (lambda d: _damage(d, b"\xff" * 20), "header too large"),
-        (lambda d: _damage(d, struct.pack("<Q", 3) + b"{x}"), "is damaged or no safetensors file"),
+        (lambda d: _damage(d, struct.pack("<Q", 3) + b"{x}"), "is not a readable safetensors file"),
         (
             lambda d: _damage(d, _header({"dtype": "F32", "shape": [3], "data_offsets": [0, 12]})),
             "incomplete metadata",
@@ -269,7 +269,7 @@ def _header(entry: dict) -> bytes:
         ),
     ],
 )
-def test_damaged_directories_are_one_line(saved, tmp_path, make, message):
+def test_damaged_directories_are_refused_in_one_line(saved, tmp_path, make, message):
     (tmp_path / "config.json").write_text((saved / "config.json").read_text())
     make(tmp_path)
     with pytest.raises(ModelError, match=message) as error:
@@ -278,7 +278,7 @@ def test_damaged_directories_are_one_line(saved, tmp_path, make, message):
 
 
 def test_a_path_that_is_neither_directory_nor_repository(monkeypatch):
-    with pytest.raises(ModelError, match="nowhere/at-all is no directory, and no repository"):
+    with pytest.raises(ModelError, match="nowhere/at-all is not a directory, and no repository"):
         load_model("nowhere/at-all")
 
 
@@ -319,8 +319,8 @@ def test_a_tensor_in_two_shards_is_refused(saved, tmp_path):
     st.sampled_from(["config.json", "model.safetensors", "generation_config.json"]),
     st.lists(st.tuples(st.floats(0, 1), st.binary(max_size=4)), min_size=1, max_size=3),
 )
-def test_a_directory_with_damaged_bytes_gives_a_model_or_one_line(one_file, at, damage):
-    """Bytes of one file are replaced; headers are hit as often as the values behind them."""
+def test_damaged_bytes_give_a_model_or_a_one_line_error(one_file, at, damage):
+    """Replaces bytes of one file, as often in the header as in the values."""
     with tempfile.TemporaryDirectory() as name:
         for file in one_file.iterdir():
             (Path(name) / file.name).write_bytes(file.read_bytes())
@@ -337,7 +337,7 @@ def test_a_directory_with_damaged_bytes_gives_a_model_or_one_line(one_file, at, 
 
 
 def test_host_memory_stays_near_the_largest_tensor(tmp_path):
-    """Beyond the parameters themselves, reading holds about one tensor, not the file."""
+    """Besides the parameters, reading holds about one tensor and not the file."""
     rss = _AnonymousMemory()
     config = DecoderConfig("llama", 4096, 512, 2048, 12, 8, 8, 64, tied_embeddings=True)
     model = Decoder(config)
@@ -357,7 +357,7 @@ def test_host_memory_stays_near_the_largest_tensor(tmp_path):
 
 
 class _AnonymousMemory:
-    """Peak of this process's own memory (file pages not counted), sampled by a thread."""
+    """Peak memory of this process without file pages, sampled by a thread."""
 
     def __enter__(self):
         import threading

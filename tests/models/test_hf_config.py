@@ -1,4 +1,4 @@
-"""``config.json``: what is understood, and what is refused by name."""
+"""Fields of ``config.json`` are read correctly or refused by name."""
 
 import json
 import re
@@ -224,12 +224,12 @@ def test_write_and_read_is_the_identity(name):
             {"num_attention_heads": 0},
             "num_attention_heads must be an integer from 1 to 65536, not 0",
         ),
-        ({"num_key_value_heads": 5}, "num_attention_heads=12 is no multiple"),
+        ({"num_key_value_heads": 5}, "config.json: num_attention_heads=12 is not a multiple"),
         ({"num_key_value_heads": None}, "num_key_value_heads must be an integer from 1"),
-        ({"head_dim": 7}, "head_dim=7 is odd"),
+        ({"head_dim": 7}, "config.json: head_dim=7 is odd"),
     ],
 )
-def test_what_is_not_implemented_is_refused_by_name(changes, message):
+def test_unsupported_fields_are_refused_by_name(changes, message):
     with pytest.raises(ModelError, match=message) as error:
         from_hf(QWEN | changes, "here/config.json")
     assert str(error.value).startswith("here/config.json: ") and "\n" not in str(error.value)
@@ -266,7 +266,7 @@ def test_fields_that_are_null_or_change_nothing_are_accepted():
         ({"a\nb": 1}, r"{'a\\nb': 1}"),
     ],
 )
-def test_a_field_of_a_wrong_type_or_value_is_one_line(changes, message):
+def test_a_field_of_a_wrong_type_or_value_is_refused_in_one_line(changes, message):
     with pytest.raises(ModelError, match=message) as error:
         from_hf(QWEN | changes, "here/config.json")
     assert str(error.value).startswith("here/config.json: ") and "\n" not in str(error.value)
@@ -361,7 +361,7 @@ _VALUES = st.recursive(_NUMBERS | _WORDS | _ROPE, lambda inner: st.lists(inner, 
     scaling=st.none() | _ROPE,
     parameters=st.none() | _ROPE,
 )
-def test_any_values_give_a_model_or_one_line(changes, scaling, parameters):
+def test_any_values_give_a_model_or_a_one_line_error(changes, scaling, parameters):
     raw = QWEN | {"rope_scaling": scaling, "rope_parameters": parameters} | changes
     try:
         config = from_hf(raw)
@@ -373,20 +373,20 @@ def test_any_values_give_a_model_or_one_line(changes, scaling, parameters):
 
 
 @pytest.mark.parametrize("text", [b"[" * 100_000, b"9" * 5000, b"\xff{}", b""])
-def test_json_that_python_cannot_read_is_one_line(tmp_path, text):
+def test_unreadable_json_is_refused_in_one_line(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(ModelError, match="config.json is not JSON") as error:
         read_config(tmp_path)
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text,message", [("{", "is not JSON"), ("[]", "holds no JSON object")])
-def test_a_config_that_is_no_json_object(tmp_path, text, message):
+@pytest.mark.parametrize("text,message", [("{", "is not JSON"), ("[]", "does not hold")])
+def test_a_config_without_a_json_object_is_refused(tmp_path, text, message):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ModelError, match=message):
         read_config(tmp_path)
 
 
-def test_a_directory_without_config(tmp_path):
+def test_a_directory_without_config_is_refused(tmp_path):
     with pytest.raises(ModelError, match="config.json does not exist"):
         read_config(tmp_path)

@@ -1,4 +1,4 @@
-"""Logits, gradients and greedy tokens of transformers, from the files of ``make_golden.py``."""
+"""Logits, gradients and greedy tokens equal those of transformers (``make_golden.py``)."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ def test_logits_in_bfloat16_stay_near_float32(name, tmp_path):
 
 
 def test_yarn_added_to_a_saved_directory_equals_transformers(tmp_path):
-    """As Qwen's model card says: rope_scaling beside the default rope_parameters of the save."""
+    """Adds rope_scaling to the saved default rope_parameters, as Qwen's model card says."""
     raw = json.loads((GOLDEN / "qwen2_yarn.json").read_text())
     theta = raw["rope_parameters"]["rope_theta"]
     scaling = {k: v for k, v in raw["rope_parameters"].items() if k != "rope_theta"}

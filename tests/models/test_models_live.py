@@ -1,4 +1,4 @@
-"""The same comparison over configurations drawn at random, with torch run on the spot."""
+"""Random configurations give the results of transformers, which runs in the test."""
 
 import dataclasses
 import json
@@ -20,7 +20,7 @@ SEED, COUNT = 0, 18
 
 @pytest.fixture(scope="session")
 def live(torch_python, tmp_path_factory) -> Path:
-    """What transformers computes for the drawn cases."""
+    """The results of transformers for the drawn cases."""
     out = tmp_path_factory.mktemp("live")
     _run(torch_python, "--out", str(out), "--random", str(COUNT), "--seed", str(SEED))
     return out
@@ -47,7 +47,7 @@ def test_random_configurations_equal_transformers(name, live, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llama_llama3", "qwen2_window", "qwen3_window_bias"])
 def test_transformers_loads_what_we_save(name, torch_python, tmp_path):
-    """In float32, in several shards, from a sharded mesh; the logits are the same again."""
+    """Saves float32 shards from a mesh; transformers reads them and gives the same logits."""
     config = from_hf(CASES[name]["config"])
     config = dataclasses.replace(config, initializer_range=0.2, stored_dtype="float32")
     model = Decoder(config, dtype="float32")

@@ -1,4 +1,4 @@
-"""The same numbers on one device and on eight, whatever the mesh."""
+"""Results on one device and on eight are equal on every mesh."""
 
 import dataclasses
 
@@ -56,7 +56,7 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(sizes, single):
     )
 
 
-def test_fresh_weights_do_not_depend_on_the_mesh_and_are_really_split(single):
+def test_initial_weights_do_not_depend_on_the_mesh_and_are_split(single):
     params = init_params(MODEL, jax.random.key(0), make_mesh(2, 2, 2))
     jax.tree.map(np.testing.assert_array_equal, params, single[0])
     gate = params["layers"]["mlp"]["gate"]["kernel"]  # [2, 32, 48] over fsdp and tensor
@@ -64,7 +64,7 @@ def test_fresh_weights_do_not_depend_on_the_mesh_and_are_really_split(single):
     assert params["embed"]["table"].addressable_shards[0].data.shape == (24, 16)
 
 
-def test_rollout_layout_is_whole_along_embed(single):
+def test_rollout_layout_does_not_split_embed(single):
     mesh = make_mesh(1, 4, 2)
     shardings = param_shardings(MODEL, mesh, layout="rollout")
     params = jax.device_put(single[0], param_shardings(MODEL, mesh))
@@ -76,7 +76,7 @@ def test_rollout_layout_is_whole_along_embed(single):
     assert cast["layers"]["mlp_norm"]["scale"].dtype == jnp.float32
 
 
-def test_heads_that_do_not_divide_are_refused_with_the_sizes_that_do():
+def test_indivisible_heads_are_refused_with_the_allowed_sizes():
     mesh = make_mesh(1, 1, 8)
     model = dataclasses.replace(
         MODEL, config=dataclasses.replace(CONFIG, num_heads=28, num_kv_heads=4)

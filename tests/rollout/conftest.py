@@ -1,4 +1,4 @@
-"""Tiny decoders with weights large enough for distributions that are far from uniform."""
+"""Tiny decoders whose large weights give distributions far from uniform, and shared checks."""
 
 import functools
 
@@ -67,7 +67,7 @@ def completions(rollouts) -> list[list[int]]:
 
 
 def check_equal(ours, others, tolerance=2e-5):
-    """Same tokens, lengths and flags; numbers within the tolerance."""
+    """Checks that tokens, lengths and flags are equal, and numbers within the tolerance."""
     for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(others), strict=True):
         a, b = np.asarray(a), np.asarray(b)
         if a.dtype == np.float32:
@@ -77,7 +77,7 @@ def check_equal(ours, others, tolerance=2e-5):
 
 
 def check_scores(model, params, prompts, rollouts, temperature=1.0, tolerance=1e-4):
-    """Every reported number against a forward pass over the finished sequence."""
+    """Compares every reported number with a forward pass over the finished sequence."""
     for row, completion in enumerate(completions(rollouts)):
         prompt = prompts[int(rollouts.group[row])]
         table = full_forward(model, params, prompt, completion, temperature)

@@ -1,4 +1,4 @@
-"""The sampler compiled ahead of time for accelerators: it copies and sends nothing large."""
+"""The sampler, compiled ahead of time for accelerators, copies and sends no large array."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Blocks, rings and prefill pieces compared with plain attention over a plain array."""
+"""Attention over blocks, rings and prefill pieces equals attention over one array."""
 
 import itertools
 
@@ -54,7 +54,7 @@ def test_merged_blocks_equal_one_softmax(order):
 
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 0), ("bfloat16", 0.02), ("int8", 0.02)])
 def test_written_values_are_read_back(dtype, tolerance):
-    """Columns one by one and a piece of whole blocks; int8 is within half a step of its scale."""
+    """Writes single columns and a piece of blocks; int8 is within half a step of its scale."""
     store = cache.empty_cache(**SHAPE, dtype=dtype)
     k, v = random(2, 4, 24, 2, 6), random(2, 4, 24, 2, 6, seed=1)
     first = cache.encode(k[:, :2, :16], v[:, :2, :16], like=store)
@@ -102,7 +102,7 @@ def test_rows_are_copied_and_picked():
 
 @pytest.mark.parametrize("rows, chunk", [(1, 8), (2, 16), (4, 32)])
 def test_prefill_in_pieces_equals_prefill_at_once(rows, chunk):
-    """Also with a window; only columns below each length count."""
+    """One layer has a window. Only columns below each length are compared."""
     model = decoder(windows=(None, 10))
     params = init_params(model, jax.random.key(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 60, (4, 32)), jnp.int32)

@@ -1,4 +1,4 @@
-"""Several decode loops side by side give the samples and the callbacks of a single one."""
+"""Several workers give the samples and the callbacks of one worker."""
 
 import threading
 
@@ -24,13 +24,13 @@ KEY = jax.random.key(1)
 
 @pytest.fixture(scope="module")
 def base(model, params):
-    """All rows in one worker."""
+    """The rollouts of one worker."""
     return generate(model, params, PROMPTS, KEY, **SETTINGS, cpu_workers=1)
 
 
 @pytest.mark.parametrize("workers, slots", [(2, 0), (2, 4), (3, 5), (4, 0), (9, 1)])
 def test_samples_do_not_depend_on_workers(model, params, base, workers, slots):
-    """Also with more workers than prompts, and with fewer slots than workers."""
+    """Cases include more workers than prompts, and fewer slots than workers."""
     told, polls, threads = {}, [], set()
 
     def finished(rows, tokens):

@@ -1,4 +1,4 @@
-"""Samples, reported numbers and ends of rows, compared with full forward passes."""
+"""Samples and reported numbers agree with full forward passes; rows end where they should."""
 
 import logging
 
@@ -26,7 +26,7 @@ KEY = jax.random.key(1)
 
 @pytest.fixture(scope="module")
 def base(model, params):
-    """All rows at once."""
+    """The rollouts with a slot for each row."""
     return generate(model, params, PROMPTS, KEY, **SETTINGS)
 
 
@@ -34,7 +34,7 @@ def test_reported_numbers_equal_a_full_forward_pass(model, params, base):
     check_scores(model, params, PROMPTS, base)
 
 
-def test_rows_end_once(base):
+def test_a_row_ends_at_its_first_eos_or_its_limit(base):
     """EOS is kept and counted, padding follows, and only rows without EOS are truncated."""
     ends = {"eos": 0, "limit": 0}
     for row, completion in enumerate(completions(base)):
@@ -87,7 +87,7 @@ def test_finished_is_called_once_per_row_at_its_end(model, params, base, slots, 
 
 
 def test_samples_do_not_depend_on_other_rows(model, params, base):
-    """The first prompt alone: rows 0 to 2 have the same keys."""
+    """Samples the first prompt alone, whose rows 0 to 2 keep their keys."""
     alone = generate(model, params, PROMPTS[:1], KEY, **SETTINGS)
     assert completions(alone) == completions(base)[:3]
 
@@ -119,7 +119,7 @@ def test_greedy_is_the_argmax_of_a_full_forward_pass(model, params):
 
 
 def test_first_two_tokens_follow_the_distribution(model, params):
-    """Chi-square of the first token, and of the second given the most frequent first."""
+    """Chi-square test of the first token, and of the second after the most frequent first one."""
     rollouts = generate(
         model,
         params,
@@ -171,7 +171,7 @@ def test_stop_sequences_bans_and_limits(model, params, base):
 
 
 def test_prefixes_are_written_first_and_scored(model, params):
-    """Their tokens are scored like drawn ones."""
+    """Prefix tokens are scored like drawn ones."""
     prefixes = [[int(t) for t in range(40, 40 + row % 4)] for row in range(12)]
     rollouts = generate(model, params, PROMPTS, KEY, **SETTINGS, prefixes=prefixes)
     for prefix, ids in zip(prefixes, completions(rollouts), strict=True):
@@ -180,7 +180,7 @@ def test_prefixes_are_written_first_and_scored(model, params):
 
 
 def test_long_rows_wrap_the_ring_and_windows_cut(model):
-    """More decode steps than ring columns, several blocks, and a window in one of two layers."""
+    """The call has more decode steps than ring columns, several blocks, and a window in a layer."""
     windowed = decoder(model_type="qwen3", qk_norm=True, qkv_bias=False, windows=(None, 50))
     params = init_params(windowed, jax.random.key(3))
     prompts = [list(range(5, 55)), [9, 8, 7] * 27]
@@ -203,7 +203,7 @@ def test_long_rows_wrap_the_ring_and_windows_cut(model):
 
 @pytest.mark.parametrize("workers", [1, 2])
 def test_slots_stay_busy_with_long_tailed_lengths(model, params, workers):
-    """Log-normal lengths, mean a quarter of the maximum; programs with fewer slots end the call."""
+    """Lengths are log-normal, their mean a quarter of the maximum; the slots shrink at the end."""
     rng = np.random.default_rng(0)
     limits = np.clip(rng.lognormal(np.log(24) - 0.32, 0.8, 192), 1, 96).astype(int)
     seen = []
@@ -322,7 +322,7 @@ def test_dynamic_rope_is_refused_past_its_context():
 
 
 def test_stop_sequences_do_not_match_tokens_of_the_previous_row_in_the_slot(model, params):
-    """Three tokens and two slots for twelve rows; a search in Python finds the expected ends."""
+    """Twelve rows of three tokens share two slots; a search in Python finds the expected ends."""
     alphabet = (20, 21, 22)
     stops = ((20, 21, 20), (21, 21))
     rollouts = generate(

@@ -1,4 +1,4 @@
-"""The GPU kernel in interpret mode, compared with NumPy and with attention over blocks."""
+"""The GPU kernel, in interpret mode, equals NumPy and attention over blocks."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Samples and reported numbers compared with transformers; torch runs in the test."""
+"""Samples and reported numbers equal those of transformers, which runs in the test."""
 
 import subprocess
 from pathlib import Path
@@ -38,7 +38,7 @@ def _transformers(python: str, directory: Path, tokens: np.ndarray) -> tuple[np.
 @pytest.mark.slow
 @pytest.mark.parametrize("family", MODELS)
 def test_sampled_and_greedy_tokens(family, torch_python, tmp_path):
-    """Log-probability and entropy of each sampled token, at two temperatures; greedy tokens."""
+    """Compares log-probability and entropy of each token at two temperatures, and greedy tokens."""
     model = decoder(**MODELS[family])
     params = init_params(model, jax.random.key(0))
     save_model(tmp_path, model, params, dtype="float32")

@@ -1,4 +1,4 @@
-"""Drawing a token, compared with NumPy: frequencies, truncation, edges of the unit interval."""
+"""Frequencies and truncation of drawn tokens agree with NumPy, up to the edges of [0, 1)."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def draw(logits, seed=0, **options):
 
 
 def check_frequencies(tokens, probabilities):
-    """Chi-square over tokens expected at least five times; nothing impossible is drawn."""
+    """Chi-square test over tokens expected at least five times; excluded tokens are never drawn."""
     counts = np.bincount(tokens, minlength=len(probabilities))
     assert not counts[probabilities == 0].any()
     expected = probabilities * len(tokens)
@@ -137,7 +137,7 @@ def test_prefix_tokens_are_taken_and_scored():
 
 
 def test_uniforms_depend_on_row_and_position_only():
-    """From the documented key, whatever else is in the batch; no two alike."""
+    """They come from the documented key, do not depend on the batch, and are all different."""
     key = jax.random.key(5)
     rows, positions = jnp.array([0, 1, 1, 900]), jnp.array([0, 0, 1, 77])
     uniforms = token_uniforms(row_keys(key, rows), positions)

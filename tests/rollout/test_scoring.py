@@ -1,4 +1,4 @@
-"""Scoring of given completions, compared with full forward passes and rows joined by hand."""
+"""Scores of given completions equal those of full forward passes; rows are joined correctly."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from echorl_jax.types import Rollouts
 from tests.rollout.conftest import EOS, PROMPTS, full_forward
 
 
-def test_join_closes_the_gap_after_the_prompt():
+def test_joined_rows_have_no_padding_after_the_prompt():
     rollouts = Rollouts(
         prompt_ids=jnp.array([[5, 6, 0, 0], [7, 8, 9, 1]]),
         prompt_length=jnp.array([2, 4]),

@@ -1,4 +1,4 @@
-"""Eight virtual devices: the same samples, and only small collectives in the decode loop."""
+"""Eight virtual devices give the same samples, with only small collectives in the decode loop."""
 
 import math
 import re
@@ -64,7 +64,7 @@ def test_same_samples_on_any_mesh(model, base, shape, slots, monkeypatch):
 
 
 def test_an_untied_bf16_head_on_a_mesh():
-    """Split over the vocabulary; sampler and trainer agree."""
+    """The head is split over the vocabulary; sampler and trainer agree."""
     model, mesh = decoder("bfloat16", tied_embeddings=False), make_mesh(2, 2, 2)
     params = init_params(model, jax.random.key(0), mesh)
     rollouts = generate(model, params, PROMPTS, KEY, **SETTINGS, mesh=mesh)

@@ -14,10 +14,10 @@ import math
 
 import jax
 
+from echorl_jax.choices import KVDtype
 from echorl_jax.models import Decoder
 from echorl_jax.parallel import local_bytes
-from echorl_jax.rollout import decode_step_cost
-from echorl_jax.rollout.memory import layer_weights
+from echorl_jax.rollout.memory import position_bytes
 from echorl_jax.tools.plan.chips import Chip
 from echorl_jax.training.setup import Setup
 
@@ -40,6 +40,74 @@ class Phase:
 
     def seconds(self, chip: Chip) -> float:
         return max(self.flops / chip.flops_per_second, self.bytes / chip.bytes_per_second)
+
+
+def layer_weights(model: Decoder) -> int:
+    """Weights in the matrices of all layers."""
+    return sum(
+        math.prod(shape.shape)
+        for path, shape in jax.tree_util.tree_leaves_with_path(model.layers(model.param_shapes()))
+        if path[-1].key == "kernel"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeStepCost:
+    """Work of writing one token for each of M slots, on all devices together."""
+
+    matrix_flops: int  # products with weights
+    attention_flops: int  # scores and weighted values
+    weight_bytes: int  # each weight is read once
+    cache_bytes: int  # each key and value attended to is read once, new ones are written
+
+    @property
+    def flops(self) -> int:
+        return self.matrix_flops + self.attention_flops
+
+    @property
+    def bytes(self) -> int:
+        return self.weight_bytes + self.cache_bytes
+
+    def seconds(self, *, flops_per_second: float, bytes_per_second: float) -> float:
+        """Least time on hardware with these peaks: the slower of the two."""
+        return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
+
+
+def decode_step_cost(
+    model: Decoder,
+    *,
+    slots: int,
+    prompt_tokens: float,
+    completion_tokens: float,
+    group_size: int = 1,
+    kv_dtype: KVDtype | None = None,
+) -> DecodeStepCost:
+    """Counts one decode step at a mean context length.
+
+    With W weights in matrices, head included, L layers, H query heads of size K and c positions in
+    the context: ``2 M W`` and ``4 M L H K c`` operations. Bytes: W weights, and for each
+    slot its completion and 1 / ``group_size`` of its prompt.
+
+    Args:
+      model: the decoder.
+      slots: M.
+      prompt_tokens: mean prompt length.
+      completion_tokens: mean number of tokens so far.
+      group_size: slots that read a prompt together: G with a slot for each row, else 1.
+      kv_dtype: type of the cache; the model's unless given.
+    """
+    config = model.config
+    weights = layer_weights(model) + config.hidden_size * config.vocab_size
+    context = prompt_tokens + completion_tokens
+    heads = config.num_layers * config.num_heads * config.head_dim
+    read = prompt_tokens / group_size + completion_tokens
+    width = 2 if model.dtype == "bfloat16" else 4
+    return DecodeStepCost(
+        matrix_flops=2 * slots * weights,
+        attention_flops=round(4 * slots * heads * context),
+        weight_bytes=weights * width,
+        cache_bytes=round(slots * (read + 1) * position_bytes(model, kv_dtype)),
+    )
 
 
 def forward_flops(model: Decoder, *, length: float, targets: float) -> float:
