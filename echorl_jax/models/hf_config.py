@@ -135,8 +135,7 @@ _REQUIRED: Mapping[str, tuple[Any, ...]] = {
 _DTYPES = {
     "bfloat16": "bfloat16 bf16",
     "float16": "float16 fp16 f16 half",
-    # No type named: float32 holds the values of every narrower one.
-    "float32": "float32 fp32 f32 float auto none",
+    "float32": "float32 fp32 f32 float auto none",  # holds the values of every narrower type
     "float64": "float64 fp64 f64 double",
     "float8_e4m3fn": "float8_e4m3fn",
     "float8_e5m2": "float8_e5m2",
@@ -166,15 +165,13 @@ _ROPE_FIELDS: Mapping[str, Mapping[str, _Field]] = {
 def read_config(directory: str | Path) -> DecoderConfig:
     """The architecture in ``directory/config.json``.
 
-    End-of-sequence ids of ``generation_config.json`` are added: chat models stop at more than one
-    token.
+    Adds the end-of-sequence ids of ``generation_config.json``; chat models have several.
 
     Raises:
       ModelError: no such file, no JSON, or an architecture or field that we do not implement.
     """
-    path = Path(directory) / "config.json"
+    path, generation = Path(directory, "config.json"), Path(directory, "generation_config.json")
     config = from_hf(read_json(path), str(path))
-    generation = Path(directory) / "generation_config.json"
     if not generation.exists():
         return config
     try:
