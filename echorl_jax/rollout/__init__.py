@@ -1,6 +1,6 @@
 """The sampler: prompts in, completions with their log-probabilities and entropies out."""
 
-from echorl_jax.rollout.engine import generate, generate_with_progress, sample_request
+from echorl_jax.rollout.engine import generate, sample_request
 from echorl_jax.rollout.host import Finished, Progress
 from echorl_jax.rollout.memory import (
     RolloutMemory,
@@ -20,7 +20,6 @@ __all__ = [
     "Sampling",
     "choose_slots",
     "generate",
-    "generate_with_progress",
     "join_rows",
     "make_request",
     "pad_lists",

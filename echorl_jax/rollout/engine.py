@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -147,12 +146,6 @@ def generate(
         progress=progress,
         finished=finished,
     )
-
-
-def generate_with_progress(*args: Any, **settings: Any) -> tuple[Rollouts, Progress]:
-    """Returns the rollouts of :func:`generate` and the last :class:`Progress`."""
-    polls: list[Progress] = []
-    return generate(*args, **settings, progress=polls.append), polls[-1]
 
 
 def sample_request(

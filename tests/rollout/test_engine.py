@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from echorl_jax.models import init_params
-from echorl_jax.rollout import generate, generate_with_progress, host, prefill, score_rollouts
+from echorl_jax.rollout import generate, host, prefill, score_rollouts
 from tests.rollout.conftest import (
     EOS,
     PROMPTS,
@@ -185,7 +185,8 @@ def test_long_rows_wrap_the_ring_and_windows_cut(model):
     params = init_params(windowed, jax.random.key(3))
     prompts = [list(range(5, 55)), [9, 8, 7] * 27]
     limits = [150, 90, 30, 150, 64, 65]
-    rollouts, progress = generate_with_progress(
+    polls = []
+    rollouts = generate(
         windowed,
         params,
         prompts,
@@ -195,9 +196,10 @@ def test_long_rows_wrap_the_ring_and_windows_cut(model):
         row_limits=limits,
         eos_ids=(),
         slots=2,
+        progress=polls.append,
     )
     assert rollouts.completion_length.tolist() == limits
-    assert progress.tokens == sum(limits) and progress.rows_done == 6
+    assert polls[-1].tokens == sum(limits) and polls[-1].rows_done == 6
     check_scores(windowed, params, prompts, rollouts)
 
 
@@ -207,7 +209,7 @@ def test_slots_stay_busy_with_long_tailed_lengths(model, params, workers):
     rng = np.random.default_rng(0)
     limits = np.clip(rng.lognormal(np.log(24) - 0.32, 0.8, 192), 1, 96).astype(int)
     seen = []
-    rollouts, last = generate_with_progress(
+    rollouts = generate(
         model,
         params,
         PROMPTS[:3],
@@ -222,6 +224,7 @@ def test_slots_stay_busy_with_long_tailed_lengths(model, params, workers):
         progress=seen.append,
     )
     np.testing.assert_array_equal(rollouts.completion_length, limits)
+    last = seen[-1]
     assert last.occupancy >= 0.85
     assert {step.slots for step in seen} >= ({32, 16, 8} if workers == 1 else {64, 16})
     done = [step.rows_done for step in seen]
