@@ -143,7 +143,7 @@ def test_gradings_that_fail_are_told(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_rows_that_are_not_judged_are_left_out_of_the_scores(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--limit=8", "--samples=2", "--grader=tests.evaluation.slow_graders:every_other"]
+    options = ["--limit=8", "--samples=2", "--grader=tests.environment.slow_graders:every_other"]
     command = [*COUNTDOWN[:3], *COUNTDOWN[5:], *options, f"--out={tmp_path}"]
     assert run(command) == 0
     found = lines(tmp_path)
@@ -165,7 +165,7 @@ def test_rows_that_are_not_judged_are_left_out_of_the_scores(
 def test_a_grader_that_judges_nothing_gives_no_score(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = ["--limit=2", "--samples=1", "--grader=tests.evaluation.slow_graders:nothing"]
+    options = ["--limit=2", "--samples=1", "--grader=tests.environment.slow_graders:nothing"]
     assert run([*COUNTDOWN[:3], *COUNTDOWN[5:], *options, f"--out={tmp_path}"]) == 0
     assert json.loads((tmp_path / "scores.json").read_text())["scores"] == {}
     assert capsys.readouterr().out == "left out: 2 attempts for which the grader returned None\n"

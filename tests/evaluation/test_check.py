@@ -188,7 +188,7 @@ def test_golds_are_tried_in_a_second_spelling(
     assert check(path, strict) == 0  # the user's grader may want one spelling
     printed = capsys.readouterr().out
     assert "grader: 0 of 6 right in a second spelling" in printed
-    unjudged = "--config.data.grader=tests.evaluation.slow_graders:nothing"
+    unjudged = "--config.data.grader=tests.environment.slow_graders:nothing"
     assert check(path, unjudged) == 1
     assert "gold answers not judged, it returned None for them" in capsys.readouterr().out
     assert r"second spelling refused: '4.5 \\times 10^{33}' for '4.5e33'" in printed

@@ -116,7 +116,7 @@ def test_grade_leaves_unjudged_lines_out_of_its_counts(
         for text, target, verdict in given
     ]
     source.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    grader = "--grader=tests.evaluation.slow_graders:every_other"
+    grader = "--grader=tests.environment.slow_graders:every_other"
     assert run(["grade", str(source), grader, f"--out={out}", "--verdict_key=right"]) == 0
     graded = [json.loads(line) for line in out.read_text().splitlines()]
     assert [line["correct"] for line in graded] == [True, False, None, True, None]

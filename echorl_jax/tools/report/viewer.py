@@ -83,7 +83,8 @@ def clip_of(row: Row) -> Row | None:
         return None
     length = len(tokens)
     clip = min(count, length)
-    ids = [int(i) for i in row.get("step_ids") or [] if is_number(i) and i >= 0]
+    ids = row.get("step_ids")
+    ids = [int(i) for i in ids if is_number(i) and i >= 0] if isinstance(ids, list) else []
     return {
         "training_step": integer(row.get("step")) or 0,
         "tokens": clip,
