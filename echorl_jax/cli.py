@@ -85,7 +85,7 @@ def _tell_of_file(error: Exception) -> None:
 
 
 def _output_is_closed() -> bool:
-    """Whether nobody reads standard output any more; a broken pipe may be another one."""
+    """True if standard output has no reader any more; a broken pipe may be another one."""
     poll = select.poll()
     poll.register(sys.stdout.fileno(), 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))

@@ -1,4 +1,4 @@
-"""From a file under ``configs/`` and ``--config.key=value`` to a validated :class:`Config`."""
+"""Reads a file under ``configs/`` and ``--config.key=value`` into a validated :class:`Config`."""
 
 import dataclasses
 import importlib.util

@@ -42,7 +42,7 @@ def plain_line(text: str, *, most: int = 1000) -> str:
 
 
 def storage_reason(error: BaseException) -> str | None:
-    """Why a file could not be read or written, if that is what the error comes from.
+    """The reason why a file could not be read or written, if the error comes from that.
 
     The causes of the error are searched too: each library wraps a full disk in an error of its own.
     """

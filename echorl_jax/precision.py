@@ -1,4 +1,4 @@
-"""How exact a matrix product is."""
+"""The precision of matrix products."""
 
 import jax
 import jax.numpy as jnp

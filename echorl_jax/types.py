@@ -42,7 +42,7 @@ def pytree(cls: type[_T]) -> type[_T]:
 
 @pytree
 class Rollouts:
-    """What the policy wrote: P prompts, N completions, and what sampling knew about each token."""
+    """P prompts and N completions, with log-probability and entropy of each sampled token."""
 
     prompt_ids: Array  # i32 [P, S]
     prompt_length: Array  # i32 [P]
@@ -56,7 +56,7 @@ class Rollouts:
 
 @pytree
 class Graded:
-    """What the graders said of N completions."""
+    """Rewards and verdicts of N completions."""
 
     rewards: Array  # f32 [N], 0 without a verdict
     correct: Array  # bool [N], False without a verdict

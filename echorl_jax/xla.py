@@ -1,4 +1,4 @@
-"""What XLA reads from the environment, once, when JAX first compiles."""
+"""Flags that XLA reads from the environment once, when JAX first compiles."""
 
 import os
 

@@ -27,7 +27,7 @@ UNPROVED, PROOF_BYTES = 256, 1024
 
 @dataclasses.dataclass(frozen=True)
 class Ending:
-    """How a run ends: the exit code, and one line unless all went well."""
+    """The end of a run: the exit code, and one line unless all went well."""
 
     code: int
     line: str = ""
@@ -38,7 +38,7 @@ _FULL = Ending(2, "all processes of this run have come already")
 
 @dataclasses.dataclass(frozen=True)
 class _Event:
-    """What a process of this run said or did; ``message`` is empty once it is gone or silent."""
+    """A message of a process of this run; ``message`` is empty once it is gone or silent."""
 
     wire: Wire
     kind: Literal["hello", "said", "gone", "silent"]
@@ -235,7 +235,7 @@ class Hub:
         return suspect or Ending(0)
 
     def _judge(self, event: _Event) -> tuple[Ending | None, bool]:
-        """What an event means for the run, and whether it is certain to be the cause."""
+        """The end that an event causes, and whether it is certain to be the cause."""
         if event.kind == "hello":
             self._turn_away(event.wire, _FULL)
         process = self._process(event.wire)

@@ -1,4 +1,4 @@
-"""Which process of how many this is, and where process 0 can be met.
+"""The number of this process, the number of processes, and the address of process 0.
 
 Asked in this order, and the first that answers counts:
 
@@ -134,7 +134,7 @@ def first_host(nodes: str) -> str:
 
 
 def on_tpu_vm(environment: Mapping[str, str]) -> bool:
-    """Whether this machine has TPU chips, and the program is meant to use them."""
+    """True if this machine has TPU chips, and the program is meant to use them."""
     wanted = environment.get("JAX_PLATFORMS", "tpu")
     chips = glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")
     return bool(

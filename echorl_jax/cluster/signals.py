@@ -22,7 +22,7 @@ def handling(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]
 
 
 class StopRequest:
-    """Whether a signal has asked the run to stop."""
+    """True if a signal has asked the run to stop."""
 
     def __init__(self) -> None:
         self.requested = False

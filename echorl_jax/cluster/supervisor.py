@@ -29,7 +29,7 @@ from echorl_jax.errors import RunStopped, UserError, plain_line
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """How long a run waits for its processes (seconds)."""
+    """Time limits for the processes of a run (seconds)."""
 
     start_timeout_s: float  # for all to come
     lost_after_s: float  # for a sign of life
@@ -144,7 +144,7 @@ class _Peers:
 def _run(
     place: Place, command: Sequence[str], peers: _Peers, child: _Child, limits: Limits
 ) -> tuple[int, str]:
-    """From the meeting to the end: the exit code and the line."""
+    """Runs one process of the run to its end; returns the exit code and the line."""
     while True:
         try:
             message = peers.messages.get(timeout=0.2)

@@ -76,7 +76,7 @@ SECRET_FILE = ".secret"
 
 @dataclasses.dataclass(frozen=True)
 class Secret:
-    """Where a process finds the secret."""
+    """The source of the secret of a run."""
 
     source: str  # the variable, or the path of the file
     value: bytes = b""  # of the variable
@@ -113,6 +113,6 @@ def sign(secret: bytes, challenge: str) -> str:
 
 
 def is_signed(secret: bytes, challenge: str, signature: object) -> bool:
-    """Whether this is the signature of the challenge."""
+    """True if this is the signature of the challenge."""
     found = str(signature).encode(errors="replace")
     return hmac.compare_digest(sign(secret, challenge).encode(), found)

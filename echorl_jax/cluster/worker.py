@@ -13,7 +13,7 @@ VARIABLE = "ECHORL_WORKER"
 
 @dataclasses.dataclass(frozen=True)
 class Assignment:
-    """What a supervisor tells the training process that it starts."""
+    """The settings that a supervisor passes to the training process that it starts."""
 
     coordinator: str  # host:port of JAX's own service
     processes: int
@@ -25,7 +25,7 @@ class Assignment:
 
 
 def assignment() -> Assignment | None:
-    """What the supervisor of this process said; None when there is none."""
+    """The settings from the supervisor of this process; None when there is none."""
     text = os.environ.get(VARIABLE)
     if text is None:
         return None

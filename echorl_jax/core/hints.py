@@ -1,4 +1,4 @@
-"""How much of an expert's solution a prompt shows as training goes on (UFT)."""
+"""The share of an expert's solution that a prompt shows, by training step (UFT)."""
 
 import jax.numpy as jnp
 

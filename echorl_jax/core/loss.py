@@ -56,7 +56,7 @@ def aggregation_weights(loss_mask: Array, *, mode: Aggregation, max_tokens: int)
 
 
 def mean_scale(token_weights: Array) -> Array:
-    """What turns a sum under these weights into a mean: one over their sum.
+    """The factor that turns a sum under these weights into a mean: one over their sum.
 
     Args:
       token_weights: ``[N, T]``, of the whole batch.

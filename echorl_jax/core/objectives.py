@@ -171,7 +171,7 @@ def select_clip_cov(
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What a run optimises: small pure functions and their settings; hashable, so static in jit.
+    """An objective: small pure functions and their settings; hashable, so static in jit.
 
     EchoRL is not an objective: its loss is added to any of these.
     """

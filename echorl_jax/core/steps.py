@@ -83,7 +83,7 @@ def step_entropy(token_entropy: Array, step_ids: Array, num_steps: int) -> tuple
 
 
 def joined_steps(step_ids: Array, num_steps: int) -> Array:
-    """How many steps of each rollout lie past the static bound and were joined into its last step.
+    """The number of steps of each rollout past the static bound, which joined its last step.
 
     Args:
       step_ids: ``[N, T]`` int32, -1 where masked.

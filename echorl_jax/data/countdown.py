@@ -68,7 +68,7 @@ def apply_operator(left: Fraction, operator: str, right: Fraction) -> Fraction |
 
 
 def is_eval(numbers: Sequence[int], target: int) -> bool:
-    """Whether a problem is held out of training, whatever the order of its numbers."""
+    """True if a problem is held out of training, whatever the order of its numbers."""
     text = f"{sorted(numbers)}>{target}".encode()
     return hashlib.blake2b(text, digest_size=8).digest()[0] % EVAL_SHARE == 0
 

@@ -1,4 +1,4 @@
-"""What an expert wrote for a row: demonstrations for SFT and LUFFY, hints for UFT."""
+"""Expert trajectories of rows: demonstrations for SFT and LUFFY, hints for UFT."""
 
 import dataclasses
 import re

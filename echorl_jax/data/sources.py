@@ -1,4 +1,4 @@
-"""From a spec, a line of text in the config, to rows."""
+"""Reads the rows that a spec, a line of text in the config, names."""
 
 import bisect
 import dataclasses
@@ -24,7 +24,7 @@ FILTERS = ("level", "source", "limit")
 
 @dataclasses.dataclass(frozen=True)
 class _Catalogue:
-    """How a kind of named data set is read, and the options it takes."""
+    """A kind of named data set: its reader and the options it takes."""
 
     read: Callable[..., CheckedRows]
     options: tuple[str, ...]
@@ -48,7 +48,7 @@ class Rows(Sequence[Row]):
 
     @property
     def starts(self) -> tuple[int, ...]:
-        """Where each part begins, and, last, the number of rows."""
+        """The first row of each part, and, last, the number of rows."""
         return (0, *itertools.accumulate(len(part) for part in self.parts))
 
     @property

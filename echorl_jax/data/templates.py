@@ -104,7 +104,7 @@ def keep_date(tokenizer: "PreTrainedTokenizerBase", date: datetime) -> None:
 
 
 def starts_itself(template: str) -> bool:
-    """Whether a template writes the start token itself: the tokenizer must not add another."""
+    """True if a template writes the start token itself: the tokenizer must not add another."""
     return template in ("chat", "luffy", "qwen-math")
 
 

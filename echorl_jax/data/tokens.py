@@ -1,4 +1,4 @@
-"""From rows to token ids."""
+"""Tokenizers, and the token ids of rows."""
 
 import json
 import os
@@ -20,7 +20,7 @@ BUILTIN = {"builtin:countdown": Path(__file__).parent.parent / "assets" / "count
 
 
 def model_path(path: str) -> str:
-    """Where the model of that name lies if it came with the package, else the path itself.
+    """The directory of a model that comes with the package, else the path itself.
 
     >>> model_path("runs/1/export")
     'runs/1/export'

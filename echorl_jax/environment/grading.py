@@ -1,4 +1,4 @@
-"""From sampled token ids to verdicts."""
+"""Decodes sampled token ids and has them graded."""
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence

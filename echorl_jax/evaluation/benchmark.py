@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """What to evaluate, and how."""
+    """The options of an evaluation."""
 
     model: str
     data: str

@@ -173,7 +173,7 @@ def _check_spellings(grader: GraderPool, rows: Sequence[Mapping[str, Any]]) -> b
 
 
 def _gold(row: Mapping[str, Any]) -> str | None:
-    """What a right response would be: the expert's, or a text that ends in the answer."""
+    """A right response: the expert's, or a text that ends in the answer."""
     if (text := expert_text(row)) is not None:
         return text
     truth = row["reward_model"]["ground_truth"]

@@ -1,4 +1,4 @@
-"""Which held-out problems a training set holds too: word for word, or nearly."""
+"""Finds held-out problems that the training set contains too, word for word or nearly."""
 
 import collections
 import dataclasses
@@ -28,7 +28,7 @@ class Overlap:
 
 
 def words(text: str) -> tuple[str, ...]:
-    r"""What counts of a problem's text.
+    r"""The words of a problem that are compared.
 
     >>> words("Find $x^2$ if  \\(x = 3\\).") == words("find x ^ 2 if x=3")
     True

@@ -1,4 +1,4 @@
-"""What an evaluation has written so far: one line per attempt, so that a killed one goes on."""
+"""The file of an evaluation: one line per attempt, so that a killed evaluation can go on."""
 
 import dataclasses
 import hashlib
@@ -19,7 +19,7 @@ STARTED = "started"
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What the scores need to know of an attempt."""
+    """The fields of an attempt that scores depend on."""
 
     data_source: str
     problem: int
@@ -31,7 +31,7 @@ class Outcome:
 
 
 def first_start(out: Path) -> str:
-    """When the evaluation in ``out`` began; now if nothing there tells."""
+    """The time at which the evaluation in ``out`` began; now if no file has it."""
     try:
         options = json.loads((out / "options.json").read_bytes())
         return datetime.fromisoformat(options[STARTED]).isoformat()

@@ -75,7 +75,7 @@ class Pass:
 def passes(
     sources: Sequence[str], *, samples: str, temperature: float | None, greedy: bool
 ) -> list[Pass]:
-    """What is to be done, in order: the greedy pass if there is one, then by number of samples.
+    """The passes in order: the greedy pass if there is one, then by number of samples.
 
     Args:
       sources: the data source of each row.

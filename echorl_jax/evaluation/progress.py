@@ -1,4 +1,4 @@
-"""How far an evaluation is."""
+"""Progress of an evaluation on a terminal or in a log."""
 
 from echorl_jax.evaluation.bar import Bar
 from echorl_jax.rollout import Progress

@@ -68,7 +68,7 @@ def bootstrap_mean(
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What a set of problems, each tried ``samples`` times, came to."""
+    """The scores of a set of problems, each tried ``samples`` times."""
 
     problems: int
     samples: int  # judged attempts per problem; the most if they differ

@@ -61,7 +61,7 @@ def make_mesh(
 
 
 def platform_of(mesh: Mesh | None) -> Platform:
-    """What programs for the mesh are compiled for; without one, for this machine's default."""
+    """The platform of the mesh; without a mesh, the default of this machine."""
     name = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
     return name if name in ("cpu", "gpu") else "tpu"
 
@@ -99,7 +99,7 @@ _WHOLE_IF_INDIVISIBLE = frozenset({"kv_heads", "batch", "table_batch", "vocab"})
 def partition_spec(
     axes: Axes, shape: Sequence[int], mesh: Mesh | AbstractMesh, layout: Layout = "train"
 ) -> PartitionSpec:
-    """Where an array with these logical axes lives on ``mesh``.
+    """The sharding on ``mesh`` of an array with these logical axes.
 
     Args:
       axes: one logical name, or None, for each dimension.

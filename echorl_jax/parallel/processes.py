@@ -68,7 +68,7 @@ def join_processes(
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes files."""
+    """True if this process is the one that writes files."""
     return jax.process_index() == 0
 
 
@@ -79,7 +79,7 @@ def wait_for_all(name: str) -> None:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether the flag is set on any process; the same answer on all."""
+    """True if the flag is set on any process; the same answer on all."""
     if jax.process_count() == 1:
         return flag
     return bool(np.any(multihost_utils.process_allgather(np.array(flag))))
@@ -100,7 +100,7 @@ def from_first(value: int) -> int:
 
 
 def on_first(work: Callable[[], int]) -> int:
-    """What process 0 alone finds out; the same answer on all.
+    """A result that process 0 alone computes; the same on all processes.
 
     Raises:
       UserError: on all, what process 0 has raised.

@@ -53,13 +53,13 @@ logging.getLogger("math_verify").setLevel(logging.ERROR)
 
 
 def is_costly(text: str) -> bool:
-    """Whether parsing a text might take more time or memory than an answer is worth."""
+    """True if parsing a text might take more time or memory than an answer is worth."""
     depths = itertools.accumulate((sign in "([{") - (sign in ")]}") for sign in text)
     return max(depths, default=0) > MAX_NESTING or COSTLY.search(text) is not None
 
 
 def same_expression(gold: str, answer: str) -> bool:
-    r"""Whether two canonical texts are the same expression, equation, inequality or set.
+    r"""True if two canonical texts are the same expression, equation, inequality or set.
 
     >>> same_expression("\\sqrt{\\frac{1}{n}}", "\\frac{1}{\\sqrt{n}}"), same_expression("x", "|x|")
     (True, False)

@@ -68,7 +68,7 @@ def _prompt_text(row: Mapping[str, Any]) -> str:
 
 
 def is_choice(row: Mapping[str, Any]) -> bool:
-    """Whether the ground truth names an option, by label or text.
+    """True if the ground truth names an option, by label or text.
 
     A number does not if the only options are numbered lines of the prompt: they may be statements
     or data.
@@ -129,7 +129,7 @@ def find_choice(response: str, options: Mapping[str, str]) -> str | None:
 
 
 def _marked_span(text: str) -> tuple[int, int] | None:
-    """Where the inside of the last box begins and ends, else that of the last ``<answer>``."""
+    """Begin and end of the inside of the last box, else of the last ``<answer>``."""
     if spans := boxed_spans(text):
         return spans[-1]
     inside = last_answer(text)
@@ -220,7 +220,7 @@ class _Answer:
         return None
 
     def joined(self, i: int, label: str) -> bool:
-        """Whether the words from i on add another option to the one with that label."""
+        """True if the words from i on add another option to the one with that label."""
         after = i
         while self.word(after) in words.CLOSING | {".", "-"} and not self._text_at(after):
             after += 1
@@ -244,7 +244,7 @@ class _Answer:
         return self._listed(i, label)
 
     def _added(self, i: int, *, line: bool) -> bool:
-        """Whether the option before word i is chosen too: the sentence is no remark on it."""
+        """True if the option before word i is chosen too: the sentence is no remark on it."""
         i = self._after(i, words.CLOSING - {":"})
         if self._denied(i):
             return False
@@ -254,7 +254,7 @@ class _Answer:
         return self.word(i) in ends
 
     def _listed(self, i: int, label: str) -> bool:
-        """Whether the sentence lists another option with its text, as in "A: four, B: five"."""
+        """True if the sentence lists another option with its text, as in "A: four, B: five"."""
         for at, word in enumerate(self._sentence(i), start=i + 1):
             at = self._after(at, words.OPTION | {"(", "["})
             option = self._label_at(at, said=True)
@@ -282,7 +282,7 @@ class _Answer:
         return _until(words.SENTENCE_END, self._words[i : i + SENTENCE_WORDS])
 
     def _denied(self, i: int) -> bool:
-        """Whether the sentence from word i on calls something wrong."""
+        """True if the sentence from word i on calls something wrong."""
         return not words.DENIAL.isdisjoint(self._sentence(i))
 
     def _option_at(self, i: int, *, said: bool) -> tuple[str, int] | None:

@@ -16,7 +16,7 @@ from echorl_jax.rewards.verdict import Verdict
 
 
 class _Mistake(ValueError):
-    """Why a response is wrong."""
+    """The reason for which a response is wrong."""
 
 
 def grade(response: str, row: Mapping[str, Any]) -> Verdict:

@@ -67,7 +67,7 @@ def last_answer(response: str) -> str | None:
 
 
 def boxed_spans(response: str) -> list[tuple[int, int]]:
-    """Where the inside of each balanced box begins and ends, in the order of the beginnings."""
+    """Begin and end of the inside of each balanced box, in the order of the beginnings."""
     starts = [match.end() for match in BOX.finditer(response)]
     if not starts:
         return []

@@ -164,7 +164,7 @@ def _decimal(digits: str, exponent: str) -> Number | None:
 
 
 def _unit(rest: str) -> tuple[bool, tuple[str, Fraction] | None]:
-    """Whether the text behind a number is a unit or nothing, and the unit where it is known."""
+    """True if the text behind a number is a unit or nothing; and the unit where it is known."""
     plain = rest.strip()
     if plain.startswith("^\\circ"):
         match = _DEGREES.fullmatch(plain)
@@ -186,7 +186,7 @@ def _unit(rest: str) -> tuple[bool, tuple[str, Fraction] | None]:
 
 
 def equal(gold: Number, answer: Number, *, percent_asked: bool = False) -> bool:
-    """Whether two literal numbers are the same.
+    """True if two literal numbers are the same.
 
     ``28`` and ``28%`` are where the gold has the sign or the question asks for a percentage.
     Known units are converted. A decimal of :data:`ENOUGH_DIGITS` or more may be a rounding.
@@ -202,7 +202,7 @@ def equal(gold: Number, answer: Number, *, percent_asked: bool = False) -> bool:
 
 
 def rounds_to(decimal: Number, exact: Number) -> bool:
-    """Whether a decimal is what a finer number, or a fraction, rounds to."""
+    """True if a decimal is what a finer number, or a fraction, rounds to."""
     if decimal.places is None or min(decimal.places, decimal.digits) < ENOUGH_DIGITS:
         return False
     if exact.places is not None and exact.places <= decimal.places:

@@ -143,7 +143,7 @@ class _Comparison:
         self._problem = re.sub(r"\s|\$|\\[,;:!]|\\left|\\right", "", prompt)
 
     def same(self, gold: str, answer: str) -> bool:
-        """Whether two canonical texts are the same answer. The first kind that fits decides."""
+        """True if two canonical texts are the same answer. The first kind that fits decides."""
         if not gold or not answer:
             return False
         if _same_text(gold, answer):
@@ -291,7 +291,7 @@ class _Comparison:
         return same_expression(gold, answer)
 
     def _restates(self, gold: str, answer: str) -> bool:
-        """Whether an answer repeats an expression of the problem, or is not evaluated."""
+        """True if an answer repeats an expression of the problem, or is not evaluated."""
         if UNEVALUATED.search(answer) and not UNEVALUATED.search(gold):
             return True
         text = re.sub(r"\s", "", answer)
@@ -339,7 +339,7 @@ def _parts(text: str) -> list[str]:
 
 
 def _labelled(parts: Sequence[str]) -> bool:
-    """Whether each part is an equation, and the left sides differ."""
+    """True if each part is an equation, and the left sides differ."""
     sides = [_split(part, "=") for part in parts]
     return len({key(side[0]) for side in sides if len(side) > 1}) == len(parts)
 

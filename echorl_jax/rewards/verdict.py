@@ -1,4 +1,4 @@
-"""What a grader says of one response."""
+"""The verdict of a grader on one response."""
 
 import dataclasses
 import math
@@ -37,12 +37,12 @@ class Verdict:
 
     @property
     def judged(self) -> bool:
-        """Whether there is a score."""
+        """True if there is a score."""
         return self.score is not None
 
 
 def grading_failed(reason: str) -> bool:
-    """Whether no grader gave this verdict: it hung, died, or raised something."""
+    """True if no grader gave this verdict: it hung, died, or raised something."""
     return reason.startswith((HUNG, DIED, RAISED))
 
 

@@ -50,7 +50,7 @@ class Span:
 
 
 def fits(head_dim: int) -> bool:
-    """Whether there is a kernel for heads of this size: Triton's blocks are powers of two."""
+    """True if there is a kernel for heads of this size: Triton's blocks are powers of two."""
     return triton is not None and head_dim >= SMALLEST and head_dim & (head_dim - 1) == 0
 
 

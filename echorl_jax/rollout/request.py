@@ -21,7 +21,7 @@ PROMPT_MULTIPLE = 16
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How completions are drawn. Static under jit: another value is another compiled program.
+    """Settings of sampling. Static under jit: another value is another compiled program.
 
     Banned tokens are removed first. Then ``top_k`` keeps the k most probable tokens, ``top_p`` the
     most probable tokens that together hold ``top_p`` of the remaining probability, and ``min_p``
@@ -93,7 +93,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """How a call runs. Samples do not depend on it, apart from the rounding of ``kv_dtype``.
+    """Resources of a call. Samples do not depend on them, apart from the rounding of ``kv_dtype``.
 
     See :func:`generate` for the meaning of each field.
     """

@@ -1,4 +1,4 @@
-"""From logits to a token, its log-probability and its entropy, with two random numbers per token.
+"""Draws a token from logits, with its log-probability and entropy; two random numbers per token.
 
 The Gumbel method would need V random numbers per token. Here one uniform number selects a block of
 the vocabulary from the cumulative distribution, and another one a token of the block. So only the

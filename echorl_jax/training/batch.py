@@ -1,4 +1,4 @@
-"""From experience to batches: advantages, reasoning steps, EchoClips and final token weights."""
+"""Makes batches of experience: advantages, reasoning steps, EchoClips, final token weights."""
 
 import dataclasses
 import functools

@@ -86,7 +86,7 @@ def _open_manager(directory: Path, options: ocp.CheckpointManagerOptions) -> _Ma
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
-    """What a run goes on with."""
+    """A restored checkpoint."""
 
     state: TrainState
     data_position: dict[str, Any]
@@ -276,7 +276,7 @@ class Checkpoints:
 
 
 def read_notes(manager: ocp.CheckpointManager, step: int) -> dict[str, Any]:
-    """What is saved beside the state, verified.
+    """Reads and verifies the files beside the state.
 
     Raises:
       DamagedError: it is not what was written.

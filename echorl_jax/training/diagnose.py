@@ -90,7 +90,7 @@ class Dumps:
             self._say(f"step {step}: update written to {path} for `echorl replay`")
 
     def _has_room(self) -> bool:
-        """Whether fewer than ``debug.max_dumps`` are there; the same on all processes."""
+        """True if fewer than ``debug.max_dumps`` are there; the same on all processes."""
         count = len(list((self._workdir / "dumps").glob("step_*"))) if is_first() else 0
         return not any_process(count >= self._setup.config.debug.max_dumps)
 
@@ -189,7 +189,7 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Replayed:
-    """What the update gives now, beside what the run saw."""
+    """The results of a replayed update beside those of the run."""
 
     dump: Dump
     loss: float
@@ -199,7 +199,7 @@ class Replayed:
 
     @property
     def reproduced(self) -> bool:
-        """Whether the numbers are the run's: bit for bit on its mesh, else within rounding."""
+        """True if the numbers equal the run's: bit for bit on its mesh, else within rounding."""
         seen = [float(self.dump.facts[name]) for name in ("loss", "grad_norm")]
         pairs = list(zip((self.loss, self.grad_norm), seen, strict=True))
         if self.same_mesh:

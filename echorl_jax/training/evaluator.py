@@ -65,7 +65,7 @@ class Evaluator:
         return cls(setup, engine, grader, prompts)
 
     def due(self, step: int) -> bool:
-        """Whether to evaluate: before the first step, at the last, every ``eval.every`` steps."""
+        """True if to evaluate: before the first step, at the last, every ``eval.every`` steps."""
         every, last = self.setup.config.eval.every, self.setup.config.steps
         return bool(self.prompts) and (step % every == 0 or step == last)
 

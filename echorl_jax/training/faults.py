@@ -37,7 +37,7 @@ RECORD = "injected.txt"
 
 @dataclasses.dataclass(frozen=True)
 class Faults:
-    """What is to go wrong, and where it is recorded what already has."""
+    """Faults to inject, and the file that records those that were injected."""
 
     at_steps: frozenset[str]  # as typed, such as "kill@rollout:3"
     rewards: Mapping[str, float]  # "hang", "crash", "leak" -> share of the graded items
@@ -70,7 +70,7 @@ class Faults:
         return cls(frozenset(faults) - frozenset(had), rewards, record)
 
     def hits(self, kind: str, step: int) -> bool:
-        """Whether a fault such as ``nan`` or ``kill@save`` is due at this step."""
+        """True if a fault such as ``nan`` or ``kill@save`` is due at this step."""
         fault = f"{kind}{':' if '@' in kind else '@'}{step}"
         if fault not in self.at_steps:
             return False

@@ -1,4 +1,4 @@
-"""Whether a run can be trusted: finite gradients, a live policy, sampler and trainer that agree."""
+"""Checks of each step: finite gradients and rollouts, agreement of sampler and trainer."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""What a run writes while it runs: metrics.jsonl, TensorBoard events, a progress bar or lines."""
+"""The log of a run: metrics.jsonl, TensorBoard events, a progress bar or lines."""
 
 import functools
 import json
@@ -79,7 +79,7 @@ class RunLog:
         self._tell(step, metrics, metrics)
 
     def lacks(self, key: str) -> bool:
-        """Whether the last line is without this key; False where there is no line."""
+        """True if the last line is without this key; False where there is no line."""
         lines = list(whole_lines(self._path)) if self._file is not None else []
         return bool(lines) and key not in lines[-1]
 
@@ -106,7 +106,7 @@ class RunLog:
         self._bar.say(text)
 
     def present(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """What a run is about to do: a table on a terminal, lines in a log."""
+        """Shows the settings of a run at its start: a table on a terminal, lines in a log."""
         if self._bar.drawn:
             table = Table(title=title, show_header=False, title_justify="left")
             for row in rows:
@@ -235,7 +235,7 @@ def hide_closed_loop_errors() -> None:
 
 
 def is_closed_loop_error(error: "UnraisableHookArgs") -> bool:
-    """Whether code outside Python reported the end of its work to a closed event loop."""
+    """True if code outside Python reported the end of its work to a closed event loop."""
     first = error.exc_traceback
     return (
         isinstance(error.exc_value, RuntimeError)

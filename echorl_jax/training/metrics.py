@@ -71,7 +71,7 @@ def clip_metrics(clips: EchoClips) -> dict[str, float]:
 
 
 def sampling_metrics(experience: Experience, *, hints: bool) -> dict[str, float]:
-    """How the rollouts were sampled."""
+    """Metrics of the sampler, and of hints in prompts."""
     metrics = {
         "rollout/slot_occupancy": experience.slot_occupancy,
         "rollout/rounds": experience.rounds,

@@ -21,7 +21,7 @@ SMALLEST_ROWS = (4, 32)
 
 @dataclasses.dataclass(frozen=True)
 class Bounds:
-    """What every micro-batch of a run keeps to, so that the compiled programs are few and known."""
+    """Bounds of every micro-batch of a run, so that the compiled programs are few and known."""
 
     longest: int  # tokens of the longest row
     # Tokens of a micro-batch on all devices together, padding included; a single row for each

@@ -132,7 +132,7 @@ class Run:
         )
 
     def stopping(self) -> bool:
-        """Whether a signal has asked any process to stop; the same answer on all."""
+        """True if a signal has asked any process to stop; the same answer on all."""
         return any_process(self.stop.requested)
 
     def evaluate_first(self, params: PyTree) -> None:

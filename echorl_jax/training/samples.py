@@ -62,7 +62,7 @@ def groups_to_show(config: Config, step: int) -> range:
 
 
 def _ledger(experience: Experience, made: Assembled) -> list[dict[str, Any]]:
-    """How each prompt's group came out."""
+    """One entry per prompt: successes, group size, truncated rows, clip."""
     count = len(experience.prompts)
 
     def per_group(values: Any) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a run or a plan is made of before its first step: config, mesh, model, text, optimizer."""
+"""Everything static about a run or a plan: config, mesh, model, tokenizer, optimizer."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class Setup:
 
     @property
     def sampling(self) -> Sampling:
-        """How the policy draws its rows of each group."""
+        """Settings with which the policy draws its rows of each group."""
         rollout = self.config.rollout
         return Sampling(
             group_size=self.sampled_group_size,
@@ -92,7 +92,7 @@ class Setup:
 
     @property
     def scores_old_policy(self) -> bool:
-        """Whether the trainer, not the sampler, computes the old policy's log-probabilities."""
+        """True if the trainer, not the sampler, computes the old policy's log-probabilities."""
         return self.config.objective.old_logprobs == "trainer" and not self.objective.supervised
 
     @property
@@ -105,7 +105,7 @@ class Setup:
 
     @property
     def scores_policy(self) -> bool:
-        """Whether a step scores its rows with the parameters in training."""
+        """True if a step scores its rows with the parameters in training."""
         return self.scores_old_policy or self.selection_passes > 0
 
     @property
@@ -186,7 +186,7 @@ def static_setup(
 
 
 def model_options(config: Config) -> dict[str, Any]:
-    """How the model computes, as :func:`load_decoder` takes it."""
+    """Options of :func:`load_decoder` that say how the model computes."""
     return {
         "dtype": config.model.dtype,
         "remat": config.model.remat,

@@ -95,7 +95,7 @@ def train_supervised(
 
 
 def packs(config: Config, model: Decoder) -> bool:
-    """Whether demonstrations share rows.
+    """True if demonstrations share rows.
 
     Raises:
       ConfigError: asked for with rotary angles that depend on a whole row's length.

@@ -118,7 +118,7 @@ def update(
 
 
 def _needs_every_row(objective: Objective) -> bool:
-    """Whether rows with zero advantage have a gradient too."""
+    """True if rows with zero advantage have a gradient too."""
     return (
         objective.kl_coef != 0
         or objective.entropy_coef != 0

@@ -98,7 +98,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def _has_begun(workdir: Path) -> bool:
-    """Whether a run wrote more than its config: a start that failed binds nothing."""
+    """True if a run wrote more than its config: a start that failed binds nothing."""
     metrics, checkpoints = workdir / "metrics.jsonl", workdir / "checkpoints"
     logged = metrics.is_file() and metrics.stat().st_size > 0
     return logged or (checkpoints.is_dir() and any(checkpoints.iterdir()))

@@ -225,7 +225,7 @@ def pack_group(rows: Sequence[Row]) -> Row:
 
 
 def pack_verdict(row: Row) -> bool | None:
-    """Whether the rollout is right; None where the run wrote null: it was not judged."""
+    """True if the rollout is right; None where the run wrote null: it was not judged."""
     correct = row.get("correct", False)
     return None if correct is None else bool(correct)
 
