@@ -5,17 +5,17 @@ Nothing here imports JAX.
 
 from typing import Literal
 
-# How token losses become one number (verl's names).
+# Aggregations of token losses to one number (verl's names).
 Aggregation = Literal[
     "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
 ]
-# How the divergence from the reference policy is estimated.
+# Estimators of the divergence from the reference policy.
 KLEstimator = Literal["k1", "k2", "k3"]
 # Which step ends an EchoClip, which prompts give clips, and what their mean is over.
 Select = Literal["max", "min", "full", "random", "first", "last"]
 When = Literal["any_success", "degenerate_only"]
 Normalise = Literal["prompts_with_clip", "all_prompts", "tokens"]
-# What the backward pass recomputes, and the attention kernel.
+# Rematerialisation (what the backward pass recomputes), and the attention kernel.
 Remat = Literal["layer", "dots", "none"]
 Kernel = Literal["auto", "xla", "splash", "cudnn"]
 # Type of the sampler's keys and values.

@@ -69,12 +69,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         if assignment() is None:
             raise
         traceback.print_exc()
-        # What the runtime reports is most often the end of another process.
+        # The runtime's error is most often a consequence of the end of another process.
         _fail(1, one_line(error), certain="Runtime" not in type(error).__name__)
 
 
 def _tell_of_file(error: Exception) -> None:
-    """Exits with one line if a file is why; quietly if whoever read the output has enough."""
+    """Exits with one line for an error of a file; quietly if the output was closed."""
     if isinstance(error, BrokenPipeError) and _output_is_closed():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
@@ -106,7 +106,7 @@ def _leave(code: int) -> NoReturn:
     An orderly exit waits for threads: Orbax's wait minutes for a checkpoint that failed, and JAX
     waits for the other processes.
     """
-    with contextlib.suppress(OSError):  # nobody reads the output, or its disk is full
+    with contextlib.suppress(OSError):  # the output has no reader, or its disk is full
         sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -50,14 +50,14 @@ class DataConfig:
     train: str = "countdown:"
     # Held-out rows for the periodic evaluation, in the same form; "" evaluates nothing.
     eval: str = ""
-    # How a row becomes text: "chat" is the tokenizer's chat template, "plain" the message contents
+    # The prompt template: "chat" is the tokenizer's chat template, "plain" the message contents
     # as they stand; luffy, qwen-math, boxed and uft write the problem into that prompt.
     template: str = "chat"
     # Prompts longer than this are left out and counted (tokens).
     max_prompt_tokens: int = 1024
-    # What a broken row does: stop with its file and number, or be skipped and counted.
+    # A broken row stops the run with its file and number, or is skipped and counted.
     on_bad_row: Literal["error", "skip"] = "error"
-    # Who judges: auto (by the row's data source), math, choice, countdown, or
+    # The grader: auto (by the row's data source), math, choice, countdown, or
     # "package.module:function".
     grader: str = "auto"
     # Limit for one verdict (seconds); a hang costs that one item.
@@ -69,7 +69,7 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RolloutConfig:
-    # What samples: "" is the sampler of this package; "package.module:factory" makes another one
+    # The sampler: "" is the sampler of this package; "package.module:factory" makes another one
     # (docs/architecture.md, "Where a change goes").
     engine: str = ""
     # Prompts per training step, P.
@@ -103,13 +103,13 @@ class RolloutConfig:
 class ObjectiveConfig:
     # Name in OBJECTIVES, or "package.module:objective".
     name: str = "grpo"
-    # What counts as verified success: None the grader's own verdict (of a plain score: 1 or more),
+    # Verified success: None takes the grader's verdict (of a plain score: 1 or more),
     # a number any score from there on.
     success_threshold: float | None = None
     # Clip range below and above 1; None takes the objective's own.
     epsilon_low: float | None = None
     epsilon_high: float | None = None
-    # How token losses become one number (verl's names); None takes the objective's own.
+    # Aggregation of token losses to one number (verl's names); None takes the objective's own.
     aggregation: Aggregation | None = None
     # Weight of the KL term against the reference policy, and its estimator; None takes the
     # objective's own.
@@ -152,7 +152,7 @@ class EchoConfig:
     enabled: bool = True
     # lambda, the weight of L_echo.
     coef: float = 1e-3
-    # What ends a reasoning step: every vocabulary entry with a newline, or the ids below.
+    # Delimiters of reasoning steps: every vocabulary entry with a newline, or the ids below.
     delimiter: Literal["newline", "ids"] = "newline"
     # Token ids that end a step, with delimiter = "ids" (the authors' Qwen2.5 setting: 198,271).
     delimiter_ids: tuple[int, ...] = ()
@@ -232,8 +232,8 @@ class CheckpointConfig:
     keep_best: int = 1
     # Checkpoints of steps that this divides are kept for good; 0 keeps none for good.
     keep_every: int = 0
-    # Where a workdir goes on: auto takes the newest checkpoint that can be read, a number takes
-    # that step's and sets later ones aside, none is an error if a run has been there.
+    # The checkpoint that a run goes on from: auto takes the newest one that can be read, a number
+    # that of a step (later ones are set aside), none refuses a workdir that has a run.
     resume: str = "auto"
     # Write the Hugging Face directory `export/` at the end.
     export: bool = True

@@ -1,4 +1,4 @@
-"""One writer for a directory: two that write into one would spoil each other's files."""
+"""A lock on a directory, so that two processes never write into one."""
 
 import fcntl
 import os
@@ -13,9 +13,9 @@ from typing import TextIO
 from echorl_jax.errors import RunStopped, UserError
 
 NAME = ".lock"
-# This boot of this machine, which its containers share while host names come and go.
+# Identifies this boot of the machine; all its containers share it, unlike host names.
 BOOT = Path("/proc/sys/kernel/random/boot_id")
-# A network file system frees the lock of a machine that is lost after so long (seconds).
+# A network file system frees the lock of a lost machine within this time (seconds).
 FREED_WITHIN_S = 100.0
 
 
@@ -23,13 +23,13 @@ FREED_WITHIN_S = 100.0
 def sole_writer(directory: Path) -> Iterator[None]:
     """Makes the directory and keeps other processes from writing there until the end.
 
-    The system frees the lock of a process that dies, however it dies. A file system that knows no
-    locks keeps nobody out.
+    The system frees the lock of a process that dies, for any reason. On a file system without
+    locks there is no protection.
 
     Raises:
-      UserError: a process of this machine has it.
-      RunStopped: one of another machine does not give it up, which may yet come.
-      OSError: it cannot be written.
+      UserError: a process of this machine holds the lock.
+      RunStopped: a process of another machine holds it, and may still be lost.
+      OSError: the directory cannot be written.
     """
     directory.mkdir(parents=True, exist_ok=True)
     with (directory / NAME).open("a+") as file:

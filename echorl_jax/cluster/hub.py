@@ -1,8 +1,8 @@
-"""Process 0's list of who takes part: who has come, whether all agree, who was the first to fail.
+"""The hub: waits for all processes of a run, compares them, and reports the first failure to all.
 
 The hub runs as threads of the supervisor of process 0. All supervisors, that one included, connect
-to it, and stay connected until the run has ended on every process. Anybody can connect to its port:
-only a connection that has proved to know the run's secret makes an event.
+to it and stay connected until the run has ended on every process. Any program can connect to its
+port, but only a connection that has proved that it knows the run's secret makes an event.
 """
 
 import contextlib
@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 from echorl_jax.cluster.wire import Message, Wire, is_signed
 
-# How long others get to take the verdict before process 0 goes, and the hub with it (seconds).
+# Process 0, and the hub with it, stays this long after the end for others to read it (seconds).
 FAREWELL_S = 5.0
 # A connection has this long to prove that it belongs to the run (seconds).
 HELLO_WITHIN_S = 10.0
-# Connections that may be about to prove it at one time, and bytes of such a proof.
+# Limits on connections without a proof, and on the bytes of a proof.
 UNPROVED, PROOF_BYTES = 256, 1024
 
 
@@ -46,7 +46,7 @@ class _Event:
 
 
 class Hub:
-    """Waits for all processes, compares them, and then for the first end that is not a good one."""
+    """Waits for all processes, compares their facts, then waits for the first failure."""
 
     def __init__(
         self,
@@ -74,12 +74,12 @@ class Hub:
         self._done = threading.Event()
 
     def start(self) -> None:
-        """Begins to listen, in the background."""
-        for work in (self._accept, self._preside):
+        """Starts to listen, in threads."""
+        for work in (self._accept, self._run):
             threading.Thread(target=work, name=f"hub-{work.__name__}", daemon=True).start()
 
     def wait_until_done(self) -> None:
-        """Returns when every process has been told how the run ended, or had time for it."""
+        """Returns when every process has received the end of the run, or after a time limit."""
         self._done.wait(FAREWELL_S)
 
     def _accept(self) -> None:
@@ -93,7 +93,7 @@ class Hub:
             threading.Thread(target=self._listen, args=(Wire(connection),), daemon=True).start()
 
     def _listen(self, wire: Wire) -> None:
-        """Turns what one supervisor says into events; a stranger makes none."""
+        """Turns messages of a supervisor into events; without the secret there are none."""
         timer = threading.Timer(HELLO_WITHIN_S, wire.close)
         timer.start()
         try:
@@ -138,15 +138,15 @@ class Hub:
             pass
         self._events.put(_Event(wire, end))
 
-    def _preside(self) -> None:
+    def _run(self) -> None:
         try:
             ending = self._assemble()
             if ending is None:
                 self._tell(address=self._address())
                 ending = self._watch()
             self._tell(code=ending.code, line=ending.line)
-            self._take_leave(ending)
-        except BaseException:  # the others must not wait for a hub that has failed
+            self._wait_for_others(ending)
+        except BaseException:  # other processes must not wait for a hub that has failed
             for wire in (*self._wires.values(), *self._turned_away):
                 wire.close()
             raise
@@ -155,9 +155,9 @@ class Hub:
             self._listener.close()
 
     def _assemble(self) -> Ending | None:
-        """Waits for all hellos; an ending if the run cannot start.
+        """Waits for the hellos of all processes; returns an ending if the run cannot start.
 
-        Process 0, which the hub belongs to, always comes: an ending waits for it to be told there.
+        An ending waits for process 0, which always connects, so that process 0 can print it.
         """
         deadline = time.monotonic() + self._start_timeout_s
         ending: Ending | None = None
@@ -171,7 +171,7 @@ class Hub:
         return ending or self._disagreement()
 
     def _greet(self, event: _Event) -> Ending | None:
-        """Takes down who has come; an ending if one has left again, or should not be here."""
+        """Registers a process; returns an ending if one has left, or has a wrong or used number."""
         if event.kind != "hello":
             known = self._process(event.wire)
             if known is None:
@@ -188,7 +188,7 @@ class Hub:
         return None
 
     def _process(self, wire: Wire) -> int | None:
-        """The process that this connection belongs to, if it takes part."""
+        """The number of the registered process with this connection, or None."""
         return next((process for process, own in self._wires.items() if own is wire), None)
 
     def _absent(self) -> str:
@@ -213,10 +213,11 @@ class Hub:
         return None
 
     def _watch(self) -> Ending:
-        """Waits until all have ended well, or for the cause of a bad end.
+        """Waits until all processes have ended with code 0, or for the cause of a failure.
 
-        When one process dies, the others fail too, in the middle of talking to it. So an end that
-        may be such a consequence waits for a better explanation.
+        When one process dies, the others fail too, in their communication with it. So a failure
+        that may be such a consequence is held back for some seconds, and a certain cause replaces
+        it.
         """
         suspect: Ending | None = None
         deadline: float | None = None
@@ -262,11 +263,8 @@ class Hub:
         with contextlib.suppress(OSError):
             wire.send(code=ending.code, line=ending.line)
 
-    def _take_leave(self, ending: Ending) -> None:
-        """Waits until the others have hung up; process 0 itself is the one that waits.
-
-        A process that came too late to be told with the rest is told now.
-        """
+    def _wait_for_others(self, ending: Ending) -> None:
+        """Waits until the other processes have disconnected; late processes get the ending too."""
         deadline = time.monotonic() + FAREWELL_S
         others = {wire for process, wire in self._wires.items() if process} | {*self._turned_away}
         while time.monotonic() < deadline and (others or not self._events.empty()):

@@ -1,6 +1,6 @@
-"""The number of this process, the number of processes, and the address of process 0.
+"""Finds the number of this process, the number of processes, and the address of process 0.
 
-Asked in this order, and the first that answers counts:
+The sources in order; the first that has an answer counts:
 
 1. ``ECHORL_COORDINATOR`` (host:port of process 0), ``ECHORL_PROCESSES`` and ``ECHORL_PROCESS_ID``.
    In an indexed Kubernetes job, ``JOB_COMPLETION_INDEX`` stands in for the last.
@@ -8,7 +8,7 @@ Asked in this order, and the first that answers counts:
 3. A TPU slice of several hosts: the variables of GKE, or the metadata server of a TPU VM. That
    server is asked only where TPU chips and libtpu are present.
 
-Otherwise the process is alone, and nothing is needed.
+Otherwise the process is the only one.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping
 
 from echorl_jax.errors import UserError
 
-# Where process 0 waits when nobody says so; libtpu and JAX take 8470 to 8482.
+# Default port of process 0; libtpu and JAX use 8470 to 8482.
 PORT = 8491
 METADATA = "http://metadata.google.internal/computeMetadata/v1/instance/attributes/"
 
@@ -32,7 +32,7 @@ class Place:
     coordinator: str  # host:port of process 0, as all others reach it
     processes: int
     process: int
-    # The accelerators of the host that are this process's own; None takes all.
+    # Accelerators of the host that this process uses; None takes all.
     local_devices: tuple[int, ...] | None = None
 
     @property
@@ -45,11 +45,11 @@ class Place:
 def find_place(
     environment: Mapping[str, str], *, metadata: Callable[[str], str | None] | None = None
 ) -> Place | None:
-    """The place that the environment describes; None for a process that is alone.
+    """The place that the environment describes; None for a run of one process.
 
     Args:
       environment: such as ``os.environ``.
-      metadata: answers for an attribute of the TPU VM; the VM's own server where there are chips.
+      metadata: returns an attribute of the TPU VM; the metadata server where there are chips.
 
     Raises:
       UserError: variables that contradict each other, or some of them missing.
@@ -101,7 +101,7 @@ def _slurm(environment: Mapping[str, str]) -> Place | None:
     nodes = environment.get("SLURM_STEP_NODELIST", "")
     if processes == 1 or not nodes:
         return None
-    # A step has its own port, so that jobs that share a node do not meet each other.
+    # The port depends on the job step, so that jobs on one node do not connect to each other.
     job, step = _number(environment, "SLURM_JOB_ID"), environment.get("SLURM_STEP_ID", "0")
     port = 20000 + (job * 8 + int(step) if step.isdigit() else job * 8) % 10000
     place = Place(
@@ -114,7 +114,7 @@ def _slurm(environment: Mapping[str, str]) -> Place | None:
 
 
 def _slurm_devices(environment: Mapping[str, str]) -> tuple[int, ...] | None:
-    """One GPU for each of a node's tasks, unless Slurm has already hidden the others'."""
+    """One GPU for each task of a node, unless Slurm already shows each task only its GPU."""
     counts = environment.get("SLURM_STEP_TASKS_PER_NODE", "1")
     tasks = max(int(number) for number in re.findall(r"(?:^|,)(\d+)", counts))
     visible = environment.get("CUDA_VISIBLE_DEVICES")

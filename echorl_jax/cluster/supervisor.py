@@ -1,8 +1,9 @@
-"""The process that a launcher starts: it meets the others, runs training, reports how that ended.
+"""The supervisor: starts the training process and ends it when another process of the run fails.
 
-Each of several processes is a pair. This one holds a connection to its peers and nothing else; its
-child trains. When a child dies, its supervisor knows at once, and how; all others then end their
-children and print one line that names the cause. A launcher sees the exit code and starts again.
+Each process of a run is a pair. The supervisor holds a connection to the hub and nothing else; its
+child trains. When a child dies, its supervisor knows at once which signal or exit code ended it;
+all other supervisors then end their children and print one line that names the cause. The launcher
+reads the exit code and starts the run again.
 """
 
 import contextlib
@@ -31,8 +32,8 @@ from echorl_jax.errors import RunStopped, UserError, plain_line
 class Limits:
     """Time limits for the processes of a run (seconds)."""
 
-    start_timeout_s: float  # for all to come
-    lost_after_s: float  # for a sign of life
+    start_timeout_s: float  # until all processes have connected
+    lost_after_s: float  # without a heartbeat
 
 
 def supervise(
@@ -46,16 +47,16 @@ def supervise(
     """Runs ``command`` as one process of a run; returns its exit code when all have ended well.
 
     Args:
-      place: where this process stands.
+      place: of this process among the others.
       command: the training process; its environment gets an :class:`Assignment`.
-      facts: what has to be the same on all processes, as JSON can hold it.
-      limits: how long to wait.
+      facts: JSON values that must be the same on all processes.
+      limits: time limits.
       secret: known only to the processes of the run.
 
     Raises:
-      UserError: the processes disagree, or one was told something wrong.
-      RunStopped: a process did not come, is gone, or failed. In either case the line names it, and
-        the training processes of all have ended.
+      UserError: the facts of the processes differ, or one has a wrong option.
+      RunStopped: a process did not connect, is gone, or failed. In either case the line names it,
+        and the training processes of all have ended.
     """
     hub = _open_hub(place, limits, secret) if place.process == 0 else None
     wire = _connect(place, limits.start_timeout_s, facts, secret)
@@ -75,7 +76,7 @@ def supervise(
 
 
 class _Child:
-    """The training process, once there is one, and the signals that are meant for it."""
+    """The training process; signals that arrive before its start are sent after it."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
@@ -102,7 +103,7 @@ class _Child:
 
     @property
     def waiting(self) -> bool:
-        """Not started, and asked to stop."""
+        """True if a signal asked it to stop before its start."""
         return self._process is None and bool(self._pending)
 
     def wait(self) -> int:
@@ -117,7 +118,7 @@ class _Child:
 
 
 class _Peers:
-    """The connection to the hub: signs of life out, messages in."""
+    """The connection to the hub: sends heartbeats, receives messages."""
 
     def __init__(self, wire: Wire, limits: Limits) -> None:
         self.wire = wire
@@ -133,7 +134,7 @@ class _Peers:
                 time.sleep(self._limits.lost_after_s / 4)
 
     def _receive(self) -> None:
-        """Puts what the hub says; None at the end, whether it is gone or silent."""
+        """Queues messages of the hub; None at the end, when it is gone or silent."""
         with contextlib.suppress(OSError):
             while (message := self.wire.receive(timeout_s=self._limits.lost_after_s)) is not None:
                 if "beat" not in message:
@@ -174,13 +175,13 @@ def _run(
 
 
 def _close_at_end(child: _Child, line: Wire, *_: object) -> None:
-    """Ends the line with the training process, even if a child of that still holds it open."""
+    """Closes the socket to the training process, even if a child of that process holds it open."""
     child.wait()
     line.close()
 
 
 def _report(child: _Child, line: Wire, wire: Wire, limits: Limits) -> None:
-    """Follows the training process and tells the hub how it ended, or that it is frozen."""
+    """Watches the training process and tells the hub how it ended, or that it is frozen."""
     said: Message = {}
     patience = limits.start_timeout_s
     try:
@@ -247,10 +248,10 @@ class _RefusedError(OSError):
 
 
 def _connect(place: Place, timeout_s: float, facts: Mapping[str, Any], secret: Secret) -> Wire:
-    """Connects to process 0 as soon as it listens, and says who this is.
+    """Connects to process 0 as soon as it listens, and sends the number and facts of this process.
 
-    A file system may take a while to show the secret, and an earlier start of the run may still
-    listen with another one: a process that is refused tries again.
+    A refused process tries again: a file system may take a while to show the secret, and an earlier
+    start of the run may still listen with another one.
     """
     me = f"process {place.process} of {place.processes}"
     deadline = time.monotonic() + timeout_s
@@ -281,7 +282,7 @@ def _prove(wire: Wire, secret: Secret, me: str) -> None:
 
     Raises:
       UserError: the hub takes its secret from another place than this process.
-      OSError: whoever listens there is no hub, or has another secret.
+      OSError: the program that listens is not a hub, or has another secret.
     """
     challenge = (wire.receive(timeout_s=10.0) or {}).get("challenge")
     wire.send(signature=sign(secret.read(), str(challenge)))

@@ -1,4 +1,4 @@
-"""The training process's side of its supervisor: what it is told, and its last words."""
+"""The training process's connection to its supervisor: settings in, heartbeats and errors out."""
 
 import contextlib
 import dataclasses
@@ -35,7 +35,7 @@ def assignment() -> Assignment | None:
 
 
 def follow_supervisor(given: Assignment) -> None:
-    """Shows the supervisor that this process runs, and ends it once the supervisor is gone."""
+    """Sends heartbeats to the supervisor, and ends this process once the supervisor is gone."""
     threading.Thread(target=_beat, args=(given,), daemon=True).start()
     threading.Thread(target=_wait_for_end, args=(given.line,), daemon=True).start()
 
@@ -54,7 +54,7 @@ def _wait_for_end(line: int) -> None:
 
 
 def tell(line: str, *, certain: bool) -> bool:
-    """Tells the supervisor why this process ends; False when there is none to tell.
+    """Tells the supervisor why this process ends; returns False when there is no supervisor.
 
     Args:
       line: one line.

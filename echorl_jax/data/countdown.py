@@ -103,7 +103,7 @@ class CountdownRows(Sequence[dict[str, Any]]):
     seed: int = 0
     # Which problems occur: those for training, the held-out ones, or both.
     split: Literal["train", "eval", "all"] = "train"
-    # How the prompt lists the numbers.
+    # Formats of the numbers in the prompt.
     order: Literal["sorted", "shuffled"] = "sorted"
 
     def __post_init__(self) -> None:

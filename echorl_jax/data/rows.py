@@ -17,7 +17,7 @@ Row = dict[str, Any]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # Before the number that a solution of GSM8K comes to.
 GSM8K_MARK = "####"
-# Where the answer stands in rows without ``reward_model``, first match wins.
+# Columns with the answer in rows without ``reward_model``; the first match wins.
 ANSWERS = ("ground_truth", "answer", "solution")
 # Columns of pictures, sound and films in public data sets.
 MEDIA = """
@@ -26,7 +26,7 @@ mm_data decoded_image
 """.split()
 # The first characters of messages that were stored as text.
 MESSAGES_AS_TEXT = re.compile(r"""\s*\[?\s*\{\s*["'](role|content)["']\s*:""")
-# What data sets write where there is no answer that a response could have.
+# Words that data sets write in place of an answer.
 SENTINELS = {"proof", "notfound", "answernotfound", "noanswerfound", "nan", "null"}
 NOT_AVAILABLE = {"n/a", "<na>"}
 # Commands around an answer, and the text of an answer that is not only punctuation.

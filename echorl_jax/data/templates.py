@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[dict[str, str]]
-# How a chat template asks for the date; transformers takes no other clock.
+# The call with which a chat template asks for the date; transformers offers no other clock.
 DATE = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 
 # The system prompt of LUFFY's training and evaluation files, which EchoRL's authors use too.
@@ -31,7 +31,7 @@ LUFFY_SYSTEM = (
     "clearly derived from the exploration in the Thought section. If applicable, include the "
     "answer in \\boxed{} for closed-form results like multiple choices or mathematical solutions."
 )
-# What Qwen2.5-Math was tuned with.
+# The system prompt that Qwen2.5-Math was tuned with.
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
 # The prompt of UFT's files, for base models: it ends inside an opened thought.
 UFT_START = (

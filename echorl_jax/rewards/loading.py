@@ -20,7 +20,7 @@ GRADERS = {
 # Graders whose costs are linear in the length of a response, as tests show: they may run in the
 # training process. math-verify may not, and neither may a user's grader.
 BOUNDED = ("choice", "countdown")
-# What verl calls its reward functions with.
+# Arguments of verl's reward functions.
 VERL_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 

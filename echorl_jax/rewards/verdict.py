@@ -7,7 +7,7 @@ from typing import Any
 
 # Reasons are for people and travel between processes: one line, cut to this many characters.
 MAX_REASON = 200
-# How the reason of a verdict begins that no grader gave: its process hung, died, or it raised.
+# First words of a reason where grading failed: the process hung or died, or the grader raised.
 HUNG, DIED, RAISED = "no verdict within", "the grading process died", "the grader raised"
 # A plain score from here on counts as correct.
 CORRECT_SCORE = 1.0

@@ -38,7 +38,7 @@ from echorl_jax.training.workdir import (
 )
 from echorl_jax.types import PyTree
 
-# Orbax tells of every save and directory; a run's own lines say what a user needs.
+# Orbax logs every save and directory; the run's lines say what a user needs.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 DIRECTORY = "checkpoints"

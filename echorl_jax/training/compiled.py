@@ -36,7 +36,7 @@ def keep_compiled(directory: Path, choice: Literal["auto", "on", "off"]) -> Iter
 
 def _use(place: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", place)
-    # What JAX has compiled before decided for good whether there is a cache.
+    # The first compilation of a process decides whether JAX uses a cache, unless it is reset.
     compilation_cache.reset_cache()
 
 
@@ -45,7 +45,7 @@ class CompileCounter:
 
     def __init__(self) -> None:
         self.count = 0
-        self._expected: int | None = None  # up to which count nobody is surprised
+        self._expected: int | None = None  # compilations up to this count are expected
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:

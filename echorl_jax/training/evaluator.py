@@ -20,7 +20,7 @@ from echorl_jax.training.setup import Setup
 from echorl_jax.types import PyTree
 
 _T = TypeVar("_T")
-# Of a reason that is told to the other processes.
+# Limit on a reason that is sent to the other processes.
 REASON_BYTES = 600
 
 

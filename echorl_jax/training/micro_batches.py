@@ -83,7 +83,7 @@ def trainable_rows(batch: TrainBatch, *, every_row: bool) -> tuple[TrainBatch, n
     cut = dataclasses.replace(
         batch,
         length=length.astype(np.int32),
-        # What is cut off has no log-probabilities, and no part in the policy loss.
+        # Tokens that are cut off have no log-probabilities and do not enter the policy loss.
         loss_mask=np.where(whole[:, None], batch.loss_mask, np.float32(0)),
         token_weights=np.where(whole[:, None], batch.token_weights, np.float32(0)),
     )

@@ -32,7 +32,7 @@ MAY_CHANGE = (
 )
 # Superseded files, moved instead of deleted.
 ASIDE = "set_aside"
-# How long a file that one host has written may take to be seen by the others (seconds).
+# A file that one host has written must appear on the others within this time (seconds).
 SEEN_WITHIN_S = 90.0
 
 
