@@ -68,7 +68,7 @@ class RunLog:
                     raise
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Records one step; ``metrics["step"]`` says which. Values that are not finite become null."""
+        """Records one step; ``metrics["step"]`` says which. Not finite: null."""
         if self._file is None:
             return
         step = int(metrics["step"])
