@@ -127,7 +127,8 @@ def collect(
     """
     config, objective = setup.config, setup.objective
     rounds: list[Experience] = []
-    wanted, missing = config.rollout.prompts_per_step, config.rollout.prompts_per_step
+    is_mixed: list[HostArray] = []
+    wanted = config.rollout.prompts_per_step
     for number in range(config.objective.max_rounds if objective.dynamic_sampling else 1):
         prompts = _with_hints(setup, next(stream), step)
         seconds: dict[str, float] = {}
@@ -154,13 +155,15 @@ def collect(
         rounds.append(_without_overflow(graded, step, warn))
         if not objective.dynamic_sampling:
             break
-        missing -= int(mixed(rounds[-1]).sum())
-        if missing <= 0:
+        is_mixed.append(mixed(rounds[-1]))
+        if np.concatenate(is_mixed).sum() >= wanted:
             break
     experience = join_rounds(rounds)
     if objective.dynamic_sampling:
         keep_solved = config.echo.filtered_groups == "keep"
-        experience = choose_groups(experience, wanted=wanted, keep_solved=keep_solved)
+        experience = choose_groups(
+            experience, np.concatenate(is_mixed), wanted=wanted, keep_solved=keep_solved
+        )
     _warn_of_failed_grading(experience, step, warn)
     return deal(experience, config.objective.mini_batches)
 
@@ -254,9 +257,13 @@ def mixed(experience: Experience) -> HostArray:
     return np.asarray(mixed_groups(graded.correct, group, num_groups=count + 1))[:count]
 
 
-def choose_groups(experience: Experience, *, wanted: int, keep_solved: bool) -> Experience:
-    """Chooses the first ``wanted`` mixed groups for the policy loss, and solved ones for clips."""
-    is_mixed = mixed(experience)
+def choose_groups(
+    experience: Experience, is_mixed: HostArray, *, wanted: int, keep_solved: bool
+) -> Experience:
+    """Chooses the first ``wanted`` mixed groups for the policy loss, and solved ones for clips.
+
+    ``is_mixed`` is :func:`mixed` of each round: all rounds have one shape and share its programs.
+    """
     chosen = is_mixed & (np.cumsum(is_mixed) <= wanted)
     solved = ~is_mixed & experience.groups.correct.any(axis=1)
     gives_clips = chosen | solved if keep_solved else chosen

@@ -75,7 +75,7 @@ def test_filtered_groups_keep_their_clips(keep_solved: bool) -> None:
     # mixed, solved, all wrong, mixed, mixed; two are wanted.
     found = experience([[1, 0], [1, 1], [0, 0], [0, 1], [1, 0]])
     assert mixed(found).tolist() == [True, False, False, True, True]
-    kept = choose_groups(found, wanted=2, keep_solved=keep_solved)
+    kept = choose_groups(found, mixed(found), wanted=2, keep_solved=keep_solved)
     assert kept.groups.in_policy[:, 0].tolist() == [True, False, False, True, False]
     assert kept.groups.in_echo[:, 1].tolist() == [True, keep_solved, False, True, False]
 
@@ -85,7 +85,7 @@ def test_unjudged_rows_do_not_make_a_group_mixed() -> None:
         [[None, 1, 0], [None, 1, 1], [None, 0, 0], [None, None, 1], [None] * 3, [1, 0, 1]]
     )
     assert mixed(found).tolist() == [True, False, False, False, False, True]
-    kept = choose_groups(found, wanted=2, keep_solved=True)
+    kept = choose_groups(found, mixed(found), wanted=2, keep_solved=True)
     first, rest, none, every = [False, True, True], [False, False, True], [False] * 3, [True] * 3
     assert kept.groups.in_policy.tolist() == [first, none, none, none, none, every]
     # The only judged row of the fourth group is a success: it gives a clip.
@@ -97,7 +97,7 @@ def test_unjudged_rows_do_not_make_a_group_mixed() -> None:
 
 def test_mini_batches_share_policy_groups() -> None:
     found = experience([[1, 0], [1, 1], [0, 0], [0, 1]])
-    found = choose_groups(found, wanted=2, keep_solved=True)
+    found = choose_groups(found, mixed(found), wanted=2, keep_solved=True)
     parts = deal(found, 2).split(2)
     assert [part.groups.in_policy.sum() for part in parts] == [2, 2]
     seen = sorted(text for part in parts for text in part.groups.reasons.flat)
