@@ -1,4 +1,4 @@
-"""Options: strict types, helpful errors, and no key that nobody reads."""
+"""Options: strict types, helpful errors, and no key without effect."""
 
 import ast
 import contextlib
@@ -215,4 +215,4 @@ def test_every_option_is_read() -> None:
                     section = section_of(node.value, names)
                     read.add(f"{section}.{node.attr}".removeprefix("config."))
     unread = [key for key, _, _ in describe_options() if key not in read]
-    assert not unread, f"nobody reads {unread}"
+    assert not unread, f"no code reads {unread}"

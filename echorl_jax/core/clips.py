@@ -266,7 +266,7 @@ def echo_weights(
         :func:`mine_echo_clips`, as ``select``, ``top_k``, ``min_step_tokens``, ``when``, ``key``.
       correct: bool ``[N]``, successes that may give clips.
       normalise: see :func:`clip_weights`.
-      enabled: off: no clips.
+      enabled: False gives no clips and a coefficient of 0.
       coef, step, start_step, end_step: see :func:`active_coef`. Clips outside the window are
         returned, for the logs, but have no weight.
 

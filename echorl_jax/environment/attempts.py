@@ -10,6 +10,7 @@ from echorl_jax.config import ConfigError
 from echorl_jax.data import Prompt, encode_target
 from echorl_jax.environment.engines import Engine
 from echorl_jax.environment.grading import GradedTexts, Grading
+from echorl_jax.errors import RunStopped
 from echorl_jax.models import Decoder
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout import Progress, Sampling, pad_lists
@@ -140,6 +141,7 @@ def sample_and_grade(
 
     Raises:
       ConfigError: a row has no expert trajectory.
+      RunStopped: the engine returned another number of rows.
     """
     group = sampling.group_size + expert_rows
     graded = [prompt for prompt in prompts[:graded_prompts] for _ in range(group)]
@@ -158,7 +160,10 @@ def sample_and_grade(
         if progress is not None:
             progress(now)
 
+    reported: set[int] = set()
+
     def finished(rows: Sequence[int], completions: Sequence[HostArray]) -> None:
+        reported.update(rows)
         rows = [row // sampling.group_size * group + row % sampling.group_size for row in rows]
         grading.take(rows, completions)
 
@@ -170,7 +175,14 @@ def sample_and_grade(
     rollouts = engine.sample(
         params, prompts, key, sampling=sampling, finished=finished, progress=watch
     )
-    on_policy = np.ones(len(rollouts.group), bool)
+    sampled = len(prompts) * sampling.group_size
+    if len(rollouts.group) != sampled:
+        raise RunStopped(f"the engine returned {len(rollouts.group)} rows, expected {sampled}")
+    # An engine may report rows late or not at all: they are graded now.
+    rest = [row for row in range(sampled) if row not in reported]
+    ids, length = rollouts.completion_ids, rollouts.completion_length
+    finished(rest, [ids[row, : length[row]] for row in rest])
+    on_policy = np.ones(sampled, bool)
     if experts is not None:
         rollouts, on_policy = append_experts(rollouts, experts, count=expert_rows)
     return Attempts(rollouts, on_policy, occupancy, grading)

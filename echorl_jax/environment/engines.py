@@ -53,8 +53,8 @@ class Engine(Protocol):
           prompts: P prompts; a completion begins with its prompt's ``prefix``.
           key: PRNG key of this call.
           sampling: lengths, temperature and the tokens that end a completion.
-          finished: to be called once for each row with its number and tokens (EOS included), as
-            early as possible: grading starts then.
+          finished: to be called with the numbers and tokens (EOS included) of rows that have ended,
+            once for each: grading starts then. Other rows are graded after the call.
           progress: may be called now and then; an error that it raises has to end the call.
 
         Returns:
@@ -196,10 +196,15 @@ def _custom_engine(path: str, **settings: Any) -> Engine:
     module, _, name = path.partition(":")
     try:
         engine = getattr(importlib.import_module(module), name)(**settings)
-    except Exception as error:  # the module is the user's program: anything can go wrong in it
+    # The module is the user's program: anything can go wrong in it.
+    except (Exception, SystemExit) as error:
         raise ConfigError(f"config.rollout.engine = {path!r}: {one_line(error)}") from error
-    if not callable(getattr(engine, "sample", None)):
-        raise ConfigError(f"config.rollout.engine = {path!r}: made {engine!r}, which has no sample")
+    members = ("sample", "warm_up", "close", "entropies")
+    if missing := [name for name in members if not hasattr(engine, name)]:
+        raise ConfigError(
+            f"config.rollout.engine = {path!r}: the engine has no {', '.join(missing)}; a subclass "
+            "of echorl_jax.environment.Engine inherits all but sample"
+        )
     return engine
 
 

@@ -70,7 +70,7 @@ def _for_platform(q: Array, segment_ids: Array | None) -> Kernel:
 
 
 def _block_size(length: int) -> int:
-    """Small blocks on CPU, which stay in cache (measured); large blocks to fill other chips."""
+    """Block size: small on CPU, to stay in cache (measured); large on other chips, to fill them."""
     if jax.default_backend() != "cpu":
         return 512
     return 64 if length <= 1024 else 128

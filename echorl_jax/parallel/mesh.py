@@ -195,7 +195,7 @@ def local_bytes(
 def mesh_in_force() -> AbstractMesh | None:
     """The mesh of ``jax.set_mesh``, if it is one of :func:`make_mesh` and not taken by hand.
 
-    A program with a mesh of its own, or a ``shard_map`` around this code, keeps its own layout.
+    A program with another mesh, or a ``shard_map`` around this code, keeps its layout.
     """
     mesh = jax.sharding.get_abstract_mesh()
     ours = mesh.axis_names == AXES and set(mesh.axis_types) == {AxisType.Auto}

@@ -215,7 +215,7 @@ def _collect(output: Output, log: _Step) -> Output:
 
 
 # (q, k, v, layer, window) -> attention [M, KV, R, K] of a layer's queries [M, KV, R, K] to the keys
-# and values [M, KV, K] of their own position and to both caches.
+# and values [M, KV, K] of the row's current position and to both caches.
 Attend = Callable[[Array, Array, Array, Array, Array | None], Array]
 
 

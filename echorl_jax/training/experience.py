@@ -277,6 +277,8 @@ def choose_groups(
 
 def join_rounds(rounds: Sequence[Experience]) -> Experience:
     """The groups of all rounds; prompts are padded to the longest."""
+    if len(rounds) == 1:
+        return rounds[0]
     width = max(each.groups.prompt_ids.shape[1] for each in rounds)
 
     def widened(groups: Groups) -> Groups:

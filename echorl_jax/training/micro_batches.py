@@ -219,7 +219,7 @@ def pack_rows(batch: TrainBatch, *, width: int) -> TrainBatch:
                 own = vars(batch)[name][place, : lengths[place] - prompt]
                 values[row, start + prompt - 1 : end - 1] = own
             start = end
-        # Padding is not attended to; as a part of the last sequence it has positions of its own.
+        # Padding is not attended to. As part of the last sequence it has no position twice.
         segments[row, start:] = len(members) - 1
     first = [members[0] for members in bins]
     return dataclasses.replace(

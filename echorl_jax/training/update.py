@@ -271,6 +271,22 @@ def _score_of(setup: Setup) -> dict[str, Any]:
     return {"model": setup.model, "temperature": temperature, "mesh": setup.mesh}
 
 
+def _score_micro_batch(
+    params: PyTree, micro: TrainBatch, model: Decoder, temperature: float
+) -> tuple[Array, Array]:
+    """Log-probabilities and entropies ``[B, T]`` f32 of the target tokens."""
+    return score_rows(
+        model,
+        params,
+        micro.tokens,
+        micro.prompt_length,
+        micro.length,
+        max_new_tokens=micro.loss_mask.shape[1],
+        temperature=temperature,
+        segment_ids=micro.segment_ids,
+    )
+
+
 @functools.partial(jax.jit, static_argnames=("model", "temperature", "mesh", "quantity"))
 def _score(
     params: PyTree,
@@ -281,16 +297,7 @@ def _score(
     mesh: Mesh,
     quantity: Quantity,
 ) -> Array:
-    logprobs, entropy = score_rows(
-        model,
-        params,
-        micro.tokens,
-        micro.prompt_length,
-        micro.length,
-        max_new_tokens=micro.loss_mask.shape[1],
-        temperature=temperature,
-        segment_ids=micro.segment_ids,
-    )
+    logprobs, entropy = _score_micro_batch(params, micro, model, temperature)
     values = logprobs if quantity == "logprobs" else entropy
     # Whole everywhere: each process reads it.
     return jax.lax.with_sharding_constraint(values, NamedSharding(mesh, PartitionSpec()))
@@ -305,16 +312,7 @@ def _loss(
     objective: Objective,
     temperature: float,
 ):
-    logprobs, entropy = score_rows(
-        model,
-        params,
-        micro.tokens,
-        micro.prompt_length,
-        micro.length,
-        max_new_tokens=micro.loss_mask.shape[1],
-        temperature=temperature,
-        segment_ids=micro.segment_ids,
-    )
+    logprobs, entropy = _score_micro_batch(params, micro, model, temperature)
     total, terms = batch_loss(logprobs, entropy, micro, objective, echo_coef=echo_coef)
     sampled = micro.loss_mask * micro.on_policy[:, None].astype(jnp.float32)
     # where(), not *: unweighted entries may be NaN.

@@ -36,7 +36,7 @@ def warm_up(
 
     Args:
       setup: of the run.
-      params: the trainable parameters, which stay.
+      params: the trainable parameters; not changed.
       prompts: of an ordinary step.
       engine: samples.
       frozen: the other parameters; None trains all.

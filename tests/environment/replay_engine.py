@@ -58,3 +58,7 @@ class ReplayEngine(Engine):
 
 def fails(**settings: Any) -> Engine:
     raise RuntimeError("no server answers")
+
+
+def leaves_python(**settings: Any) -> Engine:
+    raise SystemExit(7)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import numpy as np
 import pytest
 
 from echorl_jax.config import Config, ConfigError
-from echorl_jax.data import Prompt
-from echorl_jax.environment import JaxEngine
+from echorl_jax.data import Prompt, load_tokenizer
+from echorl_jax.environment import Engine, JaxEngine, sample_and_grade
 from echorl_jax.environment.engines import MOST_SAMPLES, make_engine
+from echorl_jax.errors import RunStopped
 from echorl_jax.models import init_params
+from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout import Resources, Sampling
 from echorl_jax.training.loop import train
 from echorl_jax.types import Rollouts
@@ -71,7 +74,8 @@ def test_recorded_rollouts_without_entropies_train_as_sampled_ones(
         ("tests.environment.replay_engine:fails", "no server answers"),
         ("tests.environment.replay_engine:absent", "absent"),
         ("no_such_module:engine", "no_such_module"),
-        ("builtins:dict", "no sample"),
+        ("builtins:dict", "no sample, warm_up, close"),
+        ("tests.environment.replay_engine:leaves_python", "7"),
         ("engine", "engine"),
     ],
 )
@@ -116,3 +120,42 @@ def test_numbers_and_prefixes_of_prompts_reach_the_sampler() -> None:
     # A prompt draws the same in any call and place.
     np.testing.assert_array_equal(ids([prompts[2], prompts[1]]), whole[[4, 5, 2, 3]])
     assert MOST_SAMPLES == 4096  # keys of finished evaluations depend on it
+
+
+class Fixed(Engine):
+    """Two completions of one token for each prompt, reported or not."""
+
+    def __init__(self, rows: int, report: Sequence[int]) -> None:
+        self.rows, self.report = rows, report
+
+    def sample(self, params: Any, prompts: Any, key: Any, **settings: Any) -> Rollouts:
+        tokenizer = load_tokenizer("builtin:countdown")
+        ids = np.array([tokenizer.encode("2*3=6", add_special_tokens=False)] * self.rows, np.int32)
+        settings["finished"](self.report, [ids[row] for row in self.report])
+        row: Any = np.ones(self.rows, np.int32)
+        token: Any = np.zeros(ids.shape, np.float32)
+        return Rollouts(
+            prompt_ids=ids[:1],
+            prompt_length=row[:1],
+            group=row * 0,
+            completion_ids=ids,
+            completion_length=row * ids.shape[1],
+            rollout_logprobs=token,
+            token_entropy=token,
+            truncated=row == 0,
+        )
+
+
+@pytest.mark.parametrize("report", [[], [1], [0, 1]])
+def test_rows_that_an_engine_does_not_report_are_graded_too(report: list[int]) -> None:
+    row = {"reward_model": {"ground_truth": {"numbers": [2, 3], "target": 6}}}
+    settings: dict[str, Any] = {
+        "sampling": Sampling(group_size=2, max_new_tokens=8),
+        "tokenizer": load_tokenizer("builtin:countdown"),
+    }
+    prompts, key = [Prompt([1], row, 0)], jax.random.key(0)
+    with GraderPool("countdown", workers=0) as grader:
+        attempts = sample_and_grade(Fixed(2, report), {}, prompts, key, grader=grader, **settings)
+        assert [verdict.correct for verdict in attempts.verdicts().verdicts] == [True, True]
+        with pytest.raises(RunStopped, match="the engine returned 3 rows, expected 2"):
+            sample_and_grade(Fixed(3, report), {}, prompts, key, grader=grader, **settings)

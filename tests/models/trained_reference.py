@@ -85,7 +85,7 @@ def text_results(logits: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def greedy_results(model: Any, tokenizer: Any) -> dict[str, Any]:
-    """What ``generate`` appends, EOS included, to a plain text and to a chat."""
+    """Tokens that ``generate`` appends, EOS included, to a plain text and to a chat."""
     chat = tokenizer.apply_chat_template(
         [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_dict=False
     )
