@@ -5,7 +5,11 @@ config_file.py. Nothing here imports JAX, so that ``--help`` and wrong keys answ
 """
 
 import dataclasses
-from typing import Any, Literal
+import itertools
+import typing
+from collections.abc import Callable, Iterator
+from operator import attrgetter
+from typing import Annotated, Any, Literal, NamedTuple
 
 from echorl_jax.choices import (
     Aggregation,
@@ -26,6 +30,35 @@ LARGEST = 2**31 - 1
 
 class ConfigError(UserError):
     """A wrong option: names the key and what is allowed."""
+
+
+class Bound(NamedTuple):
+    """The values that a field may have, in words and as a check; None is always allowed."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def at_least(low: float) -> Bound:
+    """The numbers from ``low`` on."""
+    return Bound(f"at least {low:g}", lambda value: value >= low)
+
+
+def above(low: float) -> Bound:
+    """The numbers above ``low``."""
+    return Bound(f"above {low:g}", lambda value: value > low)
+
+
+# Logits are divided by the temperature; below 1e-30 they overflow.
+ZERO_OR_NORMAL = Bound("0 or at least 1e-30", lambda value: value == 0 or value >= 1e-30)
+SHARE = Bound("in [0, 1]", lambda share: 0 <= share <= 1)
+DECAY = Bound("in [0, 1)", lambda rate: 0 <= rate < 1)
+DEVICES = Bound("-1 or at least 1", lambda devices: devices == -1 or devices >= 1)
+STEPS = Bound("steps from 1 on", lambda steps: min(steps, default=1) >= 1)
+RESUME = Bound(
+    "auto, none, or the step of a checkpoint",
+    lambda text: text in ("auto", "none") or (text.isdecimal() and len(text) < 11),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,17 +87,17 @@ class DataConfig:
     # as they stand; luffy, qwen-math, boxed and uft write the problem into that prompt.
     template: str = "chat"
     # Prompts longer than this are left out and counted (tokens).
-    max_prompt_tokens: int = 1024
+    max_prompt_tokens: Annotated[int, at_least(1)] = 1024
     # A broken row stops the run with its file and number, or is skipped and counted.
     on_bad_row: Literal["error", "skip"] = "error"
     # The grader: auto (by the row's data source), math, choice, countdown, or
     # "package.module:function".
     grader: str = "auto"
     # Limit for one verdict (seconds); a hang costs that one item.
-    grader_timeout_s: float = 10.0
+    grader_timeout_s: Annotated[float, above(0)] = 10.0
     # Grading processes. 0 grades choice and countdown, whose costs are bounded, in this process;
     # every other grader gets one process.
-    grader_workers: int = 2
+    grader_workers: Annotated[int, at_least(0)] = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,30 +106,30 @@ class RolloutConfig:
     # (docs/architecture.md, "Where a change goes").
     engine: str = ""
     # Prompts per training step, P.
-    prompts_per_step: int = 128
+    prompts_per_step: Annotated[int, at_least(1)] = 128
     # Rollouts per prompt, G.
-    group_size: int = 8
+    group_size: Annotated[int, at_least(1)] = 8
     # Longest completion, T (tokens).
-    max_new_tokens: int = 8192
+    max_new_tokens: Annotated[int, at_least(1)] = 8192
     # Sampling temperature; also divides the logits of every log-probability and entropy.
-    temperature: float = 1.0
+    temperature: Annotated[float, at_least(1e-30)] = 1.0
     # Keep the k likeliest tokens; 0 keeps all.
-    top_k: int = 0
+    top_k: Annotated[int, at_least(0)] = 0
     # Keep the likeliest tokens that hold this much probability.
-    top_p: float = 1.0
+    top_p: Annotated[float, Bound("in (0, 1]", lambda p: 0 < p <= 1)] = 1.0
     # Rows decoded at once; 0 takes all rows of a step if they fit beside weights, optimizer and
     # prompts, else as many as do. Samples do not depend on it.
-    slots: int = 0
+    slots: Annotated[int, at_least(0)] = 0
     # Type of the sampler's keys and values; None takes the model's. int8 halves the memory of
     # bfloat16 and rounds log-probabilities (docs/performance.md).
     kv_dtype: KVDtype | None = None
     # Steps between checks that sampler and trainer agree on log-probabilities, the first step of a
     # run and the first after a resume included; 0 never stops a run for it.
-    check_every: int = 50
+    check_every: Annotated[int, at_least(0)] = 50
     # Largest accepted gap between the two (nats); 0 takes the bounds on the largest and mean gap
     # and on the share of wide ones of the narrower type of model.dtype and rollout.kv_dtype
     # (docs/performance.md).
-    max_logprob_gap: float = 0.0
+    max_logprob_gap: Annotated[float, at_least(0)] = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,40 +140,40 @@ class ObjectiveConfig:
     # a number any score from there on.
     success_threshold: float | None = None
     # Clip range below and above 1; None takes the objective's own.
-    epsilon_low: float | None = None
-    epsilon_high: float | None = None
+    epsilon_low: Annotated[float | None, at_least(0)] = None
+    epsilon_high: Annotated[float | None, at_least(0)] = None
     # Aggregation of token losses to one number (verl's names); None takes the objective's own.
     aggregation: Aggregation | None = None
     # Weight of the KL term against the reference policy, and its estimator; None takes the
     # objective's own.
-    kl_coef: float | None = None
+    kl_coef: Annotated[float | None, at_least(0)] = None
     kl_estimator: KLEstimator | None = None
     # Weight of the entropy bonus; None takes the objective's own.
     entropy_coef: float | None = None
     # Bound c on the loss of a token with negative advantage, -A c; None takes the objective's own.
-    dual_clip: float | None = None
+    dual_clip: Annotated[float | None, above(1)] = None
     # Cap C of truncated importance weights against the sampler, with old_logprobs = "trainer" (else
     # the ratio itself is against the sampler); None takes the objective's own.
-    tis_cap: float | None = None
+    tis_cap: Annotated[float | None, above(0)] = None
     # Rows that a group's mean is of: all, or those that the policy wrote, without the expert's
     # (luffy); None takes the objective's own.
     baseline: Baseline | None = None
     # Expert trajectories in each group, of group_size rows; None takes the objective's own.
-    expert_rows: int | None = None
+    expert_rows: Annotated[int | None, at_least(0)] = None
     # Leave all-right and all-wrong groups out of the policy loss and sample others for them; None
     # takes the objective's own.
     dynamic_sampling: bool | None = None
     # Rounds of sampling for one step, at most, with dynamic_sampling.
-    max_rounds: int = 4
+    max_rounds: Annotated[int, at_least(1)] = 4
     # Width of the overlong punishment's slope, as a share of max_new_tokens; None takes the
     # objective's own.
-    overlong_buffer: float | None = None
+    overlong_buffer: Annotated[float | None, SHARE] = None
     # Training steps with hints in the prompts (UFT), T_hint; 0 takes 60% of all steps.
-    hint_steps: int = 0
+    hint_steps: Annotated[int, at_least(0)] = 0
     # Mini-batches of whole groups, each with an update of its own.
-    mini_batches: int = 1
+    mini_batches: Annotated[int, at_least(1)] = 1
     # Passes over them.
-    epochs: int = 1
+    epochs: Annotated[int, at_least(1)] = 1
     # The policy that is improved upon: as the sampler computed it, or as the trainer does (costs a
     # forward pass).
     old_logprobs: Literal["rollout", "trainer"] = "rollout"
@@ -151,7 +184,7 @@ class EchoConfig:
     # Adds the echo loss; False is the plain objective.
     enabled: bool = True
     # lambda, the weight of L_echo.
-    coef: float = 1e-3
+    coef: Annotated[float, at_least(0)] = 1e-3
     # Delimiters of reasoning steps: every vocabulary entry with a newline, or the ids below.
     delimiter: Literal["newline", "ids"] = "newline"
     # Token ids that end a step, with delimiter = "ids" (the authors' Qwen2.5 setting: 198,271).
@@ -160,81 +193,81 @@ class EchoConfig:
     # chance or place.
     select: Select = "max"
     # Clips per prompt, K.
-    top_k: int = 1
+    top_k: Annotated[int, at_least(1)] = 1
     # Shorter steps do not compete (tokens).
-    min_step_tokens: int = 1
+    min_step_tokens: Annotated[int, at_least(1)] = 1
     # Prompts that give clips: any with a success, or only those whose whole group succeeded.
     when: When = "any_success"
     # Mean over the prompts with a clip, over all prompts, or over clip tokens.
     normalise: Normalise = "prompts_with_clip"
     # Active in [start_step, end_step), counted from 0: 0, 100 is the first hundred steps; None is
     # open.
-    start_step: int = 0
+    start_step: Annotated[int, at_least(0)] = 0
     end_step: int | None = None
     # Whether all-right groups that dynamic sampling leaves out of the policy loss give clips.
     filtered_groups: Literal["keep", "drop"] = "keep"
     # Static bound on steps per rollout; later ones join the last (counted in a metric).
-    max_steps: int = 512
+    max_steps: Annotated[int, at_least(1)] = 512
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
     # Peak learning rate of AdamW.
-    learning_rate: float = 1e-6
+    learning_rate: Annotated[float, above(0)] = 1e-6
     # Steps of linear warm-up.
-    warmup_steps: int = 0
+    warmup_steps: Annotated[int, at_least(0)] = 0
     # After warm-up: constant, or cosine to 0 at the last step.
     schedule: Literal["constant", "cosine"] = "constant"
     # Decoupled weight decay, on matrices only.
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, at_least(0)] = 0.0
     # Momentum decay rates.
-    beta1: float = 0.9
-    beta2: float = 0.999
+    beta1: Annotated[float, DECAY] = 0.9
+    beta2: Annotated[float, DECAY] = 0.999
     # Type of the first moment; bfloat16 saves 2 bytes a parameter. The second stays float32.
     moment_dtype: Literal["float32", "bfloat16"] = "float32"
     # Global gradient norm is cut to this.
-    max_grad_norm: float = 1.0
+    max_grad_norm: Annotated[float, above(0)] = 1.0
     # Tokens in a micro-batch, padding included, on each data-parallel device.
-    micro_batch_tokens: int = 32768
+    micro_batch_tokens: Annotated[int, at_least(1)] = 32768
     # Compile every shape that a run can meet before its first step: no step waits later, and what
     # does not fit shows at once. False compiles each when it is first needed.
     compile_ahead: bool = True
     # Rows per step of supervised training (`echorl sft`).
-    sft_rows_per_step: int = 256
+    sft_rows_per_step: Annotated[int, at_least(1)] = 256
     # Several demonstrations in a row of `echorl sft`, which leaves little padding: the same loss
     # and gradient. auto packs but on GPU, whose fast attention kernel (cuDNN) takes one a row.
     sft_packing: Literal["auto", "on", "off"] = "auto"
     # Steps in a row whose updates were all skipped, for gradients that are not finite, before the
     # run stops.
-    max_bad_steps: int = 3
+    max_bad_steps: Annotated[int, at_least(1)] = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
     # Devices along each mesh axis; -1 takes what is left (at most one of them).
-    data: int = 1
-    fsdp: int = -1
-    tensor: int = 1
+    data: Annotated[int, DEVICES] = 1
+    fsdp: Annotated[int, DEVICES] = -1
+    tensor: Annotated[int, DEVICES] = 1
     # Limit for all processes of a run to come and agree (seconds).
-    start_timeout_s: float = 300.0
+    start_timeout_s: Annotated[float, above(0)] = 300.0
     # A process without a sign of life for so long is lost, and the run ends (seconds).
-    lost_after_s: float = 60.0
+    lost_after_s: Annotated[float, at_least(1)] = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
     # Steps between checkpoints; 0 saves at the end only.
-    every: int = 5
+    every: Annotated[int, at_least(0)] = 5
     # Newest checkpoints kept.
-    keep: int = 2
+    keep: Annotated[int, at_least(1)] = 2
     # Best checkpoints kept besides, by the mean pass@1 of the evaluation at their step, or by
     # reward/mean where nothing is evaluated.
-    keep_best: int = 1
+    keep_best: Annotated[int, at_least(0)] = 1
     # Checkpoints of steps that this divides are kept for good; 0 keeps none for good.
-    keep_every: int = 0
+    keep_every: Annotated[int, at_least(0)] = 0
     # The checkpoint that a run goes on from: auto takes the newest one that can be read, a number
     # that of a step (later ones are set aside), none refuses a workdir that has a run.
-    resume: str = "auto"
+    resume: Annotated[str, RESUME] = "auto"
     # Write the Hugging Face directory `export/` at the end.
     export: bool = True
     # Keep compiled programs in `compiled/`: a restart begins sooner, and on GPU with the kernels
@@ -245,20 +278,20 @@ class CheckpointConfig:
 @dataclasses.dataclass(frozen=True)
 class EvalConfig:
     # Steps between evaluations, also before the first and after the last step; 0 evaluates nothing.
-    every: int = 0
+    every: Annotated[int, at_least(0)] = 0
     # Rows of data.eval that are used; 0 uses all.
-    rows: int = 0
+    rows: Annotated[int, at_least(0)] = 0
     # Completions per row; pass@1 is their mean.
-    samples: int = 1
+    samples: Annotated[int, at_least(1)] = 1
     # Sampling temperature; 0 is greedy.
-    temperature: float = 0.6
+    temperature: Annotated[float, ZERO_OR_NORMAL] = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
 class LogConfig:
     # Steps between files of sampled groups, and groups in each.
-    samples_every: int = 5
-    samples_groups: int = 4
+    samples_every: Annotated[int, at_least(0)] = 5
+    samples_groups: Annotated[int, at_least(1)] = 4
     # Write TensorBoard events.
     tensorboard: bool = True
     # Also send the metrics to this Weights & Biases project (extra [wandb]; WANDB_MODE=offline
@@ -266,7 +299,7 @@ class LogConfig:
     wandb_project: str = ""
     # Steps that the JAX profiler traces (the device, XLA and the run's phases, no Python calls),
     # each into profile/ of the workdir, for TensorBoard or Perfetto.
-    profile_steps: tuple[int, ...] = ()
+    profile_steps: Annotated[tuple[int, ...], STEPS] = ()
     # Write report.html at the end.
     report: bool = True
 
@@ -277,18 +310,18 @@ class DebugConfig:
     # nan@5, eval_fail@6, disk_full@checkpoint:2, reward_hang@0.01 (or reward_crash, reward_leak).
     inject: str = ""
     # Write the first update of this step to dumps/ for `echorl replay`; 0 writes none.
-    dump_step: int = 0
+    dump_step: Annotated[int, at_least(0)] = 0
     # Updates with a non-finite gradient that are written to dumps/, each with the parameters, in
     # a workdir's life.
-    max_dumps: int = 3
+    max_dumps: Annotated[int, at_least(0)] = 3
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     # Training steps.
-    steps: int = 100
+    steps: Annotated[int, at_least(0)] = 100
     # Seed of data order, sampling and fresh weights.
-    seed: int = 0
+    seed: Annotated[int, at_least(0)] = 0
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
@@ -308,99 +341,36 @@ def validate(config: Config) -> Config:
     Raises:
       ConfigError: names the first key that is out of range and what is allowed.
     """
-    for key, holds, allowed in _rules(config):
+    for key, holds, allowed in itertools.chain(_bounds(config), _relations(config)):
         if not holds:
-            raise ConfigError(f"config.{key} = {_value(config, key)!r}: must be {allowed}")
+            raise ConfigError(f"config.{key} = {attrgetter(key)(config)!r}: must be {allowed}")
     return config
 
 
-def _rules(c: Config) -> list[tuple[str, bool, str]]:
-    positive = ["rollout.prompts_per_step", "rollout.group_size", "rollout.max_new_tokens"]
-    positive += ["echo.top_k", "echo.min_step_tokens", "echo.max_steps", "data.max_prompt_tokens"]
-    positive += ["objective.max_rounds", "objective.mini_batches", "objective.epochs"]
-    positive += ["optim.micro_batch_tokens", "optim.sft_rows_per_step", "optim.max_bad_steps"]
-    positive += ["checkpoint.keep", "eval.samples", "log.samples_groups"]
-    at_least_zero = ["steps", "rollout.top_k", "rollout.slots", "rollout.check_every", "eval.every"]
-    at_least_zero += ["rollout.max_logprob_gap", "optim.warmup_steps", "optim.weight_decay"]
-    at_least_zero += ["checkpoint.every", "eval.rows", "eval.temperature", "log.samples_every"]
-    at_least_zero += ["seed", "data.grader_workers", "echo.coef", "echo.start_step"]
-    at_least_zero += ["checkpoint.keep_best", "checkpoint.keep_every"]
-    at_least_zero += ["debug.dump_step", "debug.max_dumps", "objective.hint_steps"]
-    above_zero = ["optim.learning_rate", "optim.max_grad_norm"]
-    above_zero += ["data.grader_timeout_s", "mesh.start_timeout_s"]
-    axes = {"data": c.mesh.data, "fsdp": c.mesh.fsdp, "tensor": c.mesh.tensor}
-    return [
-        *((key, _value(c, key) >= 1, "at least 1") for key in positive),
-        *((key, _value(c, key) >= 0, "at least 0") for key in at_least_zero),
-        *((key, _value(c, key) > 0, "above 0") for key in above_zero),
-        ("rollout.temperature", c.rollout.temperature >= 1e-30, "at least 1e-30"),
-        ("eval.temperature", not 0 < c.eval.temperature < 1e-30, "0 or at least 1e-30"),
-        ("log.profile_steps", min(c.log.profile_steps, default=1) >= 1, "steps from 1 on"),
-        ("rollout.top_p", 0 < c.rollout.top_p <= 1, "in (0, 1]"),
-        (
-            "objective.mini_batches",
-            c.objective.mini_batches > 0
-            and c.rollout.prompts_per_step % c.objective.mini_batches == 0,
-            "a divisor of rollout.prompts_per_step",
-        ),
-        (
-            "objective.dual_clip",
-            c.objective.dual_clip is None or c.objective.dual_clip > 1,
-            "None or above 1",
-        ),
-        (
-            "objective.tis_cap",
-            c.objective.tis_cap is None or c.objective.tis_cap > 0,
-            "None or above 0",
-        ),
-        (
-            "objective.overlong_buffer",
-            0 <= (c.objective.overlong_buffer or 0) <= 1,
-            "None or in [0, 1]",
-        ),
-        *(
-            (f"objective.{key}", (_value(c, f"objective.{key}") or 0) >= 0, "None or at least 0")
-            for key in ("epsilon_low", "epsilon_high", "kl_coef")
-        ),
-        (
-            "objective.expert_rows",
-            0 <= (c.objective.expert_rows or 0) < c.rollout.group_size,
-            "below rollout.group_size",
-        ),
-        ("optim.beta1", 0 <= c.optim.beta1 < 1, "in [0, 1)"),
-        ("optim.beta2", 0 <= c.optim.beta2 < 1, "in [0, 1)"),
-        ("mesh.fsdp", list(axes.values()).count(-1) <= 1, "a number when another axis is -1"),
-        *((f"mesh.{k}", n == -1 or n >= 1, "-1 or at least 1") for k, n in axes.items()),
-        ("mesh.lost_after_s", c.mesh.lost_after_s >= 1, "at least 1"),
-        (
-            "echo.delimiter_ids",
-            (c.echo.delimiter == "ids") == bool(c.echo.delimiter_ids),
-            'set exactly when echo.delimiter = "ids"',
-        ),
-        (
-            "echo.end_step",
-            c.echo.end_step is None or c.echo.end_step >= c.echo.start_step,
-            "None or at least echo.start_step",
-        ),
-        (
-            "eval.every",
-            c.eval.every == 0 or bool(c.data.eval),
-            "0 without data.eval",
-        ),
-        (
-            "checkpoint.resume",
-            c.checkpoint.resume in ("auto", "none")
-            or (c.checkpoint.resume.isdecimal() and len(c.checkpoint.resume) < 11),
-            "auto, none, or the step of a checkpoint",
-        ),
-        (
-            "debug.inject",
-            c.data.grader_workers > 0 or "reward_" not in c.debug.inject,
-            "without reward_* when data.grader_workers = 0: a hang would stop the run",
-        ),
-    ]
+def _bounds(values: Any, prefix: str = "") -> Iterator[tuple[str, bool, str]]:
+    """Every bound beside a field: the key, whether the bound holds, and what is allowed."""
+    for name, kind in typing.get_type_hints(type(values), include_extras=True).items():
+        value = getattr(values, name)
+        if dataclasses.is_dataclass(kind):
+            yield from _bounds(value, f"{name}.")
+        elif typing.get_origin(kind) is Annotated:
+            of, bound = typing.get_args(kind)
+            none = "None or " if type(None) in typing.get_args(of) else ""
+            yield f"{prefix}{name}", value is None or bound.holds(value), none + bound.words
 
 
-def _value(config: Config, key: str) -> Any:
-    section, _, name = key.rpartition(".")
-    return getattr(getattr(config, section) if section else config, name)
+def _relations(c: Config) -> Iterator[tuple[str, bool, str]]:
+    """What one option requires of another, in the same form; the bounds hold already."""
+    divides = c.rollout.prompts_per_step % c.objective.mini_batches == 0
+    yield "objective.mini_batches", divides, "a divisor of rollout.prompts_per_step"
+    fewer = (c.objective.expert_rows or 0) < c.rollout.group_size
+    yield "objective.expert_rows", fewer, "below rollout.group_size"
+    open_axes = (c.mesh.data, c.mesh.fsdp, c.mesh.tensor).count(-1)
+    yield "mesh.fsdp", open_axes <= 1, "a number when another axis is -1"
+    both = (c.echo.delimiter == "ids") == bool(c.echo.delimiter_ids)
+    yield "echo.delimiter_ids", both, 'set exactly when echo.delimiter = "ids"'
+    later = c.echo.end_step is None or c.echo.end_step >= c.echo.start_step
+    yield "echo.end_step", later, "None or at least echo.start_step"
+    yield "eval.every", not c.eval.every or bool(c.data.eval), "0 without data.eval"
+    unguarded = "without reward_* when data.grader_workers = 0: a hang would stop the run"
+    yield "debug.inject", c.data.grader_workers > 0 or "reward_" not in c.debug.inject, unguarded

@@ -141,14 +141,14 @@ def _set(values: dict[str, Any], key: str, value: _Typed) -> None:
 def _read(cls: Any, values: Mapping[str, Any], *, prefix: str) -> Any:
     if isinstance(values, _Typed) or not isinstance(values, Mapping):
         raise ConfigError(f"config.{prefix.rstrip('.')} is a section; set one of its keys")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    kinds = typing.get_type_hints(cls)  # without the bounds, which validate() reads
     values = {RENAMED.get(f"{prefix}{name}", name): value for name, value in values.items()}
     for name in values:
-        if name not in fields:
+        if name not in kinds:
             raise ConfigError(f"unknown key config.{prefix}{name}{_suggest(prefix, name)}")
     read = {}
     for name, value in values.items():
-        kind = fields[name].type
+        kind = kinds[name]
         if dataclasses.is_dataclass(kind):
             read[name] = _read(kind, value, prefix=f"{prefix}{name}.")
         else:
