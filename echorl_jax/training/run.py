@@ -15,7 +15,7 @@ import numpy as np
 from echorl_jax.cluster.signals import StopRequest, stop_on_signal
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import Objective
-from echorl_jax.data import PromptStream, load_rows, require_embedded_rows
+from echorl_jax.data import PromptStream, Rows, load_rows, require_embedded_rows
 from echorl_jax.environment import Engine, make_engine
 from echorl_jax.errors import RunStopped, writing
 from echorl_jax.parallel import any_process, from_first, is_first, smallest
@@ -215,15 +215,7 @@ def open_run(
     ):
         compiles = CompileCounter()
         setup, params = make_setup(config, devices=devices)
-        rows = load_rows(config.data.train, on_bad_row=config.data.on_bad_row)
-        require_embedded_rows(
-            setup.tokenizer,
-            rows,
-            template=config.data.template,
-            vocab_size=setup.model.config.vocab_size,
-            experts=objective.supervised or objective.hints or objective.expert_rows > 0,
-            source="data.train",
-        )
+        rows = _training_rows(setup)
         # A copy: the state's own buffers are given away at the first update.
         reference = jax.jit(setup.model.cast)(params) if objective.kl_coef else None
         checkpoints = Checkpoints.open(directory, config, faults)
@@ -233,34 +225,14 @@ def open_run(
         before = {} if restored is None else restored.inputs
         inputs = read_inputs(setup, rows, weights, before)
         compare_inputs(inputs, before, config, reference=reference is not None, warn=_warn)
-        stream = PromptStream(
-            rows,
-            setup.tokenizer,
-            prompts_per_step=prompts_per_step,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            template=config.data.template,
-            seed=config.seed,
-        )
+        stream = _prompt_stream(setup, rows, prompts_per_step)
         if restored is not None:
             state = restored.state
             stream.set_state(restored.data_position)
             _warn_of_other_steps(config, objective, steps_before)
-        first = int(state.step)
         _rewind(directory, restored)
         setup = _with_slots(setup)
-        grader = GraderPool(
-            config.data.grader,
-            workers=config.data.grader_workers,
-            timeout_s=config.data.grader_timeout_s,
-            faults=faults.rewards,
-        )
-        log = RunLog(
-            directory,
-            first_step=first,
-            total_steps=config.steps,
-            tensorboard=config.log.tensorboard,
-            wandb_project=config.log.wandb_project,
-        )
+        grader, log = _grader(config, faults), _log(directory, config, int(state.step))
         with (
             _file_errors(directory, checkpoints),
             grader,
@@ -283,7 +255,7 @@ def open_run(
                 stop=stop,
                 faults=faults,
                 reference=reference,
-                first_step=first,
+                first_step=int(state.step),
                 inputs=inputs,
             )
             _present(run, state)
@@ -292,8 +264,52 @@ def open_run(
             if restored is None:
                 run.evaluate_first(state.params)
             else:
-                run.evaluate_again(first, state.params)
+                run.evaluate_again(run.first_step, state.params)
             yield run, state
+
+
+def _training_rows(setup: Setup) -> Rows:
+    data, objective = setup.config.data, setup.objective
+    rows = load_rows(data.train, on_bad_row=data.on_bad_row)
+    require_embedded_rows(
+        setup.tokenizer,
+        rows,
+        template=data.template,
+        vocab_size=setup.model.config.vocab_size,
+        experts=objective.supervised or objective.hints or objective.expert_rows > 0,
+        source="data.train",
+    )
+    return rows
+
+
+def _prompt_stream(setup: Setup, rows: Rows, prompts_per_step: int) -> PromptStream:
+    return PromptStream(
+        rows,
+        setup.tokenizer,
+        prompts_per_step=prompts_per_step,
+        max_prompt_tokens=setup.config.data.max_prompt_tokens,
+        template=setup.config.data.template,
+        seed=setup.config.seed,
+    )
+
+
+def _grader(config: Config, faults: Faults) -> GraderPool:
+    return GraderPool(
+        config.data.grader,
+        workers=config.data.grader_workers,
+        timeout_s=config.data.grader_timeout_s,
+        faults=faults.rewards,
+    )
+
+
+def _log(directory: Path, config: Config, first_step: int) -> RunLog:
+    return RunLog(
+        directory,
+        first_step=first_step,
+        total_steps=config.steps,
+        tensorboard=config.log.tensorboard,
+        wandb_project=config.log.wandb_project,
+    )
 
 
 def _warn_of_other_steps(config: Config, objective: Objective, before: int) -> None:
