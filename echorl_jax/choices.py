@@ -12,7 +12,9 @@ Aggregation = Literal[
 # Estimators of the divergence from the reference policy.
 KLEstimator = Literal["k1", "k2", "k3"]
 # Which step ends an EchoClip, which prompts give clips, and what their mean is over.
-Select = Literal["max", "min", "full", "random", "first", "last"]
+Select = Literal[
+    "max", "min", "full", "random", "first", "last", "random_length", "longest", "shortest"
+]
 When = Literal["any_success", "degenerate_only"]
 Normalise = Literal["prompts_with_clip", "all_prompts", "tokens"]
 # Rematerialisation (what the backward pass recomputes), and the attention kernel.

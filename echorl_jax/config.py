@@ -189,8 +189,9 @@ class EchoConfig:
     delimiter: Literal["newline", "ids"] = "newline"
     # Token ids that end a step, with delimiter = "ids" (the authors' Qwen2.5 setting: 198,271).
     delimiter_ids: tuple[int, ...] = ()
-    # Which step ends the clip: highest entropy (the paper), lowest, the whole rollout, or by
-    # chance or place.
+    # The step that ends the clip: max (highest entropy, the paper), min, random, first or last;
+    # full takes the whole rollout that holds the highest entropy, longest and shortest a whole
+    # success by its tokens; random_length cuts random successes to the lengths that max finds.
     select: Select = "max"
     # Clips per prompt, K.
     top_k: Annotated[int, at_least(1)] = 1

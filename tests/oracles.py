@@ -75,6 +75,9 @@ def _candidates(row, steps, long_enough, select):
         return [(0, row, long_enough[-1])]
     if select == "full":
         return [(-max(s[1] for s in long_enough), row, steps[-1])]
+    if select in ("longest", "shortest"):
+        tokens = sum(s[2] for s in steps)
+        return [(-tokens if select == "longest" else tokens, row, steps[-1])]
     raise ValueError(select)
 
 

@@ -12,6 +12,7 @@ from echorl_jax.core.advantages import (
 from echorl_jax.core.clips import (
     active_coef,
     clip_weights,
+    clips_above,
     echo_loss,
     echo_weights,
     mine_echo_clips,
@@ -45,6 +46,7 @@ __all__ = [
     "clip_cov_selection",
     "clip_weights",
     "clipped_tokens",
+    "clips_above",
     "echo_loss",
     "echo_weights",
     "group_advantages",

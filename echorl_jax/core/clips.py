@@ -1,4 +1,4 @@
-"""EchoClips: which prefixes of verified successes to learn again, and the loss that does it."""
+"""EchoClips: the choice of prefixes of verified successes, and the loss that learns them again."""
 
 from typing import get_args
 
@@ -26,7 +26,7 @@ def mine_echo_clips(
     when: When = "any_success",
     key: Array | None = None,
 ) -> EchoClips:
-    """For each prompt, a prefix of a verified success that ends at the chosen reasoning step.
+    """Chooses for each prompt a prefix of a verified success that ends at a reasoning step.
 
     s* = argmax of step entropy over all steps of the prompt's correct rollouts; the clip is that
     rollout through the last token of s*. Ties go to the lowest rollout, then to the earliest step.
@@ -34,8 +34,14 @@ def mine_echo_clips(
 
     ``select`` says which step wins: ``max`` (the paper) or ``min`` entropy; ``random`` uniformly;
     ``first`` or ``last`` of its rollout, in rollout order, whatever the entropy; ``full`` takes the
-    rollout that holds s* to its end. The last three offer one candidate per rollout, so ``top_k``
-    clips are then of as many rollouts. Nothing here is differentiated.
+    rollout that holds s* to its end, ``longest`` and ``shortest`` the success with the most or the
+    fewest tokens. These five offer one candidate per rollout, so ``top_k`` clips are then of as
+    many rollouts. ``random_length`` gives as many clips as ``max``, of about the same lengths, at
+    steps that ignore the entropy: the lengths of the clips that ``max`` finds are permuted over
+    all prompts; each is cut from a success of the prompt drawn uniformly (with replacement), at
+    the step end nearest to that length, of two equally near ones the earlier. Random numbers
+    depend on the prompt and on a row's place among the rows of its prompt. Nothing here is
+    differentiated.
 
     Args:
       token_entropy: ``[N, T]``, in nats.
@@ -50,14 +56,14 @@ def mine_echo_clips(
       top_k: K, clips per prompt.
       min_step_tokens: shorter steps do not compete.
       when: ``any_success``, or ``degenerate_only``: only prompts all of whose rows are correct.
-      key: PRNG key, for ``random`` only.
+      key: PRNG key, for ``random`` and ``random_length`` only.
 
     Returns:
       Clips ``[P, K]``, best first; where not ``valid``, all other fields are 0.
 
     Raises:
-      ValueError: on an unknown ``select`` or ``when``, ``top_k`` below 1, or ``random`` without a
-        key.
+      ValueError: on an unknown ``select`` or ``when``, ``top_k`` below 1, or a random ``select``
+        without a key.
 
     >>> entropy = jnp.array([[0.1, 0.9, 0.2], [0.5, 0.5, 0.5], [3.0, 3.0, 3.0]])
     >>> ids = jnp.array([[0, 1, 2], [0, 0, 0], [0, 0, 0]])
@@ -68,25 +74,96 @@ def mine_echo_clips(
     """
     if select not in get_args(Select) or when not in get_args(When) or top_k < 1:
         raise ValueError(f"unknown {select=} or {when=}, or {top_k=} below 1")
-    if select == "random" and key is None:
-        raise ValueError('select="random" needs a key')
+    if select.startswith("random") and key is None:
+        raise ValueError(f"{select=} needs a key")
     own = jnp.ones_like(correct) if on_policy is None else on_policy
     entropy, count = step_entropy(lax.stop_gradient(token_entropy), step_ids, num_steps)
     eligible = correct & own & _group_allows(correct, group, num_groups, when)[group]
     candidate = eligible[:, None] & (count >= max(1, min_step_tokens))
-    score, step = _scores(entropy, candidate, count, select, min(top_k, num_steps), key)
-    row, column, valid = _best_of_group(score, group, num_groups, top_k)
-    step = jnp.where(valid, step[row, column], 0)
-    joined = jnp.minimum(step_ids, num_steps - 1)
-    position = lax.broadcasted_iota(jnp.int32, (1, 1, step_ids.shape[1]), 2) + 1
-    length = jnp.max(jnp.where(joined[row] == step[..., None], position, 0), axis=2, initial=0)
-    return EchoClips(
-        row=row,
-        length=jnp.where(valid, length, 0),
-        step=step,
-        entropy=jnp.where(valid, entropy[row, step], 0.0),
-        valid=valid,
+    steps = jnp.minimum(step_ids, num_steps - 1)
+    score, column = _scores(
+        entropy,
+        candidate,
+        count,
+        "max" if select == "random_length" else select,
+        min(top_k, num_steps),
+        _row_draws(key, group, num_groups, num_steps) if select == "random" else None,
     )
+    row, place, valid = _best_of_group(score, group, num_groups, top_k)
+    step = jnp.where(valid, column[row, place], 0)
+    if select == "random_length":
+        assert key is not None
+        length_key, row_key = jax.random.split(key)
+        target = _permuted(_lengths(steps, row, step), valid, length_key)
+        row = _random_rows(candidate, group, num_groups, top_k, row_key)
+        step = jnp.where(valid, _nearest_step(steps, candidate, row, target), 0)
+    clips = EchoClips(row, _lengths(steps, row, step), step, entropy[row, step], valid)
+    return _kept(clips, valid)
+
+
+def clips_above(clips: EchoClips, min_entropy: Array | float) -> EchoClips:
+    """Refuses the clips whose step has an entropy of at most ``min_entropy`` (nats).
+
+    >>> clips = EchoClips(*(jnp.array([[x]]) for x in (1, 2, 0, 0.5, True)))
+    >>> clips_above(clips, 0.4).valid.item(), clips_above(clips, 0.5).valid.item()
+    (True, False)
+    """
+    return _kept(clips, clips.valid & ~(clips.entropy <= min_entropy))
+
+
+def _kept(clips: EchoClips, valid: Array) -> EchoClips:
+    """The clips where ``valid``; all fields are 0 elsewhere."""
+    return jax.tree.map(lambda field: jnp.where(valid, field, jnp.zeros_like(field)), clips)
+
+
+def _lengths(steps: Array, row: Array, step: Array) -> Array:
+    """``[P, K]``, tokens of each row through the last token of its step; ``steps`` is [N, T]."""
+    position = lax.broadcasted_iota(jnp.int32, (1, 1, steps.shape[1]), 2) + 1
+    return jnp.max(jnp.where(steps[row] == step[..., None], position, 0), axis=2, initial=0)
+
+
+def _row_draws(key: Array | None, group: Array, num_groups: int, count: int) -> Array:
+    """Uniform numbers ``[N, count]``, keyed by prompt and by place among the prompt's rows."""
+    assert key is not None
+    order = jnp.argsort(group, stable=True)
+    first = jnp.searchsorted(group[order], jnp.arange(num_groups, dtype=group.dtype))
+    rank = jnp.arange(len(group), dtype=first.dtype) - first[group[order]]
+    rank = jnp.zeros_like(rank).at[order].set(rank)
+
+    def draw(prompt: Array, rank: Array) -> Array:
+        row_key = jax.random.fold_in(jax.random.fold_in(key, prompt), rank)
+        return jax.random.uniform(row_key, (count,))
+
+    return jax.vmap(draw)(group, rank)
+
+
+def _permuted(length: Array, valid: Array, key: Array) -> Array:
+    """The lengths ``[P, K]`` of valid clips, in a random order over all of them."""
+    drawn = jnp.where(valid, jax.random.uniform(key, valid.shape), jnp.inf).reshape(-1)
+    order = jnp.argsort(drawn)  # the valid clips come first
+    place = jnp.maximum(jnp.cumsum(valid.reshape(-1), dtype=jnp.int32) - 1, 0)
+    return length.reshape(-1)[order[place]].reshape(valid.shape)
+
+
+def _random_rows(candidate: Array, group: Array, num_groups: int, count: int, key: Array) -> Array:
+    """``[P, count]`` rows that hold a candidate, drawn uniformly for each prompt."""
+    drawn = _row_draws(key, group, num_groups, count)
+    score = jnp.where(candidate.any(axis=1)[:, None], drawn, -jnp.inf)  # [N, K]
+    best = jax.vmap(lambda column: _best_of_group(column[:, None], group, num_groups, 1)[0][:, 0])
+    return best(score.T).T
+
+
+def _nearest_step(steps: Array, candidate: Array, row: Array, target: Array) -> Array:
+    """``[P, K]``, the candidate step of each row whose end is nearest to the target (tokens)."""
+    count = candidate.shape[1]
+
+    def ends(ids: Array) -> Array:
+        place = jnp.arange(1, len(ids) + 1, dtype=jnp.int32)
+        return jax.ops.segment_max(place, jnp.where(ids < 0, count, ids), count + 1)[:count]
+
+    distance = jnp.abs(jax.vmap(jax.vmap(ends))(steps[row]) - target[..., None])
+    far = jnp.iinfo(jnp.int32).max
+    return jnp.argmin(jnp.where(candidate[row], distance, far), axis=2).astype(jnp.int32)
 
 
 def _group_allows(correct: Array, group: Array, num_groups: int, when: When) -> Array:
@@ -97,22 +174,27 @@ def _group_allows(correct: Array, group: Array, num_groups: int, when: When) -> 
 
 
 def _scores(
-    entropy: Array, candidate: Array, count: Array, select: Select, per_row: int, key: Array | None
+    entropy: Array,
+    candidate: Array,
+    count: Array,
+    select: Select,
+    per_row: int,
+    drawn: Array | None,
 ) -> tuple[Array, Array]:
     """Each row's candidates as (score, step), ``[N, C]``, best first; -inf is no candidate."""
     if select in ("max", "min", "random"):
-        value = {"max": entropy, "min": -entropy}.get(select)
-        if value is None:
-            assert key is not None
-            value = jax.random.uniform(key, entropy.shape)
+        value = {"max": entropy, "min": -entropy}.get(select, drawn)
+        assert value is not None
         return lax.top_k(jnp.where(candidate, value, -jnp.inf), per_row)
     steps = lax.broadcasted_iota(jnp.int32, entropy.shape, 1)
-    present = count > 0 if select == "full" else candidate
+    present = candidate if select in ("first", "last") else count > 0
     if select == "first":
         step = jnp.argmax(present, axis=1)
     else:
         step = jnp.max(jnp.where(present, steps, 0), axis=1)
-    value = entropy if select == "full" else jnp.zeros_like(entropy)
+    tokens = jnp.sum(count, axis=1, keepdims=True).astype(jnp.float32)
+    of_row = {"full": entropy, "longest": tokens, "shortest": -tokens}
+    value = of_row.get(select, jnp.zeros_like(entropy))
     score = jnp.max(jnp.where(candidate, value, -jnp.inf), axis=1)
     return score[:, None], step[:, None].astype(jnp.int32)
 
@@ -236,6 +318,7 @@ class Echo:
     clips: EchoClips
     weights: Array  # f32 [N, T]: sum(weights * -logprobs) is L_echo; zeros where coef is 0
     coef: Array  # f32 [], lambda at this step
+    refused: Array  # i32 [P], clips that were mined but not above min_entropy
 
 
 def echo_weights(
@@ -257,9 +340,10 @@ def echo_weights(
     step: Array | int = 0,
     start_step: int = 0,
     end_step: int | None = None,
+    min_entropy: Array | float = -jnp.inf,
     key: Array | None = None,
 ) -> Echo:
-    """Decides all about the echo of an update: its clips, their token weights and its coefficient.
+    """Chooses the clips of an update, their token weights and the coefficient of the echo.
 
     Args:
       token_entropy, step_ids, group, num_groups, num_steps, on_policy: see
@@ -269,9 +353,10 @@ def echo_weights(
       enabled: False gives no clips and a coefficient of 0.
       coef, step, start_step, end_step: see :func:`active_coef`. Clips outside the window are
         returned, for the logs, but have no weight.
+      min_entropy: see :func:`clips_above`; the default refuses no clip.
 
     Returns:
-      The clips, f32 ``[N, T]`` weights, and lambda.
+      The clips, f32 ``[N, T]`` weights, lambda, and the number of refused clips by prompt.
 
     >>> entropy, steps = jnp.array([[0.9, 0.1]]), jnp.array([[0, 1]])
     >>> solved, group, sizes = jnp.array([True]), jnp.array([0]), {"num_groups": 1, "num_steps": 2}
@@ -282,7 +367,7 @@ def echo_weights(
     >>> echo.weights.tolist(), echo.coef.item(), echo.clips.valid.tolist()
     ([[0.0, 0.0]], 0.0, [[True]])
     """
-    clips = mine_echo_clips(
+    mined = mine_echo_clips(
         token_entropy,
         step_ids,
         correct & enabled,
@@ -296,7 +381,9 @@ def echo_weights(
         when=when,
         key=key,
     )
+    clips = clips_above(mined, min_entropy)
     rows, width = token_entropy.shape
     now = active_coef(step, coef * enabled, start_step=start_step, end_step=end_step)
     weights = clip_weights(clips, (rows, width), normalise=normalise)
-    return Echo(clips, jnp.where(now != 0, weights, 0.0), now)
+    refused = jnp.sum(mined.valid & ~clips.valid, axis=1, dtype=jnp.int32)
+    return Echo(clips, jnp.where(now != 0, weights, 0.0), now, refused)

@@ -22,6 +22,8 @@ SETTINGS = [
     dict(select="full", top_k=2, min_step_tokens=2, when="any_success"),
     dict(select="first", top_k=2, min_step_tokens=2, when="any_success"),
     dict(select="last", top_k=2, min_step_tokens=1, when="degenerate_only"),
+    dict(select="longest", top_k=2, min_step_tokens=2, when="any_success"),
+    dict(select="shortest", top_k=1, min_step_tokens=1, when="any_success"),
 ]
 
 
@@ -148,8 +150,101 @@ def test_random_selects_among_the_candidates_evenly():
     assert counts[4:].sum() == 0 and (abs(counts[:4] - 100) < 26).all()
 
 
+@given(cases(), st.integers(0, 99), st.sampled_from([1, 3]))
+@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+def test_random_length_cuts_a_success_nearest_to_the_length_of_an_entropy_clip(case, seed, top_k):
+    setting = dict(min_step_tokens=2, when="any_success", top_k=top_k)
+    ids = oracles.step_ids(case["tokens"], case["mask"], case["is_delimiter"])
+    sizes = dict(num_groups=PROMPTS, num_steps=STEPS, on_policy=case["on_policy"])
+    batch = case["entropy"], ids, case["correct"], case["group"]
+    entropy_clips = oracles.mine(*batch, **sizes, **setting, select="max")
+    targets = {clip[2] for prompt in entropy_clips for clip in prompt}
+    key = jax.random.key(seed)
+    arrays = map(jnp.asarray, batch)
+    clips = mine(*arrays, **sizes, **setting, select="random_length", key=key)
+    clips = jax.tree.map(np.asarray, clips)
+    assert clips.valid.sum(axis=1).tolist() == [len(prompt) for prompt in entropy_clips]
+    for prompt, k in np.argwhere(clips.valid):
+        allowed = set()
+        for row in np.flatnonzero(case["group"] == prompt):
+            if case["correct"][row] and case["on_policy"][row]:
+                steps = oracles.steps_of(row, case["entropy"], ids, STEPS)
+                steps = [s for s in steps if s[2] >= 2]
+                for target in targets if steps else ():
+                    step = min(steps, key=lambda s: (abs(s[3] - target), s[0]))
+                    allowed.add((row, step[0], step[3], step[1]))
+        found = (f[prompt, k] for f in (clips.row, clips.step, clips.length, clips.entropy))
+        assert tuple(found) in allowed
+
+
+def mine_steps_of_one_token(entropy, group, key, select):
+    """Every token is a step, and every row a success, so that any length can be met."""
+    rows, length = entropy.shape
+    ids = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
+    settings = dict(num_groups=3, num_steps=length, select=select, key=key)
+    return mine(entropy, ids, jnp.ones(rows, jnp.bool_), group, **settings)
+
+
+@pytest.fixture
+def three_prompts():
+    """Entropy peaks at tokens 2, 5 and 9 of the prompts' rows; two rows for each prompt."""
+    entropy = np.zeros((6, 9), np.float32)
+    entropy[[0, 2, 4], [1, 4, 8]] = 1.0
+    return jnp.asarray(entropy), jnp.array([0, 0, 1, 1, 2, 2])
+
+
+def test_random_length_permutes_the_lengths_of_the_entropy_clips_evenly(three_prompts):
+    """Of 600 draws each of the 6 orders has 100 +- 3 * 9.1, each row of a prompt 300 +- 3 * 12."""
+    keys = jax.random.split(jax.random.key(3), 600)
+    clips = jax.vmap(lambda key: mine_steps_of_one_token(*three_prompts, key, "random_length"))(
+        keys
+    )
+    lengths, rows = np.asarray(clips.length)[:, :, 0], np.asarray(clips.row)[:, :, 0]
+    orders, counts = np.unique(lengths, axis=0, return_counts=True)
+    assert np.sort(orders, axis=1).tolist() == [[2, 5, 9]] * 6 and (abs(counts - 100) < 28).all()
+    assert (rows // 2 == np.arange(3)).all() and (abs((rows % 2).sum(axis=0) - 300) < 37).all()
+
+
+@pytest.mark.parametrize("select", ["random", "random_length"])
+def test_random_clips_do_not_depend_on_how_groups_are_interleaved(three_prompts, select):
+    entropy, group = three_prompts
+    order = jnp.array([4, 0, 2, 1, 5, 3])  # rows of one group stay in order
+    for seed in range(20):
+        key = jax.random.key(seed)
+        plain = mine_steps_of_one_token(entropy, group, key, select)
+        moved = mine_steps_of_one_token(entropy[order], group[order], key, select)
+        assert (order[moved.row] == plain.row).all() and (moved.length == plain.length).all()
+
+
+def test_clips_at_or_below_the_threshold_are_refused_and_counted():
+    entropy = jnp.array([[0.25, 0.5], [0.75, 0.25]])
+    echo = core.echo_weights(
+        entropy,
+        jnp.array([[0, 1], [0, 1]]),
+        jnp.array([True, True]),
+        jnp.array([0, 1]),
+        num_groups=2,
+        num_steps=2,
+        top_k=2,
+        min_entropy=0.5,
+    )
+    # Mined: 0.5 and 0.25 of the first prompt, 0.75 and 0.25 of the second. 0.75 alone is above.
+    assert echo.clips.valid.tolist() == [[False, False], [True, False]]
+    assert echo.refused.tolist() == [2, 1]
+    assert echo.weights.tolist() == [[0.0, 0.0], [1.0, 0.0]]
+    for field in (echo.clips.row, echo.clips.length, echo.clips.entropy):
+        assert not field[~echo.clips.valid].any()
+
+
 @pytest.mark.parametrize(
-    "wrong", [dict(select="best"), dict(when="always"), dict(top_k=0), dict(select="random")]
+    "wrong",
+    [
+        dict(select="best"),
+        dict(when="always"),
+        dict(top_k=0),
+        dict(select="random"),
+        dict(select="random_length"),
+    ],
 )
 def test_wrong_settings_are_refused(wrong):
     with pytest.raises(ValueError):
