@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from echorl_jax import __version__, xla
-from echorl_jax.cluster.worker import assignment, tell
+from echorl_jax.cluster.wire import assignment, tell
 from echorl_jax.errors import (
     STORAGE,
     RunStopped,

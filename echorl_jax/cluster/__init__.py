@@ -5,10 +5,8 @@ say what happened when the runtime underneath has aborted.
 """
 
 from echorl_jax.cluster.place import Place, find_place
-from echorl_jax.cluster.signals import handling
-from echorl_jax.cluster.supervisor import Limits, supervise
-from echorl_jax.cluster.wire import Secret
-from echorl_jax.cluster.worker import Assignment, assignment, follow_supervisor, tell
+from echorl_jax.cluster.supervisor import Limits, handling, supervise
+from echorl_jax.cluster.wire import Assignment, Secret, assignment, follow_supervisor, tell
 
 __all__ = [
     "Assignment",

@@ -4,10 +4,21 @@ Heavy imports are inside ``run``, so that ``--help`` is quick.
 """
 
 import argparse
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
+from echorl_jax.cluster import (
+    Limits,
+    Secret,
+    assignment,
+    find_place,
+    follow_supervisor,
+    supervise,
+)
 from echorl_jax.config import LARGEST, Config
 
 MODEL = "Hugging Face directory, repository id or builtin:countdown"
@@ -70,3 +81,67 @@ def number(text: str) -> float:
     if not 0 <= value <= sys.float_info.max:
         raise argparse.ArgumentTypeError(f"{text[:80]!r}: must be a finite number, 0 or above")
     return value
+
+
+def join(config: Config, arguments: argparse.Namespace) -> int | None:
+    """:func:`take_place` of a training run, whose processes must have the same config."""
+    from echorl_jax.config_file import flatten, to_dict
+
+    return take_place(
+        arguments,
+        facts={"--workdir": arguments.workdir, **flatten(to_dict(config), "config.")},
+        limits=Limits(config.mesh.start_timeout_s, config.mesh.lost_after_s),
+        directory=Path(arguments.workdir),
+    )
+
+
+def take_place(
+    arguments: argparse.Namespace, *, facts: Mapping[str, Any], limits: Limits, directory: Path
+) -> int | None:
+    """Joins the other processes that run the same command.
+
+    A single process continues at once. One of several starts the same command again as a training
+    process and supervises it until it ends. The training process joins its peers through JAX.
+
+    Args:
+      arguments: of the command.
+      facts: values that must be equal in all processes, besides the command and the packages.
+      limits: times to wait for the others.
+      directory: written by the processes; holds their secret unless ``ECHORL_SECRET`` is set.
+
+    Returns:
+      The exit code of a supervisor; None in a process that must do the work.
+
+    Raises:
+      UserError: the environment is contradictory, or the processes do not agree.
+      RunStopped: a process did not start in time, or was lost.
+    """
+    given = assignment()
+    if given is not None:
+        follow_supervisor(given)
+        from echorl_jax.parallel import join_processes
+
+        join_processes(
+            given.coordinator,
+            processes=given.processes,
+            process=given.process,
+            local_devices=given.local_devices,
+            start_timeout_s=given.start_timeout_s,
+            lost_after_s=given.lost_after_s,
+        )
+        return None
+    place = find_place(os.environ)
+    if place is None:
+        return None
+    return supervise(
+        place,
+        [sys.executable, "-m", "echorl_jax", *arguments.command_line],
+        facts={**dict(_versions()), "command": arguments.command_line[0], **facts},
+        limits=limits,
+        secret=Secret.find(os.environ, directory),
+    )
+
+
+def _versions() -> Iterator[tuple[str, str]]:
+    for package in ("echorl-jax", "jax", "jaxlib"):
+        yield f"{package} version", metadata.version(package)

@@ -21,8 +21,7 @@ import dataclasses
 from pathlib import Path
 
 from echorl_jax.cluster import Limits
-from echorl_jax.commands import DTYPES, GRADERS, MODEL, number, whole
-from echorl_jax.commands.processes import take_place
+from echorl_jax.commands import DTYPES, GRADERS, MODEL, number, take_place, whole
 from echorl_jax.config import MeshConfig
 
 

@@ -12,8 +12,7 @@ example:
 import argparse
 from pathlib import Path
 
-from echorl_jax.commands import read_config
-from echorl_jax.commands.processes import join
+from echorl_jax.commands import join, read_config
 from echorl_jax.commands.train import add_arguments as add_arguments
 from echorl_jax.commands.train import finish
 

@@ -15,8 +15,7 @@ The same command on several hosts or in several processes is one run: see docs/l
 import argparse
 from pathlib import Path
 
-from echorl_jax.commands import add_config, read_config
-from echorl_jax.commands.processes import join
+from echorl_jax.commands import add_config, join, read_config
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

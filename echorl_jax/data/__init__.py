@@ -1,6 +1,6 @@
 """Sources of rows, prompts as token ids, and the stream that training reads."""
 
-from echorl_jax.data.countdown import CountdownRows, parse_countdown
+from echorl_jax.data.countdown_rows import CountdownRows, parse_countdown
 from echorl_jax.data.errors import DataError
 from echorl_jax.data.experts import (
     add_hint,
@@ -12,8 +12,8 @@ from echorl_jax.data.experts import (
 from echorl_jax.data.rows import Row
 from echorl_jax.data.sources import Rows, load_rows
 from echorl_jax.data.stream import Prompt, PromptStream
-from echorl_jax.data.templates import TEMPLATES
 from echorl_jax.data.tokens import (
+    TEMPLATES,
     encode_prompt,
     load_tokenizer,
     newline_delimiters,

@@ -1,4 +1,4 @@
-"""The one exception of this package."""
+"""The exception of data: the readers, the templates and the stream raise it."""
 
 from echorl_jax.config import ConfigError
 

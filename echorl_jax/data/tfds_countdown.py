@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from echorl_jax.data.catalogues import load_optional
-from echorl_jax.data.countdown import CountdownRows
+from echorl_jax.data.countdown_rows import CountdownRows
+from echorl_jax.data.sources import load_optional
 
 ROWS = {"train": 8192, "eval": 1024}
 

@@ -2,6 +2,8 @@
 
 from echorl_jax.environment.attempts import (
     Attempts,
+    GradedTexts,
+    Grading,
     append_experts,
     end_tokens,
     expert_completions,
@@ -9,7 +11,6 @@ from echorl_jax.environment.attempts import (
     target_ids,
 )
 from echorl_jax.environment.engines import MOST_SAMPLES, Engine, JaxEngine, make_engine
-from echorl_jax.environment.grading import GradedTexts, Grading
 
 __all__ = [
     "MOST_SAMPLES",

@@ -22,8 +22,7 @@ from echorl_jax.data import (
     require_embedded_rows,
     require_vocabulary,
 )
-from echorl_jax.data.templates import keep_date
-from echorl_jax.data.tokens import model_path
+from echorl_jax.data.tokens import keep_date, model_path
 from echorl_jax.environment import MOST_SAMPLES, JaxEngine, end_tokens
 from echorl_jax.errors import UserError, writing
 from echorl_jax.evaluation.evaluate import Attempt, attempt_prompts
@@ -43,7 +42,7 @@ from echorl_jax.locks import sole_writer
 from echorl_jax.models import load_model
 from echorl_jax.parallel import is_first, make_mesh, on_first, require_same, texts_from_shares
 from echorl_jax.rewards import GraderPool
-from echorl_jax.rewards.verdict import grading_failed
+from echorl_jax.rewards.loading import grading_failed
 from echorl_jax.rollout import Resources, Sampling
 
 if TYPE_CHECKING:

@@ -1,9 +1,13 @@
-"""Completions for every row of a benchmark, graded while others are generated."""
+"""Completions for every row of a benchmark, and their scores: avg@k, pass@k, intervals."""
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from echorl_jax.data import Prompt
 from echorl_jax.environment import Attempts, Engine, sample_and_grade
@@ -105,3 +109,165 @@ def _attempts(
             entropy=rollouts.token_entropy[row, :length],
             truncated=bool(rollouts.truncated[row]),
         )
+
+
+# Redraws of the units in a bootstrap.
+RESAMPLES = 2000
+
+
+def wilson(successes: float, trials: int) -> tuple[float, float]:
+    """Wilson's 95% score interval for a share; ``(0, 1)`` without trials.
+
+    It stays inside [0, 1] and does not collapse at shares of 0 and 1. Source: Wilson 1927, JASA 22.
+
+    >>> [round(x, 3) for x in wilson(5, 10)]
+    [0.237, 0.763]
+    """
+    from scipy.stats import binomtest  # a second to import, which few commands need
+
+    if trials == 0:
+        return 0.0, 1.0
+    low, high = binomtest(round(successes), trials).proportion_ci(method="wilson")
+    return float(low), float(high)
+
+
+def bootstrap_mean(
+    values: Sequence[float], weights: Sequence[float] | None = None
+) -> tuple[float, float]:
+    """Percentile bootstrap 95% interval of a (weighted) mean over independent units.
+
+    The same numbers give the same interval.
+
+    Args:
+      values: one mean per unit, such as a trajectory.
+      weights: how much each unit counts, such as its tokens; equal by default.
+
+    Raises:
+      ValueError: there are no values, or no weight.
+
+    >>> bootstrap_mean([2.0, 2.0, 2.0])
+    (2.0, 2.0)
+    """
+    from scipy.stats import bootstrap
+
+    unit = np.asarray(values, np.float64)
+    weight = np.ones_like(unit) if weights is None else np.asarray(weights, np.float64)
+    if unit.size == 0 or weight.sum() <= 0:
+        raise ValueError("bootstrap_mean: nothing to average")
+    if len(set(values)) == 1:
+        return float(unit[0]), float(unit[0])
+
+    def mean(unit: np.ndarray, weight: np.ndarray, axis: int) -> np.ndarray:
+        total = weight.sum(axis=axis)
+        # A redraw without weight has no mean; the overall one takes its place.
+        mean = (weight * unit).sum(axis=axis) / np.where(total > 0, total, 1.0)
+        return np.where(total > 0, mean, overall)
+
+    overall = float((weight * unit).sum() / weight.sum())
+    result = bootstrap(
+        (unit, weight), mean, paired=True, n_resamples=RESAMPLES, method="percentile", rng=0
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """The scores of a set of problems, each tried ``samples`` times."""
+
+    problems: int
+    samples: int  # judged attempts per problem; the most if they differ
+    mean: float  # avg@k: the mean success of all attempts, pass@1 of a random one
+    low: float  # 95% interval of the mean
+    high: float
+    # k -> unbiased pass@k over the problems with k attempts, for k = 1, 2, 4, ... and samples
+    pass_at: dict[int, float]
+    pass_range: tuple[float, float]  # 95% interval of the pass@k with the largest k
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+    """Completion lengths (tokens) and the share that was cut off before an end token."""
+
+    mean: float
+    median: float
+    p95: float
+    longest: int
+    truncated: float
+
+
+def pass_at_k(attempts: int, successes: int, k: int) -> float:
+    """Unbiased chance that k of the attempts hold a success: ``1 - C(n-c, k) / C(n, k)``.
+
+    Source: Chen et al. 2021, arXiv 2107.03374.
+
+    Raises:
+      ValueError: ``k`` above ``attempts``.
+
+    >>> round(pass_at_k(4, 1, 2), 3)
+    0.5
+    """
+    if not 1 <= k <= attempts:
+        raise ValueError(f"pass@{k} needs at least {k} attempts, not {attempts}")
+    return 1.0 - math.comb(attempts - successes, k) / math.comb(attempts, k)
+
+
+def score_by_source(outcomes: Iterable[tuple[str, int, bool | None]]) -> dict[str, Score]:
+    """Scores per data source; none for a source without a judged attempt.
+
+    Args:
+      outcomes: (data source, problem, correct) for each attempt; None is not judged and not
+        counted. The interval counts problems, not attempts, since attempts at one problem are
+        alike.
+
+    >>> score_by_source([("a", 0, True), ("a", 0, False), ("a", 1, True), ("a", 1, True)])["a"].mean
+    0.75
+    """
+    by_source: dict[str, dict[int, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for source, problem, correct in outcomes:
+        if correct is not None:
+            by_source[source][problem].append(correct)
+    return {source: _score(list(groups.values())) for source, groups in by_source.items()}
+
+
+def length_stats(tokens: Sequence[int], truncated: Sequence[bool]) -> Lengths:
+    """Statistics of the lengths of at least one completion.
+
+    >>> length_stats([1, 2, 9], [False, False, True]).median
+    2.0
+    """
+    return Lengths(
+        mean=float(np.mean(tokens)),
+        median=float(np.median(tokens)),
+        p95=float(np.quantile(tokens, 0.95)),
+        longest=max(tokens),
+        truncated=float(np.mean(truncated)),
+    )
+
+
+def _score(problems: list[list[bool]]) -> Score:
+    samples = max(map(len, problems))
+    means = [sum(p) / len(p) for p in problems]
+    ks = sorted({2**i for i in range(samples.bit_length())} & set(range(1, samples + 1))) or [1]
+    ks = ks if ks[-1] == samples else [*ks, samples]
+    passes = {k: [pass_at_k(len(p), sum(p), k) for p in problems if len(p) >= k] for k in ks}
+    mean = sum(means) / len(means)
+    low, high = _interval(means)
+    return Score(
+        problems=len(problems),
+        samples=samples,
+        mean=mean,
+        low=low,
+        high=high,
+        pass_at={k: sum(values) / len(values) for k, values in passes.items()},
+        pass_range=_interval(passes[ks[-1]]),
+    )
+
+
+def _interval(values: list[float]) -> tuple[float, float]:
+    """Wilson's for shares of problems; a bootstrap over problems where each has a share of its own.
+
+    Resampling equal values says nothing: Wilson's is taken there too.
+    """
+    if set(values) <= {0.0, 1.0} or len(set(values)) == 1:
+        return wilson(sum(values), len(values))
+    return bootstrap_mean(values)

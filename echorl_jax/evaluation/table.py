@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from echorl_jax.evaluation.evaluate import Lengths, Score, length_stats, score_by_source
 from echorl_jax.evaluation.generations import Outcome
-from echorl_jax.evaluation.scores import Lengths, Score, length_stats, score_by_source
 
 COLUMNS = ("problems", "greedy", "95%", "avg@k", "95%", "pass@k", "95%", "tokens", "p95", "cut off")
 

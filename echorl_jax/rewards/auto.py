@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from echorl_jax.rewards import choice, countdown, mathematics
-from echorl_jax.rewards.verdict import Verdict
+from echorl_jax.rewards.loading import Verdict
 
 
 def grade(response: str, row: Mapping[str, Any]) -> Verdict:

@@ -15,7 +15,7 @@ from typing import Any
 
 from echorl_jax.rewards import answer_words as words
 from echorl_jax.rewards.extraction import after_thinking, boxed_spans, last_answer
-from echorl_jax.rewards.verdict import Verdict
+from echorl_jax.rewards.loading import Verdict
 
 # Phrases are searched in this much of the end of a response (characters).
 TAIL = 10_000

@@ -12,7 +12,7 @@ from typing import Any
 
 from echorl_jax.rewards.arithmetic import ArithmeticSyntaxError, Expression, parse_expression
 from echorl_jax.rewards.extraction import after_thinking, last_answer
-from echorl_jax.rewards.verdict import Verdict
+from echorl_jax.rewards.loading import Verdict
 
 
 class _Mistake(ValueError):

@@ -16,8 +16,8 @@ from echorl_jax.rewards import choice, literals
 from echorl_jax.rewards.algebra import TRIGONOMETRIC, evaluate, is_costly, same_expression
 from echorl_jax.rewards.extraction import GSM8K_MARK, after_thinking, boxed_spans, final_answer
 from echorl_jax.rewards.literals import number
+from echorl_jax.rewards.loading import Verdict
 from echorl_jax.rewards.notation import canonical, key, words
-from echorl_jax.rewards.verdict import Verdict
 
 MAX_ANSWER = 1000
 # Longer lists are refused, because each part is compared with each.

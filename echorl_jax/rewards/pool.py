@@ -4,17 +4,253 @@ Each process gets one response at a time over its own socket: who failed on what
 a process that is over its time is killed at once, and its replacement starts while the others go
 on. The processes are started as plain commands, not by ``multiprocessing``: no state of this
 process is forked, and the user's script is not run a second time.
+
+The processes take their responses from one queue; a thread serves each process.
 """
 
 import atexit
+import contextlib
 import functools
-from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
+import json
+import os
+import pickle
+import queue
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
-from echorl_jax.rewards.dispatch import Dispatcher, PoolError, Submission, Worker
-from echorl_jax.rewards.loading import BOUNDED, judge, load_grader
-from echorl_jax.rewards.verdict import Verdict
+from echorl_jax.rewards.loading import BOUNDED, DIED, HUNG, Verdict, judge, load_grader
+
+# A process is replaced after this many verdicts, so that what leaks in a grader stays small.
+MAX_ITEMS = 2000
+# Limit for a process to start and import its grader (seconds).
+START_LIMIT_S = 120.0
+# Processes that may die in a row before they are ready; then the pool gives up.
+MAX_LOST_STARTS = 3
+# A verdict is a few hundred bytes; a process that announces more is broken.
+MAX_ANSWER_BYTES = 1 << 16
+# Rows carry whole expert trajectories that no grader reads.
+UNSENT = ("target",)
+
+Item = tuple[str, Mapping[str, Any]]
+
+
+class PoolError(RuntimeError):
+    """The pool itself does not work: its processes cannot be started. Never due to one response."""
+
+
+class Submission:
+    """Items that were handed in together; ``future`` has their verdicts once all are there."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = items
+        self.future: Future[list[Verdict]] = Future()
+        self._verdicts: dict[int, Verdict] = {}
+        self._finish_if_complete()
+
+    def settle(self, place: int, verdict: Verdict) -> None:
+        """Notes the verdict on the item of that number."""
+        self._verdicts[place] = verdict
+        self._finish_if_complete()
+
+    def fail(self, error: Exception) -> None:
+        """Ends the submission without its verdicts."""
+        # A caller that was interrupted does not wait any more.
+        with contextlib.suppress(InvalidStateError):
+            self.future.set_exception(error)
+
+    def _finish_if_complete(self) -> None:
+        if len(self._verdicts) == len(self.items):
+            with contextlib.suppress(InvalidStateError):
+                self.future.set_result([self._verdicts[i] for i in range(len(self.items))])
+
+
+class Worker:
+    """A process that loads a grader, and this end of its socket. One thread talks to it.
+
+    Messages are those of ``multiprocessing.connection``, here with a time limit: neither a process
+    that does not read nor one that stops in the middle of an answer holds up the thread.
+    """
+
+    def __init__(self, name: str, memory_mb: int, faults: Mapping[str, float]) -> None:
+        self.ready = False
+        self.done = 0
+        self._socket, theirs = socket.socketpair()
+        # An accelerator belongs to the training process alone, and parallelism comes from the
+        # number of processes.
+        env = {**os.environ, "JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": "1"}
+        # The package must be found even where only this process's search path knows it.
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "echorl_jax.rewards.grading_process", str(theirs.fileno())],
+                stdin=subprocess.PIPE,  # its end is the end of this process: see worker.py
+                pass_fds=[theirs.fileno()],
+                env=env,
+                start_new_session=True,
+            )
+        self._send(pickle.dumps((sys.path, name, memory_mb, dict(faults))), START_LIMIT_S)
+
+    def exchange(self, message: bytes | None, limit_s: float) -> Any:
+        """Sends a message, if any, and returns the answer.
+
+        Raises:
+          TimeoutError: both together took longer than ``limit_s``.
+          OSError, EOFError, ValueError: the process is dead, or its answer is none.
+        """
+        deadline = time.monotonic() + limit_s
+        if message is not None:
+            self._send(message, limit_s)
+        (size,) = struct.unpack("!i", self._receive(4, deadline))
+        if not 0 <= size <= MAX_ANSWER_BYTES:
+            raise ValueError(f"an answer of {size} bytes")
+        return json.loads(self._receive(size, deadline))
+
+    def kill(self) -> None:
+        """Kills the process with all that it started; a thread that waits for it is woken."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        if self._process.returncode is None:  # not waited for: its number is still its own
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def stop(self) -> int:
+        """Kills the process and frees what belongs to it; returns its exit code."""
+        self.kill()
+        self._socket.close()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        return self._process.wait()
+
+    def _send(self, message: bytes, limit_s: float) -> None:
+        self._socket.settimeout(limit_s)
+        self._socket.sendall(struct.pack("!i", len(message)) + message)
+
+    def _receive(self, size: int, deadline: float) -> bytes:
+        parts = b""
+        while len(parts) < size:
+            self._socket.settimeout(max(deadline - time.monotonic(), 1e-3))
+            part = self._socket.recv(size - len(parts))
+            if not part:
+                raise EOFError
+            parts += part
+        return parts
+
+
+class Dispatcher:
+    """Hands items out in the order in which they came and replaces processes that are lost.
+
+    Args:
+      start: starts a process.
+      workers: how many.
+      timeout_s: limit for one verdict (seconds), from when a process is given the item.
+    """
+
+    def __init__(self, start: Callable[[], Worker], *, workers: int, timeout_s: float) -> None:
+        self._start = start
+        self._timeout_s = timeout_s
+        self._queue: queue.SimpleQueue[tuple[Submission, int] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # of `_closed`: nothing is added or started after the end
+        self._closed = False
+        self._workers = [start() for _ in range(workers)]
+        self._threads = [
+            threading.Thread(target=self._serve, args=[place], name="grading", daemon=True)
+            for place in range(workers)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def add(self, submission: Submission) -> None:
+        """Queues the items of a submission.
+
+        Raises:
+          PoolError: closed.
+        """
+        with self._lock:
+            self._refuse_if_closed()
+            for place in range(len(submission.items)):
+                self._queue.put((submission, place))
+
+    def close(self) -> None:
+        """Ends processes and threads; submissions that are not complete get a `PoolError`."""
+        with self._lock:
+            first, self._closed = not self._closed, True
+            for worker in self._workers if first else ():
+                worker.kill()
+                self._queue.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _refuse_if_closed(self) -> None:
+        if self._closed:
+            raise PoolError("the grading pool is closed")
+
+    def _serve(self, place: int) -> None:
+        """Takes items until there is None, and judges them with the process of that number."""
+        while (taken := self._queue.get()) is not None:
+            submission, number = taken
+            if submission.future.done():  # the caller gave up, or it failed
+                continue
+            try:
+                self._refuse_if_closed()
+                submission.settle(number, self._judge(place, *submission.items[number]))
+            except Exception as error:
+                submission.fail(error)
+        self._workers[place].stop()
+
+    def _judge(self, place: int, response: str, row: Mapping[str, Any]) -> Verdict:
+        sent = {name: value for name, value in row.items() if name not in UNSENT}
+        message = pickle.dumps((response, sent))
+        # A process may have been killed while it was idle: only a second death is the item's fault.
+        for _ in range(2):
+            worker = self._ready(place)
+            try:
+                verdict = Verdict(*worker.exchange(message, self._timeout_s))
+            except TimeoutError:
+                self._replace(place)
+                return Verdict.wrong(f"{HUNG} {self._timeout_s:g} s")
+            except (OSError, EOFError, ValueError):
+                self._replace(place)
+                continue
+            worker.done += 1
+            if worker.done >= MAX_ITEMS:
+                self._replace(place)
+            return verdict
+        return Verdict.wrong(DIED)
+
+    def _ready(self, place: int) -> Worker:
+        """The process of that number, once it has loaded its grader."""
+        code = 0
+        for _ in range(MAX_LOST_STARTS):
+            worker = self._workers[place]
+            if worker.ready:
+                return worker
+            try:
+                told = worker.exchange(None, START_LIMIT_S)
+            except (OSError, EOFError, ValueError):
+                code = self._replace(place)
+                continue
+            if "failed" in told:
+                self._replace(place)
+                raise PoolError(f"a grading process cannot start: {told['failed']}")
+            worker.ready = True
+            return worker
+        raise PoolError(f"grading processes do not start (exit code of the last: {code})")
+
+    def _replace(self, place: int) -> int:
+        """Starts another process in place of a lost one; returns the exit code of that."""
+        code = self._workers[place].stop()
+        with self._lock:
+            self._refuse_if_closed()
+            self._workers[place] = self._start()
+        return code
 
 
 class GraderPool:

@@ -23,8 +23,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.errors import MOST, RunStopped, UserError, storage_reason
 from echorl_jax.parallel import any_process, is_first, wait_for_all
-from echorl_jax.training.checksums import checksums, digest
 from echorl_jax.training.faults import Faults
+from echorl_jax.training.inputs import checksums, digest
 from echorl_jax.training.logs import hide_closed_loop_errors
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.workdir import (

@@ -11,8 +11,7 @@ from orbax.checkpoint import multihost
 from echorl_jax.data import Prompt, encode_prompt, load_rows, require_embedded_rows
 from echorl_jax.environment import Engine, JaxEngine
 from echorl_jax.errors import one_line
-from echorl_jax.evaluation.evaluate import attempt_prompts
-from echorl_jax.evaluation.scores import score_by_source
+from echorl_jax.evaluation.evaluate import attempt_prompts, score_by_source
 from echorl_jax.parallel import texts_from_shares
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout import Progress, Resources, Sampling

@@ -17,7 +17,7 @@ import jax
 from rich.table import Table
 
 from echorl_jax.config import ConfigError
-from echorl_jax.evaluation.bar import Bar
+from echorl_jax.evaluation.progress import Bar
 from echorl_jax.parallel import is_first
 from echorl_jax.training.workdir import replace_text, whole_lines
 

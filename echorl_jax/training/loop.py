@@ -18,10 +18,9 @@ from echorl_jax.config import Config
 from echorl_jax.training.batch import join_assembled, make_batches
 from echorl_jax.training.experience import collect
 from echorl_jax.training.logs import timed
-from echorl_jax.training.metrics import step_metrics, throughput_metrics
+from echorl_jax.training.metrics import record_samples, step_metrics, throughput_metrics
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.run import open_run
-from echorl_jax.training.samples import record_samples
 from echorl_jax.training.update import token_entropies, update, update_metrics
 from echorl_jax.training.warmup import warm_up
 

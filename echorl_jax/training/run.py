@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from echorl_jax.cluster.signals import StopRequest, stop_on_signal
+from echorl_jax.cluster.supervisor import StopRequest, stop_on_signal
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import Objective
 from echorl_jax.data import PromptStream, Rows, load_rows, require_embedded_rows
@@ -24,7 +24,6 @@ from echorl_jax.rollout import Progress
 from echorl_jax.rollout.memory import device_bytes
 from echorl_jax.training.capacity import overview, title, with_slots
 from echorl_jax.training.checkpoints import Checkpoints, Restored
-from echorl_jax.training.compiled import CompileCounter, keep_compiled
 from echorl_jax.training.convert import export_model
 from echorl_jax.training.diagnose import Dumps
 from echorl_jax.training.evaluator import Evaluator, attempt
@@ -34,6 +33,7 @@ from echorl_jax.training.inputs import compare_inputs, read_inputs, weights_dige
 from echorl_jax.training.logs import RunLog
 from echorl_jax.training.optimizer import TrainState, init_state
 from echorl_jax.training.setup import Setup, configured_objective, make_setup
+from echorl_jax.training.warmup import CompileCounter, keep_compiled
 from echorl_jax.training.workdir import ASIDE, last_step, open_workdir, require_new, rewind
 from echorl_jax.types import Array, PyTree
 

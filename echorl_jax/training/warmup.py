@@ -1,13 +1,19 @@
-"""Warm-up: compiles every program before step 1 by running it once with zero loss weights.
+"""Compiled programs: counted, kept in the workdir, and compiled before step 1.
 
-Out-of-memory shows here, largest shape first.
+The warm-up runs every program once with zero loss weights. Out-of-memory shows there, largest
+shape first.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
 
 import jax
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 
 from echorl_jax.config import ConfigError
 from echorl_jax.data import Prompt
@@ -20,6 +26,65 @@ from echorl_jax.training.micro_batches import micro_batch_shapes, take_rows
 from echorl_jax.training.setup import Setup
 from echorl_jax.training.update import Quantity, micro_gradient, score_batch, token_entropies
 from echorl_jax.types import PyTree, TrainBatch
+
+
+@contextmanager
+def keep_compiled(directory: Path, choice: Literal["auto", "on", "off"]) -> Iterator[None]:
+    """Inside, keeps programs that took a second or more to compile in ``directory / "compiled"``.
+
+    Args:
+      directory: the workdir.
+      choice: auto keeps programs for accelerators, unless ``JAX_COMPILATION_CACHE_DIR`` or JAX's
+        config already names a place; on keeps them whatever they are for. The programs of a CPU
+        may not run on another, and compile fast.
+    """
+    before = jax.config.values["jax_compilation_cache_dir"]
+    wanted = choice == "on" or (
+        choice == "auto" and before is None and jax.default_backend() != "cpu"
+    )
+    if not wanted:
+        yield
+        return
+    _use(str(directory / "compiled"))
+    try:
+        yield
+    finally:
+        _use(before)
+
+
+def _use(place: str | None) -> None:
+    jax.config.update("jax_compilation_cache_dir", place)
+    # The first compilation of a process decides whether JAX uses a cache, unless it is reset.
+    compilation_cache.reset_cache()
+
+
+class CompileCounter:
+    """Counts XLA compilations in this process from its creation on."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._expected: int | None = None  # compilations up to this count are expected
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        self.count += event == "/jax/core/compile/backend_compile_duration"
+
+    def surprised(self) -> bool:
+        """True once, if anything was compiled since the first call, which ends the warm-up."""
+        if self._expected is None:
+            self._expected = self.count
+        found = self.count > self._expected
+        if found:
+            self._expected = sys.maxsize
+        return found
+
+    @contextmanager
+    def expected(self) -> Iterator[None]:
+        """Compilations inside do not count as surprises, such as those of the first evaluation."""
+        before = self.count
+        yield
+        if self._expected is not None:
+            self._expected += self.count - before
 
 
 def warm_up(

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from echorl_jax.data import DataError, expert_text, load_rows
-from echorl_jax.data.catalogues import plain_row
 from echorl_jax.data.rows import BadRow, normalise_row
+from echorl_jax.data.sources import plain_row
 from echorl_jax.data.tfds_countdown import examples
 from echorl_jax.rewards import load_grader
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echorl_jax.data import CountdownRows, DataError, parse_countdown
-from echorl_jax.data.countdown import Step, apply_operator, is_eval
+from echorl_jax.data.countdown_rows import Step, apply_operator, is_eval
 
 
 def follow(lines, numbers):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from echorl_jax.data import TEMPLATES, DataError, encode_prompt, load_rows, load_tokenizer
-from echorl_jax.data.templates import render_prompt
+from echorl_jax.data.tokens import render_prompt
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_files = pytest.mark.skipif(not SHARED.is_dir(), reason="no public data files")

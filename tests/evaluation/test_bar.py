@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from echorl_jax.evaluation.bar import Bar
+from echorl_jax.evaluation.progress import Bar
 from echorl_jax.training.logs import RunLog
 
 

@@ -4,8 +4,8 @@ from itertools import combinations
 
 import pytest
 
+from echorl_jax.evaluation.evaluate import pass_at_k, score_by_source
 from echorl_jax.evaluation.generations import Outcome
-from echorl_jax.evaluation.scores import pass_at_k, score_by_source
 from echorl_jax.evaluation.table import print_results, summarise
 
 

@@ -10,9 +10,9 @@ import pytest
 from echorl_jax.config import ConfigError
 from echorl_jax.environment.engines import slot_limits
 from echorl_jax.training import loop
-from echorl_jax.training.compiled import CompileCounter
 from echorl_jax.training.logs import RunLog
 from echorl_jax.training.sft import train_supervised
+from echorl_jax.training.warmup import CompileCounter
 from echorl_jax.training.workdir import whole_lines
 from tests.integration.conftest import small_config
 

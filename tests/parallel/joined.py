@@ -14,7 +14,7 @@ import numpy as np
 from echorl_jax.cluster import assignment, follow_supervisor, tell
 from echorl_jax.data import PromptStream, encode_prompt, load_rows, load_tokenizer
 from echorl_jax.environment import GradedTexts, Grading
-from echorl_jax.environment.grading import _from_all_processes
+from echorl_jax.environment.attempts import _from_all_processes
 from echorl_jax.errors import UserError
 from echorl_jax.parallel import (
     any_process,

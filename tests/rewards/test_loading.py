@@ -8,7 +8,7 @@ from hostile_graders import obey
 
 from echorl_jax.config import ConfigError
 from echorl_jax.rewards import Verdict, grading_failed, judge, load_grader
-from echorl_jax.rewards.verdict import as_verdict
+from echorl_jax.rewards.loading import as_verdict
 
 ROW = {
     "data_source": "sums",
@@ -106,5 +106,5 @@ def test_an_interrupt_is_not_caught():
 
 
 def test_graders_start_without_jax():
-    code = "import sys, echorl_jax.rewards.worker; sys.exit('jax' in sys.modules)"
+    code = "import sys, echorl_jax.rewards.grading_process; sys.exit('jax' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from echorl_jax.config import ConfigError
-from echorl_jax.rewards import GraderPool, PoolError, dispatch
+from echorl_jax.rewards import GraderPool, PoolError
+from echorl_jax.rewards import pool as pool_module
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_an_empty_list_has_no_verdicts(obedient):
 
 
 def test_processes_are_recycled(monkeypatch):
-    monkeypatch.setattr(dispatch, "MAX_ITEMS", 3)
+    monkeypatch.setattr(pool_module, "MAX_ITEMS", 3)
     with GraderPool("hostile_graders:obey", workers=1) as recycling:
         verdicts = recycling.grade(["pid"] * 8, [{}] * 8)
     pids = [v.reason for v in verdicts]
@@ -269,7 +270,7 @@ def test_a_script_without_main_guard_or_close_ends_by_itself(tmp_path):
 def test_workers_of_a_killed_pool_end_without_output():
     """With a verdict on its way that nobody reads, the socket is reset instead of closed."""
     ours, theirs = socket.socketpair()
-    command = [sys.executable, "-m", "echorl_jax.rewards.worker", str(theirs.fileno())]
+    command = [sys.executable, "-m", "echorl_jax.rewards.grading_process", str(theirs.fileno())]
     worker = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE)
     theirs.close()
     with Connection(ours.detach()) as connection:

@@ -20,8 +20,8 @@ from echorl_jax.config import CheckpointConfig, Config, ConfigError, EchoConfig
 from echorl_jax.errors import RunStopped, UserError
 from echorl_jax.parallel import make_mesh
 from echorl_jax.training.checkpoints import Checkpoints, Restored, read_params
-from echorl_jax.training.checksums import checksums
 from echorl_jax.training.faults import Faults
+from echorl_jax.training.inputs import checksums
 from echorl_jax.training.optimizer import TrainState
 
 # When one of several reads or writes fails, Orbax leaves the others behind.

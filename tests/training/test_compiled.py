@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from echorl_jax.training.compiled import keep_compiled
+from echorl_jax.training.warmup import keep_compiled
 
 
 @pytest.fixture

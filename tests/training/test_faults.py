@@ -9,7 +9,7 @@ import pytest
 from echorl_jax.config import ConfigError
 from echorl_jax.config_file import load_config
 from echorl_jax.rewards import GraderPool, grading_failed
-from echorl_jax.rewards.faults import fate
+from echorl_jax.rewards.grading_process import fate
 from echorl_jax.training.faults import FORMS, Faults
 from echorl_jax.types import TrainBatch
 

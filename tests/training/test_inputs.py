@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.data import load_rows, load_tokenizer
 from echorl_jax.data.tokens import model_path
-from echorl_jax.training.checksums import digest
+from echorl_jax.training.inputs import digest
 from echorl_jax.training.run import open_run
 from tests.integration.conftest import small_config
 from tests.training.test_run import opened

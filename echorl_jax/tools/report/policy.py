@@ -22,8 +22,8 @@ from echorl_jax.data import (
 from echorl_jax.data.tokens import model_path
 from echorl_jax.environment import JaxEngine, end_tokens
 from echorl_jax.errors import UserError
-from echorl_jax.evaluation.bar import Bar
 from echorl_jax.evaluation.evaluate import attempt_prompts
+from echorl_jax.evaluation.progress import Bar
 from echorl_jax.models import Decoder, load_model
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout import Progress, Resources, Sampling, pad_lists, score

@@ -15,7 +15,7 @@ from typing import Any
 from echorl_jax.data import encode_target, expert_text
 from echorl_jax.environment import end_tokens
 from echorl_jax.errors import UserError
-from echorl_jax.evaluation.scores import wilson
+from echorl_jax.evaluation.evaluate import wilson
 from echorl_jax.tools.report.curves import Panel, Section, Series, on_grid, run_colour
 from echorl_jax.tools.report.golden_entropy import step_means
 from echorl_jax.tools.report.policy import Policy, Trajectory

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from synthetic_run import dump_lines, write_run
 
-from echorl_jax.evaluation.scores import bootstrap_mean, wilson
+from echorl_jax.evaluation.evaluate import bootstrap_mean, wilson
 from echorl_jax.tools.report.analyze import write_studies
 from echorl_jax.tools.report.entropy_decay import (
     collapse_section,
