@@ -52,6 +52,8 @@ def above(low: float) -> Bound:
 # Logits are divided by the temperature; below 1e-30 they overflow.
 ZERO_OR_NORMAL = Bound("0 or at least 1e-30", lambda value: value == 0 or value >= 1e-30)
 SHARE = Bound("in [0, 1]", lambda share: 0 <= share <= 1)
+POSITIVE_SHARE = Bound("in (0, 1]", lambda share: 0 < share <= 1)
+QUANTILE = Bound("in (0, 1)", lambda share: 0 < share < 1)
 DECAY = Bound("in [0, 1)", lambda rate: 0 <= rate < 1)
 DEVICES = Bound("-1 or at least 1", lambda devices: devices == -1 or devices >= 1)
 STEPS = Bound("steps from 1 on", lambda steps: min(steps, default=1) >= 1)
@@ -88,6 +90,9 @@ class DataConfig:
     template: str = "chat"
     # Prompts longer than this are left out and counted (tokens).
     max_prompt_tokens: Annotated[int, at_least(1)] = 1024
+    # A prompt whose rows succeed at this rate or a higher one at a visit never returns (ScaleRL's
+    # no-positive-resampling, 0.9 there); None retires none.
+    retire_above: Annotated[float | None, POSITIVE_SHARE] = None
     # A broken row stops the run with its file and number, or is skipped and counted.
     on_bad_row: Literal["error", "skip"] = "error"
     # The grader: auto (by the row's data source), math, choice, countdown, or
@@ -116,7 +121,7 @@ class RolloutConfig:
     # Keep the k likeliest tokens; 0 keeps all.
     top_k: Annotated[int, at_least(0)] = 0
     # Keep the likeliest tokens that hold this much probability.
-    top_p: Annotated[float, Bound("in (0, 1]", lambda p: 0 < p <= 1)] = 1.0
+    top_p: Annotated[float, POSITIVE_SHARE] = 1.0
     # Rows decoded at once; 0 takes all rows of a step if they fit beside weights, optimizer and
     # prompts, else as many as do. Samples do not depend on it.
     slots: Annotated[int, at_least(0)] = 0
@@ -195,6 +200,9 @@ class EchoConfig:
     select: Select = "max"
     # Clips per prompt, K.
     top_k: Annotated[int, at_least(1)] = 1
+    # Only a step whose entropy is above this quantile of the policy's step entropies over recent
+    # training steps ends a clip (docs/method.md); None takes any.
+    threshold: Annotated[float | None, QUANTILE] = None
     # Shorter steps do not compete (tokens).
     min_step_tokens: Annotated[int, at_least(1)] = 1
     # Prompts that give clips: any with a success, or only those whose whole group succeeded.

@@ -82,6 +82,8 @@ def test_overrides_take_the_type_of_their_key() -> None:
         ("eval.temperature", "-1", "0 or at least 1e-30"),
         ("optim.beta2", "1", "in [0, 1)"),
         ("mesh.tensor", "0", "-1 or at least 1"),
+        ("echo.threshold", "1", "in (0, 1)"),
+        ("data.retire_above", "0", "in (0, 1]"),
         ("mesh.data", "-1", "when another axis is -1"),
         ("data.eval", "", "0 without data.eval"),
         ("seed", str(2**63), "a whole number of at most 2147483647"),

@@ -1,7 +1,7 @@
 """The endless stream of prompts that training reads."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grain
@@ -54,7 +54,7 @@ class PromptStream(Iterator[list[Prompt]]):
     ``max_prompt_tokens`` are left out and counted. Every process walks the same global order of
     places, reads and encodes only its share of the rows, and gets the ids of the others: a step has
     the same prompts for any number of processes, and a state saved by one run fits another with
-    more or fewer.
+    more or fewer. A row that is retired when its turn comes is passed over.
 
     Args:
       rows: what :func:`load_rows` gives, or any sequence of rows.
@@ -63,9 +63,11 @@ class PromptStream(Iterator[list[Prompt]]):
       seed: of the order.
       max_prompt_tokens: longest prompt that is kept.
       template: name of the prompt template.
+      retired: True for the place of a row that must not come again; the same on every process.
 
     Raises:
-      DataError: no rows, no prompts in a step, or (on reading) no prompt that is short enough.
+      DataError: no rows, no prompts in a step, or (on reading) no prompt that is short enough and
+        not retired.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class PromptStream(Iterator[list[Prompt]]):
         seed: int,
         max_prompt_tokens: int,
         template: str = "chat",
+        retired: Callable[[int], bool] = lambda place: False,
     ) -> None:
         if not rows:
             raise DataError("no rows to train on")
@@ -87,6 +90,7 @@ class PromptStream(Iterator[list[Prompt]]):
         self._template = template
         self._max_prompt_tokens = max_prompt_tokens
         self._prompts_per_step = prompts_per_step
+        self._retired = retired
         # Encoding a step takes milliseconds: no reader threads, so nothing is left running at exit.
         options = grain.ReadOptions(num_threads=0, prefetch_buffer_size=1)
         self._order = iter(_row_order(rows, seed).to_iter_dataset(options))
@@ -104,7 +108,7 @@ class PromptStream(Iterator[list[Prompt]]):
         step: list[Prompt] = []
         misses = 0
         while (missing := self._prompts_per_step - len(step)) > 0:
-            for prompt in self._read([int(next(self._order)) for _ in range(missing)]):
+            for prompt in self._read(self._next_places(missing)):
                 if prompt is not None:
                     step.append(prompt)
                     misses = 0
@@ -116,6 +120,21 @@ class PromptStream(Iterator[list[Prompt]]):
                         f"no prompt is within max_prompt_tokens={self._max_prompt_tokens}"
                     )
         return step
+
+    def _next_places(self, count: int) -> list[int]:
+        """The next rows that are not retired."""
+        places: list[int] = []
+        passed_over = 0
+        while len(places) < count:
+            place = int(next(self._order))
+            if not self._retired(place):
+                places.append(place)
+                passed_over = 0
+                continue
+            passed_over += 1
+            if passed_over > self._patience:
+                raise DataError("no prompt is left: all that fit have reached data.retire_above")
+        return places
 
     def _read(self, places: Sequence[int]) -> list[Prompt | None]:
         """The rows at these places as prompts; None for one that is too long."""

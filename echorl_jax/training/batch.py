@@ -32,10 +32,12 @@ class Assembled:
     clips: EchoClips
     step_ids: Array  # i32 [N, T]
     step_entropy: Array  # f32 [N, num_steps]
+    step_tokens: Array  # i32 [N, num_steps]
+    refused: Array  # i32 [P], clips below the threshold of entropy
 
 
 def make_batches(
-    setup: Setup, experience: Experience, key: Array, *, step: int
+    setup: Setup, experience: Experience, key: Array, *, step: int, min_entropy: float = -np.inf
 ) -> tuple[list[Assembled], float]:
     """The step's mini-batches (NumPy): advantages over the whole step, then clips and weights.
 
@@ -44,6 +46,7 @@ def make_batches(
       experience: of the step.
       key: for random choices of clips.
       step: from 1; the echo may have a window of steps.
+      min_entropy: a clip's last step must have more (nats); the default refuses none.
 
     Returns:
       The mini-batches, and the echo's coefficient at this step.
@@ -65,6 +68,7 @@ def make_batches(
                 setup.is_delimiter,
                 jax.random.fold_in(key, number),
                 np.int32(step - 1),
+                np.float32(min_entropy),
                 objective=objective,
                 echo=config.echo,
                 max_tokens=config.rollout.max_new_tokens,
@@ -129,6 +133,7 @@ def assemble(
     is_delimiter: Array,
     key: Array,
     step: Array | int,
+    min_entropy: Array | float = -np.inf,
     *,
     objective: Objective,
     echo: EchoConfig,
@@ -145,6 +150,7 @@ def assemble(
       is_delimiter: bool ``[V]``, tokens that end a reasoning step.
       key: for random choices of clips.
       step: training step, counted from 0.
+      min_entropy: see :func:`~echorl_jax.core.clips_above`.
       objective: static.
       echo: static.
       max_tokens: the constant length of ``seq-mean-token-sum-norm``.
@@ -156,7 +162,7 @@ def assemble(
     num_steps = min(echo.max_steps, width)
     steps = step_ids(rollouts.completion_ids, mask, is_delimiter)
     judged = graded.with_verdict
-    mean_entropy, _ = step_entropy(rollouts.token_entropy, steps, num_steps)
+    mean_entropy, step_tokens = step_entropy(rollouts.token_entropy, steps, num_steps)
     term = echo_weights(
         rollouts.token_entropy,
         steps,
@@ -176,6 +182,7 @@ def assemble(
         step=step,
         start_step=echo.start_step,
         end_step=echo.end_step,
+        min_entropy=min_entropy,
         key=key,
     )
     tokens, length = join_rows(rollouts)
@@ -194,7 +201,8 @@ def assemble(
     )
     if objective.entropy_coef:
         batch = dataclasses.replace(batch, entropy_scale=mean_scale(weights))
-    return Assembled(batch, term.clips, steps, mean_entropy), term.coef
+    made = Assembled(batch, term.clips, steps, mean_entropy, step_tokens, term.refused)
+    return made, term.coef
 
 
 def select_tokens(

@@ -1,9 +1,10 @@
 """Checkpoints through Orbax: what is saved, which are kept, and which one a run goes on from.
 
-A checkpoint holds the training state and notes: the data position, the position in metrics.jsonl,
-the config keys that change the mathematics with their hash, and a checksum of every array. Reading
-one back verifies all of them. Orbax commits a directory by renaming it, so a write that was
-interrupted leaves nothing that looks like a checkpoint.
+A checkpoint holds the training state and notes: the data position, the history of prompts and
+entropies, the position in metrics.jsonl, the config keys that change the mathematics with their
+hash, and a checksum of every array. Reading one back verifies all of them. Orbax commits a
+directory by renaming it, so a write that was interrupted leaves nothing that looks like a
+checkpoint.
 """
 
 import asyncio
@@ -92,6 +93,7 @@ class Restored:
     data_position: dict[str, Any]
     metrics_lines: int  # of metrics.jsonl when it was saved
     inputs: dict[str, str]  # what the run read at its start, see training/inputs.py
+    history: dict[str, Any]  # see training/history.py
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,11 +139,13 @@ class Checkpoints:
         data_position: dict[str, Any],
         metrics_lines: int,
         inputs: Mapping[str, str] | None = None,
+        history: Mapping[str, Any] | None = None,
     ) -> None:
         """Copies the state to the host and writes it in the background; a saved step is kept.
 
         Args:
           inputs: digests of what the run reads, compared when it goes on.
+          history: of prompts and entropies, as JSON can hold it.
 
         Raises:
           RunStopped: this checkpoint or the one before could not be written.
@@ -153,6 +157,7 @@ class Checkpoints:
             "data": data_position,
             "metrics_lines": metrics_lines,
             "inputs": dict(inputs or {}),
+            "history": dict(history or {}),
             "config": decide,
             "config_hash": digest(decide),
             "checksums": checksums(state),
@@ -233,8 +238,9 @@ class Checkpoints:
         args = ocp.args.Composite(state=ocp.args.StandardRestore(like))
         state = self.manager.restore(step, args=args)["state"]
         _require_same(notes["checksums"], checksums(state))
-        # Checkpoints of earlier versions have no digests.
-        return Restored(state, notes["data"], notes["metrics_lines"], notes.get("inputs", {}))
+        # Checkpoints of earlier versions have no digests and no history.
+        inputs, history = notes.get("inputs", {}), notes.get("history", {})
+        return Restored(state, notes["data"], notes["metrics_lines"], inputs, history)
 
     def _set_aside(
         self, steps: list[int], damaged: Mapping[int, str], warn: Callable[[str], None]

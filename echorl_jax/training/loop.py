@@ -77,7 +77,9 @@ def train(
                     experience = experience.with_entropies(entropies)
 
                 # Advantages, clips and the final weights of every token, by mini-batches.
-                parts, echo_coef = make_batches(setup, experience, clip_key, step=step)
+                parts, echo_coef = make_batches(
+                    setup, experience, clip_key, step=step, min_entropy=run.history.min_entropy
+                )
                 batches = run.faults.spoil([part.batch for part in parts], step)
 
                 # Gradients of policy loss and echo loss in one backward pass; optimizer steps.
@@ -99,6 +101,7 @@ def train(
             record_samples(run.directory, step, experience, batch, setup=setup)
             metrics = {
                 **step_metrics(experience, batch, hints=setup.objective.hints),
+                **run.history.update(experience, batch),
                 **update_metrics(updates),
                 **throughput_metrics(setup, experience, used),
             }

@@ -31,6 +31,7 @@ def step_metrics(experience: Experience, made: Assembled, *, hints: bool) -> dic
         **reward_metrics(experience),
         **completion_metrics(experience),
         **clip_metrics(made.clips),
+        "echo/refused": float(made.refused.sum()),
         **sampling_metrics(experience, hints=hints),
         "echo/joined_steps_fraction": _mean(
             made.step_ids.max(axis=1) >= made.step_entropy.shape[1], experience.graded.on_policy

@@ -29,6 +29,7 @@ from echorl_jax.training.diagnose import Dumps
 from echorl_jax.training.evaluator import Evaluator, attempt
 from echorl_jax.training.faults import Faults
 from echorl_jax.training.health import Health
+from echorl_jax.training.history import History
 from echorl_jax.training.inputs import compare_inputs, read_inputs, weights_digest
 from echorl_jax.training.logs import RunLog
 from echorl_jax.training.optimizer import TrainState, init_state
@@ -45,6 +46,7 @@ class Run:
     directory: Path
     setup: Setup
     stream: PromptStream
+    history: History
     checkpoints: Checkpoints
     grader: GraderPool
     log: RunLog
@@ -120,6 +122,13 @@ class Run:
             self._save(step, state)
             self.log.say(f"stopped after step {step}; the same command goes on from there")
             return False
+        if self.history.retired_fraction == 1 and step < config.steps:
+            self._save(step, state)
+            raise RunStopped(
+                f"step {step}: every prompt has reached data.retire_above = "
+                f"{config.data.retire_above}, and none is left to train on; `echorl convert` "
+                "exports the checkpoint of this step"
+            )
         return True
 
     def _save(self, step: int, state: TrainState) -> None:
@@ -129,6 +138,7 @@ class Run:
             data_position=self.stream.get_state(),
             metrics_lines=self.log.secure(),
             inputs=self.inputs,
+            history=self.history.get_state(),
         )
 
     def stopping(self) -> bool:
@@ -225,10 +235,12 @@ def open_run(
         before = {} if restored is None else restored.inputs
         inputs = read_inputs(setup, rows, weights, before)
         compare_inputs(inputs, before, config, reference=reference is not None, warn=_warn)
-        stream = _prompt_stream(setup, rows, prompts_per_step)
+        history = _history(config, len(rows))
+        stream = _prompt_stream(setup, rows, prompts_per_step, history)
         if restored is not None:
             state = restored.state
             stream.set_state(restored.data_position)
+            history.set_state(restored.history)
             _warn_of_other_steps(config, objective, steps_before)
         _rewind(directory, restored)
         setup = _with_slots(setup)
@@ -244,6 +256,7 @@ def open_run(
                 directory=directory,
                 setup=setup,
                 stream=stream,
+                history=history,
                 engine=engine,
                 checkpoints=checkpoints,
                 grader=grader,
@@ -282,7 +295,18 @@ def _training_rows(setup: Setup) -> Rows:
     return rows
 
 
-def _prompt_stream(setup: Setup, rows: Rows, prompts_per_step: int) -> PromptStream:
+def _history(config: Config, rows: int) -> History:
+    return History(
+        rows,
+        retire_above=config.data.retire_above,
+        threshold=config.echo.threshold,
+        min_step_tokens=config.echo.min_step_tokens,
+    )
+
+
+def _prompt_stream(
+    setup: Setup, rows: Rows, prompts_per_step: int, history: History
+) -> PromptStream:
     return PromptStream(
         rows,
         setup.tokenizer,
@@ -290,6 +314,7 @@ def _prompt_stream(setup: Setup, rows: Rows, prompts_per_step: int) -> PromptStr
         max_prompt_tokens=setup.config.data.max_prompt_tokens,
         template=setup.config.data.template,
         seed=setup.config.seed,
+        retired=history.retired,
     )
 
 

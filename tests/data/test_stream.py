@@ -80,6 +80,26 @@ def test_no_prompt_short_enough_is_an_error_not_a_hang(stream):
         next(stream(max_prompt_tokens=3))
 
 
+def test_retired_prompts_are_passed_over_and_the_others_keep_their_order(stream):
+    everything = sum(indices(stream(), 10), [])
+    retired = {2, 5, 7}
+    kept = stream(retired=retired.__contains__)
+    found = sum(indices(kept, 7), [])
+    assert found == [index for index in everything if index not in retired][:28]
+    # The place in the stream does not hold what is retired: the caller restores that.
+    state = json.loads(json.dumps(kept.get_state()))
+    retired.add(1)
+    expected = indices(kept, 3)
+    resumed = stream(retired=retired.__contains__)
+    resumed.set_state(state)
+    assert indices(resumed, 3) == expected and 1 not in sum(expected, [])
+
+
+def test_no_prompt_left_is_an_error_not_a_hang(stream):
+    with pytest.raises(DataError, match="no prompt is left.*data.retire_above"):
+        next(stream(retired=lambda place: True))
+
+
 def test_weights_set_the_shares(stream):
     mixed = stream("countdown:count=30@0.75,countdown:count=5&seed=2@0.25", prompts_per_step=40)
     counts = collections.Counter(index >= 30 for index in sum(indices(mixed, 3), []))

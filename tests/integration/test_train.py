@@ -139,6 +139,22 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
     assert steady(tmp_path / "whole") == steady(tmp_path / "parts")
 
 
+def test_a_run_goes_on_with_its_history(tmp_path: Path) -> None:
+    """Which prompts come again, and which clips are refused, depends on the steps before."""
+    sections = {
+        "data": {"train": "countdown:count=6", "retire_above": 0.25},
+        "echo": {"coef": 0.1, "threshold": 0.6},
+    }
+    whole = train(small_config(steps=4, **sections), tmp_path / "whole")
+    train(small_config(steps=2, **sections), tmp_path / "parts")
+    resumed = train(small_config(steps=4, **sections), tmp_path / "parts")
+    assert same(whole.params, resumed.params)
+    lines = steady(tmp_path / "whole")
+    assert lines == steady(tmp_path / "parts")
+    assert lines[0]["echo/refused"] == 0 < sum(line["echo/refused"] for line in lines)
+    assert 0 < lines[1]["data/retired_fraction"] < 1
+
+
 def test_a_signal_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = small_config(steps=3, checkpoint={"every": 0})
     record = loop.record_samples

@@ -21,7 +21,7 @@ from echorl_jax.errors import RunStopped, UserError
 from echorl_jax.parallel import make_mesh
 from echorl_jax.training.checkpoints import Checkpoints, Restored, read_params
 from echorl_jax.training.faults import Faults
-from echorl_jax.training.inputs import checksums
+from echorl_jax.training.inputs import checksums, digest
 from echorl_jax.training.optimizer import TrainState
 
 # When one of several reads or writes fails, Orbax leaves the others behind.
@@ -52,7 +52,13 @@ def opened(workdir: Path, config: Config | None = None, inject: str = "") -> Che
 
 
 def save(to: Checkpoints, step: int, *, rows: int = 16) -> None:
-    to.save(step, state_at(step, rows=rows), data_position={"at": step}, metrics_lines=step)
+    to.save(
+        step,
+        state_at(step, rows=rows),
+        data_position={"at": step},
+        metrics_lines=step,
+        history={"step_entropies": [[step / 3]]},
+    )
 
 
 def log(workdir: Path, step: int, **metrics: float | str | None) -> None:
@@ -140,6 +146,17 @@ def test_all_comes_back(tmp_path: Path) -> None:
     found, lines = restored(tmp_path)
     assert found is not None and not lines and equal(found.state, state_at(3))
     assert found.data_position == {"at": 3} and found.metrics_lines == 3
+    assert found.history == {"step_entropies": [[1.0]]}
+
+
+def test_a_checkpoint_from_before_there_was_a_history_has_an_empty_one(tmp_path: Path) -> None:
+    saved(tmp_path, 1)
+    file = tmp_path / "checkpoints" / "1" / "notes" / "metadata"
+    notes = json.loads(file.read_text())
+    del notes["history"], notes["digest"]
+    file.write_text(json.dumps({**notes, "digest": digest(notes)}))
+    found, lines = restored(tmp_path)
+    assert found is not None and found.history == {} and not lines
 
 
 def test_another_mesh_gets_the_same_values(tmp_path: Path) -> None:

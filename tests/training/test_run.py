@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from echorl_jax.config import Config, ConfigError
+from echorl_jax.data import DataError
+from echorl_jax.errors import RunStopped
 from echorl_jax.parallel import place_whole
 from echorl_jax.training.run import open_run
 from tests.integration.conftest import small_config
@@ -53,6 +55,24 @@ def test_other_steps_are_told_where_they_change_the_course(
         assert told in warning
     opened(again, tmp_path)
     assert "warning" not in capsys.readouterr().err
+
+
+def test_a_run_without_prompts_left_saves_and_says_so(tmp_path: Path) -> None:
+    """The only prompt had 4 of 4 successes at its last visit, as a checkpoint tells it."""
+    data = {"train": "countdown:count=1", "retire_above": 0.9}
+    config = small_config(steps=9, data=data, checkpoint={"every": 0})
+    opening = {"prompts_per_step": 1, "devices": jax.devices()[:1]}
+    solved = {"index": [0], "visits": [1], "correct": [4], "judged": [4]}
+    with pytest.raises(RunStopped, match="step 1: every prompt has reached data.retire_above"):
+        with open_run(config, tmp_path, **opening) as (run, state):
+            assert len(next(run.stream)) == 1
+            run.history.set_state({"prompts": solved, "step_entropies": []})
+            state = dataclasses.replace(state, step=place_whole(np.int32(1), run.setup.mesh))
+            run.end_step(1, state, {})
+    with open_run(config, tmp_path, **opening) as (run, state):
+        assert run.first_step == 1
+        with pytest.raises(DataError, match="no prompt is left"):
+            next(run.stream)
 
 
 def opened(config: Config, workdir: Path) -> None:
