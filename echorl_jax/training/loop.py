@@ -100,7 +100,7 @@ def train(
             batch = join_assembled(parts)
             record_samples(run.directory, step, experience, batch, setup=setup)
             metrics = {
-                **step_metrics(experience, batch, hints=setup.objective.hints),
+                **step_metrics(experience, batch, hints=setup.objective.hints, echo_coef=echo_coef),
                 **run.history.update(experience, batch),
                 **update_metrics(updates),
                 **throughput_metrics(setup, experience, used),

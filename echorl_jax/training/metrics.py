@@ -19,19 +19,23 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def step_metrics(experience: Experience, made: Assembled, *, hints: bool) -> dict[str, float]:
+def step_metrics(
+    experience: Experience, made: Assembled, *, hints: bool, echo_coef: float
+) -> dict[str, float]:
     """Rewards, groups, completions, clips and sampling of a step; expert rows are not counted.
 
     Args:
       experience: the step's experience.
       made: its batch and clips (NumPy).
       hints: whether prompts may end with a part of the solution (UFT).
+      echo_coef: lambda at this step.
     """
     return {
         **reward_metrics(experience),
         **completion_metrics(experience),
         **clip_metrics(made.clips),
         "echo/refused": float(made.refused.sum()),
+        "echo/solved_weight": solved_weight(experience, made.batch, echo_coef=echo_coef),
         **sampling_metrics(experience, hints=hints),
         "echo/joined_steps_fraction": _mean(
             made.step_ids.max(axis=1) >= made.step_entropy.shape[1], experience.graded.on_policy
@@ -53,8 +57,46 @@ def reward_metrics(experience: Experience) -> dict[str, float]:
         "reward/ungraded_fraction": float(np.mean(failed | ~groups.judged)),
         "group/all_success_fraction": _mean(successes == size, size > 0),
         "group/all_failure_fraction": _mean(successes == 0, size > 0),
+        "group/collapsed_fraction": collapsed_fraction(groups.rewards, groups.judged),
         "group/in_policy_fraction": float(groups.in_policy.mean()),
     }
+
+
+def collapsed_fraction(rewards: HostArray, judged: HostArray) -> float:
+    """The share of groups whose judged rewards are all equal, among those with at least two.
+
+    An expert's row counts. Source: the advantage collapse rate of AVSPO, arXiv 2605.21125.
+
+    Args:
+      rewards: f32 ``[P, G]``.
+      judged: bool ``[P, G]``.
+    """
+    highest = np.max(np.where(judged, rewards, -np.inf), axis=1)
+    lowest = np.min(np.where(judged, rewards, np.inf), axis=1)
+    return _mean(highest == lowest, judged.sum(axis=1) >= 2)
+
+
+def solved_weight(experience: Experience, batch: TrainBatch, *, echo_coef: float) -> float:
+    """Mean over solved prompts of the summed |weight| of the tokens of all rows of the prompt.
+
+    A token's weight is |token_weights A| + |lambda echo_weights|: the factor of its log-probability
+    in the loss of an update that starts from the policy that sampled. Methods of different lambda
+    or advantages push solved prompts equally hard where it is equal. KL, entropy bonus and hints
+    do not count. A prompt is solved if all judged rows of the policy are correct.
+
+    Args:
+      experience: of the step.
+      batch: its rows in the same order, with final weights (NumPy).
+      echo_coef: lambda at this step.
+    """
+    groups = experience.groups
+    own = groups.on_policy & groups.judged  # [P, G]
+    solved = own.any(axis=1) & (groups.correct | ~own).all(axis=1)
+    advantages = batch.advantages  # [N] or [N, T]
+    advantages = advantages[:, None] if advantages.ndim == 1 else advantages
+    policy = np.where(batch.token_weights != 0, np.abs(batch.token_weights * advantages), 0.0)
+    weight = policy + np.abs(echo_coef * batch.echo_weights)
+    return _mean(weight.sum(axis=1, dtype=np.float64).reshape(own.shape).sum(axis=1), solved)
 
 
 def completion_metrics(experience: Experience) -> dict[str, float]:

@@ -22,6 +22,8 @@ from tests.integration.conftest import small_config
 # Differ from run to run on the same machine.
 UNSTEADY = ("time/", "per_second", "memory/", "compile/")
 LISTED = """step reward/mean reward/correct group/all_success_fraction group/all_failure_fraction
+group/collapsed_fraction group/regressed_fraction data/retired_fraction echo/refused
+echo/solved_weight
 loss/policy loss/echo loss/total echo/clips echo/clip_tokens_mean echo/step_entropy_mean
 entropy/token_mean completion/length_mean completion/truncated_fraction kl/ref ratio/clip_fraction
 rollout/logprob_gap_max rollout/logprob_gap_mean rollout/logprob_gap_wide_fraction

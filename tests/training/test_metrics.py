@@ -1,5 +1,6 @@
 """Numbers of a step: whose rows they count, and how updates are joined."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ from echorl_jax.config import EchoConfig
 from echorl_jax.core import OBJECTIVES
 from echorl_jax.training.batch import Assembled, assemble
 from echorl_jax.training.experience import Experience, Groups
-from echorl_jax.training.metrics import covariance, step_metrics
+from echorl_jax.training.metrics import collapsed_fraction, covariance, solved_weight, step_metrics
 from echorl_jax.training.update import GAP_MEAN, GAP_WIDE, UpdateStats, update_metrics
 from echorl_jax.types import Graded, LossTerm, Rollouts, TrainBatch
 
@@ -128,7 +129,7 @@ def test_an_experts_rows_are_not_the_policys_results():
     """Two groups of two policy rows and an expert row, which is right, long and without entropy."""
     own = np.array([True, True, False] * 2)
     correct = np.array([False, False, True, True, True, True])
-    found = step_metrics(*two_groups(own, correct), hints=False)
+    found = step_metrics(*two_groups(own, correct), hints=False, echo_coef=0.0)
     assert found["reward/mean"] == found["reward/correct"] == 0.5
     assert found["group/all_failure_fraction"] == found["group/all_success_fraction"] == 0.5
     assert found["completion/length_mean"] == 3 and found["completion/truncated_fraction"] == 0.5
@@ -141,7 +142,7 @@ def test_rows_that_are_not_judged_have_no_part_in_rewards_losses_and_clips():
     judged = np.array([True, True, False, False, False, False])
     # With an unjudged row left out, all rows of the first group are right.
     experience, made = two_groups(np.ones(6, bool), correct, judged, when="degenerate_only")
-    found = step_metrics(experience, made, hints=False)
+    found = step_metrics(experience, made, hints=False, echo_coef=0.0)
     assert found["reward/mean"] == found["reward/correct"] == 1.0
     assert found["reward/ungraded_fraction"] == pytest.approx(4 / 6)
     assert found["group/all_success_fraction"] == 1.0 and found["group/all_failure_fraction"] == 0
@@ -149,6 +150,37 @@ def test_rows_that_are_not_judged_have_no_part_in_rewards_losses_and_clips():
     assert made.clips.valid.tolist() == [[True], [False]]
     for weights in (made.batch.loss_mask, made.batch.token_weights, made.batch.echo_weights):
         assert weights[:2].any() and not weights[2:].any()
+
+
+def test_groups_of_one_reward_have_collapsed():
+    rewards = np.array([[0.1, 0.1, 0.1], [1, 0, 1], [1, 1, 0], [2, 0, 0], [0, 0, 0]], np.float32)
+    judged = np.array([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 0, 0], [0, 0, 0]], bool)
+    # Of the first three, whose judged rows can be compared, the first and the third are equal.
+    assert collapsed_fraction(rewards, judged) == pytest.approx(2 / 3)
+    assert collapsed_fraction(rewards[3:], judged[3:]) == 0
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_the_weight_of_solved_prompts_is_of_all_terms(by_token: bool):
+    """One solved group of two policy rows and a wrong expert's, one with a wrong row."""
+    own = np.array([True, True, False] * 2)
+    correct = np.array([True, True, False, True, False, True])
+    experience, made = two_groups(own, correct)
+    weights = np.zeros((6, 8), np.float32)
+    weights[:, :2] = [[0.5, 0.25], [1, 1], [0.5, 0], [9, 9], [9, 9], [9, 9]]
+    advantages = np.array([2, -1, 4, 7, 7, 7], np.float32)
+    echo = np.zeros((6, 8), np.float32)
+    echo[1, :3] = 0.25
+    batch = dataclasses.replace(
+        made.batch,
+        token_weights=weights,
+        echo_weights=echo,
+        advantages=np.repeat(advantages[:, None], 8, axis=1) if by_token else advantages,
+    )
+    # Policy: 0.75 * 2 + 2 * 1 + 0.5 * 4 = 5.5; echo: 0.1 * 0.75.
+    assert solved_weight(experience, batch, echo_coef=0.1) == pytest.approx(5.575)
+    none, _ = two_groups(own, np.zeros(6, bool))
+    assert solved_weight(none, batch, echo_coef=0.1) == 0
 
 
 def test_losses_are_means_over_updates_and_the_echos_over_those_with_a_clip():

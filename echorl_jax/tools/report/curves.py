@@ -95,7 +95,32 @@ SECTIONS: dict[str, Sequence[Curve]] = {
         Curve(
             "All-wrong groups", "group/all_failure_fraction", "No advantage and no clip.", "share"
         ),
+        Curve(
+            "Collapsed groups",
+            "group/collapsed_fraction",
+            "All judged rewards are equal: no advantage.",
+            "share",
+        ),
+        Curve(
+            "Weight on solved prompts",
+            "echo/solved_weight",
+            "Summed |weight| of a solved prompt's tokens in policy and echo loss.",
+        ),
+        Curve(
+            "Regressed prompts",
+            "group/regressed_fraction",
+            "Solved at the last visit, but not at this one.",
+            "share",
+        ),
+        Curve(
+            "Retired prompts",
+            "data/retired_fraction",
+            "Share of the training data.",
+            "share",
+            False,
+        ),
         Curve("EchoClips", "echo/clips", "Prompts of a step that gave a clip.", "count"),
+        Curve("Refused clips", "echo/refused", "Not above the entropy threshold.", "count"),
         Curve("Clip length", "echo/clip_tokens_mean", "Mean tokens of a clip.", "count"),
         Curve("Echo loss", "loss/echo", "Negative log-likelihood per clip token, in nats."),
         Curve(
