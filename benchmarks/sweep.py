@@ -29,8 +29,9 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 from echorl_jax.config_file import load_config, to_dict
+from echorl_jax.files import write_jsonl
 from echorl_jax.tools.report.page import write_page
-from echorl_jax.tools.report.runs import read_run, write_jsonl
+from echorl_jax.tools.report.runs import read_run
 from echorl_jax.tools.report.sweep import Outcome, read_outcome, sweep_section, sweep_table
 
 WINDOWS = ("always", "early", "late")

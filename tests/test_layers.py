@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "echorl_jax"
 LAYERS = {
     "choices": 0,
     "errors": 0,
-    "locks": 0,
+    "files": 0,
     "precision": 0,
     "types": 0,
     "xla": 0,

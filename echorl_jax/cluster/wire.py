@@ -19,6 +19,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from echorl_jax.files import replace_text
+
 Message = dict[str, Any]
 # The configuration of a run is by far the longest message.
 MAX_BYTES = 1 << 20
@@ -103,10 +105,7 @@ class Secret:
         if not self.read():
             path = Path(self.source)
             path.parent.mkdir(parents=True, exist_ok=True)
-            fresh = path.with_name(f"{SECRET_FILE}.partial")
-            fresh.touch(mode=0o600)
-            fresh.write_text(secrets.token_hex(16) + "\n")
-            fresh.replace(path)
+            replace_text(path, secrets.token_hex(16) + "\n", mode=0o600)
         return self.read()
 
 

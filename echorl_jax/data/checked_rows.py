@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 
 from echorl_jax.data.errors import DataError
 from echorl_jax.data.rows import BadRow, Row, normalise_row
+from echorl_jax.files import parse_object
 
 # Rows that are read from a parquet file, or become Python objects, at a time.
 BATCH = 128
@@ -147,7 +148,7 @@ def _read_jsonl(path: Path, skip_bad: bool) -> CheckedRows:
             if not line.strip():
                 continue
             try:
-                row = _parse_line(line)
+                row = parse_object(line)
                 normalise_row(row, source=path.stem)
                 rows.append(row)
                 content.update(line.strip() + b"\n")
@@ -157,20 +158,6 @@ def _read_jsonl(path: Path, skip_bad: bool) -> CheckedRows:
                 bad.append(_complain(f"{path}, line {number}: {error}", skip_bad))
     kept = range(len(rows))
     return _usable(CheckedRows(rows, kept, path.stem, tuple(bad), content.hexdigest()), str(path))
-
-
-def _parse_line(line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("not JSON: nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"expected an object, found {type(value).__name__}")
-    return value
 
 
 def _complain(message: str, skip_bad: bool) -> str:

@@ -32,13 +32,12 @@ from echorl_jax.evaluation.generations import (
     digest_rows,
     fingerprint,
     first_start,
-    heal,
     read_outcomes,
 )
 from echorl_jax.evaluation.presets import Pass, passes, preset
 from echorl_jax.evaluation.progress import EvaluationProgress
 from echorl_jax.evaluation.table import SourceResult, print_results, summarise
-from echorl_jax.locks import sole_writer
+from echorl_jax.files import cut_torn_line, replace_json, sole_writer
 from echorl_jax.models import load_model
 from echorl_jax.parallel import is_first, make_mesh, on_first, require_same, texts_from_shares
 from echorl_jax.rewards import GraderPool
@@ -163,7 +162,7 @@ def run_benchmark(options: Benchmark, out: Path) -> dict[str, SourceResult]:
         "scores": {name: result.as_json() for name, result in results.items()},
     }
     with writing(out / "scores.json"):
-        (out / "scores.json").write_text(json.dumps(document, indent=2) + "\n")
+        replace_json(out / "scores.json", document)
     print_results(results, left_out=work.left_out, bad=work.bad, unjudged=unjudged)
     if ungraded:
         print(
@@ -196,7 +195,7 @@ def _take_up(
     weights = fingerprint(Path(path))
     identity = {"model": options.model, "weights": weights, **settled, "rows": work.digest}
     claim(file.parent, {**identity, STARTED: started})
-    done = heal(file)
+    done = cut_torn_line(file)
     if done > len(order):
         raise UserError(f"{file}: {done} attempts, expected at most {len(order)}")
     if done:

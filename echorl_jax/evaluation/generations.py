@@ -3,13 +3,13 @@
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, get_args
 
 from echorl_jax.errors import UserError, writing
+from echorl_jax.files import parse_object, read_json, replace_json
 
 # Of each weight file so much is read, at both ends, to tell one model from another.
 FINGERPRINT_BYTES = 1 << 20
@@ -33,7 +33,7 @@ class Outcome:
 def first_start(out: Path) -> str:
     """The time at which the evaluation in ``out`` began; now if no file has it."""
     try:
-        options = json.loads((out / "options.json").read_bytes())
+        options = read_json(out / "options.json")
         return datetime.fromisoformat(options[STARTED]).isoformat()
     except (OSError, ValueError, TypeError, LookupError):  # claim() judges the file
         return datetime.now().isoformat(timespec="seconds")
@@ -53,38 +53,18 @@ def claim(out: Path, identity: Mapping[str, Any]) -> None:
                 raise UserError(
                     f"{out}: generations.jsonl without options.json; take another --out"
                 )
-            partial = file.with_suffix(".partial")
             with writing(out):
-                partial.write_text(json.dumps(known, indent=2) + "\n")
-                os.replace(partial, file)
+                replace_json(file, known)
             return
-        before = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error})") from error
+        before = read_json(file)
     except OSError as error:
         raise UserError(f"{out}: {error.strerror}") from error
-    if not isinstance(before, dict):
-        raise UserError(f"{file}: not the options of an evaluation")
     for name in {**before, **known}:
         if name != STARTED and before.get(name) != known.get(name):
             raise UserError(
                 f"{out} holds an evaluation with {name} = {before.get(name)!r}, "
                 f"not {known.get(name)!r}; take another --out or the same options"
             )
-
-
-def heal(path: Path) -> int:
-    """Cuts off a last line that a kill left unfinished; returns the number of whole lines."""
-    if not path.exists():
-        return 0
-    with path.open("rb+") as file:
-        lines = end = 0
-        for line in file:
-            if not line.endswith(b"\n"):
-                file.truncate(end)
-                break
-            lines, end = lines + 1, end + len(line)
-    return lines
 
 
 def read_outcomes(path: Path, expected: Sequence[tuple[int, int, bool]]) -> Iterator[Outcome]:
@@ -99,7 +79,7 @@ def read_outcomes(path: Path, expected: Sequence[tuple[int, int, bool]]) -> Iter
     with path.open("rb") as file:
         for number, (text, wanted) in enumerate(zip(file, expected, strict=False), start=1):
             try:
-                line = json.loads(text)
+                line = parse_object(text)
                 found = (line["problem"], line["sample"], line["greedy"])
                 fields = dataclasses.fields(Outcome)
                 outcome = Outcome(**{field.name: line[field.name] for field in fields})

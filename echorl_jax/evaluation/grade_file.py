@@ -6,9 +6,10 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from echorl_jax.errors import UserError, writing
+from echorl_jax.files import parse_object, replacing
 from echorl_jax.rewards import GraderPool, Verdict, grading_failed
 
 # Lines graded together: progress is shown, and written, this often.
@@ -113,14 +114,11 @@ def grade_file(
     if out is not None and out.exists() and path.exists() and out.samefile(path):
         raise UserError(f"--out={out} is the file that is graded")
     tally = _Tally()
-    # A file that stands at `out` stays until all is graded. A pipe or a device is written to, and
-    # so is a link, such as /dev/stdout is.
-    partial = out
-    if out is not None and not out.is_symlink() and (out.is_file() or not out.exists()):
-        partial = out.with_name(f"{out.name}.partial")
-    with writing(out or Path("standard output")), contextlib.ExitStack() as stack:
-        pool = stack.enter_context(GraderPool(grader, workers=workers, timeout_s=timeout_s))
-        target = sys.stdout if partial is None else stack.enter_context(partial.open("w"))
+    with (
+        writing(out or Path("standard output")),
+        GraderPool(grader, workers=workers, timeout_s=timeout_s) as pool,
+        _opened(out) as target,
+    ):
         for numbered in _chunks(path, response_key, answer_key, verdict_key):
             lines = [line for _, line in numbered]
             rows = [_row(line, answer_key) for line in lines]
@@ -132,11 +130,20 @@ def grade_file(
                 target.write(json.dumps({**line, **kept, **vars(verdict)}) + "\n")
             if out is not None:
                 print(f"\r{tally.count + tally.unjudged} graded", end="", file=sys.stderr)
-    if out is not None and partial is not None:
-        if partial != out:
-            partial.replace(out)
+    if out is not None:
         print(file=sys.stderr)
     return tally.summary(compared=verdict_key is not None)
+
+
+def _opened(out: Path | None) -> contextlib.AbstractContextManager[TextIO]:
+    """The output. A file that stands at ``out`` stays until all is graded.
+
+    A pipe or a device is written to, and so is a link, such as /dev/stdout is.
+    """
+    if out is None:
+        return contextlib.nullcontext(sys.stdout)
+    plain = not out.is_symlink() and (out.is_file() or not out.exists())
+    return replacing(out) if plain else out.open("w")
 
 
 def _chunks(
@@ -166,11 +173,9 @@ def _chunks(
 
 def _parse(text: str, place: str, response_key: str, answer_key: str | None) -> dict[str, Any]:
     try:
-        line = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{place}: not JSON ({error.msg})") from error
-    if not isinstance(line, dict):
-        raise UserError(f"{place}: an object was expected")
+        line = parse_object(text)
+    except ValueError as error:
+        raise UserError(f"{place}: {error}") from error
     if not isinstance(line.get(response_key), str):
         raise UserError(f"{place}: no text in {response_key!r}; it has {', '.join(line)}")
     keys = [answer_key] if answer_key else ANSWERS

@@ -23,20 +23,13 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.errors import MOST, RunStopped, UserError, storage_reason
+from echorl_jax.files import read_steps, sync, sync_tree
 from echorl_jax.parallel import any_process, is_first, wait_for_all
 from echorl_jax.training.faults import Faults
 from echorl_jax.training.inputs import checksums, digest
 from echorl_jax.training.logs import hide_closed_loop_errors
 from echorl_jax.training.optimizer import TrainState
-from echorl_jax.training.workdir import (
-    copy_aside,
-    deciding_keys,
-    first_difference,
-    set_aside,
-    sync,
-    sync_tree,
-    whole_lines,
-)
+from echorl_jax.training.workdir import copy_aside, deciding_keys, first_difference, set_aside
 from echorl_jax.types import PyTree
 
 # Orbax logs every save and directory; the run's lines say what a user needs.
@@ -350,7 +343,7 @@ def _ranked(workdir: Path, steps: Iterable[int]) -> list[int]:
     The score is the mean pass@1 of the evaluation; in a run without evaluations, ``reward/mean``.
     """
     file = workdir / "metrics.jsonl"
-    lines = {line["step"]: line for line in whole_lines(file)} if file.exists() else {}
+    lines = {line["step"]: line for line in read_steps(file)} if file.exists() else {}
     evaluated = any("eval/failed" in line for line in lines.values())
     scores = {}
     for step in steps:

@@ -7,17 +7,16 @@ import jax
 import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
-from echorl_jax.config import ConfigError
 from echorl_jax.config_file import from_dict
 from echorl_jax.data import load_tokenizer
 from echorl_jax.data.tokens import model_path
 from echorl_jax.errors import UserError, writing
+from echorl_jax.files import read_json, replace_directory
 from echorl_jax.models import load_decoder, load_model, save_model
 from echorl_jax.parallel import is_first
 from echorl_jax.training.checkpoints import DIRECTORY, read_params, read_weights
 from echorl_jax.training.logs import hide_closed_loop_errors
 from echorl_jax.training.setup import Setup
-from echorl_jax.training.workdir import read_json
 from echorl_jax.types import PyTree
 
 
@@ -31,8 +30,7 @@ def export_model(workdir: Path, setup: Setup, params: PyTree) -> None:
         shutil.rmtree(fresh, ignore_errors=True)
     save_model(fresh, setup.model, params, setup.tokenizer)
     if is_first():
-        shutil.rmtree(final, ignore_errors=True)
-        fresh.rename(final)
+        replace_directory(fresh, final)
 
 
 # Inside a converted directory: the weights, and all that is not weights as it came.
@@ -90,7 +88,7 @@ def _from_workdir(workdir: Path, out: Path, step: str) -> str:
     file = workdir / "config.json"
     try:
         config = from_dict(read_json(file))
-    except (OSError, ConfigError) as error:
+    except (OSError, UserError) as error:
         raise UserError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from error
     decoder = load_decoder(model_path(config.model.path))
     here = SingleDeviceSharding(jax.local_devices()[0])

@@ -22,15 +22,14 @@ from safetensors.numpy import load_file, save_file
 
 from echorl_jax.config_file import from_dict, to_dict
 from echorl_jax.errors import UserError, one_line
+from echorl_jax.files import read_json, replace_directory, replace_json
 from echorl_jax.models import abstract_params, load_decoder, to_hf
-from echorl_jax.models.tensor_files import write_json
 from echorl_jax.parallel import any_process, is_first, make_mesh, platform_of, wait_for_all
 from echorl_jax.parallel.mesh import AXES
 from echorl_jax.training.checkpoints import read_weights
 from echorl_jax.training.optimizer import init_state
 from echorl_jax.training.setup import Setup, configured_objective, model_options, static_setup
 from echorl_jax.training.update import Accumulated, UpdateStats, apply_update, micro_gradient
-from echorl_jax.training.workdir import read_json
 from echorl_jax.types import HostArray, PyTree, TrainBatch
 
 FACTS, BATCHES, PARAMS, MODEL = "dump.json", "micro_batches.safetensors", "params", "model"
@@ -123,7 +122,7 @@ class Dumps:
             }
             save_file(arrays, partial / BATCHES)
             (partial / MODEL).mkdir()
-            write_json(partial / MODEL / "config.json", to_hf(self._setup.model.config))
+            replace_json(partial / MODEL / "config.json", to_hf(self._setup.model.config))
             facts = {
                 "step": int(step),
                 "update": int(update),
@@ -134,9 +133,8 @@ class Dumps:
                 "mesh": dict(self._setup.mesh.shape),
                 "config": to_dict(self._setup.config),
             }
-            write_json(partial / FACTS, facts)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
+            replace_json(partial / FACTS, facts)
+            replace_directory(partial, final)
         wait_for_all("dump ends")
         return final
 

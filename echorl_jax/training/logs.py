@@ -18,8 +18,8 @@ from rich.table import Table
 
 from echorl_jax.config import ConfigError
 from echorl_jax.evaluation.progress import Bar
+from echorl_jax.files import read_steps, replace_text
 from echorl_jax.parallel import is_first
-from echorl_jax.training.workdir import replace_text, whole_lines
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -80,14 +80,14 @@ class RunLog:
 
     def lacks(self, key: str) -> bool:
         """True if the last line is without this key; False where there is no line."""
-        lines = list(whole_lines(self._path)) if self._file is not None else []
+        lines = list(read_steps(self._path)) if self._file is not None else []
         return bool(lines) and key not in lines[-1]
 
     def amend(self, metrics: dict[str, float]) -> None:
         """Adds metrics to the last line, and to what is shown of its step."""
         if self._file is None:
             return
-        *lines, last = whole_lines(self._path)
+        *lines, last = read_steps(self._path)
         self._file.close()
         text = "".join(json.dumps(line) + "\n" for line in [*lines, {**last, **metrics}])
         replace_text(self._path, text)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echorl_jax.config import Config
+from echorl_jax.files import write_jsonl
 from echorl_jax.parallel import is_first
 from echorl_jax.rewards import grading_failed
 from echorl_jax.training.batch import Assembled
@@ -215,8 +216,7 @@ def record_samples(
         lines = (
             _sample(step, row, experience, made, clips, setup.tokenizer) for row in rows.tolist()
         )
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (directory / f"step_{step:06d}.jsonl").write_text(text)
+        write_jsonl(directory / f"step_{step:06d}.jsonl", lines)
 
 
 def groups_to_show(config: Config, step: int) -> range:

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import platform
 import shutil
 import time
@@ -17,7 +16,14 @@ import jax
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.config_file import RENAMED, flatten, to_dict
 from echorl_jax.errors import writing
-from echorl_jax.locks import sole_writer
+from echorl_jax.files import (
+    parse_object,
+    read_json,
+    read_steps,
+    replace_json,
+    replace_text,
+    sole_writer,
+)
 from echorl_jax.parallel import is_first, wait_for_all
 
 # A run may be continued with other values of these sections and keys: they decide where, how fast
@@ -74,27 +80,11 @@ def _claim(workdir: Path, file: Path, config: Config, held: ExitStack) -> int:
                 before = read_json(file)
                 _require_same(workdir, before, config)
                 steps = before.get("steps", steps)
-            _write_json(file, to_dict(config))
-            _write_json(workdir / "environment.json", environment())
+            replace_json(file, to_dict(config))
+            replace_json(workdir / "environment.json", environment())
     except (NotADirectoryError, FileExistsError) as error:
         raise ConfigError(f"workdir {workdir}: {error.strerror}") from error
     return steps
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Reads a file that holds one JSON object.
-
-    Raises:
-      ConfigError: it holds anything else.
-      OSError: it cannot be read.
-    """
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{file}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ConfigError(f"{file}: a JSON object is expected, found {type(content).__name__}")
-    return content
 
 
 def _has_begun(workdir: Path) -> bool:
@@ -107,7 +97,7 @@ def _has_begun(workdir: Path) -> bool:
 def _require_shared(workdir: Path, file: Path, config: Config) -> None:
     """Checks that what the first process has written is here; network file systems take a while."""
     deadline = time.monotonic() + SEEN_WITHIN_S
-    while not (file.exists() and json.loads(file.read_text()) == to_dict(config)):
+    while not (file.exists() and parse_object(file.read_bytes()) == to_dict(config)):
         if time.monotonic() > deadline:
             raise ConfigError(
                 f"workdir {workdir.absolute()}: process {jax.process_index()} on "
@@ -167,7 +157,7 @@ def rewind(workdir: Path, step: int) -> int:
     for name in ("samples/ledger.jsonl", "metrics.jsonl"):
         path = workdir / name
         if path.exists():
-            lines = list(whole_lines(path))
+            lines = list(read_steps(path))
             damaged = len(lines) < path.read_bytes().count(b"\n")
             if damaged or (step < 0 and last_step(path) > 0):
                 copy_aside(workdir, path)
@@ -181,23 +171,9 @@ def rewind(workdir: Path, step: int) -> int:
     return stay
 
 
-def whole_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON-lines file that have a step.
-
-    Other lines are passed over, such as a last one that a kill left half written.
-    """
-    for line in path.read_bytes().splitlines():
-        try:
-            content = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(content, dict) and type(content.get("step")) is int:
-            yield content
-
-
 def last_step(path: Path) -> int:
     """The largest step of a JSON-lines file; -1 without a file or a step."""
-    return max((line["step"] for line in whole_lines(path)), default=-1) if path.exists() else -1
+    return max((line["step"] for line in read_steps(path)), default=-1)
 
 
 def environment() -> dict[str, Any]:
@@ -249,32 +225,3 @@ def _require_same(workdir: Path, before: dict, config: Config) -> None:
 
 def _may_change(key: str) -> bool:
     return key in MAY_CHANGE or key.split(".")[0] in MAY_CHANGE
-
-
-def _write_json(path: Path, content: dict) -> None:
-    replace_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file as a whole: a kill or a power cut leaves the old content or the new."""
-    fresh = path.with_name(f"{path.name}.partial")
-    fresh.write_text(text, encoding="utf-8")
-    sync(fresh)
-    fresh.replace(path)
-
-
-def sync_tree(directory: Path) -> None:
-    """Waits until all files below a directory, and their names, are on the disk."""
-    for folder, _, files in os.walk(directory):
-        for name in files:
-            sync(Path(folder, name))
-        sync(Path(folder))
-
-
-def sync(path: Path) -> None:
-    """Waits until a file's content, or a directory's names, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

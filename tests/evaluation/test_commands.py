@@ -151,7 +151,7 @@ def test_grade_compares_with_another_judge(tmp_path: Path, capsys: pytest.Captur
     ("text", "expected"),
     [
         ('{"response": "x"', "line 1: not JSON"),
-        ("[1]", "line 1: an object was expected"),
+        ("[1]", "line 1: expected an object, found list"),
         ('{"output": "x", "answer": 1}', "no text in 'response'"),
         ('{"response": "x"}', "no 'answer' or 'ground_truth'"),
     ],

@@ -13,12 +13,12 @@ from scipy import stats
 from echorl_jax.config import Config
 from echorl_jax.core import batch_loss
 from echorl_jax.data import Prompt, add_hint, hint_segments, load_rows, load_tokenizer
+from echorl_jax.files import read_steps
 from echorl_jax.training import loop
 from echorl_jax.training.batch import make_batches
 from echorl_jax.training.experience import collect
 from echorl_jax.training.run import open_run
 from echorl_jax.training.sft import train_supervised
-from echorl_jax.training.workdir import whole_lines
 from tests.integration.conftest import small_config
 
 HINT_STEPS = 12
@@ -102,7 +102,7 @@ def test_luffy_trains_on_its_file(tmp_path: Path, shared_data: Path) -> None:
     )
     config = dataclasses.replace(config, log=dataclasses.replace(config.log, samples_every=0))
     loop.train(config, tmp_path, devices=jax.devices()[:1])
-    lines = list(whole_lines(tmp_path / "metrics.jsonl"))
+    lines = list(read_steps(tmp_path / "metrics.jsonl"))
     assert [line["step"] for line in lines] == list(range(1, 21))
     assert all(math.isfinite(line["loss/total"]) for line in lines)
     assert all(line["optim/skipped"] == 0 for line in lines)
@@ -115,7 +115,7 @@ def test_uft_shows_less_and_less_and_then_nothing(
 ) -> None:
     config = expert_config([shared_data / name], "uft")
     loop.train(config, tmp_path, devices=jax.devices()[:1])
-    lines = list(whole_lines(tmp_path / "metrics.jsonl"))
+    lines = list(read_steps(tmp_path / "metrics.jsonl"))
     shown = [line["prompt/hint_tokens_mean"] for line in lines]
     assert len(shown) == 20 and min(shown[:4]) > 0
     assert np.mean(shown[:4]) > np.mean(shown[8:12])

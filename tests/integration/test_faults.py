@@ -19,10 +19,10 @@ from echorl_jax.config import Config, ConfigError
 from echorl_jax.config_file import to_dict
 from echorl_jax.data import load_tokenizer
 from echorl_jax.errors import RunStopped
+from echorl_jax.files import read_steps
 from echorl_jax.models import load_decoder, load_model
 from echorl_jax.training import loop
 from echorl_jax.training.checkpoints import read_params
-from echorl_jax.training.workdir import whole_lines
 from tests.integration.conftest import ROOT, small_config
 from tests.integration.test_train import same, steady, train
 
@@ -89,7 +89,7 @@ def test_a_gradient_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFix
     )
     with pytest.raises(RunStopped, match="step 3: the gradient was not finite for 2 updates"):
         train(config, tmp_path)
-    lines = list(whole_lines(tmp_path / "metrics.jsonl"))
+    lines = list(read_steps(tmp_path / "metrics.jsonl"))
     assert [line["optim/skipped"] for line in lines] == [0, 1]
     assert lines[1]["loss/total"] is None
     first, second = (read_params(tmp_path, step, SHAPES)[1] for step in "12")
@@ -133,11 +133,11 @@ def test_bad_graders_and_a_failing_evaluation_cost_themselves(tmp_path: Path) ->
         debug={"inject": "reward_crash@0.3,reward_hang@0.1,reward_leak@0.1,eval_fail@1"},
     )
     train(config, tmp_path)
-    lines = list(whole_lines(tmp_path / "metrics.jsonl"))
+    lines = list(read_steps(tmp_path / "metrics.jsonl"))
     assert [line["eval/failed"] for line in lines] == [0, 1, 0]
     assert ["eval/countdown/pass@1" in line for line in lines] == [True, False, True]
     for step in (1, 2):
-        samples = list(whole_lines(tmp_path / "samples" / f"step_{step:06d}.jsonl"))
+        samples = list(read_steps(tmp_path / "samples" / f"step_{step:06d}.jsonl"))
         bad = [s for s in samples if s["reason"].startswith(("no verdict", "the grad"))]
         assert bad and all(s["reward"] == 0 for s in bad)
         assert lines[step]["reward/ungraded_fraction"] == len(bad) / len(samples)
@@ -342,7 +342,7 @@ def test_a_policy_that_has_diverged_stops_the_run(tmp_path: Path) -> None:
     line = r"log-probabilities or entropies of 16 of 16 rollouts are not finite, .* 2 bad step"
     with pytest.raises(RunStopped, match=line):
         train(config, tmp_path)
-    assert len(list(whole_lines(tmp_path / "metrics.jsonl"))) <= 3
+    assert len(list(read_steps(tmp_path / "metrics.jsonl"))) <= 3
 
 
 def test_rewards_whose_deviation_overflows_are_named(
@@ -353,7 +353,7 @@ def test_rewards_whose_deviation_overflows_are_named(
     train(small_config(steps=1, data={"grader": grader}), tmp_path)
     told = capsys.readouterr().err
     assert "warning: step 1: a reward of 1e+30 for row " in told and "overflows float32" in told
-    (line,) = whole_lines(tmp_path / "metrics.jsonl")
+    (line,) = read_steps(tmp_path / "metrics.jsonl")
     assert line["reward/mean"] == 0 and line["optim/skipped"] == 0
 
 
@@ -374,11 +374,11 @@ def test_responses_that_a_reward_does_not_judge_are_left_out(
         log={"samples_groups": 4},
     )
     train(config, tmp_path)
-    lines = list(whole_lines(tmp_path / "metrics.jsonl"))
-    ledger = list(whole_lines(tmp_path / "samples" / "ledger.jsonl"))
+    lines = list(read_steps(tmp_path / "metrics.jsonl"))
+    ledger = list(read_steps(tmp_path / "samples" / "ledger.jsonl"))
     assert 0 <= lines[-1]["eval/countdown/pass@1"] <= 1 and lines[-1]["eval/failed"] == 0
     for line, entry in zip(lines[1:], ledger, strict=True):
-        samples = whole_lines(tmp_path / "samples" / f"step_{line['step']:06d}.jsonl")
+        samples = read_steps(tmp_path / "samples" / f"step_{line['step']:06d}.jsonl")
         groups: list[list[dict[str, Any]]] = [[], [], [], []]
         for sample in samples:
             assert (sample["reward"] is None) == (len(sample["response"]) % 2 == 1)
@@ -408,5 +408,5 @@ def test_a_grader_that_judges_nothing_is_named(
     grader = "tests.rewards.hostile_graders:trl_none"
     train(small_config(steps=1, data={"grader": grader}, echo={"coef": 0.1}), tmp_path)
     assert "step 1: the grader returned None for all 16 responses" in capsys.readouterr().err
-    (line,) = whole_lines(tmp_path / "metrics.jsonl")
+    (line,) = read_steps(tmp_path / "metrics.jsonl")
     assert line["reward/ungraded_fraction"] == 1 and line["optim/grad_norm"] == 0

@@ -10,8 +10,8 @@ import pytest
 
 from echorl_jax.config import ConfigError
 from echorl_jax.core import OBJECTIVES
+from echorl_jax.files import read_steps
 from echorl_jax.training import loop
-from echorl_jax.training.workdir import whole_lines
 from tests.integration.conftest import small_config
 from tests.integration.test_train import require_close, untrained
 
@@ -32,12 +32,12 @@ def test_two_steps(name: str, tmp_path: Path) -> None:
         data={"max_prompt_tokens": 64},
     )
     state = loop.train(config, tmp_path, devices=jax.devices()[:1])
-    lines = list(whole_lines(tmp_path / "metrics.jsonl"))
+    lines = list(read_steps(tmp_path / "metrics.jsonl"))
     assert [line["step"] for line in lines] == [1, 2]
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(jax.device_get(state.params)))
     assert all(line["optim/skipped"] == 0 for line in lines)
     assert sum(line["echo/clips"] for line in lines) > 0
-    ledger = list(whole_lines(tmp_path / "samples" / "ledger.jsonl"))
+    ledger = list(read_steps(tmp_path / "samples" / "ledger.jsonl"))
     assert all(group["size"] == 4 for line in ledger for group in line["groups"])
     if name in ("grpo", "uft"):
         # At the first step policy and reference are the same; then they part.
@@ -60,7 +60,7 @@ def test_an_objective_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.syspath_prepend(tmp_path)
     config = small_config(steps=1, objective={"name": "my_objectives:mine", "kl_coef": None})
     loop.train(config, tmp_path / "run", devices=jax.devices()[:1])
-    (line,) = whole_lines(tmp_path / "run" / "metrics.jsonl")
+    (line,) = read_steps(tmp_path / "run" / "metrics.jsonl")
     assert line["train/rows_skipped_fraction"] == 0 and line["loss/policy"] > 0
     missing = small_config(steps=1, objective={"name": "my_objectives:yours"})
     with pytest.raises(ConfigError, match="config.objective.name.*yours"):
@@ -126,7 +126,7 @@ def test_tokens_are_selected_by_the_policy_before_each_update(
         echo={"select": "random"},
     )
     loop.train(config, tmp_path / "run", devices=jax.devices()[:1])
-    (line,) = whole_lines(tmp_path / "run" / "metrics.jsonl")
+    (line,) = read_steps(tmp_path / "run" / "metrics.jsonl")
     assert line["optim/skipped"] == 0 and line["ratio/clip_fraction"] > 0
     keys = importlib.import_module(f"selecting_{old_logprobs}").KEYS
     _, for_clips = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), 1))

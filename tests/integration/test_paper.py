@@ -12,11 +12,11 @@ import pytest
 from echorl_jax.config import Config
 from echorl_jax.config_file import load_config
 from echorl_jax.data.tokens import BUILTIN
+from echorl_jax.files import read_steps
 from echorl_jax.models import to_hf
 from echorl_jax.models.published import architecture
 from echorl_jax.training import loop
 from echorl_jax.training.sft import train_supervised
-from echorl_jax.training.workdir import whole_lines
 from tests.test_paper_config import FILE
 
 # Every model, the paper's four methods with and without echo, and supervised training: a run
@@ -100,7 +100,7 @@ def test_two_steps_of_every_recipe(model: str, method: str, echo: bool, tmp_path
         state = train_supervised(config, tmp_path / "run")
     else:
         state = loop.train(config, tmp_path / "run", devices=jax.devices()[:1])
-    lines = list(whole_lines(tmp_path / "run" / "metrics.jsonl"))
+    lines = list(read_steps(tmp_path / "run" / "metrics.jsonl"))
     assert [line["step"] for line in lines] == [1, 2]
     leaves = jax.tree.leaves(jax.device_get(state.params))
     assert all(np.isfinite(leaf).all() for leaf in leaves)

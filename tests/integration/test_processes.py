@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from echorl_jax.files import read_steps
 from echorl_jax.training import loop
-from echorl_jax.training.workdir import whole_lines
 from tests.integration.conftest import ROOT, small_config
 from tests.integration.test_train import require_close, steady, untrained
 from tests.several import free_port, gone
@@ -99,7 +99,7 @@ def wait_for_step(workdir: Path, step: int, *, within_s: float = 300) -> None:
     """Returns as soon as metrics.jsonl shows the step."""
     deadline = time.monotonic() + within_s
     path = workdir / "metrics.jsonl"
-    while not (path.exists() and any(line["step"] >= step for line in whole_lines(path))):
+    while not (path.exists() and any(line["step"] >= step for line in read_steps(path))):
         assert time.monotonic() < deadline, f"no step {step}: {last_lines(workdir)}"
         time.sleep(0.05)
 
@@ -144,7 +144,7 @@ def check_close_run(first: Path, second: Path) -> None:
                 a[key],
                 b[key],
             )
-    groups = [list(whole_lines(d / "samples" / "ledger.jsonl")) for d in (first, second)]
+    groups = [list(read_steps(d / "samples" / "ledger.jsonl")) for d in (first, second)]
     assert groups[0] == groups[1]
     start = load_file(ROOT / "echorl_jax" / "assets" / "countdown" / "model.safetensors")
     weights = [{name: exported(workdir)[name] for name in start} for workdir in (first, second)]
@@ -193,7 +193,7 @@ def test_one_is_killed_and_the_run_goes_on_later(
     assert time.monotonic() - begin < LOST_AFTER_S
     for line in last_lines(workdir):
         assert line.startswith(f"echorl: process {victim} of 2 on ") and "SIGKILL" in line, line
-    assert all(line["step"] < STEPS for line in whole_lines(workdir / "metrics.jsonl"))
+    assert all(line["step"] < STEPS for line in read_steps(workdir / "metrics.jsonl"))
     launch.complete(workdir, processes=2)
     assert same_run(workdir, whole)
 
@@ -221,7 +221,7 @@ def test_a_signal_at_one_stops_all_and_one_goes_on(
     wait_for_step(workdir, 1)
     pair[1].send_signal(signal.SIGTERM)
     assert [process.wait(timeout=120) for process in pair] == [0, 0]
-    reached = [line["step"] for line in whole_lines(workdir / "metrics.jsonl")]
+    reached = [line["step"] for line in read_steps(workdir / "metrics.jsonl")]
     assert 1 <= reached[-1] < STEPS
     assert str(reached[-1]) in {path.name for path in (workdir / "checkpoints").iterdir()}
     # Another number of processes on the same mesh: the same data, the same result.
@@ -236,10 +236,10 @@ def test_an_evaluation_that_fails_in_one_costs_all_only_itself(
     workdir = tmp_path / "run"
     evaluation = {"data__eval": "countdown:split=eval&count=8", "eval__every": 1}
     launch.complete(workdir, processes=2, steps=3, **evaluation, debug__inject="eval_fail@2")
-    lines = list(whole_lines(workdir / "metrics.jsonl"))
+    lines = list(read_steps(workdir / "metrics.jsonl"))
     assert [line["eval/failed"] for line in lines] == [0, 0, 1, 0]
     assert ["eval/countdown/pass@1" in line for line in lines] == [True, True, False, True]
-    trained = list(whole_lines(whole / "metrics.jsonl"))
+    trained = list(read_steps(whole / "metrics.jsonl"))
     for line, other in zip(lines[1:], trained, strict=False):
         assert line["optim/grad_norm"] == other["optim/grad_norm"]
     logs = [(tmp_path / f"run.{process}.log").read_text() for process in (0, 1)]

@@ -12,11 +12,11 @@ import pytest
 
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.data import load_tokenizer
+from echorl_jax.files import read_steps
 from echorl_jax.models import load_decoder, load_model
 from echorl_jax.tools.report.page import write_report
 from echorl_jax.training import loop
 from echorl_jax.training.optimizer import TrainState
-from echorl_jax.training.workdir import whole_lines
 from tests.integration.conftest import small_config
 
 # Differ from run to run on the same machine.
@@ -37,7 +37,7 @@ def train(config: Config, workdir: Path, *, devices: int = 1) -> TrainState:
 
 
 def steady(workdir: Path) -> list[dict[str, Any]]:
-    lines = whole_lines(workdir / "metrics.jsonl")
+    lines = read_steps(workdir / "metrics.jsonl")
     return [
         {k: v for k, v in line.items() if not any(part in k for part in UNSTEADY)} for line in lines
     ]
@@ -81,7 +81,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_workdir_has_what_is_promised(whole_run: Path) -> None:
     for name in ("config.json", "metrics.jsonl", "checkpoints", "samples", "tensorboard", "export"):
         assert (whole_run / name).exists(), name
-    lines = list(whole_lines(whole_run / "metrics.jsonl"))
+    lines = list(read_steps(whole_run / "metrics.jsonl"))
     assert [line["step"] for line in lines] == [0, 1, 2, 3]
     assert ["eval/countdown/pass@1" in line for line in lines] == [True, False, True, True]
     assert set(LISTED) <= set(lines[2])
@@ -91,7 +91,7 @@ def test_workdir_has_what_is_promised(whole_run: Path) -> None:
 
 def test_samples_tell_the_same_as_the_metrics(whole_run: Path) -> None:
     for step, line in enumerate(steady(whole_run)[1:], start=1):
-        samples = list(whole_lines(whole_run / "samples" / f"step_{step:06d}.jsonl"))
+        samples = list(read_steps(whole_run / "samples" / f"step_{step:06d}.jsonl"))
         assert np.isclose(np.mean([s["reward"] for s in samples]), line["reward/mean"])
         clips = [s for s in samples if s["clip_tokens"]]
         assert len(clips) == line["echo/clips"]
@@ -110,7 +110,7 @@ def test_samples_tell_the_same_as_the_metrics(whole_run: Path) -> None:
 
 def test_ledger_counts_groups(whole_run: Path) -> None:
     for entry, line in zip(
-        whole_lines(whole_run / "samples" / "ledger.jsonl"), steady(whole_run)[1:], strict=True
+        read_steps(whole_run / "samples" / "ledger.jsonl"), steady(whole_run)[1:], strict=True
     ):
         solved = [g["correct"] == g["size"] for g in entry["groups"]]
         assert np.mean(solved) == line["group/all_success_fraction"]

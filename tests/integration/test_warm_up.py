@@ -9,11 +9,11 @@ import pytest
 
 from echorl_jax.config import ConfigError
 from echorl_jax.environment.engines import slot_limits
+from echorl_jax.files import read_steps
 from echorl_jax.training import loop
 from echorl_jax.training.logs import RunLog
 from echorl_jax.training.sft import train_supervised
 from echorl_jax.training.warmup import CompileCounter
-from echorl_jax.training.workdir import whole_lines
 from tests.integration.conftest import small_config
 
 
@@ -40,7 +40,7 @@ def test_nothing_is_compiled_after_the_first_step(
         log={"profile_steps": (2,)},
     )
     loop.train(config, tmp_path / "ahead", devices=jax.devices()[:1])
-    lines = list(whole_lines(tmp_path / "ahead" / "metrics.jsonl"))
+    lines = list(read_steps(tmp_path / "ahead" / "metrics.jsonl"))
     assert len({line["compile/count"] for line in lines}) == 1
     said = capsys.readouterr().err
     assert "micro-batch 1/" in said and "after the warm-up" not in said
@@ -79,7 +79,7 @@ def test_demonstrations_compile_nothing_either(
         checkpoint={"every": 0},
     )
     train_supervised(config, tmp_path / "ahead", devices=jax.devices()[:1])
-    lines = list(whole_lines(tmp_path / "ahead" / "metrics.jsonl"))
+    lines = list(read_steps(tmp_path / "ahead" / "metrics.jsonl"))
     assert len({line["compile/count"] for line in lines}) == 1
     said = capsys.readouterr().err
     assert "micro-batch 1/" in said and "after the warm-up" not in said

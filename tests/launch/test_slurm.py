@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from echorl_jax.training.workdir import whole_lines
+from echorl_jax.files import read_steps
 from tests.launch import slurm_cluster
 
 ROOT = Path(__file__).parent.parent.parent
@@ -79,7 +79,7 @@ def test_a_job_trains_on_two_nodes_saves_requeues_and_ends(
     metrics = workdir / "metrics.jsonl"
 
     def reached(step: int) -> bool:
-        return metrics.exists() and any(line["step"] >= step for line in whole_lines(metrics))
+        return metrics.exists() and any(line["step"] >= step for line in read_steps(metrics))
 
     running = ("PENDING", "CONFIGURING", "RUNNING")
     wait_until(lambda: reached(1) or job(number, environment)["JobState"] not in running, log)
@@ -101,7 +101,7 @@ def test_a_job_trains_on_two_nodes_saves_requeues_and_ends(
         ("2", "echorl-node[1-2]"),
     ]
     assert f"resumed after step {stopped}" in said
-    assert [line["step"] for line in whole_lines(metrics)] == list(range(1, 11))
+    assert [line["step"] for line in read_steps(metrics)] == list(range(1, 11))
     record = json.loads((workdir / "environment.json").read_text())
     assert record["processes"] == 2 and len(record["devices"]) == 4
     assert (workdir / "export").is_dir()

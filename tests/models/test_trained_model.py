@@ -17,11 +17,11 @@ import trained_reference as reference
 
 from echorl_jax.config import Config
 from echorl_jax.data import encode_prompt, load_tokenizer
+from echorl_jax.files import read_steps
 from echorl_jax.models import Decoder, load_model
 from echorl_jax.rollout import generate
 from echorl_jax.training import loop
 from echorl_jax.training.sft import train_supervised
-from echorl_jax.training.workdir import whole_lines
 from echorl_jax.types import PyTree
 from tests.integration.conftest import small_config
 from tests.rollout.conftest import completions
@@ -157,7 +157,7 @@ def test_supervised_step(directory, expected, tmp_path) -> None:
         rollout={"max_new_tokens": 32},
     )
     train_supervised(config, tmp_path / "run", devices=jax.devices()[:1])
-    first, second = whole_lines(tmp_path / "run" / "metrics.jsonl")
+    first, second = read_steps(tmp_path / "run" / "metrics.jsonl")
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # 1.6 GB
     assert first["loss/nll"] == pytest.approx(expected["nll"], rel=1e-4)
     assert first["optim/grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-3)
@@ -176,7 +176,7 @@ def test_grpo_step(directory, loaded, tmp_path) -> None:
         echo={"enabled": False},
     )
     state = loop.train(config, tmp_path / "run", devices=jax.devices()[:1])
-    (line,) = whole_lines(tmp_path / "run" / "metrics.jsonl")
+    (line,) = read_steps(tmp_path / "run" / "metrics.jsonl")
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     assert 0.2 < line["reward/mean"] < 0.5  # English has 38% vowels among letters
     assert 0.5 < line["entropy/token_mean"] < 4

@@ -10,8 +10,9 @@ import pytest
 from echorl_jax.config import Config, ConfigError, EchoConfig
 from echorl_jax.config_file import from_dict, to_dict
 from echorl_jax.errors import UserError
+from echorl_jax.files import read_steps
 from echorl_jax.training.logs import RunLog
-from echorl_jax.training.workdir import open_workdir, require_new, rewind, whole_lines
+from echorl_jax.training.workdir import open_workdir, require_new, rewind
 
 
 def opened(workdir: Path, config: Config) -> int:
@@ -67,7 +68,7 @@ def test_an_unusable_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text("{torn")
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 0}\n')
-    with pytest.raises(ConfigError, match="config.json"):
+    with pytest.raises(UserError, match="config.json: not JSON"):
         opened(tmp_path / "run", Config())
 
 
@@ -80,7 +81,7 @@ def test_rewind_drops_what_comes_again_and_what_is_torn(tmp_path: Path) -> None:
         (tmp_path / "samples" / f"step_{step:06d}.jsonl").write_text("{}\n")
     rewind(tmp_path, 2)
     for name in ("metrics.jsonl", "samples/ledger.jsonl"):
-        assert [line["step"] for line in whole_lines(tmp_path / name)] == [0, 1, 2]
+        assert [line["step"] for line in read_steps(tmp_path / name)] == [0, 1, 2]
     assert [p.name for p in (tmp_path / "samples").glob("step_*")] == ["step_000001.jsonl"]
 
 

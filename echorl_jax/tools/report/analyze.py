@@ -8,11 +8,12 @@ from typing import Any
 from echorl_jax.data import load_rows
 from echorl_jax.environment import MOST_SAMPLES
 from echorl_jax.errors import UserError
+from echorl_jax.files import write_jsonl
 from echorl_jax.tools.report import golden_entropy, step_deletion
 from echorl_jax.tools.report.entropy_decay import entropy_collapse, entropy_law
 from echorl_jax.tools.report.page import write_report
 from echorl_jax.tools.report.policy import Analysis, Policy
-from echorl_jax.tools.report.runs import read_run, read_runs, study_file, write_jsonl
+from echorl_jax.tools.report.runs import read_run, read_runs, study_file
 from echorl_jax.tools.report.viewer import all_clips
 
 STUDIES = ("run", "entropy", "deletion")

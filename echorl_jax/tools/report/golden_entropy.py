@@ -16,10 +16,11 @@ import numpy as np
 from echorl_jax.data import encode_target, expert_text
 from echorl_jax.errors import UserError
 from echorl_jax.evaluation.evaluate import bootstrap_mean
+from echorl_jax.files import read_jsonl
 from echorl_jax.tools.report.curves import Panel, Section, Series, rounded, run_colour
 from echorl_jax.tools.report.headline import number
 from echorl_jax.tools.report.policy import Policy, Trajectory
-from echorl_jax.tools.report.runs import is_number, read_jsonl
+from echorl_jax.tools.report.runs import is_number
 
 Row = dict[str, Any]
 BINS = 40

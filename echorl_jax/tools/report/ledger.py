@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from echorl_jax.tools.report.runs import integer, read_jsonl
+from echorl_jax.files import read_jsonl
+from echorl_jax.tools.report.runs import integer
 
 STATES = ("mixed", "right", "wrong")
 # The most that a page shows: steps, groups of a step, prompts, visits of a prompt.

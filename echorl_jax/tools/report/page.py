@@ -18,15 +18,15 @@ import jinja2
 
 from echorl_jax.config import Config
 from echorl_jax.errors import writing
+from echorl_jax.files import map_leaves, read_jsonl, replace_text
 from echorl_jax.tools.report import curves, headline
 from echorl_jax.tools.report.curves import Section
 from echorl_jax.tools.report.entropy_decay import collapse_section, law_section
 from echorl_jax.tools.report.golden_entropy import profile_section
 from echorl_jax.tools.report.ledger import Visit, build_ledger, read_ledger
-from echorl_jax.tools.report.runs import Run, map_leaves, read_jsonl, read_runs, study_file
+from echorl_jax.tools.report.runs import Run, read_runs, study_file
 from echorl_jax.tools.report.step_deletion import deletion_section
 from echorl_jax.tools.report.viewer import Viewer, build_viewer, clip_section, embed_json, visible
-from echorl_jax.training.workdir import replace_text
 
 _SCRIPTS = ("uplot.min.js", "charts.js", "ledger.js", "viewer.js")
 _STYLES = ("uplot.min.css", "report.css")

@@ -6,14 +6,13 @@ started has no files. None of this is an error: the readers return what can be r
 """
 
 import dataclasses
-import json
 import math
 import re
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from echorl_jax.config import ConfigError
+from echorl_jax.files import parse_object, read_jsonl
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,55 +86,9 @@ def read_runs(workdirs: list[Path]) -> list[Run]:
     return [read_run(path, name="/".join(path.parts[-depth:])) for path in paths]
 
 
-def read_jsonl(path: Path, broken: list[int] | None = None) -> Iterator[dict[str, Any]]:
-    """Yields the objects of a JSONL file one at a time; nothing if the file does not exist.
-
-    Args:
-      path: the file.
-      broken: receives the numbers of lines that are not JSON objects, such as a torn last line.
-    """
-    if not path.is_file():
-        return
-    with path.open(encoding="utf-8", errors="replace") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            value = _parse(line)
-            if isinstance(value, dict):
-                yield value
-            elif broken is not None:
-                broken.append(number)
-
-
 def study_file(workdir: Path, name: str) -> Path:
     """The JSONL file with the rows of a study."""
     return workdir / "analysis" / f"{name}.jsonl"
-
-
-def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
-    """Writes one object per line, non-finite numbers as null; creates missing folders."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps(finite(row), ensure_ascii=False, allow_nan=False) + "\n" for row in rows)
-    path.write_text("".join(lines), encoding="utf-8", errors="replace")
-    return path
-
-
-def finite(value: Any) -> Any:
-    """The same nested value with every infinite or NaN number replaced by None.
-
-    >>> finite({"a": [1.0, float("nan")]})
-    {'a': [1.0, None]}
-    """
-    return map_leaves(value, lambda v: None if isinstance(v, float) and not math.isfinite(v) else v)
-
-
-def map_leaves(value: Any, change: Callable[[Any], Any]) -> Any:
-    """The nested dicts and lists of ``value`` with ``change`` applied to everything else."""
-    if isinstance(value, dict):
-        return {key: map_leaves(item, change) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [map_leaves(item, change) for item in value]
-    return change(value)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
@@ -146,13 +99,6 @@ def is_number(value: Any) -> TypeGuard[float]:
 def integer(value: Any) -> int | None:
     """``value`` as an integer, or None if it is not a finite number."""
     return int(value) if is_number(value) else None
-
-
-def _parse(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError:
-        return None
 
 
 def _read_metrics(path: Path, notes: list[str]) -> tuple[dict[str, float], ...]:
@@ -181,8 +127,8 @@ def _read_metrics(path: Path, notes: list[str]) -> tuple[dict[str, float], ...]:
 def _read_object(path: Path, notes: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
-    value = _parse(path.read_text(encoding="utf-8", errors="replace"))
-    if isinstance(value, dict):
-        return value
-    notes.append(f"{path.name}: not a JSON object, left out")
-    return {}
+    try:
+        return parse_object(path.read_text(encoding="utf-8", errors="replace"))
+    except ValueError:
+        notes.append(f"{path.name}: not a JSON object, left out")
+        return {}

@@ -16,10 +16,11 @@ from typing import Any
 
 import numpy as np
 
+from echorl_jax.files import finite, read_jsonl
 from echorl_jax.tools.report.curves import Panel, Section, Series, rounded
 from echorl_jax.tools.report.headline import number, share
 from echorl_jax.tools.report.ledger import spread
-from echorl_jax.tools.report.runs import Run, finite, integer, is_number, read_jsonl
+from echorl_jax.tools.report.runs import Run, integer, is_number
 
 Row = dict[str, Any]
 BINS = 20

@@ -8,8 +8,8 @@ import pytest
 from synthetic_run import dump_lines, write_run
 
 from echorl_jax.errors import UserError
+from echorl_jax.files import read_jsonl
 from echorl_jax.tools.report.analyze import Analysis, analyze
-from echorl_jax.tools.report.runs import read_jsonl
 
 SHARED_DATA = Path(__file__).parents[4] / "shared" / "data"
 

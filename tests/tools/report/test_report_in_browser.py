@@ -10,8 +10,9 @@ from collections import defaultdict
 import pytest
 from synthetic_run import dump_lines, write_run
 
+from echorl_jax.files import read_jsonl
 from echorl_jax.tools.report.page import write_report
-from echorl_jax.tools.report.runs import read_jsonl, read_run
+from echorl_jax.tools.report.runs import read_run
 from echorl_jax.tools.report.viewer import visible
 
 pytestmark = pytest.mark.slow

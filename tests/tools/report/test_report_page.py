@@ -10,9 +10,10 @@ import pytest
 from synthetic_run import dump_lines, write_run
 
 from echorl_jax.config import ConfigError
+from echorl_jax.files import write_jsonl
 from echorl_jax.tools.report.headline import duration, facts, headline, progress
 from echorl_jax.tools.report.page import config_differences, config_table, write_report
-from echorl_jax.tools.report.runs import read_run, read_runs, write_jsonl
+from echorl_jax.tools.report.runs import read_run, read_runs
 
 
 class Page(html.parser.HTMLParser):

@@ -7,7 +7,8 @@ import pytest
 from synthetic_run import dump_lines, write_run
 
 from echorl_jax.config import ConfigError
-from echorl_jax.tools.report.runs import finite, read_jsonl, read_run, read_runs, write_jsonl
+from echorl_jax.files import finite, read_jsonl, write_jsonl
+from echorl_jax.tools.report.runs import read_run, read_runs
 
 
 def test_a_complete_run_is_read_in_order_of_steps(tmp_path):

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from synthetic_run import dump_lines, write_run
 
 from echorl_jax.evaluation.evaluate import bootstrap_mean, wilson
+from echorl_jax.files import read_jsonl
 from echorl_jax.tools.report.analyze import write_studies
 from echorl_jax.tools.report.entropy_decay import (
     collapse_section,
@@ -19,7 +20,7 @@ from echorl_jax.tools.report.entropy_decay import (
     law_section,
 )
 from echorl_jax.tools.report.golden_entropy import entropy_profiles, profile_section, step_means
-from echorl_jax.tools.report.runs import read_jsonl, read_run, read_runs
+from echorl_jax.tools.report.runs import read_run, read_runs
 from echorl_jax.tools.report.step_deletion import (
     deletion_curve,
     deletion_order,

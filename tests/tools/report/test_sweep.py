@@ -11,7 +11,8 @@ from scipy import stats
 from synthetic_run import dump_lines
 
 from echorl_jax.config_file import load_config, to_dict
-from echorl_jax.tools.report.runs import read_jsonl, read_run
+from echorl_jax.files import read_jsonl
+from echorl_jax.tools.report.runs import read_run
 from echorl_jax.tools.report.sweep import (
     Outcome,
     estimate,

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from synthetic_run import dump_lines, write_run
 
-from echorl_jax.tools.report.runs import read_jsonl, read_run
+from echorl_jax.files import read_jsonl
+from echorl_jax.tools.report.runs import read_run
 from echorl_jax.tools.report.viewer import (
     MAX_TOKENS,
     build_viewer,
