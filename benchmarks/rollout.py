@@ -54,7 +54,7 @@ def lognormal_lengths(rows: int, longest: int, mean: float) -> list[int]:
     return np.clip(draws * scale, 1, longest).astype(int).tolist()
 
 
-def engine(directory: str, case: str, repeats: int, lanes: int = 0) -> dict[str, Any]:
+def engine(directory: str, case: str, repeats: int, cpu_workers: int = 0) -> dict[str, Any]:
     """This package's sampler in this process."""
     import jax
     import numpy as np
@@ -67,7 +67,11 @@ def engine(directory: str, case: str, repeats: int, lanes: int = 0) -> dict[str,
     prompts = PROMPTS[Path(directory).name] * times
     vocab, rows = model.config.vocab_size, prompts * GROUP
     ids = np.random.RandomState(0).randint(2, vocab, size=(prompts, PROMPT)).tolist()
-    settings: dict[str, Any] = {"eos_ids": (), "slots": int(rows * share), "cpu_workers": lanes}
+    settings: dict[str, Any] = {
+        "eos_ids": (),
+        "slots": int(rows * share),
+        "cpu_workers": cpu_workers,
+    }
     if case.startswith("geometric"):
         settings["eos_ids"] = range(vocab - vocab // MEAN, vocab)
     if case == "lognormal":
@@ -145,13 +149,13 @@ def limit(directory: str, case: str, repeats: int) -> dict[str, Any]:
     return {"seconds": seconds, "generated_tokens": [rows * turns] * repeats}
 
 
-def work(name: str, directory: str, case: str, repeats: int, lanes: int) -> None:
+def work(name: str, directory: str, case: str, repeats: int, cpu_workers: int) -> None:
     """One measurement as a line of JSON."""
     from echorl_jax import xla
 
     xla.set_flags()
     if name == "engine":
-        result = engine(directory, case, repeats, lanes)
+        result = engine(directory, case, repeats, cpu_workers)
     else:
         result = limit(directory, case, repeats)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -162,7 +166,7 @@ def commands(args: argparse.Namespace, size: str, case: str) -> dict[str, list[s
     """Who runs in a case, and how."""
     directory = str(Path(args.models) / size)
     itself = [sys.executable, __file__, f"--models={directory}", f"--repeats={args.repeats}"]
-    itself.append(f"--lanes={args.lanes}")
+    itself.append(f"--cpu_workers={args.cpu_workers}")
     found = {name: [*itself, f"--worker={name}", f"--case={case}"] for name in ("engine", "limit")}
     times, new, _ = CASES[case]
     work = [f"--P={PROMPTS[size] * times}", f"--G={GROUP}", f"--R={new}", f"--reps={args.repeats}"]
@@ -233,13 +237,15 @@ def main() -> None:
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=2, help="timed calls in a process")
-    parser.add_argument("--lanes", type=int, default=0, help="of our sampler (default: it chooses)")
+    parser.add_argument(
+        "--cpu_workers", type=int, default=0, help="of our sampler (default: it chooses)"
+    )
     parser.add_argument("--out", default="", help="file for all measurements, one a line")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     parser.add_argument("--case", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return work(args.worker, args.models, args.case, args.repeats, args.lanes)
+        return work(args.worker, args.models, args.case, args.repeats, args.cpu_workers)
     results: dict[str, Any] = {}
     for size in args.sizes.split(","):
         if not (Path(args.models) / size / "model.safetensors").exists():

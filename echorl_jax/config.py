@@ -175,7 +175,7 @@ class ObjectiveConfig:
     overlong_buffer: Annotated[float | None, SHARE] = None
     # Training steps with hints in the prompts (UFT), T_hint; 0 takes 60% of all steps.
     hint_steps: Annotated[int, at_least(0)] = 0
-    # Mini-batches of whole groups, each with an update of its own.
+    # Mini-batches of whole groups; each gives one update.
     mini_batches: Annotated[int, at_least(1)] = 1
     # Passes over them.
     epochs: Annotated[int, at_least(1)] = 1
@@ -369,7 +369,7 @@ def _bounds(values: Any, prefix: str = "") -> Iterator[tuple[str, bool, str]]:
 
 
 def _relations(c: Config) -> Iterator[tuple[str, bool, str]]:
-    """What one option requires of another, in the same form; the bounds hold already."""
+    """Requirements of one option on another, in the same form; the bounds hold already."""
     divides = c.rollout.prompts_per_step % c.objective.mini_batches == 0
     yield "objective.mini_batches", divides, "a divisor of rollout.prompts_per_step"
     fewer = (c.objective.expert_rows or 0) < c.rollout.group_size

@@ -44,7 +44,7 @@ def plain_line(text: str, *, most: int = 1000) -> str:
 def storage_reason(error: BaseException) -> str | None:
     """The reason why a file could not be read or written, if the error comes from that.
 
-    The causes of the error are searched too: each library wraps a full disk in an error of its own.
+    Searches the causes of the error too, because libraries wrap a full disk in other errors.
     """
     cause: BaseException | None = error
     while cause is not None:

@@ -18,7 +18,6 @@ from echorl_jax.core.clips import (
     mine_echo_clips,
 )
 from echorl_jax.core.entropy import logprobs_and_entropy, token_entropy, token_logprobs
-from echorl_jax.core.hints import hint_probability
 from echorl_jax.core.loss import LOSS_TERMS, aggregation_weights, batch_loss, mean_scale
 from echorl_jax.core.losses import (
     cispo_loss,
@@ -33,7 +32,7 @@ from echorl_jax.core.losses import (
 )
 from echorl_jax.core.objectives import OBJECTIVES, Objective, load_objective
 from echorl_jax.core.selection import clip_cov_selection, kl_cov_selection, token_covariance
-from echorl_jax.core.steps import joined_steps, step_entropy, step_ids
+from echorl_jax.core.steps import hint_probability, joined_steps, step_entropy, step_ids
 
 __all__ = [
     "LOSS_TERMS",

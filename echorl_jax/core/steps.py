@@ -1,4 +1,4 @@
-"""Reasoning steps: where a response is cut, and how uncertain the policy was over each piece."""
+"""Reasoning steps: where a response is cut, the entropy of each, and the share that hints show."""
 
 import jax
 import jax.numpy as jnp
@@ -96,3 +96,28 @@ def joined_steps(step_ids: Array, num_steps: int) -> Array:
     [2, 0]
     """
     return jnp.maximum(jnp.max(step_ids, axis=1, initial=-1) + 1 - num_steps, 0)
+
+
+def hint_probability(
+    step: Array | int, *, horizon: int, low: float = 0.05, high: float = 0.95
+) -> Array:
+    """The share of the solution that is shown, in expectation, at a training step.
+
+    A cosine from ``high`` to ``low``, then nothing: p(t) = low + (high - low) (1 + cos(pi t /
+    horizon)) / 2 for t < horizon, 0 afterwards. Source: arXiv 2505.16984, section 3.1.
+
+    Args:
+      step: training step t, counting from 0.
+      horizon: T_hint, steps that have hints; 0 never shows any.
+      low: value that the cosine ends at.
+      high: value that it starts from.
+
+    Returns:
+      float32, shaped like ``step``.
+
+    >>> print(hint_probability(jnp.array([0, 2, 4]), horizon=4).round(2))
+    [0.95 0.5  0.  ]
+    """
+    t = jnp.asarray(step).astype(jnp.float32)
+    cosine = low + (high - low) * 0.5 * (1.0 + jnp.cos(jnp.pi * t / max(horizon, 1)))
+    return jnp.where(t < horizon, cosine, 0.0)

@@ -1,7 +1,7 @@
 """One shape for all rows: verl's columns, whatever columns a file has.
 
 Known shapes: verl (``prompt`` messages, ``reward_model.ground_truth``, ``extra_info``, optional
-expert ``target``), TRL (``prompt`` as messages or text, the answer in a column of its own), plain
+expert ``target``), TRL (``prompt`` as messages or text, the answer in a separate column), plain
 ``problem`` or ``question`` with ``answer``, the same with ``options`` for multiple choice, and with
 ``numbers`` and ``target`` for Countdown. Columns that a shape does not name are kept, for graders
 that read them.

@@ -264,7 +264,7 @@ def _score(problems: list[list[bool]]) -> Score:
 
 
 def _interval(values: list[float]) -> tuple[float, float]:
-    """Wilson's for shares of problems; a bootstrap over problems where each has a share of its own.
+    """Wilson's for shares of problems; a bootstrap over problems where each problem has a share.
 
     Resampling equal values says nothing: Wilson's is taken there too.
     """

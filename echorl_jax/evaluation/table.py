@@ -90,7 +90,7 @@ def _print_table(results: Mapping[str, SourceResult]) -> None:
             table.add_section()
         table.add_row(*(line[i] for i in said))
     console = Console()
-    # A file or pipe has no width of its own: wide enough that nothing is cut.
+    # A file or pipe has no width; this one cuts nothing.
     Console(width=max(console.width, 130)).print(table)
 
 

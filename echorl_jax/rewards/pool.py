@@ -1,11 +1,9 @@
 """Grades many responses in guarded processes: nothing a policy writes can stop or harm the run.
 
-Each process gets one response at a time over its own socket: who failed on what is never in doubt,
-a process that is over its time is killed at once, and its replacement starts while the others go
-on. The processes are started as plain commands, not by ``multiprocessing``: no state of this
-process is forked, and the user's script is not run a second time.
-
-The processes take their responses from one queue; a thread serves each process.
+The processes take responses from one queue, one at a time, and a thread serves each process over a
+socket: the pool knows which response a process failed on, kills a process that is over its time at
+once, and starts its replacement while the others go on. The processes are plain commands, not
+``multiprocessing``: no state of this process is forked, and the user's script runs only once.
 """
 
 import atexit
@@ -254,7 +252,7 @@ class Dispatcher:
 
 
 class GraderPool:
-    """Applies a grader to lists of responses in processes of its own, under time and memory limits.
+    """Grades lists of responses in separate processes, under time and memory limits.
 
     A response whose grading hangs, crashes, or runs out of memory gets score 0 and a reason that
     says so; it costs the others nothing. A process that cannot start is an error of the pool and is

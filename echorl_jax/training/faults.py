@@ -1,6 +1,6 @@
-"""Faults on purpose (``config.debug.inject``), so that a user and the tests can see a run survive.
+"""Injected faults (``config.debug.inject``): users and tests see that a run survives them.
 
-Without them every check below is a look into an empty set.
+Without any configured, the calls below do nothing.
 """
 
 import dataclasses
@@ -128,7 +128,7 @@ class Faults:
         class FailingPath(plain):
             async def finalize(self) -> None:
                 name = self.get_final().name
-                # The parts of a checkpoint are directories of their own, committed before it.
+                # Orbax commits the directories inside a checkpoint before the checkpoint.
                 if name.isdecimal():
                     faults.reach("save", int(name))
                     if faults.hits("disk_full@checkpoint", int(name)):
