@@ -1,6 +1,8 @@
 """Steps, mining and echo loss against plain loops, over random cases of every awkward kind."""
 
 import functools
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from echorl_jax import core
+from echorl_jax.config_file import load_config
 from tests import oracles
 
+ROOT = Path(__file__).parents[2]
 ROWS, LENGTH, PROMPTS, VOCABULARY, STEPS = 8, 12, 4, 5, 6
 SETTINGS = [
     dict(select="max", top_k=1, min_step_tokens=1, when="any_success"),
@@ -259,25 +263,30 @@ def test_wrong_settings_are_refused(wrong):
         )
 
 
-def test_full_clips_of_every_success_are_the_likelihood_of_correct_samples():
+def test_the_documented_options_for_vapos_positive_nll_are_its_term():
+    """0.1 times the mean over all tokens of all correct rows; each is a clip exactly once."""
+    options = re.findall(r"--config\.(echo\.\w+)=(\w[\w.]*)", (ROOT / "docs/method.md").read_text())
+    config = load_config(str(ROOT / "configs" / "countdown.py"), dict(options))
+    rows, length = 4 * config.rollout.group_size, 6
     rng = np.random.default_rng(0)
-    logprobs = -rng.random((6, 5)).astype(np.float32)
-    lengths, correct = np.array([5, 2, 3, 4, 0, 1]), np.array([1, 1, 0, 1, 1, 1], bool)
-    mask = np.arange(5) < lengths[:, None]
-    clips = mine(
-        jnp.asarray(rng.random((6, 5)), jnp.float32),
-        jnp.where(mask, 0, -1),
+    logprobs = -rng.random((rows, length)).astype(np.float32)
+    correct = rng.random(rows) < np.repeat([0.0, 0.3, 0.7, 1.0], config.rollout.group_size)
+    mask = np.arange(length) < rng.integers(1, length + 1, rows)[:, None]
+    echo = core.echo_weights(
+        jnp.asarray(rng.random((rows, length)), jnp.float32),
+        jnp.where(mask, np.arange(length) // 2, -1),
         jnp.asarray(correct),
-        jnp.array([0, 0, 0, 1, 1, 1]),
-        num_groups=2,
-        num_steps=1,
-        select="full",
-        top_k=3,
+        jnp.repeat(jnp.arange(4), config.rollout.group_size),
+        num_groups=4,
+        num_steps=3,
+        **{name: getattr(config.echo, name) for name in ("select", "top_k", "when", "normalise")},
+        coef=config.echo.coef,
     )
-    # All tokens of all correct rows, each with the same weight.
-    expected = -(logprobs * mask)[correct].sum() / mask[correct].sum()
-    loss = core.echo_loss(jnp.asarray(logprobs), clips, normalise="tokens")
-    assert loss.mean().item() == pytest.approx(expected, abs=1e-6)
+    clips = jax.tree.map(np.asarray, echo.clips)
+    assert sorted(clips.row[clips.valid]) == np.flatnonzero(correct).tolist()
+    assert (clips.length[clips.valid] == mask.sum(axis=1)[clips.row[clips.valid]]).all()
+    loss = float(echo.coef * (echo.weights * -logprobs).sum())
+    assert loss == pytest.approx(0.1 * -logprobs[correct[:, None] & mask].mean(), rel=1e-5)
 
 
 def test_window():
