@@ -34,7 +34,8 @@ METHODS = {
         name: name
         for name in (
             "dapo luffy uft dr_grpo gspo cispo rloo reinforce_pp reinforce_pp_baseline opo kl_cov "
-            "clip_cov sft"
+            "clip_cov sft rl_zvp avspo mcpo psr nsr w_reinforce maxrl lite_ppo ordergrad scale_rl "
+            "sapo gmpo luspo dppo_tv dppo_kl vespo m2po topr"
         ).split()
     },
 }
@@ -70,7 +71,12 @@ def get_config(argument: str = "") -> ConfigDict:
         config.objective.kl_coef = 0.0  # [scripts]; the paper's formula has a KL term
         # [scripts] With it every row contributes a gradient, so none is left out of an update.
         config.objective.entropy_coef = 0.001
-        config.objective.aggregation = "seq-mean-token-sum-norm"  # [scripts] no token mean
+        # [scripts] Token sums over 8192, without a mean over tokens. The scripts add up the m
+        # micro-batches of a GPU's 64 rows, each with its own mean of bonus and echo; written as
+        # means over rows that makes coefficients 0.001 m / 64 against the policy term (m is 2 to
+        # 5: lambda 3e-5 to 8e-5), another number whenever lengths change m. Here every term is a
+        # mean over the update, and lambda is the paper's 1e-3 as its formula has it.
+        config.objective.aggregation = "seq-mean-token-sum-norm"
     if method == "grpo":
         config.objective.epsilon_low = config.objective.epsilon_high = 0.2  # [paper], [scripts]
     if method == "luffy":

@@ -5,12 +5,28 @@ Nothing here imports JAX.
 
 from typing import Literal
 
-# Aggregations of token losses to one number (verl's names).
+# Aggregations of token losses to one number (verl's names, and the mean over prompts).
 Aggregation = Literal[
-    "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
+    "token-mean",
+    "seq-mean-token-sum",
+    "seq-mean-token-mean",
+    "seq-mean-token-sum-norm",
+    "prompt-mean",
+    "token-sum",
+    "token-sum-norm",
 ]
 # Estimators of the divergence from the reference policy.
-KLEstimator = Literal["k1", "k2", "k3"]
+KLEstimator = Literal["k1", "k2", "k3", "k3_unbiased", "abs"]
+# Rewards whose deviation divides advantages: the group's, the batch's, or the batch's after each
+# group's mean is taken off.
+Spread = Literal["group", "batch", "batch_centred"]
+# Statistic of the best of K samples that OrderGrad's advantages raise.
+OrderStatistic = Literal["max", "top", "upper_tail", "lower_tail", "median", "trimmed", "min"]
+# Measure of DPPO's trust region.
+Divergence = Literal["tv", "kl"]
+# Units over which the trainer's and the sampler's probabilities are compared.
+ImportanceWeight = Literal["none", "token", "sequence"]
+ImportanceMask = Literal["none", "token", "sequence", "geometric"]
 # Which step ends an EchoClip, which prompts give clips, and what their mean is over.
 Select = Literal[
     "max", "min", "full", "random", "first", "last", "random_length", "longest", "shortest"

@@ -14,12 +14,16 @@ from typing import Annotated, Any, Literal, NamedTuple
 from echorl_jax.choices import (
     Aggregation,
     Baseline,
+    ImportanceMask,
+    ImportanceWeight,
     Kernel,
     KLEstimator,
     KVDtype,
     Normalise,
+    OrderStatistic,
     Remat,
     Select,
+    Spread,
     When,
 )
 from echorl_jax.errors import UserError
@@ -157,9 +161,55 @@ class ObjectiveConfig:
     entropy_coef: float | None = None
     # Bound c on the loss of a token with negative advantage, -A c; None takes the objective's own.
     dual_clip: Annotated[float | None, above(1)] = None
-    # Cap C of truncated importance weights against the sampler, with old_logprobs = "trainer" (else
-    # the ratio itself is against the sampler); None takes the objective's own.
+    # Corrections for a sampler whose probabilities differ from the trainer's, with old_logprobs =
+    # "trainer" (else the ratio itself is against the sampler); None takes the objective's own.
+    # The loss of a token is weighed by trainer / sampler: its own ratio or its row's product, up to
+    # the cap C of truncated importance sampling (a cap alone is of tokens).
+    importance_weight: ImportanceWeight | None = None
     tis_cap: Annotated[float | None, above(0)] = None
+    # Leaves out tokens, or rows by the product or the geometric mean of their tokens, whose ratio
+    # lies outside [low, high] (IcePop: token, 0.5, 5; TRL: sequence, 0, 3).
+    importance_mask: ImportanceMask | None = None
+    importance_low: Annotated[float | None, at_least(0)] = None
+    importance_high: Annotated[float | None, above(0)] = None
+    # Leaves out rows with negative advantage that the policy has moved away from by more than this
+    # (mean log sampler / policy, nats; OPSM).
+    drift_limit: Annotated[float | None, at_least(0)] = None
+    # Shapes any advantages by entropy, A + min(alpha H, |A| / kappa); 0 leaves them.
+    entropy_alpha: Annotated[float | None, at_least(0)] = None
+    entropy_kappa: Annotated[float | None, above(0)] = None
+    # Share of tokens that learn, those of highest entropy (80/20: 0.2).
+    entropy_fraction: Annotated[float | None, Bound("in (0, 1]", lambda p: 0 < p <= 1)] = None
+    # Rows without an advantage count in the means of the policy loss.
+    count_zero_advantage: bool | None = None
+    # The deviation that divides a group's advantages: the group's, the batch's (Lite PPO), or the
+    # batch's after group means are taken off (ScaleRL).
+    std_of: Spread | None = None
+    # Virtual rewards added to a group with equal rewards, K (avspo).
+    virtual_rewards: Annotated[int | None, at_least(0)] = None
+    # Advantage of a correct row, and what a wrong one loses (psr, nsr, w_reinforce, topr).
+    success_weight: Annotated[float | None, at_least(0)] = None
+    failure_weight: Annotated[float | None, at_least(0)] = None
+    # Weight alpha of entropies in groups with one outcome, and whether failed groups get it too
+    # (rl_zvp).
+    zero_variance_alpha: Annotated[float | None, at_least(0)] = None
+    zero_variance_failures: bool | None = None
+    # Sharpness of the gate where the advantage is positive, and elsewhere (sapo).
+    tau_positive: Annotated[float | None, above(0)] = None
+    tau_negative: Annotated[float | None, above(0)] = None
+    # Bound delta of the trust region and the largest ratio (dppo_tv, dppo_kl).
+    trust_bound: Annotated[float | None, above(0)] = None
+    ratio_cap: Annotated[float | None, above(0)] = None
+    # Weight beta and free range delta (of the log-ratio) of the hinge on solved prompts (mcpo).
+    hold_coef: Annotated[float | None, at_least(0)] = None
+    hold_delta: Annotated[float | None, at_least(0)] = None
+    # Bound on the mean squared log-ratio of harmful tokens (m2po).
+    second_moment: Annotated[float | None, above(0)] = None
+    # The statistic of K samples that advantages raise, K, and its amount: best samples (top),
+    # samples cut at both ends (trimmed), or share of the mass (upper_tail, lower_tail) (ordergrad).
+    order_statistic: OrderStatistic | None = None
+    order_samples: Annotated[int | None, at_least(1)] = None
+    order_amount: Annotated[float | None, above(0)] = None
     # Rows that a group's mean is of: all, or those that the policy wrote, without the expert's
     # (luffy); None takes the objective's own.
     baseline: Baseline | None = None

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-__all__ = ["EchoClips", "Graded", "LossTerm", "Metrics", "Rollouts", "TrainBatch"]
+__all__ = ["EchoClips", "Graded", "LossTerm", "Metrics", "Rollouts", "StepData", "TrainBatch"]
 
 Array = jax.Array
 PyTree = Any
@@ -69,6 +69,45 @@ class Graded:
     def with_verdict(self) -> HostArray:
         """``judged``, all True where it is None."""
         return np.ones(self.correct.shape, bool) if self.judged is None else self.judged
+
+
+@pytree
+class StepData:
+    """The rows of a whole step: all that an objective's advantages may depend on.
+
+    A row without a verdict has length 0, no token in ``mask``, and a group for itself and its like,
+    the last one: no estimator compares it with others.
+    """
+
+    rewards: Array  # f32 [N]
+    correct: Array  # bool [N]
+    group: Array  # i32 [N], in [0, num_groups)
+    on_policy: Array  # bool [N], False for an expert trajectory
+    in_policy: Array  # bool [N], False for rows that a filter leaves out of the policy loss
+    lengths: Array  # i32 [N], tokens of each completion
+    mask: Array  # bool [N, T], the completions' tokens
+    token_ids: Array  # i32 [N, T]
+    token_entropy: Array  # f32 [N, T], nats
+    num_groups: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def plain(cls, *, rewards: Any, group: Any, num_groups: int, **fields: Any) -> "StepData":
+        """Rows with the given fields; the others are those of one token each that the policy wrote.
+
+        A reward of 1 or more is correct unless ``correct`` is given.
+        """
+        yes, mask = jnp.ones(rewards.shape, jnp.bool_), fields.get("mask")
+        mask = jnp.ones((*rewards.shape, 1), jnp.bool_) if mask is None else mask
+        rest: dict[str, Any] = {
+            "correct": rewards >= 1,
+            "on_policy": yes,
+            "in_policy": yes,
+            "lengths": jnp.sum(mask, axis=1),
+            "mask": mask,
+            "token_ids": jnp.zeros(mask.shape, jnp.int32),
+            "token_entropy": jnp.zeros(mask.shape, jnp.float32),
+        }
+        return cls(rewards=rewards, group=group, num_groups=num_groups, **{**rest, **fields})
 
 
 @pytree
@@ -124,7 +163,7 @@ class TrainBatch:
     prompt_length: Array  # i32 [B], where the target region begins
     length: Array  # i32 [B], real tokens in the row
     loss_mask: Array  # f32 [B, T], tokens that enter the policy loss
-    advantages: Array  # f32 [B]
+    advantages: Array  # f32 [B], or [B, T] where tokens have their own
     old_logprobs: Array  # f32 [B, T], the policy that is improved upon, frozen
     rollout_logprobs: Array  # f32 [B, T], the sampler's
     token_weights: Array  # f32 [B, T]: sum(token_weights * token_loss) is the policy loss
@@ -137,6 +176,8 @@ class TrainBatch:
     # None where token_weights add up to 1
     entropy_scale: Array | None = None
     selected: Array | None = None  # bool [B, T], tokens picked out by KL-Cov or Clip-Cov
+    # bool [B], rows of a solved prompt; only for objectives that act on them
+    solved: Array | None = None
     segment_ids: Array | None = None  # i32 [B, L], several sequences packed into a row (SFT)
 
     @classmethod

@@ -6,19 +6,20 @@ With this file on the Python path:
         --config.objective.name=custom_objective:half_baseline \
         --config.data.grader=custom_objective:ends_with_answer
 
-An objective is data: how a rollout is scored, what a token costs, how the costs add up. EchoRL is
-added to it like to any other.
+An objective is data: how a rollout is scored (``half_baseline``), or each of its tokens
+(``by_surprise``), what a token costs, how the costs add up. EchoRL is added to it like to any
+other.
 """
 
 import jax.numpy as jnp
 
-from echorl_jax.core import Objective
+from echorl_jax.core import Objective, group_advantages
 from echorl_jax.rewards import Verdict
 
 
-def above_half(rewards, group, *, num_groups, lengths, on_policy):
-    """[N] -> [N]: a fixed baseline in place of the group's mean, so equal groups keep a signal."""
-    return rewards - 0.5
+def above_half(step, objective):
+    """-> [N]: a fixed baseline in place of the group's mean, so equal groups keep a signal."""
+    return step.rewards - 0.5
 
 
 def soft_clip(logprobs, batch, objective):
@@ -28,6 +29,17 @@ def soft_clip(logprobs, batch, objective):
 
 
 half_baseline = Objective(advantages=above_half, token_loss=soft_clip, aggregation="token-mean")
+
+
+def surprise(step, objective):
+    """-> [N, T]: what a rollout earns above its group goes to its tokens by their entropy."""
+    rows = group_advantages(step.rewards, step.group, num_groups=step.num_groups)
+    entropy = jnp.where(step.mask, step.token_entropy, 0.0)
+    mean = entropy.sum(axis=1) / jnp.maximum(step.mask.sum(axis=1), 1).astype(jnp.float32)
+    return (rows / (mean + 1e-6))[:, None] * entropy
+
+
+by_surprise = Objective(advantages=surprise, epsilon_low=0.2, epsilon_high=0.2)
 
 
 def ends_with_answer(response, row):

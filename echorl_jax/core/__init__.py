@@ -1,12 +1,16 @@
 """The method: pure functions from arrays to arrays, on JAX and the shared types alone."""
 
 from echorl_jax.core.advantages import (
+    collapsed_groups,
     group_advantages,
+    group_means,
     judged_groups,
+    maxrl_advantages,
     mixed_groups,
     opo_advantages,
     overlong_punishment,
     rloo_advantages,
+    verdict_advantages,
     whitened_advantages,
 )
 from echorl_jax.core.clips import (
@@ -17,22 +21,50 @@ from echorl_jax.core.clips import (
     echo_weights,
     mine_echo_clips,
 )
+from echorl_jax.core.corrections import (
+    drifted_failures,
+    importance_mask,
+    importance_weights,
+)
+from echorl_jax.core.divergences import hold_penalty, kl_penalty
 from echorl_jax.core.entropy import logprobs_and_entropy, token_entropy, token_logprobs
 from echorl_jax.core.loss import LOSS_TERMS, aggregation_weights, batch_loss, mean_scale
 from echorl_jax.core.losses import (
     cispo_loss,
     clipped_tokens,
+    dppo_kept,
+    dppo_loss,
+    gmpo_loss,
     kl_cov_loss,
-    kl_penalty,
     policy_loss,
+    sapo_loss,
     sequence_log_ratio,
     shaped_policy_loss,
     token_log_ratio,
-    truncated_importance_weights,
+    topr_loss,
+    vespo_loss,
 )
-from echorl_jax.core.objectives import OBJECTIVES, Objective, load_objective
-from echorl_jax.core.selection import clip_cov_selection, kl_cov_selection, token_covariance
+from echorl_jax.core.objectives import (
+    OBJECTIVES,
+    Objective,
+    compute_advantages,
+    importance_level,
+    load_objective,
+    token_level,
+)
+from echorl_jax.core.order_statistics import order_advantages, rank_weights
+from echorl_jax.core.selection import (
+    clip_cov_selection,
+    kl_cov_selection,
+    second_moment_selection,
+    token_covariance,
+)
 from echorl_jax.core.steps import hint_probability, joined_steps, step_entropy, step_ids
+from echorl_jax.core.token_advantages import (
+    entropy_shaped_advantages,
+    top_entropy_tokens,
+    zero_variance_advantages,
+)
 
 __all__ = [
     "LOSS_TERMS",
@@ -46,10 +78,22 @@ __all__ = [
     "clip_weights",
     "clipped_tokens",
     "clips_above",
+    "collapsed_groups",
+    "compute_advantages",
+    "dppo_kept",
+    "dppo_loss",
+    "drifted_failures",
     "echo_loss",
     "echo_weights",
+    "entropy_shaped_advantages",
+    "gmpo_loss",
     "group_advantages",
+    "group_means",
     "hint_probability",
+    "hold_penalty",
+    "importance_level",
+    "importance_mask",
+    "importance_weights",
     "joined_steps",
     "judged_groups",
     "kl_cov_loss",
@@ -57,21 +101,31 @@ __all__ = [
     "kl_penalty",
     "load_objective",
     "logprobs_and_entropy",
+    "maxrl_advantages",
     "mean_scale",
     "mine_echo_clips",
     "mixed_groups",
     "opo_advantages",
+    "order_advantages",
     "overlong_punishment",
     "policy_loss",
+    "rank_weights",
     "rloo_advantages",
+    "sapo_loss",
+    "second_moment_selection",
     "sequence_log_ratio",
     "shaped_policy_loss",
     "step_entropy",
     "step_ids",
     "token_covariance",
     "token_entropy",
+    "token_level",
     "token_log_ratio",
     "token_logprobs",
-    "truncated_importance_weights",
+    "top_entropy_tokens",
+    "topr_loss",
+    "verdict_advantages",
+    "vespo_loss",
     "whitened_advantages",
+    "zero_variance_advantages",
 ]

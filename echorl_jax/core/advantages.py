@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from echorl_jax.choices import Spread
 from echorl_jax.types import Array
 
 
@@ -14,9 +15,12 @@ def group_advantages(
     num_groups: int,
     on_policy: Array | None = None,
     divide_by_std: bool = True,
+    std_of: Spread = "group",
+    counted: Array | None = None,
+    virtual_rewards: int = 0,
     eps: float = 1e-6,
 ) -> Array:
-    """Scores each rollout against the others drawn for its prompt (GRPO, Dr.GRPO, LUFFY).
+    """Scores each rollout against the others drawn for its prompt (GRPO, Dr.GRPO, LUFFY, AVSPO).
 
     A_i = (r_i - mean_g) / (std_g + eps), with the sample deviation (n - 1). A group whose rewards
     are all equal yields exactly zero: the degenerate case that the echo loss exists for. A group of
@@ -25,7 +29,16 @@ def group_advantages(
     With ``on_policy``, mean and deviation are those of the rows the policy wrote, and every row is
     scored against them (LUFFY's split); if these rows agree, the deviation counts as 1, so that an
     expert who did better still stands out.
-    Sources: arXiv 2402.03300, section 4.1; arXiv 2503.20783, section 3; arXiv 2504.14945.
+
+    With ``std_of`` the deviation is one for the whole batch: of the rewards (``batch``, Lite PPO)
+    or of what is left after each group's mean is taken off (``batch_centred``, ScaleRL).
+
+    With ``virtual_rewards`` K > 0 a group of n equal rewards is scored as if it held K more, equal
+    to each other and lower where the rewards are above 0, higher elsewhere. Whatever their value
+    each row gets +-sqrt(K (n + K - 1) / (n (n + K))) (AVSPO; without the deviation there is no such
+    number, and the virtual reward is 1 away).
+    Sources: arXiv 2402.03300, section 4.1; arXiv 2503.20783, section 3; arXiv 2504.14945; arXiv
+    2508.08221 (Lite PPO); arXiv 2510.13786 (ScaleRL); arXiv 2605.21125 (AVSPO).
 
     Args:
       rewards: ``[N]`` float32.
@@ -33,6 +46,9 @@ def group_advantages(
       num_groups: P, static under jit.
       on_policy: ``[N]`` bool, the rows that make the baseline; None takes all.
       divide_by_std: False leaves the difference from the mean (Dr.GRPO).
+      std_of: see above.
+      counted: ``[N]`` bool, the rows whose rewards make the batch's deviation; None takes all.
+      virtual_rewards: K, see above.
       eps: added to the deviation.
 
     Returns:
@@ -47,15 +63,95 @@ def group_advantages(
     """
     share = None if on_policy is None else on_policy.astype(jnp.float32)
     centred, count = _centred(rewards, group, num_groups, share)
-    if not divide_by_std:
-        return centred
     own = jnp.ones_like(centred) if share is None else share
-    squares = jax.ops.segment_sum(own * centred**2, group, num_groups)
-    std = jnp.sqrt(squares / jnp.maximum(count - 1.0, 1.0))
-    if on_policy is not None:
-        std = jnp.where(std == 0, 1.0, std)
-    scale = jnp.where(count > 1, std + eps, 1.0)
-    return centred / scale[group]
+    scores = centred
+    if divide_by_std and std_of == "group":
+        squares = jax.ops.segment_sum(own * centred**2, group, num_groups)
+        std = jnp.sqrt(squares / jnp.maximum(count - 1.0, 1.0))
+        if on_policy is not None:
+            std = jnp.where(std == 0, 1.0, std)
+        scores = centred / jnp.where(count > 1, std + eps, 1.0)[group]
+    elif divide_by_std:
+        weights = own if counted is None else jnp.where(counted, own, 0.0)
+        scores = centred / (_deviation(centred, rewards, weights, std_of) + eps)
+    if virtual_rewards:
+        scores = jnp.where(
+            collapsed_groups(rewards, group, num_groups=num_groups)[group],
+            _against_virtual(rewards, count[group], virtual_rewards, divide_by_std),
+            scores,
+        )
+    return scores
+
+
+def _deviation(centred: Array, rewards: Array, weights: Array, std_of: Spread) -> Array:
+    """Sample deviation ``[]`` over the batch's weighted rows."""
+    value = centred if std_of == "batch_centred" else rewards.astype(jnp.float32)
+    total = jnp.sum(weights)
+    mean = jnp.sum(weights * value) / jnp.maximum(total, 1.0)
+    return jnp.sqrt(jnp.sum(weights * (value - mean) ** 2) / jnp.maximum(total - 1.0, 1.0))
+
+
+def collapsed_groups(rewards: Array, group: Array, *, num_groups: int) -> Array:
+    """``[P]`` bool: groups of at least two rows whose rewards ``[N]`` are all equal.
+
+    >>> rewards, group = jnp.array([1.0, 1.0, 0.0, 1.0]), jnp.array([0, 0, 1, 1])
+    >>> collapsed_groups(rewards, group, num_groups=2).tolist()
+    [True, False]
+    """
+    low = jax.ops.segment_min(rewards, group, num_groups)
+    high = jax.ops.segment_max(rewards, group, num_groups)
+    count = jax.ops.segment_sum(jnp.ones_like(group), group, num_groups)
+    return (count > 1) & (low == high)
+
+
+def _against_virtual(rewards: Array, count: Array, virtual: int, divide_by_std: bool) -> Array:
+    sign = jnp.where(rewards > 0, 1.0, -1.0)
+    if not divide_by_std:
+        return sign * virtual / (count + virtual)
+    return sign * jnp.sqrt(virtual * (count + virtual - 1.0) / (count * (count + virtual)))
+
+
+def maxrl_advantages(rewards: Array, group: Array, *, num_groups: int, eps: float = 1e-6) -> Array:
+    """Divides by the group's mean reward, so that hard prompts weigh more (MaxRL).
+
+    A_i = (r_i - mean_g) / (mean_g + eps), 0 where the mean is not above 0; a group of one keeps
+    A = r. Source: arXiv 2602.02710.
+
+    Args:
+      rewards: ``[N]`` float32.
+      group: ``[N]`` int32 in ``[0, num_groups)``.
+      num_groups: P, static under jit.
+      eps: added to the mean.
+
+    Returns:
+      ``[N]`` float32.
+
+    >>> rewards, group = jnp.array([1.0, 0.0, 0.0, 0.0]), jnp.zeros(4, jnp.int32)
+    >>> print(maxrl_advantages(rewards, group, num_groups=1).round(2))
+    [ 3. -1. -1. -1.]
+    """
+    centred, count = _centred(rewards, group, num_groups)
+    mean = jax.ops.segment_sum(rewards, group, num_groups) / jnp.maximum(count, 1.0)
+    scale = jnp.where(mean > 0, 1.0 / (jnp.where(mean > 0, mean, 1.0) + eps), 0.0)
+    return jnp.where((count > 1)[group], centred * scale[group], centred)
+
+
+def verdict_advantages(correct: Array, *, success: float, failure: float) -> Array:
+    """``success`` on correct rows, ``-failure`` on the others (PSR, NSR, W-REINFORCE).
+
+    Source: arXiv 2506.01347: 1 and 0 (PSR), 0 and 1 (NSR), 0.1 and 1 (W-REINFORCE).
+
+    Args:
+      correct: ``[N]`` bool.
+      success, failure: see above.
+
+    Returns:
+      ``[N]`` float32.
+
+    >>> print(verdict_advantages(jnp.array([True, False]), success=0.1, failure=1.0))
+    [ 0.1 -1. ]
+    """
+    return jnp.where(correct, jnp.float32(success), jnp.float32(-failure))
 
 
 def rloo_advantages(rewards: Array, group: Array, *, num_groups: int) -> Array:
@@ -75,7 +171,7 @@ def rloo_advantages(rewards: Array, group: Array, *, num_groups: int) -> Array:
     >>> rloo_advantages(jnp.array([1.0, 0.0, 0.0]), jnp.zeros(3, jnp.int32), num_groups=1).tolist()
     [1.0, -0.5, -0.5]
     """
-    rewards = _checked(rewards, group)
+    rewards = checked(rewards, group)
     count = jax.ops.segment_sum(jnp.ones_like(rewards), group, num_groups)
     above = rewards - jax.ops.segment_min(rewards, group, num_groups)[group]
     others = jax.ops.segment_sum(above, group, num_groups)[group] - above
@@ -131,7 +227,7 @@ def whitened_advantages(
     >>> print(whitened_advantages(rewards, group, jnp.array([2, 2]), num_groups=1).round(2))
     [ 0.87 -0.87]
     """
-    value = _centred(rewards, group, num_groups)[0] if group_baseline else _checked(rewards, group)
+    value = _centred(rewards, group, num_groups)[0] if group_baseline else checked(rewards, group)
     tokens = lengths.astype(jnp.float32)
     count = jnp.sum(tokens)
     # From the least reward on, so that equal ones give exactly 0, as in _centred.
@@ -160,11 +256,22 @@ def mixed_groups(correct: Array, group: Array, *, num_groups: int) -> Array:
     >>> mixed_groups(correct, group, num_groups=2).tolist()
     [True, False]
     """
-    value = _checked(correct.astype(jnp.float32), group)
+    value = checked(correct.astype(jnp.float32), group)
     low = jax.ops.segment_min(value, group, num_groups)
     high = jax.ops.segment_max(value, group, num_groups)
     count = jax.ops.segment_sum(jnp.ones_like(group), group, num_groups)
     return (count == 1) | ((count > 1) & (high > low))
+
+
+def group_means(values: Array, group: Array, *, num_groups: int) -> Array:
+    """Means ``[P]`` float32 of each group's values ``[N]``; 0 for a group without rows.
+
+    >>> group_means(jnp.array([True, False]), jnp.array([0, 0]), num_groups=2).tolist()
+    [0.5, 0.0]
+    """
+    total = jax.ops.segment_sum(values.astype(jnp.float32), group, num_groups)
+    count = jax.ops.segment_sum(jnp.ones(group.shape, jnp.float32), group, num_groups)
+    return total / jnp.maximum(count, 1.0)
 
 
 def judged_groups(
@@ -223,7 +330,7 @@ def overlong_punishment(lengths: Array, *, max_tokens: int, buffer_tokens: int) 
     return 0.0 - jnp.clip(excess / max(buffer_tokens, 1), 0.0, 1.0)
 
 
-def _checked(rewards: Array, group: Array) -> Array:
+def checked(rewards: Array, group: Array) -> Array:
     if rewards.ndim != 1 or rewards.shape != group.shape:
         raise ValueError(f"expected rewards [N] and group [N], got {rewards.shape}, {group.shape}")
     return rewards.astype(jnp.float32)
@@ -241,7 +348,7 @@ def _centred(
     A group whose weight is below ``alone_below`` (None: with fewer than two rows) has mean 0 by
     convention.
     """
-    rewards = _checked(rewards, group)
+    rewards = checked(rewards, group)
     weights = jnp.ones_like(rewards) if weights is None else weights
     count = jax.ops.segment_sum(weights, group, num_groups)
     # Differences from the group's least reward are exactly 0 where all agree, and so is their mean:

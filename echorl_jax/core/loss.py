@@ -3,31 +3,49 @@
 import dataclasses
 from typing import get_args
 
+import jax
 import jax.numpy as jnp
 
 from echorl_jax.choices import Aggregation
-from echorl_jax.core.losses import clipped_tokens, kl_penalty, truncated_importance_weights
-from echorl_jax.core.objectives import Objective
+from echorl_jax.core.corrections import drifted_failures, importance_mask, importance_weights
+from echorl_jax.core.divergences import kl_penalty
+from echorl_jax.core.losses import clipped_tokens, token_log_ratio
+from echorl_jax.core.objectives import Objective, importance_level
 from echorl_jax.types import Array, LossTerm, Metrics, TrainBatch
 
 
-def aggregation_weights(loss_mask: Array, *, mode: Aggregation, max_tokens: int) -> Array:
+def aggregation_weights(
+    loss_mask: Array,
+    *,
+    mode: Aggregation,
+    max_tokens: int,
+    group: Array | None = None,
+    num_groups: int | None = None,
+) -> Array:
     """Weights under which ``sum(weights * token_loss)`` is the loss of the whole batch.
 
     ======================= =======================================================
     token-mean              m / sum m
     seq-mean-token-sum      m / rows, rows = sequences with a token in the loss
     seq-mean-token-mean     m / (rows * tokens of the sequence)
-    seq-mean-token-sum-norm m / max_tokens, not divided by the number of sequences
+    seq-mean-token-sum-norm m / (rows * max_tokens)
+    prompt-mean             m / (prompts * tokens of the prompt's sequences)
+    token-sum               m
+    token-sum-norm          m / max_tokens
     ======================= =======================================================
 
-    The names are verl's. Because the denominators are those of the whole batch, any split into
+    The names are verl's but for two: ``token-sum-norm`` is what ``seq-mean-token-sum-norm`` meant
+    there until February 2026. All but the two sums are means, so that a coefficient weighs the same
+    at any batch size. Because the denominators are those of the whole batch, any split into
     micro-batches adds up to the same loss.
 
     Args:
       loss_mask: ``[N, T]`` float or bool, the tokens that enter the loss, of the whole batch.
       mode: see above.
-      max_tokens: the constant of the last mode, T_max.
+      max_tokens: the constant of the norms, T_max.
+      group: ``[N]`` int32 in ``[0, num_groups)``, each row's prompt, for ``prompt-mean``; None
+        makes each row a prompt of its own.
+      num_groups: P, static, with ``group``.
 
     Returns:
       ``[N, T]`` float32; all zeros for an empty mask.
@@ -52,7 +70,14 @@ def aggregation_weights(loss_mask: Array, *, mode: Aggregation, max_tokens: int)
         return mask / rows
     if mode == "seq-mean-token-mean":
         return mask / (rows * jnp.maximum(tokens, 1.0))
-    return mask / max_tokens
+    if mode == "seq-mean-token-sum-norm":
+        return mask / (rows * max_tokens)
+    if mode == "prompt-mean":
+        group = jnp.arange(mask.shape[0]) if group is None else group
+        of_prompt = jax.ops.segment_sum(tokens, group, num_groups or mask.shape[0])
+        prompts = jnp.maximum(jnp.sum(of_prompt > 0, dtype=jnp.float32), 1.0)
+        return mask / (prompts * jnp.maximum(of_prompt, 1.0)[group])
+    return mask / (max_tokens if mode == "token-sum-norm" else 1)
 
 
 def mean_scale(token_weights: Array) -> Array:
@@ -80,6 +105,8 @@ LOSS_TERMS = (
     "kl/ref",
     "entropy/weighted",
     "ratio/clip_fraction",
+    "ratio/masked_fraction",
+    "ratio/importance_weight_mean",
 )
 
 
@@ -94,8 +121,9 @@ def batch_loss(
     """The loss of some rows of a batch; summed over micro-batches it is the loss of the whole.
 
     L = sum w l + kl_coef sum w kl - entropy_coef mean H + echo_coef sum w_echo nll + nll_coef sum
-    w_nll nll, with w the batch's final ``token_weights`` and l the objective's token loss, times
-    truncated importance weights on rows that the policy sampled where the objective asks for them.
+    w_nll nll, with w the batch's final ``token_weights`` and l the objective's token loss. On rows
+    that the policy sampled l is multiplied by importance weights, and is 0 on tokens that a mask
+    leaves out, where the objective asks for them; denominators stay as they are.
     Mean H is the mean entropy with the weights w, over the whole batch (``entropy_scale``).
     Terms whose coefficient is 0 or whose field is None are left out of the program. Entries without
     a weight may hold anything, NaN included, and get exactly zero gradient; a NaN that has a weight
@@ -111,8 +139,9 @@ def batch_loss(
     Returns:
       The total, float32 ``[]``, and its terms before their coefficients, by metric key.
       ``loss/policy``, ``loss/echo``, ``loss/nll``, ``kl/ref``, ``entropy/weighted``: (weighted sum,
-      sum of weights). ``ratio/clip_fraction``: (clipped, all weighted) tokens of rows that the
-      policy sampled.
+      sum of weights). ``ratio/clip_fraction`` and ``ratio/masked_fraction``: (clipped or masked,
+      all weighted) tokens of rows that the policy sampled; ``ratio/importance_weight_mean``: the
+      sum of their factors, masked ones 0.
 
     Raises:
       ValueError: if ``kl_coef`` is not 0 and the batch has no ``ref_logprobs``.
@@ -138,11 +167,10 @@ def batch_loss(
     logprobs = jnp.where(used, logprobs, 0.0)
     entropy = jnp.where(used, entropy, 0.0)
     token_loss = objective.token_loss(logprobs, batch, objective)
-    if objective.tis_cap is not None:
-        weights = truncated_importance_weights(
-            batch.old_logprobs, batch.rollout_logprobs, cap=objective.tis_cap
-        )
-        token_loss *= jnp.where(batch.on_policy[:, None], weights, 1.0)
+    factor = _correction(logprobs, batch, objective)
+    if factor is not None:
+        # A product, not a choice: a NaN on a masked token still shows.
+        token_loss *= factor
     terms = {
         "loss/policy": _weighted(batch.token_weights, token_loss),
         "loss/echo": _weighted(batch.echo_weights, -logprobs),
@@ -150,6 +178,8 @@ def batch_loss(
         "kl/ref": _kl_term(logprobs, batch, objective),
         "entropy/weighted": _entropy_term(entropy, batch),
         "ratio/clip_fraction": _clip_term(logprobs, batch, objective),
+        "ratio/masked_fraction": _share(batch, None if factor is None else factor == 0),
+        "ratio/importance_weight_mean": _share(batch, factor),
     }
     total = terms["loss/policy"].sum
     for coef, key in (
@@ -202,7 +232,12 @@ def _kl_term(logprobs: Array, batch: TrainBatch, objective: Objective) -> LossTe
         return _nothing()
     if batch.ref_logprobs is None:
         raise ValueError("a KL term needs batch.ref_logprobs")
-    kl = kl_penalty(logprobs, batch.ref_logprobs, estimator=objective.kl_estimator)
+    kl = kl_penalty(
+        logprobs,
+        batch.ref_logprobs,
+        estimator=objective.kl_estimator,
+        log_ratio=token_log_ratio(logprobs, batch.old_logprobs),
+    )
     return _weighted(batch.token_weights, kl)
 
 
@@ -215,7 +250,37 @@ def _clip_term(logprobs: Array, batch: TrainBatch, objective: Objective) -> Loss
         epsilon_low=objective.epsilon_low,
         epsilon_high=objective.epsilon_high,
     )
+    return _share(batch, clipped)
+
+
+def _correction(logprobs: Array, batch: TrainBatch, objective: Objective) -> Array | None:
+    """Factors ``[B, T]`` of the token loss, 1 on experts' rows; None where nothing is corrected."""
+    level, mask = importance_level(objective), objective.importance_mask
+    if level == mask == "none" and objective.drift_limit is None:
+        return None
+    compared = batch.old_logprobs, batch.rollout_logprobs, batch.loss_mask
+    factor = importance_weights(*compared, level=level, cap=objective.tis_cap)
+    kept = importance_mask(
+        *compared, level=mask, low=objective.importance_low, high=objective.importance_high
+    )
+    if objective.drift_limit is not None:
+        kept &= ~drifted_failures(
+            logprobs,
+            batch.rollout_logprobs,
+            batch.advantages,
+            batch.loss_mask,
+            delta=objective.drift_limit,
+        )
+    factor *= jnp.where(kept, 1.0, 0.0)
+    return jnp.where(batch.on_policy[:, None], factor, 1.0)
+
+
+def _share(batch: TrainBatch, values: Array | None) -> LossTerm:
+    """The mean of values ``[B, T]`` over weighted tokens of rows that the policy sampled."""
+    if values is None:
+        return _nothing()
     counted = (batch.token_weights != 0) & batch.on_policy[:, None]
     return LossTerm(
-        jnp.sum(clipped & counted, dtype=jnp.float32), jnp.sum(counted, dtype=jnp.float32)
+        jnp.sum(jnp.where(counted, values.astype(jnp.float32), 0.0)),
+        jnp.sum(counted, dtype=jnp.float32),
     )

@@ -5,15 +5,14 @@ log-ratio is cut to +-20 before it is exponentiated, which no sane ratio reaches
 branch never turns into inf * 0.
 """
 
-from typing import get_args
-
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from echorl_jax.choices import KLEstimator
+from echorl_jax.choices import Divergence
 from echorl_jax.types import Array
 
-_MAX_LOG_RATIO = 20.0
+MAX_LOG_RATIO = 20.0
 
 
 def token_log_ratio(logprobs: Array, old_logprobs: Array) -> Array:
@@ -22,7 +21,7 @@ def token_log_ratio(logprobs: Array, old_logprobs: Array) -> Array:
     >>> token_log_ratio(jnp.array([[-1.0, 50.0]]), jnp.array([[-3.0, -1.0]])).tolist()
     [[2.0, 20.0]]
     """
-    return jnp.clip(logprobs - old_logprobs, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    return jnp.clip(logprobs - old_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def sequence_log_ratio(logprobs: Array, old_logprobs: Array, loss_mask: Array) -> Array:
@@ -69,7 +68,7 @@ def policy_loss(
 
     Args:
       log_ratio: ``[B, T]`` from :func:`token_log_ratio` or :func:`sequence_log_ratio`.
-      advantages: ``[B]``.
+      advantages: ``[B]`` or ``[B, T]``.
       epsilon_low: how far below 1 the ratio still earns.
       epsilon_high: how far above 1.
       dual_clip: c > 1, or None.
@@ -84,7 +83,7 @@ def policy_loss(
     >>> policy_loss(log_ratio, advantages, epsilon_low=0.25, epsilon_high=0.25).tolist()
     [[-2.5, -1.0]]
     """
-    advantages = _column(log_ratio, advantages)
+    advantages = _per_token(log_ratio, advantages)
     if dual_clip is not None and dual_clip <= 1.0:
         raise ValueError(f"{dual_clip=} must be above 1")
     ratio = jnp.exp(log_ratio)
@@ -103,7 +102,7 @@ def clipped_tokens(
 
     Args:
       log_ratio: ``[B, T]``.
-      advantages: ``[B]``.
+      advantages: ``[B]`` or ``[B, T]``.
       epsilon_low: as in :func:`policy_loss`.
       epsilon_high: as in :func:`policy_loss`.
 
@@ -114,7 +113,7 @@ def clipped_tokens(
     >>> clipped_tokens(log_ratio, advantages, epsilon_low=0.2, epsilon_high=0.2).tolist()
     [[True, False], [False, True]]
     """
-    advantages, ratio = _column(log_ratio, advantages), jnp.exp(log_ratio)
+    advantages, ratio = _per_token(log_ratio, advantages), jnp.exp(log_ratio)
     above = jnp.zeros_like(ratio, jnp.bool_) if epsilon_high is None else ratio > 1.0 + epsilon_high
     below = jnp.zeros_like(ratio, jnp.bool_) if epsilon_low is None else ratio < 1.0 - epsilon_low
     return (above & (advantages > 0)) | (below & (advantages < 0))
@@ -135,7 +134,7 @@ def cispo_loss(
     Args:
       logprobs: ``[B, T]``, differentiated.
       old_logprobs: ``[B, T]``.
-      advantages: ``[B]``.
+      advantages: ``[B]`` or ``[B, T]``.
       epsilon_low: bound below 1 (1 or None: none in effect).
       epsilon_high: bound above 1.
 
@@ -148,7 +147,7 @@ def cispo_loss(
     """
     ratio = jnp.exp(token_log_ratio(logprobs, old_logprobs))
     weight = lax.stop_gradient(_clipped(ratio, epsilon_low, epsilon_high))
-    return -weight * _column(logprobs, advantages) * logprobs
+    return -weight * _per_token(logprobs, advantages) * logprobs
 
 
 def shaped_policy_loss(logprobs: Array, advantages: Array, *, shaping: float = 0.1) -> Array:
@@ -160,7 +159,7 @@ def shaped_policy_loss(logprobs: Array, advantages: Array, *, shaping: float = 0
 
     Args:
       logprobs: ``[B, T]``, differentiated.
-      advantages: ``[B]``.
+      advantages: ``[B]`` or ``[B, T]``.
       shaping: gamma, above 0.
 
     Returns:
@@ -170,7 +169,7 @@ def shaped_policy_loss(logprobs: Array, advantages: Array, *, shaping: float = 0
     -0.5
     """
     probability = jnp.exp(logprobs)
-    return -_column(logprobs, advantages) * probability / (probability + shaping)
+    return -_per_token(logprobs, advantages) * probability / (probability + shaping)
 
 
 def kl_cov_loss(
@@ -182,7 +181,7 @@ def kl_cov_loss(
 
     Args:
       log_ratio: ``[B, T]``.
-      advantages: ``[B]``.
+      advantages: ``[B]`` or ``[B, T]``.
       selected: ``[B, T]`` bool from :func:`kl_cov_selection`.
       kl_cov_coef: weight of the penalty.
 
@@ -197,63 +196,205 @@ def kl_cov_loss(
     return policy_loss(log_ratio, advantages) + penalty
 
 
-def kl_penalty(logprobs: Array, ref_logprobs: Array, *, estimator: KLEstimator = "k3") -> Array:
-    """Per-token estimate of KL(pi || ref) from a token that pi drew.
+def sapo_loss(
+    log_ratio: Array, advantages: Array, *, tau_positive: float = 1.0, tau_negative: float = 1.05
+) -> Array:
+    """A soft gate in place of the clip (SAPO): -A sigmoid(tau (rho - 1)) 4 / tau.
 
-    k1 = log pi - log ref; k2 = k1^2 / 2; k3 = exp(-k1) + k1 - 1, never negative. The exponent is
-    cut to +-20.
-    Source: J. Schulman, "Approximating KL divergence", 2020.
+    Its gradient is largest at rho = 1, where it is the plain policy gradient's, and fades on both
+    sides. Source: arXiv 2511.20347, section 3.
+
+    Args:
+      log_ratio: ``[B, T]``.
+      advantages: ``[B]`` or ``[B, T]``.
+      tau_positive: sharpness of the gate where A > 0.
+      tau_negative: sharpness elsewhere.
+
+    Returns:
+      ``[B, T]``.
+
+    >>> sapo_loss(jnp.zeros((1, 1)), jnp.array([1.0])).item()  # 4 sigmoid(0)
+    -2.0
+    """
+    advantages = _per_token(log_ratio, advantages)
+    tau = jnp.where(advantages > 0, tau_positive, tau_negative)
+    return -advantages * jax.nn.sigmoid(tau * (jnp.exp(log_ratio) - 1.0)) * 4.0 / tau
+
+
+def gmpo_loss(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    loss_mask: Array,
+    *,
+    epsilon_low: float | None = 0.4,
+    epsilon_high: float | None = 0.4,
+) -> Array:
+    """The geometric mean of a row's ratios in place of each token's own (GMPO).
+
+    -A exp(mean_t d_t), d_t = min(log rho, e_high) where A > 0 and max(log rho, -e_low) where A < 0.
+    Every token carries the value of its row; the mean is cut to +-20. Source: arXiv 2507.20673,
+    section 3.
 
     Args:
       logprobs: ``[B, T]``, differentiated.
-      ref_logprobs: ``[B, T]``.
-      estimator: see above.
+      old_logprobs: ``[B, T]``.
+      advantages: ``[B]`` or ``[B, T]``.
+      loss_mask: ``[B, T]`` float, the tokens of the mean.
+      epsilon_low: bound below, of the log-ratio; None is no bound.
+      epsilon_high: bound above.
 
     Returns:
       ``[B, T]``.
 
-    Raises:
-      ValueError: on an unknown estimator.
-
-    >>> logprobs, ref_logprobs = jnp.array([[0.0]]), jnp.array([[-1.0]])
-    >>> kl_penalty(logprobs, ref_logprobs, estimator="k2").item()
-    0.5
-    >>> print(kl_penalty(logprobs, ref_logprobs).round(2))  # 1/e + 1 - 1
-    [[0.37]]
+    >>> logprobs, old = jnp.log(jnp.array([[0.2, 0.4]])), jnp.log(jnp.array([[0.2, 0.1]]))
+    >>> mask = jnp.ones((1, 2))
+    >>> print(gmpo_loss(logprobs, old, jnp.array([1.0]), mask, epsilon_high=None))  # sqrt(1 * 4)
+    [[-2. -2.]]
     """
-    difference = logprobs - ref_logprobs
-    if estimator == "k1":
-        return difference
-    if estimator == "k2":
-        return 0.5 * difference**2
-    if estimator == "k3":
-        difference = jnp.clip(difference, -_MAX_LOG_RATIO, _MAX_LOG_RATIO)
-        return jnp.exp(-difference) + difference - 1.0
-    raise ValueError(f"estimator must be one of {get_args(KLEstimator)}, got {estimator!r}")
+    advantages, log_ratio = _per_token(logprobs, advantages), logprobs - old_logprobs
+    high = log_ratio if epsilon_high is None else jnp.minimum(log_ratio, epsilon_high)
+    low = log_ratio if epsilon_low is None else jnp.maximum(log_ratio, -epsilon_low)
+    bounded = jnp.where(advantages > 0, high, jnp.where(advantages < 0, low, log_ratio))
+    tokens = jnp.maximum(jnp.sum(loss_mask, axis=1, keepdims=True), 1.0)
+    masked = jnp.where(loss_mask > 0, bounded, 0.0)
+    mean = jnp.sum(loss_mask * masked, axis=1, keepdims=True) / tokens
+    mean = jnp.exp(jnp.clip(mean, -MAX_LOG_RATIO, MAX_LOG_RATIO))
+    return jnp.broadcast_to(-advantages * mean, log_ratio.shape)
 
 
-def truncated_importance_weights(
-    old_logprobs: Array, rollout_logprobs: Array, *, cap: float = 2.0
+def dppo_kept(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    *,
+    bound: float,
+    divergence: Divergence = "tv",
 ) -> Array:
-    """Corrects for a sampler whose numbers differ from the trainer's.
+    """Tokens inside DPPO's trust region, or on their way back into it.
 
-    min(exp(log pi_old - log pi_sampler), cap), a constant factor of the policy loss. Source: F. Yao
-    et al., "Your Efficient RL Framework Secretly Brings You Off-Policy RL Training", 2025.
+    A token leaves where its advantage pushes its probability further than ``bound`` from the old
+    one: by the difference pi - pi_old (``tv``), or by the divergence of the two Bernoulli
+    distributions "this token or another" (``kl``). Source: arXiv 2602.04879, section 4.
 
     Args:
-      old_logprobs: ``[B, T]``, the trainer's, for the weights that sampled.
-      rollout_logprobs: ``[B, T]``, the sampler's.
-      cap: C.
+      logprobs, old_logprobs: ``[B, T]``.
+      advantages: ``[B]`` or ``[B, T]``.
+      bound: delta.
+      divergence: ``tv`` or ``kl``.
+
+    Returns:
+      ``[B, T]`` bool.
+
+    >>> logprobs, old = jnp.log(jnp.array([[0.6, 0.2]])), jnp.log(jnp.array([[0.4, 0.4]]))
+    >>> dppo_kept(logprobs, old, jnp.array([1.0]), bound=0.15).tolist()
+    [[False, True]]
+    """
+    advantages = _per_token(logprobs, advantages)
+    new, old = jnp.exp(logprobs), jnp.exp(old_logprobs)
+    moved = new - old
+    if divergence == "tv":
+        far = jnp.abs(moved) > bound
+    else:
+        rest, old_rest = (jnp.maximum(1.0 - each, 1e-8) for each in (new, old))
+        far = old * (old_logprobs - logprobs) + old_rest * jnp.log(old_rest / rest) > bound
+    return ~(far & jnp.where(advantages > 0, moved > 0, moved < 0))
+
+
+def dppo_loss(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    *,
+    bound: float,
+    divergence: Divergence = "tv",
+    cap: float = 20.0,
+) -> Array:
+    """Policy gradient with a capped constant ratio on the tokens that :func:`dppo_kept` keeps.
+
+    -A sg[min(rho, cap)] log pi, 0 on other tokens.
+
+    Args:
+      logprobs: ``[B, T]``, differentiated.
+      old_logprobs: ``[B, T]``.
+      advantages: ``[B]`` or ``[B, T]``.
+      bound, divergence: see :func:`dppo_kept`.
+      cap: largest ratio.
 
     Returns:
       ``[B, T]``.
 
-    >>> old, rollout = jnp.log(jnp.array([[0.3, 0.9]])), jnp.log(jnp.array([[0.6, 0.1]]))
-    >>> print(truncated_importance_weights(old, rollout).round(3))
-    [[0.5 2. ]]
+    >>> logprobs, old = jnp.log(jnp.array([[0.6, 0.2]])), jnp.log(jnp.array([[0.4, 0.4]]))
+    >>> (dppo_loss(logprobs, old, jnp.array([1.0]), bound=0.15) > 0).tolist()
+    [[False, True]]
     """
-    log_ratio = token_log_ratio(old_logprobs, rollout_logprobs)
-    return lax.stop_gradient(jnp.minimum(jnp.exp(log_ratio), cap))
+    kept = dppo_kept(logprobs, old_logprobs, advantages, bound=bound, divergence=divergence)
+    ratio = jnp.minimum(jnp.exp(token_log_ratio(logprobs, old_logprobs)), cap)
+    # A product, not a choice: a NaN shows.
+    weight = lax.stop_gradient(jnp.where(kept, 1.0, 0.0) * ratio)
+    return -weight * _per_token(logprobs, advantages) * logprobs
+
+
+def topr_loss(logprobs: Array, old_logprobs: Array, advantages: Array) -> Array:
+    """Likelihood where A > 0, and a ratio of at most 1 as constant weight elsewhere (TOPR).
+
+    -A log pi where A > 0, else -A sg[min(rho, 1)] log pi, with the token's ratio; the paper's is
+    the trajectory's. Source: arXiv 2503.14286, section 3.
+
+    Args:
+      logprobs: ``[B, T]``, differentiated.
+      old_logprobs: ``[B, T]``.
+      advantages: ``[B]`` or ``[B, T]``, positive for what is to be learnt.
+
+    Returns:
+      ``[B, T]``.
+
+    >>> logprobs, old = jnp.array([[-1.0], [-1.0]]), jnp.array([[-2.0], [-2.0]])
+    >>> topr_loss(logprobs, old, jnp.array([2.0, -1.0])).tolist()
+    [[2.0], [-1.0]]
+    """
+    advantages = _per_token(logprobs, advantages)
+    ratio = jnp.minimum(jnp.exp(token_log_ratio(logprobs, old_logprobs)), 1.0)
+    return -lax.stop_gradient(jnp.where(advantages > 0, 1.0, ratio)) * advantages * logprobs
+
+
+def vespo_loss(
+    logprobs: Array,
+    old_logprobs: Array,
+    advantages: Array,
+    loss_mask: Array,
+    *,
+    positive: tuple[float, float] = (2.0, 3.0),
+    negative: tuple[float, float] = (3.0, 2.0),
+) -> Array:
+    """A smooth weight on a row's whole ratio as a constant factor of the policy gradient (VESPO).
+
+    phi = exp(lambda + k log W - lambda W), W the product of the row's ratios with log W in
+    [log 1e-8, 20]; the loss is -sg[phi] A log pi. Source: arXiv 2602.10693, section 4.
+
+    Args:
+      logprobs: ``[B, T]``, differentiated.
+      old_logprobs: ``[B, T]``.
+      advantages: ``[B]`` or ``[B, T]``.
+      loss_mask: ``[B, T]`` float, the tokens of the product.
+      positive: k and lambda where A >= 0.
+      negative: k and lambda where A < 0.
+
+    Returns:
+      ``[B, T]``.
+
+    >>> logprobs = jnp.array([[-1.0, -2.0]])  # W = 1, so phi = 1
+    >>> vespo_loss(logprobs, logprobs, jnp.array([1.0]), jnp.ones((1, 2))).tolist()
+    [[1.0, 2.0]]
+    """
+    advantages = _per_token(logprobs, advantages)
+    difference = jnp.where(loss_mask > 0, logprobs - old_logprobs, 0.0)
+    log_weight = jnp.sum(loss_mask * difference, axis=1, keepdims=True)
+    log_weight = jnp.clip(log_weight, jnp.log(1e-8), MAX_LOG_RATIO)
+    k = jnp.where(advantages >= 0, positive[0], negative[0])
+    scale = jnp.where(advantages >= 0, positive[1], negative[1])
+    phi = jnp.exp(scale + k * log_weight - scale * jnp.exp(log_weight))
+    return -lax.stop_gradient(phi) * advantages * logprobs
 
 
 def _clipped(ratio: Array, epsilon_low: float | None, epsilon_high: float | None) -> Array:
@@ -263,9 +404,12 @@ def _clipped(ratio: Array, epsilon_low: float | None, epsilon_high: float | None
     return jnp.clip(ratio, low, high)
 
 
-def _column(per_token: Array, advantages: Array) -> Array:
-    if per_token.ndim != 2 or advantages.shape != per_token.shape[:1]:
+def _per_token(per_token: Array, advantages: Array) -> Array:
+    """Advantages that broadcast over ``[B, T]``."""
+    fits = advantages.shape in (per_token.shape, per_token.shape[:1])
+    if per_token.ndim != 2 or not fits:
         raise ValueError(
-            f"expected [B, T] and advantages [B], got {per_token.shape}, {advantages.shape}"
+            "expected [B, T] and advantages [B] or [B, T], got "
+            f"{per_token.shape}, {advantages.shape}"
         )
-    return advantages[:, None]
+    return advantages[:, None] if advantages.ndim == 1 else advantages

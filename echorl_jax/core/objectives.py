@@ -2,71 +2,120 @@
 
 import dataclasses
 import importlib
-import inspect
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from echorl_jax.choices import Aggregation, Baseline, KLEstimator
+from echorl_jax.choices import (
+    Aggregation,
+    Baseline,
+    Divergence,
+    ImportanceMask,
+    ImportanceWeight,
+    KLEstimator,
+    OrderStatistic,
+    Spread,
+)
 from echorl_jax.core import advantages as adv
-from echorl_jax.core import losses, selection
+from echorl_jax.core import losses, selection, token_advantages
+from echorl_jax.core.divergences import hold_penalty
+from echorl_jax.core.order_statistics import order_advantages
 from echorl_jax.errors import nearest
-from echorl_jax.types import Array, TrainBatch
+from echorl_jax.types import Array, StepData, TrainBatch
 
 
-def from_rewards(estimator: Callable[..., Array], **settings: Any) -> Callable[..., Array]:
-    """An objective's advantages from an estimator of rewards and groups alone."""
-
-    def advantages(
-        rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
-    ) -> Array:
-        del lengths, on_policy
-        return estimator(rewards, group, num_groups=num_groups, **settings)
-
-    return advantages
-
-
-def from_lengths(estimator: Callable[..., Array], **settings: Any) -> Callable[..., Array]:
-    """An objective's advantages from an estimator that weighs rollouts by their length."""
-
-    def advantages(
-        rewards: Array, group: Array, *, num_groups: int, lengths: Array, on_policy: Array
-    ) -> Array:
-        del on_policy
-        return estimator(rewards, group, lengths, num_groups=num_groups, **settings)
-
-    return advantages
+def by_group(step: StepData, objective: "Objective") -> Array:
+    """:func:`group_advantages` with the objective's baseline and deviation."""
+    return adv.group_advantages(
+        step.rewards,
+        step.group,
+        num_groups=step.num_groups,
+        on_policy=step.on_policy if objective.baseline == "on_policy" else None,
+        divide_by_std=objective.divide_by_std,
+        std_of=objective.std_of,
+        counted=step.lengths > 0,
+        virtual_rewards=objective.virtual_rewards,
+    )
 
 
-def alike(rewards: Array, group: Array, *, num_groups: int) -> Array:
+def leave_one_out(step: StepData, objective: "Objective") -> Array:
+    """:func:`rloo_advantages` of a step."""
+    return adv.rloo_advantages(step.rewards, step.group, num_groups=step.num_groups)
+
+
+def by_length(step: StepData, objective: "Objective") -> Array:
+    """:func:`opo_advantages` of a step."""
+    return adv.opo_advantages(step.rewards, step.group, step.lengths, num_groups=step.num_groups)
+
+
+def whitened(step: StepData, objective: "Objective") -> Array:
+    """:func:`whitened_advantages` of a step."""
+    return adv.whitened_advantages(
+        step.rewards, step.group, step.lengths, num_groups=step.num_groups
+    )
+
+
+def whitened_by_group(step: StepData, objective: "Objective") -> Array:
+    """:func:`whitened_advantages` of a step, with each group's mean taken off first."""
+    return adv.whitened_advantages(
+        step.rewards, step.group, step.lengths, num_groups=step.num_groups, group_baseline=True
+    )
+
+
+def by_mean(step: StepData, objective: "Objective") -> Array:
+    """:func:`maxrl_advantages` of a step."""
+    return adv.maxrl_advantages(step.rewards, step.group, num_groups=step.num_groups)
+
+
+def by_verdict(step: StepData, objective: "Objective") -> Array:
+    """:func:`verdict_advantages` with the objective's weights."""
+    return adv.verdict_advantages(
+        step.correct, success=objective.success_weight, failure=objective.failure_weight
+    )
+
+
+def by_order(step: StepData, objective: "Objective") -> Array:
+    """:func:`order_advantages` with the objective's statistic."""
+    return order_advantages(
+        step.rewards,
+        step.group,
+        num_groups=step.num_groups,
+        samples=objective.order_samples,
+        statistic=objective.order_statistic,
+        amount=objective.order_amount,
+    )
+
+
+def zero_variance(step: StepData, objective: "Objective") -> Array:
+    """:func:`zero_variance_advantages` over GRPO's."""
+    return token_advantages.zero_variance_advantages(
+        by_group(step, objective),
+        step.correct,
+        step.group,
+        step.token_entropy,
+        step.mask,
+        num_groups=step.num_groups,
+        alpha=objective.zero_variance_alpha,
+        failures=objective.zero_variance_failures,
+    )
+
+
+def mastery(step: StepData, objective: "Objective") -> Array:
+    """GRPO's advantages, divided by 2 sqrt(p (1 - p)) where the success rate p is above a half.
+
+    MCPO's weight: prompts that are nearly solved keep their pull. Source: arXiv 2604.16972.
+    """
+    rate = adv.group_means(step.correct, step.group, num_groups=step.num_groups)
+    scale = 2.0 * jnp.sqrt(rate * (1.0 - rate))
+    scale = jnp.where((rate > 0.5) & (rate < 1.0), scale, 1.0)
+    return by_group(step, objective) / scale[step.group]
+
+
+def alike(step: StepData, objective: "Objective") -> Array:
     """Ones: every row counts alike, whatever its reward."""
-    del group, num_groups
-    return jnp.ones_like(rewards)
-
-
-def from_groups(*, divide_by_std: bool) -> Callable[..., Array]:
-    """:func:`group_advantages` over the rows ``[N]`` that make the baseline, all unless given."""
-
-    def advantages(
-        rewards: Array,
-        group: Array,
-        *,
-        num_groups: int,
-        lengths: Array,
-        on_policy: Array,
-        baseline: Array | None = None,
-    ) -> Array:
-        del lengths, on_policy
-        return adv.group_advantages(
-            rewards, group, num_groups=num_groups, on_policy=baseline, divide_by_std=divide_by_std
-        )
-
-    return advantages
-
-
-normalised = from_groups(divide_by_std=True)
-centred = from_groups(divide_by_std=False)
+    return jnp.ones_like(step.rewards)
 
 
 def token_ratio(logprobs: Array, batch: TrainBatch) -> Array:
@@ -125,47 +174,103 @@ def clip_cov(logprobs: Array, batch: TrainBatch, objective: "Objective") -> Arra
     return kept * clipped_loss(logprobs, batch, objective)
 
 
+def sapo(logprobs: Array, batch: TrainBatch, objective: "Objective") -> Array:
+    """:func:`sapo_loss` with the objective's temperatures."""
+    return losses.sapo_loss(
+        objective.log_ratio(logprobs, batch),
+        batch.advantages,
+        tau_positive=objective.tau_positive,
+        tau_negative=objective.tau_negative,
+    )
+
+
+def gmpo(logprobs: Array, batch: TrainBatch, objective: "Objective") -> Array:
+    """:func:`gmpo_loss` with the objective's bounds, of the log-ratio."""
+    return losses.gmpo_loss(
+        logprobs,
+        batch.old_logprobs,
+        batch.advantages,
+        batch.loss_mask,
+        epsilon_low=objective.epsilon_low,
+        epsilon_high=objective.epsilon_high,
+    )
+
+
+def dppo(logprobs: Array, batch: TrainBatch, objective: "Objective") -> Array:
+    """:func:`dppo_loss` with the objective's trust region."""
+    return losses.dppo_loss(
+        logprobs,
+        batch.old_logprobs,
+        batch.advantages,
+        bound=objective.trust_bound,
+        divergence=objective.trust_divergence,
+        cap=objective.ratio_cap,
+    )
+
+
+def topr(logprobs: Array, batch: TrainBatch, objective: "Objective") -> Array:
+    """:func:`topr_loss` of a batch."""
+    return losses.topr_loss(logprobs, batch.old_logprobs, batch.advantages)
+
+
+def vespo(logprobs: Array, batch: TrainBatch, objective: "Objective") -> Array:
+    """:func:`vespo_loss` of a batch."""
+    return losses.vespo_loss(logprobs, batch.old_logprobs, batch.advantages, batch.loss_mask)
+
+
+def m2po(logprobs: Array, batch: TrainBatch, objective: "Objective") -> Array:
+    """Policy gradient -A rho, without the tokens in ``batch.selected``."""
+    kept = jnp.where(_selected(batch), 0.0, 1.0)
+    return kept * losses.policy_loss(objective.log_ratio(logprobs, batch), batch.advantages)
+
+
+def mcpo(logprobs: Array, batch: TrainBatch, objective: "Objective") -> Array:
+    """:func:`policy_loss`, and :func:`hold_penalty` on the rows of solved prompts."""
+    if batch.solved is None:
+        raise ValueError("this objective needs batch.solved")
+    held = hold_penalty(objective.log_ratio(logprobs, batch), delta=objective.hold_delta)
+    held = jnp.where(batch.solved[:, None], objective.hold_coef * held, 0.0)
+    return clipped_loss(logprobs, batch, objective) + held
+
+
 def nll(logprobs: Array, batch: TrainBatch, objective: "Objective") -> Array:
     """Negative log-likelihood."""
     del batch, objective
     return -logprobs
 
 
-def select_kl_cov(
-    logprobs: Array,
-    old_logprobs: Array,
-    advantages: Array,
-    loss_mask: Array,
-    key: Array,
-    objective: "Objective",
-) -> Array:
+def select_kl_cov(batch: TrainBatch, logprobs: Array, key: Array, objective: "Objective") -> Array:
     """:func:`kl_cov_selection` in the form that an objective calls."""
-    del old_logprobs, key
     return selection.kl_cov_selection(
-        logprobs, advantages, loss_mask, fraction=objective.selected_fraction
+        logprobs, batch.advantages, batch.loss_mask, fraction=objective.selected_fraction
     )
 
 
 def select_clip_cov(
-    logprobs: Array,
-    old_logprobs: Array,
-    advantages: Array,
-    loss_mask: Array,
-    key: Array,
-    objective: "Objective",
+    batch: TrainBatch, logprobs: Array, key: Array, objective: "Objective"
 ) -> Array:
     """:func:`clip_cov_selection` in the form that an objective calls."""
     return selection.clip_cov_selection(
         logprobs,
-        old_logprobs,
-        advantages,
-        loss_mask,
+        batch.old_logprobs,
+        batch.advantages,
+        batch.loss_mask,
         key,
         fraction=objective.selected_fraction,
         low=objective.covariance_low,
         high=objective.covariance_high,
         epsilon_low=objective.epsilon_low,
         epsilon_high=objective.epsilon_high,
+    )
+
+
+def select_m2po(batch: TrainBatch, logprobs: Array, key: Array, objective: "Objective") -> Array:
+    """:func:`second_moment_selection` in the form that an objective calls."""
+    return selection.second_moment_selection(
+        losses.token_log_ratio(logprobs, batch.old_logprobs),
+        batch.advantages,
+        batch.loss_mask,
+        budget=objective.second_moment,
     )
 
 
@@ -176,11 +281,15 @@ class Objective:
     EchoRL is not an objective: its loss is added to any of these.
     """
 
-    # (rewards [N], group [N], *, num_groups, lengths [N], on_policy [N]) -> [N]
-    advantages: Callable[..., Array] = normalised
-    # Rows that a group's mean is of: all, or those that the policy wrote (LUFFY's option), which
-    # the advantages then take as `baseline` [N].
+    # (step, objective) -> [N], or [N, T] where tokens have advantages of their own.
+    advantages: Callable[[StepData, "Objective"], Array] = by_group
+    # Rows that a group's mean is of: all, or those that the policy wrote (LUFFY's option).
     baseline: Baseline = "all"
+    # Divide a group's advantages by a deviation, and by which.
+    divide_by_std: bool = True
+    std_of: Spread = "group"
+    # Equal rewards that are added to a group whose rewards are all equal (AVSPO).
+    virtual_rewards: int = 0
     # (logprobs [B, T], batch, objective) -> [B, T]
     token_loss: Callable[[Array, TrainBatch, "Objective"], Array] = clipped_loss
     # How token losses become one number.
@@ -197,16 +306,35 @@ class Objective:
     entropy_coef: float = 0.0
     # Weight of the negative log-likelihood of hint tokens.
     nll_coef: float = 0.0
-    # Cap C of the truncated importance weights; None applies none.
+    # Weight of each token by the trainer's probability over the sampler's: its own, or its row's
+    # product, and the cap C of the weight (None is none; a cap alone is of tokens' weights).
+    importance_weight: ImportanceWeight = "none"
     tis_cap: float | None = None
+    # Tokens or rows whose weight lies outside [low, high] are left out of the policy loss.
+    importance_mask: ImportanceMask = "none"
+    importance_low: float = 0.0
+    importance_high: float = float("inf")
+    # Rows with negative advantage that are further from the sampler than this (nats a token, mean)
+    # are left out of the policy loss; None keeps them.
+    drift_limit: float | None = None
+    # Shapes any advantages by entropy: A + min(alpha H, |A| / kappa); 0 leaves them.
+    entropy_alpha: float = 0.0
+    entropy_kappa: float = 2.0
+    # Share of tokens, those of highest entropy, that have an advantage (80/20).
+    entropy_fraction: float = 1.0
     # (logprobs [B, T], batch) -> [B, T], the log-ratio that is clipped and whose clipping is
     # reported.
     log_ratio: Callable[[Array, TrainBatch], Array] = token_ratio
-    # Picks batch.selected from the whole batch; None where the loss does not use it.
+    # (batch, logprobs [N, T] before the update, key, objective) -> bool [N, T]: picks
+    # batch.selected from the whole batch; None where the loss does not use it.
     select_tokens: Callable[..., Array] | None = None
     # The token loss is 0 where the advantage is: such rows need no computing. False for a loss of
     # one's own that is not.
     zero_without_advantage: bool = True
+    # The token loss acts on rows of solved prompts, which have no advantage (MCPO).
+    acts_on_solved: bool = False
+    # Rows without an advantage count in the means of the policy loss.
+    count_zero_advantage: bool = True
     # Share of tokens to pick, bounds of their covariance, weight of KL-Cov's penalty.
     selected_fraction: float = 0.0002
     covariance_low: float = 1.0
@@ -214,6 +342,28 @@ class Objective:
     kl_cov_coef: float = 1.0
     # gamma of LUFFY's policy shaping.
     shaping: float = 0.1
+    # Advantage of a correct row, and what a wrong one loses (PSR, NSR, W-REINFORCE).
+    success_weight: float = 1.0
+    failure_weight: float = 1.0
+    # RL-ZVP's alpha, and whether groups without a success are shaped too.
+    zero_variance_alpha: float = 0.1
+    zero_variance_failures: bool = True
+    # SAPO's temperatures where A > 0 and elsewhere.
+    tau_positive: float = 1.0
+    tau_negative: float = 1.05
+    # DPPO's bound delta, its measure, and the largest ratio.
+    trust_bound: float = 0.15
+    trust_divergence: Divergence = "tv"
+    ratio_cap: float = 20.0
+    # MCPO's hinge on solved prompts: weight beta and free range delta of the log-ratio.
+    hold_coef: float = 1.0
+    hold_delta: float = 0.01
+    # M2PO's bound on the mean squared log-ratio of harmful tokens.
+    second_moment: float = 0.04
+    # OrderGrad's statistic of K samples and its amount.
+    order_statistic: OrderStatistic = "max"
+    order_samples: int = 4
+    order_amount: float = 0.5
     # Expert trajectories placed in each group.
     expert_rows: int = 0
     # Leave groups with a single outcome out of the policy loss and sample others for them.
@@ -225,23 +375,28 @@ class Objective:
     # Learn from demonstrations alone: nothing is sampled.
     supervised: bool = False
 
-    def __post_init__(self) -> None:
-        takes = inspect.signature(self.advantages).parameters
-        if self.baseline != "all" and "baseline" not in takes:
-            raise ValueError(
-                f"baseline = {self.baseline!r}: this objective's advantages have no such choice"
-            )
 
+# Settings that only the functions of some objectives read.
+_PARTS = {
+    *("baseline", "divide_by_std", "std_of", "virtual_rewards", "success_weight"),
+    *("failure_weight", "zero_variance_alpha", "zero_variance_failures", "tau_positive"),
+    *("tau_negative", "trust_bound", "trust_divergence", "ratio_cap", "hold_coef", "hold_delta"),
+    *("second_moment", "order_statistic", "order_samples", "order_amount", "shaping"),
+    *("selected_fraction", "covariance_low", "covariance_high", "kl_cov_coef"),
+    *("epsilon_low", "epsilon_high", "dual_clip"),
+}
 
 _GRPO = Objective(
     aggregation="seq-mean-token-mean", epsilon_low=0.2, epsilon_high=0.2, kl_coef=0.001
 )
-_COV = dataclasses.replace(_GRPO, aggregation="token-mean", kl_coef=0.0)
+_MEAN = dataclasses.replace(_GRPO, kl_coef=0.0)
+_COV = dataclasses.replace(_MEAN, aggregation="token-mean")
+_VERDICT = dataclasses.replace(_COV, advantages=by_verdict, count_zero_advantage=False)
 
 OBJECTIVES: dict[str, Objective] = {
     "grpo": _GRPO,
     "dr_grpo": dataclasses.replace(
-        _GRPO, advantages=centred, aggregation="seq-mean-token-sum-norm", kl_coef=0.0
+        _MEAN, divide_by_std=False, aggregation="seq-mean-token-sum-norm"
     ),
     "dapo": Objective(
         epsilon_low=0.2,
@@ -250,36 +405,117 @@ OBJECTIVES: dict[str, Objective] = {
         dynamic_sampling=True,
         overlong_buffer=0.2,
     ),
-    "gspo": Objective(
-        aggregation="seq-mean-token-mean",
-        log_ratio=sequence_ratio,
-        epsilon_low=3e-4,
-        epsilon_high=4e-4,
+    "gspo": dataclasses.replace(
+        _MEAN, log_ratio=sequence_ratio, epsilon_low=3e-4, epsilon_high=4e-4
     ),
     "cispo": Objective(token_loss=cispo, epsilon_low=1.0, epsilon_high=0.28),
-    "rloo": Objective(advantages=from_rewards(adv.rloo_advantages)),
-    "reinforce_pp": Objective(
-        advantages=from_lengths(adv.whitened_advantages), epsilon_low=0.2, epsilon_high=0.2
-    ),
+    "rloo": Objective(advantages=leave_one_out),
+    "reinforce_pp": Objective(advantages=whitened, epsilon_low=0.2, epsilon_high=0.2),
     "reinforce_pp_baseline": Objective(
-        advantages=from_lengths(adv.whitened_advantages, group_baseline=True),
-        epsilon_low=0.2,
-        epsilon_high=0.2,
+        advantages=whitened_by_group, epsilon_low=0.2, epsilon_high=0.2
     ),
-    "opo": Objective(advantages=from_lengths(adv.opo_advantages)),
+    "opo": Objective(advantages=by_length),
     "luffy": Objective(
-        advantages=centred,
+        divide_by_std=False,
         token_loss=luffy,
         aggregation="seq-mean-token-sum-norm",
         expert_rows=1,
     ),
     "uft": dataclasses.replace(_GRPO, nll_coef=0.001, hints=True),
-    "sft": Objective(advantages=from_rewards(alike), token_loss=nll, supervised=True),
+    "sft": Objective(advantages=alike, token_loss=nll, supervised=True),
     "kl_cov": dataclasses.replace(
         _COV, token_loss=kl_cov, epsilon_low=None, epsilon_high=None, select_tokens=select_kl_cov
     ),
     "clip_cov": dataclasses.replace(_COV, token_loss=clip_cov, select_tokens=select_clip_cov),
+    # Repairs of groups with one outcome, EchoRL's rivals.
+    "rl_zvp": dataclasses.replace(_MEAN, advantages=zero_variance),
+    "avspo": dataclasses.replace(_MEAN, virtual_rewards=1),
+    "mcpo": dataclasses.replace(
+        _MEAN, advantages=mastery, token_loss=mcpo, epsilon_high=0.28, acts_on_solved=True
+    ),
+    "psr": dataclasses.replace(_VERDICT, failure_weight=0.0),
+    "nsr": dataclasses.replace(_VERDICT, success_weight=0.0),
+    "w_reinforce": dataclasses.replace(_VERDICT, success_weight=0.1),
+    # Other weights of prompts and rows.
+    "maxrl": Objective(advantages=by_mean),
+    "lite_ppo": dataclasses.replace(_COV, std_of="batch"),
+    "ordergrad": Objective(advantages=by_order),
+    "scale_rl": Objective(
+        std_of="batch_centred",
+        token_loss=cispo,
+        aggregation="prompt-mean",
+        epsilon_high=4.0,
+        count_zero_advantage=False,
+    ),
+    # Other trust regions.
+    "sapo": dataclasses.replace(_MEAN, token_loss=sapo, epsilon_low=None, epsilon_high=None),
+    "gmpo": dataclasses.replace(_MEAN, token_loss=gmpo, epsilon_low=0.4, epsilon_high=0.4),
+    "luspo": dataclasses.replace(
+        _MEAN,
+        log_ratio=sequence_ratio,
+        aggregation="seq-mean-token-sum",
+        epsilon_low=2e-3,
+        epsilon_high=2.5e-3,
+    ),
+    "dppo_tv": Objective(token_loss=dppo),
+    "dppo_kl": Objective(token_loss=dppo, trust_divergence="kl", trust_bound=0.05),
+    "vespo": Objective(token_loss=vespo),
+    "m2po": Objective(token_loss=m2po, select_tokens=select_m2po),
+    "topr": Objective(advantages=by_verdict, token_loss=topr),
 }
+
+
+def compute_advantages(step: StepData, objective: Objective) -> Array:
+    """The advantages of a step's rows, shaped by entropy where the objective asks for it.
+
+    Args:
+      step: the rows of the whole step.
+      objective: static under jit.
+
+    Returns:
+      ``[N]`` float32; ``[N, T]``, 0 outside the completions, where tokens have their own.
+
+    >>> rewards, group = jnp.array([1.0, 0.0]), jnp.array([0, 0])
+    >>> step = StepData.plain(rewards=rewards, group=group, num_groups=1)
+    >>> print(compute_advantages(step, OBJECTIVES["dr_grpo"]))
+    [ 0.5 -0.5]
+    """
+    found = objective.advantages(step, objective)
+    if objective.entropy_alpha:
+        found = token_advantages.entropy_shaped_advantages(
+            found,
+            step.token_entropy,
+            alpha=objective.entropy_alpha,
+            kappa=objective.entropy_kappa,
+        )
+    if objective.entropy_fraction < 1:
+        learnt = step.mask & step.in_policy[:, None]
+        kept = token_advantages.top_entropy_tokens(
+            step.token_entropy, learnt, fraction=objective.entropy_fraction
+        )
+        found = jnp.where(kept, found[:, None] if found.ndim == 1 else found, 0.0)
+    return found if found.ndim == 1 else jnp.where(step.mask, found, 0.0)
+
+
+def importance_level(objective: Objective) -> ImportanceWeight:
+    """The unit of the objective's importance weights: tokens where only a cap is given.
+
+    >>> importance_level(Objective(tis_cap=2.0)), importance_level(Objective())
+    ('token', 'none')
+    """
+    capped = objective.tis_cap is not None and objective.importance_weight == "none"
+    return "token" if capped else objective.importance_weight
+
+
+def token_level(objective: Objective) -> bool:
+    """True if tokens have advantages of their own; nothing is computed.
+
+    >>> token_level(OBJECTIVES["grpo"]), token_level(OBJECTIVES["rl_zvp"])
+    (False, True)
+    """
+    rewards, group = jnp.zeros(2), jnp.zeros(2, jnp.int32)
+    step = StepData.plain(rewards=rewards, group=group, num_groups=1, mask=jnp.ones((2, 3), bool))
+    return jax.eval_shape(lambda step: compute_advantages(step, objective), step).ndim == 2
 
 
 def load_objective(name: str, **settings: Any) -> Objective:
@@ -294,8 +530,8 @@ def load_objective(name: str, **settings: Any) -> Objective:
       The objective.
 
     Raises:
-      ValueError: if there is no such objective or setting (the message names the nearest), or a
-        setting that it cannot serve.
+      ValueError: if there is no such objective or setting (the message names the nearest), or the
+        objective has no use for it.
 
     >>> load_objective("dapo", epsilon_high=0.3, aggregation=None).epsilon_high
     0.3
@@ -308,7 +544,46 @@ def load_objective(name: str, **settings: Any) -> Objective:
         if setting not in fields:
             raise ValueError(f"an objective has no setting {setting!r}{_hint(setting, fields)}")
     changes = {key: value for key, value in settings.items() if value is not None}
-    return dataclasses.replace(objective, **changes)
+    changed = dataclasses.replace(objective, **changes)
+    differ = {key for key, value in changes.items() if getattr(objective, key) != value}
+    unused = (_PARTS & differ) - _used_by_parts(changed) if _PARTS & differ else None
+    if unused:
+        raise ValueError(f"{name!r} has no use for {', '.join(sorted(unused))}")
+    return changed
+
+
+def _used_by_parts(objective: Objective) -> set[str]:
+    """The settings in ``_PARTS`` that the objective's functions read."""
+    used: set[str] = set()
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            used.add(name)
+            return getattr(objective, name)
+
+    def run(step: StepData, batch: TrainBatch, key: Array) -> None:
+        watched: Any = Watched()
+        objective.advantages(step, watched)
+        objective.token_loss(batch.old_logprobs, batch, watched)
+        if objective.select_tokens is not None:
+            objective.select_tokens(batch, batch.old_logprobs, key, watched)
+
+    zeros, row = jnp.zeros((2, 3)), jnp.zeros(2, jnp.int32)
+    step = StepData.plain(rewards=zeros[:, 0], group=row, num_groups=1, mask=zeros == 0)
+    batch = TrainBatch.plain(
+        tokens=jnp.zeros((2, 4), jnp.int32),
+        prompt_length=row,
+        length=row,
+        loss_mask=zeros,
+        selected=zeros > 0,
+        solved=row > 0,
+    )
+    try:
+        jax.eval_shape(run, step, batch, jax.random.key(0))
+    # The functions may be the user's and need more than these arrays.
+    except Exception:
+        return set(_PARTS)
+    return used
 
 
 def _imported(path: str) -> Any:

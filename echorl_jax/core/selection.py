@@ -18,7 +18,7 @@ def token_covariance(logprobs: Array, advantages: Array, loss_mask: Array) -> Ar
 
     Args:
       logprobs: ``[N, T]``, constants.
-      advantages: ``[N]``.
+      advantages: ``[N]`` or ``[N, T]``.
       loss_mask: ``[N, T]``, the tokens of the batch.
 
     Returns:
@@ -35,7 +35,8 @@ def token_covariance(logprobs: Array, advantages: Array, loss_mask: Array) -> Ar
         value = jnp.where(mask, value, 0.0)
         return jnp.where(mask, value - jnp.sum(value) / count, 0.0)
 
-    return centred(advantages[:, None]) * centred(lax.stop_gradient(logprobs))
+    advantages = advantages[:, None] if advantages.ndim == 1 else advantages
+    return centred(advantages) * centred(lax.stop_gradient(logprobs))
 
 
 def kl_cov_selection(
@@ -48,7 +49,7 @@ def kl_cov_selection(
 
     Args:
       logprobs: ``[N, T]``, the policy's at the time of choosing.
-      advantages: ``[N]``.
+      advantages: ``[N]`` or ``[N, T]``.
       loss_mask: ``[N, T]``.
       fraction: share of the tokens.
 
@@ -84,7 +85,7 @@ def clip_cov_selection(
     Args:
       logprobs: ``[N, T]``, the policy's at the time of choosing.
       old_logprobs: ``[N, T]``.
-      advantages: ``[N]``.
+      advantages: ``[N]`` or ``[N, T]``.
       loss_mask: ``[N, T]``.
       key: PRNG key of the pick.
       fraction: share of the tokens.
@@ -108,6 +109,44 @@ def clip_cov_selection(
     )
     eligible = mask & (covariance > low) & (covariance < high) & ~clipped
     return _largest(jax.random.uniform(key, mask.shape), eligible, mask, fraction)
+
+
+def second_moment_selection(
+    log_ratio: Array, advantages: Array, loss_mask: Array, *, budget: float = 0.04
+) -> Array:
+    """The tokens to clip so that the second moment of harmful log-ratios stays in a budget (M2PO).
+
+    Harmful is where the ratio has moved as the advantage pushes it: A > 0 and rho > 1, or A < 0 and
+    rho < 1. From the largest on, as many of them are selected as it takes for the mean of
+    (log rho)^2 over the harmful ones, with the selected counted at the bound, to fall below
+    ``budget``; the bound is then the largest |log rho| that is kept. Source: arXiv 2510.01161,
+    section 4, and the authors' code, which takes the bound from the tokens there are.
+
+    Args:
+      log_ratio: ``[N, T]``, of the policy before the update.
+      advantages: ``[N]`` or ``[N, T]``.
+      loss_mask: ``[N, T]``.
+      budget: see above.
+
+    Returns:
+      ``[N, T]`` bool.
+
+    >>> log_ratio = jnp.array([[0.1, 0.2, 0.9, -2.0]])
+    >>> second_moment_selection(log_ratio, jnp.array([1.0]), jnp.ones((1, 4))).tolist()
+    [[False, False, True, False]]
+    """
+    advantages = advantages[:, None] if advantages.ndim == 1 else advantages
+    harmful = (loss_mask > 0) & (advantages * log_ratio > 0)
+    size = jnp.where(harmful, jnp.abs(log_ratio), 0.0).reshape(-1)
+    count = jnp.maximum(jnp.sum(harmful, dtype=jnp.float32), 1.0)
+    ordered = jnp.sort(size)[::-1]
+    # With the k largest cut to the next one's size: their number times its square, and the rest.
+    squares = ordered**2
+    rest = jnp.cumsum(squares[::-1])[::-1]
+    cut = jnp.arange(size.size, dtype=jnp.float32) * squares + rest
+    bound = ordered[jnp.argmax(cut / count < budget)]
+    over = jnp.all(cut / count >= budget)
+    return harmful & (over | (jnp.abs(log_ratio) > bound))
 
 
 def _largest(score: Array, eligible: Array, mask: Array, fraction: float) -> Array:

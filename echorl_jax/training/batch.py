@@ -12,7 +12,9 @@ from echorl_jax.config import EchoConfig
 from echorl_jax.core import (
     Objective,
     aggregation_weights,
+    compute_advantages,
     echo_weights,
+    group_means,
     judged_groups,
     mean_scale,
     step_entropy,
@@ -21,7 +23,16 @@ from echorl_jax.core import (
 from echorl_jax.rollout import join_rows
 from echorl_jax.training.experience import Experience
 from echorl_jax.training.setup import Setup
-from echorl_jax.types import Array, EchoClips, Graded, HostArray, Rollouts, TrainBatch, pytree
+from echorl_jax.types import (
+    Array,
+    EchoClips,
+    Graded,
+    HostArray,
+    Rollouts,
+    StepData,
+    TrainBatch,
+    pytree,
+)
 
 
 @pytree
@@ -53,7 +64,12 @@ def make_batches(
     """
     config, objective = setup.config, setup.objective
     advantages = np.asarray(
-        step_advantages(experience.rollouts, experience.graded, objective=objective)
+        step_advantages(
+            experience.rollouts,
+            experience.graded,
+            experience.groups.in_policy.reshape(-1),
+            objective=objective,
+        )
     )
     parts = experience.split(config.objective.mini_batches)
     made, coef = [], 0.0
@@ -82,45 +98,45 @@ def make_batches(
     return made, float(coef)
 
 
-def step_advantages(rollouts: Rollouts, graded: Graded, *, objective: Objective) -> Array:
-    """Advantages ``[N]`` f32 over the whole batch of a step; not under jit.
+def step_advantages(
+    rollouts: Rollouts, graded: Graded, in_policy: HostArray, *, objective: Objective
+) -> Array:
+    """Advantages ``[N]`` or ``[N, T]`` f32 over the whole batch of a step; not under jit.
 
     A row without a verdict has advantage 0 and no part in the others'. So have the other rows of
     its group if fewer than two are left in the group's baseline.
+
+    Args:
+      rollouts: as sampled, N rows.
+      graded: their verdicts.
+      in_policy: bool ``[N]``, rows of the policy loss.
+      objective: static.
     """
-    groups, judged = rollouts.prompt_ids.shape[0], jnp.asarray(graded.with_verdict)
-    if judged.all():
-        return _advantages(rollouts, graded, objective=objective, num_groups=groups)
-    own = graded.on_policy if objective.baseline == "on_policy" else None
-    group = judged_groups(rollouts.group, judged, num_groups=groups, baseline=own)
-    kept = group < groups
-    found = _advantages(
-        dataclasses.replace(
-            rollouts,
-            group=group,
-            completion_length=jnp.where(kept, rollouts.completion_length, 0),
-        ),
-        graded,
-        objective=objective,
-        num_groups=groups + 1,
+    group, groups = jnp.asarray(rollouts.group), rollouts.prompt_ids.shape[0]
+    kept = judged = jnp.asarray(graded.with_verdict)
+    if not judged.all():
+        own = graded.on_policy if objective.baseline == "on_policy" else None
+        group = judged_groups(group, judged, num_groups=groups, baseline=own)
+        kept, groups = group < groups, groups + 1
+    step = StepData(
+        rewards=graded.rewards,
+        correct=graded.correct,
+        group=group,
+        on_policy=graded.on_policy,
+        in_policy=in_policy,
+        lengths=jnp.where(kept, rollouts.completion_length, 0),
+        mask=_completion_mask(rollouts) & kept[:, None],
+        token_ids=rollouts.completion_ids,
+        token_entropy=rollouts.token_entropy,
+        num_groups=groups,
     )
-    return jnp.where(kept, found, 0.0)
+    found = _advantages(step, objective=objective)
+    return jnp.where(kept if found.ndim == 1 else kept[:, None], found, 0.0)
 
 
-@functools.partial(jax.jit, static_argnames=("objective", "num_groups"))
-def _advantages(
-    rollouts: Rollouts, graded: Graded, *, objective: Objective, num_groups: int
-) -> Array:
-    own = graded.on_policy
-    choice = {"baseline": own} if objective.baseline == "on_policy" else {}
-    return objective.advantages(
-        graded.rewards,
-        rollouts.group,
-        num_groups=num_groups,
-        lengths=rollouts.completion_length,
-        on_policy=own,
-        **choice,
-    )
+@functools.partial(jax.jit, static_argnames="objective")
+def _advantages(step: StepData, *, objective: Objective) -> Array:
+    return compute_advantages(step, objective)
 
 
 @functools.partial(jax.jit, static_argnames=("objective", "echo", "max_tokens"))
@@ -144,7 +160,7 @@ def assemble(
     Args:
       rollouts: as sampled, with P prompts and N rows.
       graded: their verdicts.
-      advantages: f32 ``[N]``, from :func:`step_advantages`.
+      advantages: f32 ``[N]`` or ``[N, T]``, from :func:`step_advantages`.
       in_policy: bool ``[N]``, rows of the policy loss; a row without a verdict is in neither.
       in_echo: bool ``[N]``, rows that may give clips.
       is_delimiter: bool ``[V]``, tokens that end a reasoning step.
@@ -153,11 +169,13 @@ def assemble(
       min_entropy: see :func:`~echorl_jax.core.clips_above`.
       objective: static.
       echo: static.
-      max_tokens: the constant length of ``seq-mean-token-sum-norm``.
+      max_tokens: the constant length of the norms.
     """
     width = rollouts.completion_ids.shape[1]
     num_groups = rollouts.prompt_ids.shape[0]
     mask = _completion_mask(rollouts)
+    if not objective.count_zero_advantage:
+        in_policy &= advantages != 0 if advantages.ndim == 1 else jnp.any(advantages != 0, axis=1)
     loss_mask = mask & in_policy[:, None]
     num_steps = min(echo.max_steps, width)
     steps = step_ids(rollouts.completion_ids, mask, is_delimiter)
@@ -186,7 +204,13 @@ def assemble(
         key=key,
     )
     tokens, length = join_rows(rollouts)
-    weights = aggregation_weights(loss_mask, mode=objective.aggregation, max_tokens=max_tokens)
+    weights = aggregation_weights(
+        loss_mask,
+        mode=objective.aggregation,
+        max_tokens=max_tokens,
+        group=rollouts.group,
+        num_groups=num_groups,
+    )
     batch = TrainBatch(
         tokens=tokens,
         prompt_length=rollouts.prompt_length[rollouts.group],
@@ -201,6 +225,11 @@ def assemble(
     )
     if objective.entropy_coef:
         batch = dataclasses.replace(batch, entropy_scale=mean_scale(weights))
+    if objective.acts_on_solved:
+        # Of the rows with a verdict; a prompt that has none is not solved.
+        rate = group_means(graded.correct | ~judged, rollouts.group, num_groups=num_groups)
+        solved = (rate == 1)[rollouts.group] & judged
+        batch = dataclasses.replace(batch, solved=solved)
     made = Assembled(batch, term.clips, steps, mean_entropy, step_tokens, term.refused)
     return made, term.coef
 
@@ -218,23 +247,16 @@ def select_tokens(
     """
     if objective.select_tokens is None:
         return batch
-    old = batch.old_logprobs, batch.advantages, batch.loss_mask
-    selected = _selected(logprobs, *old, key, objective=objective)
+    # Without what only some updates have: one program serves all of them.
+    plain = dataclasses.replace(batch, ref_logprobs=None)
+    selected = _selected(plain, logprobs, key, objective=objective)
     return dataclasses.replace(batch, selected=np.asarray(selected))
 
 
 @functools.partial(jax.jit, static_argnames=("objective",))
-def _selected(
-    logprobs: Array,
-    old_logprobs: Array,
-    advantages: Array,
-    loss_mask: Array,
-    key: Array,
-    *,
-    objective: Objective,
-) -> Array:
+def _selected(batch: TrainBatch, logprobs: Array, key: Array, *, objective: Objective) -> Array:
     assert objective.select_tokens is not None
-    return objective.select_tokens(logprobs, old_logprobs, advantages, loss_mask, key, objective)
+    return objective.select_tokens(batch, logprobs, key, objective)
 
 
 def join_assembled(parts: Sequence[Assembled]) -> Assembled:

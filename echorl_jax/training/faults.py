@@ -113,7 +113,7 @@ class Faults:
             return [batch, *others]
         row = int(np.argmax(np.any(batch.token_weights != 0, axis=1)))
         weights, advantages = np.array(batch.token_weights), np.array(batch.advantages)
-        weights[row, 0] = advantages[row] = np.nan
+        weights[row, 0] = advantages[row, ...] = np.nan
         batch = dataclasses.replace(batch, token_weights=weights, advantages=advantages)
         return [batch, *others]
 

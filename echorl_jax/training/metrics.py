@@ -143,7 +143,8 @@ def covariance(batch: TrainBatch) -> float:
     logprobs = np.asarray(batch.rollout_logprobs, np.float64)[kept]
     if not logprobs.size:
         return 0.0
-    advantages = np.broadcast_to(batch.advantages[:, None], kept.shape)[kept].astype(np.float64)
+    advantages = batch.advantages.reshape(len(kept), -1)
+    advantages = np.broadcast_to(advantages, kept.shape)[kept].astype(np.float64)
     shares = (logprobs - logprobs.mean()) * (advantages - advantages.mean())
     return float(shares.mean())
 
@@ -277,7 +278,8 @@ def _sample(
         "correct": bool(experience.graded.correct[row]) if judged else None,
         "reason": experience.groups.reasons.flat[row],
         "truncated": bool(rollouts.truncated[row]),
-        "advantage": float(made.batch.advantages[row]),
+        # The mean over its tokens, where they have their own.
+        "advantage": float(np.mean(np.atleast_1d(made.batch.advantages[row])[:length])),
         "tokens": tokenizer.batch_decode([[i] for i in ids]),
         "entropy": _rounded(rollouts.token_entropy[row, :length]),
         "logprobs": _rounded(rollouts.rollout_logprobs[row, :length]),

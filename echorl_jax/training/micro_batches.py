@@ -73,7 +73,10 @@ def trainable_rows(batch: TrainBatch, *, every_row: bool) -> tuple[TrainBatch, n
       The batch with new lengths, and a bool ``[N]``.
     """
     in_policy = np.any(batch.token_weights != 0, axis=1)
-    whole = in_policy & (every_row | (batch.advantages != 0))
+    rows = batch.loss_mask.shape[0]
+    whole = in_policy & (every_row | np.any(batch.advantages.reshape(rows, -1) != 0, axis=1))
+    if batch.solved is not None:
+        whole |= in_policy & batch.solved
     if batch.selected is not None:
         whole |= np.any(np.asarray(batch.selected), axis=1)
     prefix = _used_tokens(batch.echo_weights)
@@ -200,7 +203,7 @@ def pack_rows(batch: TrainBatch, *, width: int) -> TrainBatch:
     lengths = np.asarray(batch.length)
     if lengths.size and lengths.max() > width:
         raise ValueError(f"pack_rows: a sequence of {lengths.max()} tokens, rows of {width}")
-    for name in ("advantages", "on_policy", "entropy_scale"):
+    for name in ("advantages", "on_policy", "solved", "entropy_scale"):
         if vars(batch)[name] is not None and len(np.unique(vars(batch)[name])) > 1:
             raise ValueError(f"pack_rows: rows differ in {name}")
     bins = first_fit(lengths.tolist(), width)

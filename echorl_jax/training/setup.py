@@ -10,7 +10,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from echorl_jax.config import Config, ConfigError
-from echorl_jax.core import Objective, load_objective
+from echorl_jax.core import Objective, importance_level, load_objective
 from echorl_jax.data import load_tokenizer, newline_delimiters, require_vocabulary
 from echorl_jax.data.tokens import model_path
 from echorl_jax.environment import end_tokens
@@ -209,6 +209,12 @@ def configured_objective(config: Config) -> Objective:
         objective = load_objective(config.objective.name, **settings)
     except ValueError as error:
         raise ConfigError(f"config.objective.name: {error}") from error
+    corrected = not importance_level(objective) == objective.importance_mask == "none"
+    if corrected and config.objective.old_logprobs == "rollout":
+        raise ConfigError(
+            'config.objective.old_logprobs = "rollout": tis_cap, importance_weight and '
+            'importance_mask compare the trainer with the sampler and need "trainer"'
+        )
     if objective.expert_rows >= config.rollout.group_size:
         raise ConfigError(
             f"config.rollout.group_size = {config.rollout.group_size}: must be above the "

@@ -10,16 +10,16 @@ import pytest
 
 from echorl_jax import core
 from echorl_jax.training.batch import step_advantages
-from echorl_jax.types import Graded, Rollouts
+from echorl_jax.types import Graded, Rollouts, StepData
 
-ESTIMATORS = {name: core.OBJECTIVES[name].advantages for name in core.OBJECTIVES if name != "sft"}
+ESTIMATORS = [name for name in core.OBJECTIVES if name != "sft"]
 
 
 def estimate(name, rewards, group, lengths=None, num_groups=4):
     lengths = jnp.ones(len(rewards), jnp.int32) if lengths is None else lengths
     rewards, group = jnp.asarray(rewards, jnp.float32), jnp.asarray(group)
-    own = jnp.ones(len(rewards), jnp.bool_)
-    return ESTIMATORS[name](rewards, group, num_groups=num_groups, lengths=lengths, on_policy=own)
+    step = StepData.plain(rewards=rewards, group=group, num_groups=num_groups, lengths=lengths)
+    return core.compute_advantages(step, core.OBJECTIVES[name])
 
 
 @pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "opo"])
@@ -80,7 +80,7 @@ def test_the_mean_is_of_the_rows_that_baseline_names():
     luffy = core.load_objective("luffy", baseline="on_policy")
     np.testing.assert_allclose(score(luffy), np.array([-1, -1, 2, 2]) / 3, rtol=1e-6)
     # An objective of one's own is told which rows the policy wrote, whatever the baseline.
-    told = core.Objective(advantages=lambda r, g, *, on_policy, **_: jnp.where(on_policy, r, 0))
+    told = core.Objective(advantages=lambda step, _: jnp.where(step.on_policy, step.rewards, 0))
     assert score(told).tolist() == [0.0, 0.0, 1.0, 0.0]
 
 
@@ -89,7 +89,10 @@ def step_scores(objective, rewards, group, *, lengths=None, on_policy=None, judg
     rows, groups = len(rewards), int(max(group)) + 1
     rollouts: Any = dict.fromkeys(field.name for field in dataclasses.fields(Rollouts))
     rollouts |= {"group": jnp.asarray(group), "prompt_ids": jnp.zeros((groups, 1), jnp.int32)}
-    rollouts["completion_length"] = jnp.asarray(np.ones(rows) if lengths is None else lengths, int)
+    lengths = np.ones(rows) if lengths is None else np.asarray(lengths)
+    rollouts["completion_length"] = jnp.asarray(lengths, int)
+    rollouts["completion_ids"] = jnp.zeros((rows, int(lengths.max())), jnp.int32)
+    rollouts["token_entropy"] = 0.1 + jnp.zeros(rollouts["completion_ids"].shape)
     graded = Graded(
         rewards=jnp.asarray(rewards, jnp.float32),
         correct=jnp.zeros(rows, bool),
@@ -97,7 +100,8 @@ def step_scores(objective, rewards, group, *, lengths=None, on_policy=None, judg
         judged=None if judged is None else np.array(judged, bool),
     )
     objective = core.OBJECTIVES[objective] if isinstance(objective, str) else objective
-    return np.asarray(step_advantages(Rollouts(**rollouts), graded, objective=objective))
+    in_policy = np.ones(rows, bool)
+    return np.asarray(step_advantages(Rollouts(**rollouts), graded, in_policy, objective=objective))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +181,7 @@ def test_all_rows_judged_is_no_other_computation():
 @pytest.mark.parametrize("name", ["rloo", "opo", "reinforce_pp", "reinforce_pp_baseline", "sft"])
 def test_a_baseline_that_does_nothing_is_refused(name):
     core.load_objective(name, baseline="all")
-    with pytest.raises(ValueError, match="baseline = 'on_policy': this objective's"):
+    with pytest.raises(ValueError, match=f"'{name}' has no use for baseline"):
         core.load_objective(name, baseline="on_policy")
 
 
@@ -218,7 +222,9 @@ def test_overlong_punishment_without_a_slope():
         ("token-mean", [[0.25, 0.25, 0.25], [0.25, 0, 0], [0, 0, 0]]),
         ("seq-mean-token-sum", [[0.5, 0.5, 0.5], [0.5, 0, 0], [0, 0, 0]]),
         ("seq-mean-token-mean", [[1 / 6, 1 / 6, 1 / 6], [0.5, 0, 0], [0, 0, 0]]),
-        ("seq-mean-token-sum-norm", [[0.2, 0.2, 0.2], [0.2, 0, 0], [0, 0, 0]]),
+        ("seq-mean-token-sum-norm", [[0.1, 0.1, 0.1], [0.1, 0, 0], [0, 0, 0]]),
+        ("token-sum-norm", [[0.2, 0.2, 0.2], [0.2, 0, 0], [0, 0, 0]]),
+        ("token-sum", [[1, 1, 1], [1, 0, 0], [0, 0, 0]]),
     ],
 )
 def test_aggregation_weights(mode, expected):

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType
 
 from echorl_jax import core
-from echorl_jax.types import TrainBatch
+from echorl_jax.types import StepData, TrainBatch
 
 ROWS, LENGTH, PROMPTS = 8, 6, 2
 ECHO = np.float32(0.5)
@@ -41,11 +41,18 @@ def example(objective: core.Objective, seed: int = 0) -> tuple[np.ndarray, np.nd
     on_policy = jnp.array([True, True, True, False, True, True, False, True])
     f32 = functools.partial(np.asarray, dtype=np.float32)
     loss_mask = f32(mask)
-    advantages = objective.advantages(
-        rewards, group, num_groups=PROMPTS, lengths=loss_mask.sum(1), on_policy=on_policy
+    entropy = f32(rng.random(old.shape))
+    step = StepData.plain(
+        rewards=rewards,
+        group=group,
+        num_groups=PROMPTS,
+        mask=jnp.asarray(mask),
+        on_policy=on_policy,
+        token_entropy=entropy,
     )
+    advantages = core.compute_advantages(step, objective)
     clips = core.mine_echo_clips(
-        f32(rng.random(old.shape)),
+        entropy,
         jnp.where(mask, 0, -1),
         rewards > 0,
         group,
@@ -53,11 +60,6 @@ def example(objective: core.Objective, seed: int = 0) -> tuple[np.ndarray, np.nd
         num_steps=1,
         on_policy=on_policy,
     )
-    selected = None
-    if objective.select_tokens is not None:
-        selected = objective.select_tokens(
-            f32(logprobs), f32(old), advantages, loss_mask, jax.random.key(0), objective
-        )
     batch = TrainBatch(
         tokens=jnp.zeros((ROWS, LENGTH), jnp.int32),
         prompt_length=jnp.zeros(ROWS, jnp.int32),
@@ -67,15 +69,23 @@ def example(objective: core.Objective, seed: int = 0) -> tuple[np.ndarray, np.nd
         old_logprobs=f32(old),
         rollout_logprobs=f32(old + rng.normal(0, 0.2, old.shape)),
         token_weights=core.aggregation_weights(
-            loss_mask, mode=objective.aggregation, max_tokens=LENGTH
+            loss_mask,
+            mode=objective.aggregation,
+            max_tokens=LENGTH,
+            group=group,
+            num_groups=PROMPTS,
         ),
         echo_weights=core.clip_weights(clips, (ROWS, LENGTH)),
         on_policy=on_policy,
         nll_weights=f32(rng.random(old.shape) * mask * (rng.random(old.shape) < 0.3)),
         ref_logprobs=f32(old + rng.normal(0, 0.2, old.shape)),
-        selected=selected,
+        solved=group == 1 if objective.acts_on_solved else None,
     )
-    return f32(logprobs), f32(rng.random(old.shape)), jax.tree.map(np.asarray, batch)
+    logprobs = f32(logprobs)
+    if objective.select_tokens is not None:
+        selected = objective.select_tokens(batch, logprobs, jax.random.key(0), objective)
+        batch = dataclasses.replace(batch, selected=selected)
+    return logprobs, entropy, jax.tree.map(np.asarray, batch)
 
 
 def total(inputs, batch, objective, echo_coef):
@@ -161,14 +171,17 @@ def test_nothing_to_learn_is_exactly_zero(name):
     assert terms["loss/policy"].mean() == 0.0
 
 
-# Every kind of token loss once. Not CISPO's: its weight is a constant by design, so its gradient
-# is not that of its value; the golden gradients are its test.
+# Every kind of token loss once. Not those of CISPO, DPPO, VESPO and TOPR: their weight is a
+# constant by design, so their gradient is not that of their value; golden gradients test them.
 @pytest.mark.parametrize(
-    "name", ["grpo", "dapo", "gspo", "rloo", "luffy", "sft", "kl_cov", "clip_cov"]
+    "name",
+    (
+        "grpo dapo gspo rloo luffy sft kl_cov clip_cov sapo gmpo luspo rl_zvp mcpo m2po w_reinforce"
+    ).split(),
 )
 def test_gradient_against_central_differences(name):
     objective = full(name)
-    if name == "gspo":
+    if name in ("gspo", "luspo"):
         # Its token form has the gradient of its value while a sequence's tokens weigh the same.
         objective = dataclasses.replace(objective, tis_cap=None)
     with jax.enable_x64(True):
@@ -255,7 +268,7 @@ def test_missing_fields_are_named():
         core.batch_loss(logprobs, entropy, batch, core.OBJECTIVES["kl_cov"], echo_coef=0.0)
 
 
-@pytest.mark.parametrize("name", ["grpo", "gspo", "luffy"])
+@pytest.mark.parametrize("name", ["grpo", "gspo", "luffy", "rl_zvp", "gmpo", "mcpo", "vespo"])
 def test_rows_spread_over_a_mesh_and_run_without_jit(name):
     objective = full(name)
     logprobs, entropy, batch = example(objective)

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from echorl_jax import core
+from echorl_jax.types import StepData
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -27,10 +29,18 @@ def test_custom_objective_by_import_path(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     objective = core.load_objective("custom_objective:half_baseline", entropy_coef=0.1)
     assert objective.entropy_coef == 0.1
-    advantages = objective.advantages(
-        jnp.array([1.0, 1.0]), jnp.array([0, 0]), num_groups=1, lengths=None, on_policy=None
+    step = StepData.plain(
+        rewards=jnp.array([1.0, 1.0, 0.0]),
+        group=jnp.array([0, 0, 0]),
+        num_groups=1,
+        mask=jnp.array([[True, True]] * 3),
+        token_entropy=jnp.array([[0.5, 1.5]] * 3),
     )
-    assert advantages.tolist() == [0.5, 0.5]
+    assert core.compute_advantages(step, objective).tolist() == [0.5, 0.5, -0.5]
+    # (1 - 2/3) / 0.57735 = 0.57735 for a success, spread over its tokens by 0.5 and 1.5.
+    by_surprise = core.load_objective("custom_objective:by_surprise")
+    found = core.compute_advantages(step, by_surprise)
+    np.testing.assert_allclose(found[0], [0.288675, 0.866025], rtol=1e-4)
 
 
 def test_custom_grader_by_import_path_in_a_process_of_its_own():

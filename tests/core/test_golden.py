@@ -149,7 +149,9 @@ def test_loss_and_gradient(key):
     numbers = [float(number) for number in re.findall(r"(?<=_)\d[\d.e-]*", name)]
     objective = reference_objective(name, numbers)
     mask = golden("mask")
-    weights = core.aggregation_weights(mask, mode=aggregation, max_tokens=mask.shape[1])
+    # The name has another meaning in verl since February 2026, and here.
+    mode = {"seq-mean-token-sum-norm": "token-sum-norm"}.get(aggregation, aggregation)
+    weights = core.aggregation_weights(mask, mode=mode, max_tokens=mask.shape[1])
     inputs = {field: golden(field) for field in INPUTS - {"group_size"}}
     selected = None
     if objective.select_tokens is not None:
@@ -169,7 +171,8 @@ def reference_selection(golden, objective, slope):
     """
     logprobs, advantages = golden("logprobs"), golden("advantages")[:, 0]
     old_logprobs, mask = golden("old_logprobs"), golden("mask") > 0
-    ours = objective.select_tokens(logprobs, old_logprobs, advantages, mask, None, objective)
+    fraction = objective.selected_fraction
+    ours = core.kl_cov_selection(logprobs, advantages, mask, fraction=fraction)
     covariance = core.token_covariance(logprobs, advantages, mask)
     last = jnp.min(jnp.where(ours, covariance, jnp.inf))
     tied = mask & (jnp.abs(covariance - last) < 1e-6)

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 import pytest
 
 from echorl_jax import core
+from echorl_jax.types import StepData
 
 OUTSIDE = """
 import jax.numpy as jnp
 from echorl_jax.core import Objective
 
-def above_half(rewards, group, *, num_groups, lengths, on_policy):
-    return rewards - 0.5
+def above_half(step, objective):
+    return step.rewards - 0.5
 
 def likelihood_ratio(logprobs, batch, objective):
     return -batch.advantages[:, None] * logprobs
@@ -24,8 +25,26 @@ not_one = 3
 
 
 def test_the_table_is_complete():
-    named = "grpo dr_grpo dapo gspo cispo rloo reinforce_pp reinforce_pp_baseline luffy uft sft"
-    assert set(f"{named} kl_cov clip_cov".split()) <= set(core.OBJECTIVES)
+    named = (
+        "grpo dr_grpo dapo gspo cispo rloo reinforce_pp reinforce_pp_baseline luffy uft sft kl_cov "
+        "clip_cov rl_zvp maxrl sapo dppo_tv dppo_kl gmpo luspo scale_rl psr nsr w_reinforce "
+        "ordergrad lite_ppo avspo mcpo vespo m2po topr"
+    )
+    assert set(named.split()) <= set(core.OBJECTIVES)
+
+
+@pytest.mark.parametrize(
+    ("name", "setting"),
+    [
+        ("grpo", {"trust_bound": 0.1}),
+        ("sapo", {"epsilon_low": 0.1}),
+        ("rloo", {"baseline": "on_policy"}),
+        ("maxrl", {"virtual_rewards": 2}),
+    ],
+)
+def test_a_setting_that_would_do_nothing_is_refused(name, setting):
+    with pytest.raises(ValueError, match=f"'{name}' has no use for {next(iter(setting))}"):
+        core.load_objective(name, **setting)
 
 
 def test_every_public_function_shows_an_example():
@@ -64,9 +83,8 @@ def outside(tmp_path, monkeypatch):
 def test_an_objective_by_import_path(outside):
     objective = core.load_objective("outside:objective", aggregation="seq-mean-token-sum")
     assert objective.aggregation == "seq-mean-token-sum"
-    advantages = objective.advantages(
-        jnp.array([1.0, 0.0]), jnp.array([0, 0]), num_groups=1, lengths=None, on_policy=None
-    )
+    step = StepData.plain(rewards=jnp.array([1.0, 0.0]), group=jnp.array([0, 0]), num_groups=1)
+    advantages = core.compute_advantages(step, objective)
     assert advantages.tolist() == [0.5, -0.5]
 
 

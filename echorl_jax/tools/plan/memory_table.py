@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from echorl_jax.core import token_level
 from echorl_jax.models import abstract_params
 from echorl_jax.rollout import Resources, Sampling
 from echorl_jax.rollout.engine import lower_decode, lower_prefill
@@ -146,7 +147,7 @@ def abstract_batch(setup: Setup) -> TrainBatch:
         "prompt_length": array(rows, dtype=np.int32),
         "length": array(rows, dtype=np.int32),
         "loss_mask": per_token,
-        "advantages": array(rows),
+        "advantages": per_token if token_level(objective) else array(rows),
         "old_logprobs": per_token,
         "rollout_logprobs": per_token,
         "token_weights": per_token,
@@ -156,6 +157,7 @@ def abstract_batch(setup: Setup) -> TrainBatch:
         "ref_logprobs": per_token if objective.kl_coef else None,
         "entropy_scale": array(rows) if objective.entropy_coef else None,
         "selected": array(rows, targets, dtype=np.bool_) if objective.select_tokens else None,
+        "solved": array(rows, dtype=np.bool_) if objective.acts_on_solved else None,
     }
     return TrainBatch(**fields)  # pyright: ignore[reportArgumentType]
 
