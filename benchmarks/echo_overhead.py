@@ -3,7 +3,8 @@
 One batch of real rollouts of the shipped Countdown model is assembled twice, with EchoClips and
 without, and both are trained on in turns: mining, micro-batches, forward, backward and AdamW are
 all in. Prints one JSON object: medians, and the median of the ratios of neighbouring turns with its
-quartiles; beside it the same ratio of two turns that are both without echo, which is the noise.
+quartiles; beside it the same ratio of two turns that are both without echo, which is the noise, and
+that of advantages spread over tokens (``[N, T]``) against one number a rollout, both without echo.
 
     python benchmarks/echo_overhead.py --prompts=32 --group=8 --repeats=30
 
@@ -21,15 +22,18 @@ import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 
 from echorl_jax.config import Config
 from echorl_jax.config_file import load_config
+from echorl_jax.core import OBJECTIVES, Objective
 from echorl_jax.training.batch import make_batches
 from echorl_jax.training.experience import Experience, collect
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.run import open_run
 from echorl_jax.training.setup import Setup
 from echorl_jax.training.update import update
+from echorl_jax.types import Array, StepData
 
 ROOT = Path(__file__).parent.parent
 
@@ -64,6 +68,12 @@ def update_seconds(
     return state, time.perf_counter() - start, int(used.sum())
 
 
+def spread(step: StepData, objective: Objective) -> Array:
+    """GRPO's advantages, one for each token: the same update by the path of token advantages."""
+    rows = OBJECTIVES["grpo"].advantages(step, objective)
+    return jnp.where(step.mask, rows[:, None], 0.0)
+
+
 def ratios(pairs: list[tuple[float, float]]) -> dict[str, float]:
     """Median and quartiles of second over first."""
     low, middle, high = statistics.quantiles([b / a for a, b in pairs], n=4)
@@ -71,7 +81,7 @@ def ratios(pairs: list[tuple[float, float]]) -> dict[str, float]:
 
 
 def measure(arguments: argparse.Namespace) -> dict:
-    """Runs the turns: without, with, without; the outer two give the noise."""
+    """Runs the turns: without and with echo, without again, and without by token advantages."""
     with tempfile.TemporaryDirectory() as folder:
         config = configured(arguments, echo=True)
         with open_run(config, Path(folder) / "run", prompts_per_step=arguments.prompts) as opened:
@@ -87,14 +97,22 @@ def measure(arguments: argparse.Namespace) -> dict:
                 warn=run.log.say,
             )
             plain = dataclasses.replace(run.setup, config=configured(arguments, echo=False))
-            turns: list[tuple[float, float, float]] = []
+            tokens = dataclasses.replace(
+                plain, objective=dataclasses.replace(plain.objective, advantages=spread)
+            )
+            turns: list[tuple[float, ...]] = []
             rows = {}
             for _ in range(arguments.repeats + 2):
                 seconds = []
-                for name, one in (("without", plain), ("with", run.setup), ("again", plain)):
+                for name, one in (
+                    ("without", plain),
+                    ("with", run.setup),
+                    ("again", plain),
+                    ("tokens", tokens),
+                ):
                     state, taken, rows[name] = update_seconds(one, state, found)
                     seconds.append(taken)
-                turns.append((seconds[0], seconds[1], seconds[2]))
+                turns.append(tuple(seconds))
     turns = turns[2:]  # the first two compile
     return {
         "device": jax.devices()[0].device_kind,
@@ -104,10 +122,11 @@ def measure(arguments: argparse.Namespace) -> dict:
         "repeats": arguments.repeats,
         "rows_without": rows["without"],
         "rows_with": rows["with"],
-        "seconds_without": round(statistics.median(a for a, _, _ in turns), 4),
-        "seconds_with": round(statistics.median(b for _, b, _ in turns), 4),
-        "echo/overhead": ratios([(a, b) for a, b, _ in turns]),
-        "noise": ratios([(a, c) for a, _, c in turns]),
+        "seconds_without": round(statistics.median(turn[0] for turn in turns), 4),
+        "seconds_with": round(statistics.median(turn[1] for turn in turns), 4),
+        "echo/overhead": ratios([(turn[0], turn[1]) for turn in turns]),
+        "noise": ratios([(turn[0], turn[2]) for turn in turns]),
+        "token_advantages/overhead": ratios([(turn[2], turn[3]) for turn in turns]),
     }
 
 
