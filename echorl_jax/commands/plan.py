@@ -74,6 +74,8 @@ def _describe_tpu(topology: str) -> None:
     chip, count = parse_topology(topology)
     jax.config.update("jax_platforms", "cpu")
     if chip.libtpu_name:
+        # Nothing runs on a chip, so plans may be made side by side.
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", chip.libtpu_name.format(count * chip.cores))

@@ -28,6 +28,7 @@ def test_training_step_compiles_for_tpu(
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), libtpu]),
         "JAX_PLATFORMS": "cpu",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "TPU_SKIP_MDS_QUERY": "1",
         "TPU_WORKER_HOSTNAMES": "localhost",
         "TPU_ACCELERATOR_TYPE": accelerator,

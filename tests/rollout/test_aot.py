@@ -44,6 +44,7 @@ def test_a_decode_step_on_tpu_reads_blocks_without_copies(libtpu):
     found = output_of(
         [str(ROOT / "benchmarks" / "decode_step.py")],
         libtpu,
+        ALLOW_MULTIPLE_LIBTPU_LOAD="1",
         TPU_SKIP_MDS_QUERY="1",
         TPU_WORKER_HOSTNAMES="localhost",
         TPU_ACCELERATOR_TYPE="v5litepod-4",
