@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from echorl_jax import core
+from echorl_jax.types import StepData
 
 THETA = jnp.array([0.8, -4.0, 0.0])  # logits: of token 1, of token 2 after a 0, after a 1
 Q = 1 / (1 + np.exp(-0.8))
@@ -80,10 +81,22 @@ def test_the_groups_are_all_there_is():
     np.testing.assert_allclose(ENTROPY[-1], [0.6191, np.log(2)], atol=1e-4)
 
 
-def test_constant_weights_and_entropy_weights_push_nowhere():
-    """PSR's A = 1 and RL-ZVP's A = 0.1 H_t: both are fixed before the token is drawn."""
-    np.testing.assert_allclose(expected_push(token_means()), 0, atol=1e-7)
-    np.testing.assert_allclose(expected_push(token_means() * 0.1 * ENTROPY), 0, atol=1e-8)
+@pytest.mark.parametrize("name", ["psr", "w_reinforce", "avspo", "rl_zvp"])
+def test_constant_weights_and_entropy_weights_push_nowhere(name):
+    """Constants of one sign, and RL-ZVP's 0.1 H_t: all are fixed before the token is drawn."""
+    objective = core.OBJECTIVES[name]
+    step = StepData.plain(
+        rewards=jnp.ones(32),
+        group=GROUP,
+        num_groups=GROUPS,
+        correct=jnp.ones(32, jnp.bool_),
+        mask=jnp.ones((32, 2), jnp.bool_),
+        token_entropy=ENTROPY,
+    )
+    advantages = objective.advantages(step, objective)
+    assert (advantages > 0.008).all()
+    weights = token_means() * jnp.reshape(advantages, (32, -1))
+    np.testing.assert_allclose(expected_push(weights), 0, atol=1e-7)
 
 
 def test_constant_weights_push_only_through_failures():
