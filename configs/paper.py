@@ -34,8 +34,8 @@ METHODS = {
         name: name
         for name in (
             "dapo luffy uft dr_grpo gspo cispo rloo reinforce_pp reinforce_pp_baseline opo kl_cov "
-            "clip_cov sft rl_zvp avspo mcpo psr nsr w_reinforce maxrl lite_ppo ordergrad scale_rl "
-            "sapo gmpo luspo dppo_tv dppo_kl vespo m2po topr"
+            "clip_cov sft rl_zvp avspo mcpo psr nsr w_reinforce maxrl lite_ppo ordergrad curverl "
+            "scale_rl sapo gmpo luspo dppo_tv dppo_kl vespo m2po topr"
         ).split()
     },
 }

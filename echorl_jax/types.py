@@ -89,6 +89,10 @@ class StepData:
     token_ids: Array  # i32 [N, T]
     token_entropy: Array  # f32 [N, T], nats
     num_groups: int = dataclasses.field(metadata={"static": True})
+    group_size: int = dataclasses.field(metadata={"static": True})  # G
+    # f32 [W], success rates of groups in earlier steps, NaN where there is none; only for
+    # objectives that weigh prompts by them
+    past_rates: Array | None = None
 
     @classmethod
     def plain(cls, *, rewards: Any, group: Any, num_groups: int, **fields: Any) -> "StepData":
@@ -107,6 +111,7 @@ class StepData:
             "token_ids": jnp.zeros(mask.shape, jnp.int32),
             "token_entropy": jnp.zeros(mask.shape, jnp.float32),
         }
+        rest["group_size"] = -(-rewards.shape[0] // num_groups)
         return cls(rewards=rewards, group=group, num_groups=num_groups, **{**rest, **fields})
 
 

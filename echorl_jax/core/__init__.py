@@ -2,6 +2,7 @@
 
 from echorl_jax.core.advantages import (
     collapsed_groups,
+    curve_advantages,
     group_advantages,
     group_means,
     judged_groups,
@@ -80,6 +81,7 @@ __all__ = [
     "clips_above",
     "collapsed_groups",
     "compute_advantages",
+    "curve_advantages",
     "dppo_kept",
     "dppo_loss",
     "drifted_failures",

@@ -136,6 +136,58 @@ def maxrl_advantages(rewards: Array, group: Array, *, num_groups: int, eps: floa
     return jnp.where((count > 1)[group], centred * scale[group], centred)
 
 
+def curve_advantages(
+    rewards: Array,
+    group: Array,
+    past_rates: Array,
+    *,
+    num_groups: int,
+    bins: int,
+    counted: Array | None = None,
+) -> Array:
+    """Weighs prompts by where their success rate lies among those of earlier steps (CurveRL).
+
+    A_i = w(p) (r_i - p), w = f / max(F, 1e-6): p is the group's mean reward, f and F the share of
+    past rates in its bin and in all up to it, bin = floor(p bins). A rate whose bin has not been
+    seen has w = 0, and so have groups at 0 or 1. Without past rates those of the step count.
+    Source: arXiv 2605.24331.
+
+    Args:
+      rewards: ``[N]`` float32, 0 or 1.
+      group: ``[N]`` int32 in ``[0, num_groups)``.
+      past_rates: ``[W]`` float32 in (0, 1), NaN where there is none.
+      num_groups: P, static under jit.
+      bins: G + 1 for groups of G, static.
+      counted: ``[N]`` bool, rows whose groups make the step's own rates; None takes all.
+
+    Returns:
+      ``[N]`` float32.
+
+    >>> rewards, group = jnp.array([1.0, 0.0, 1.0, 1.0]), jnp.array([0, 0, 1, 1])
+    >>> curve_advantages(rewards, group, jnp.full(1, jnp.nan), num_groups=2, bins=3).tolist()
+    [0.5, -0.5, 0.0, 0.0]
+    """
+    rate = group_means(rewards, group, num_groups=num_groups)
+    inside = (rate > 0) & (rate < 1)
+    present = jnp.ones_like(rewards) if counted is None else counted.astype(jnp.float32)
+    own = inside & (jax.ops.segment_sum(present, group, num_groups) > 0)
+    known = jnp.any(jnp.isfinite(past_rates))
+    pool = jnp.concatenate(
+        [jnp.where(known, past_rates, jnp.nan), jnp.where(known | ~own, jnp.nan, rate)]
+    )
+    finite = jnp.isfinite(pool)
+
+    def bin_of(rate: Array) -> Array:
+        return jnp.clip((rate * bins).astype(jnp.int32), 0, bins - 1)
+
+    place = jnp.where(finite, bin_of(jnp.nan_to_num(pool)), bins)
+    density = jax.ops.segment_sum(finite.astype(jnp.float32), place, bins)
+    density /= jnp.maximum(jnp.sum(density), 1.0)
+    weight = density / jnp.maximum(jnp.cumsum(density), 1e-6)
+    weight = jnp.where(inside, weight[bin_of(rate)], 0.0)
+    return weight[group] * (rewards - rate[group])
+
+
 def verdict_advantages(correct: Array, *, success: float, failure: float) -> Array:
     """``success`` on correct rows, ``-failure`` on the others (PSR, NSR, W-REINFORCE).
 

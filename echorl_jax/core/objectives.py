@@ -69,6 +69,19 @@ def by_mean(step: StepData, objective: "Objective") -> Array:
     return adv.maxrl_advantages(step.rewards, step.group, num_groups=step.num_groups)
 
 
+def by_curve(step: StepData, objective: "Objective") -> Array:
+    """:func:`curve_advantages` of a step and the success rates before it."""
+    past = jnp.full(1, jnp.nan) if step.past_rates is None else step.past_rates
+    return adv.curve_advantages(
+        step.rewards,
+        step.group,
+        past,
+        num_groups=step.num_groups,
+        bins=step.group_size + 1,
+        counted=step.lengths > 0,
+    )
+
+
 def by_verdict(step: StepData, objective: "Objective") -> Array:
     """:func:`verdict_advantages` with the objective's weights."""
     return adv.verdict_advantages(
@@ -288,6 +301,8 @@ class Objective:
     # Divide a group's advantages by a deviation, and by which.
     divide_by_std: bool = True
     std_of: Spread = "group"
+    # Earlier steps whose success rates the advantages see, in step.past_rates; 0 is none.
+    rate_steps: int = 0
     # Equal rewards that are added to a group whose rewards are all equal (AVSPO).
     virtual_rewards: int = 0
     # (logprobs [B, T], batch, objective) -> [B, T]
@@ -439,6 +454,7 @@ OBJECTIVES: dict[str, Objective] = {
     # Other weights of prompts and rows.
     "maxrl": Objective(advantages=by_mean),
     "lite_ppo": dataclasses.replace(_COV, std_of="batch"),
+    "curverl": Objective(advantages=by_curve, rate_steps=10),
     "ordergrad": Objective(advantages=by_order),
     "scale_rl": Objective(
         std_of="batch_centred",

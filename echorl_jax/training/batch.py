@@ -48,7 +48,13 @@ class Assembled:
 
 
 def make_batches(
-    setup: Setup, experience: Experience, key: Array, *, step: int, min_entropy: float = -np.inf
+    setup: Setup,
+    experience: Experience,
+    key: Array,
+    *,
+    step: int,
+    min_entropy: float = -np.inf,
+    past_rates: HostArray | None = None,
 ) -> tuple[list[Assembled], float]:
     """The step's mini-batches (NumPy): advantages over the whole step, then clips and weights.
 
@@ -58,6 +64,7 @@ def make_batches(
       key: for random choices of clips.
       step: from 1; the echo may have a window of steps.
       min_entropy: a clip's last step must have more (nats); the default refuses none.
+      past_rates: f32 ``[W]``, for an objective that weighs prompts by them, see ``StepData``.
 
     Returns:
       The mini-batches, and the echo's coefficient at this step.
@@ -68,6 +75,7 @@ def make_batches(
             experience.rollouts,
             experience.graded,
             experience.groups.in_policy.reshape(-1),
+            past_rates,
             objective=objective,
         )
     )
@@ -99,7 +107,12 @@ def make_batches(
 
 
 def step_advantages(
-    rollouts: Rollouts, graded: Graded, in_policy: HostArray, *, objective: Objective
+    rollouts: Rollouts,
+    graded: Graded,
+    in_policy: HostArray,
+    past_rates: HostArray | None = None,
+    *,
+    objective: Objective,
 ) -> Array:
     """Advantages ``[N]`` or ``[N, T]`` f32 over the whole batch of a step; not under jit.
 
@@ -110,6 +123,7 @@ def step_advantages(
       rollouts: as sampled, N rows.
       graded: their verdicts.
       in_policy: bool ``[N]``, rows of the policy loss.
+      past_rates: f32 ``[W]``, see ``StepData``.
       objective: static.
     """
     group, groups = jnp.asarray(rollouts.group), rollouts.prompt_ids.shape[0]
@@ -129,6 +143,8 @@ def step_advantages(
         token_ids=rollouts.completion_ids,
         token_entropy=rollouts.token_entropy,
         num_groups=groups,
+        group_size=len(graded.correct) // rollouts.prompt_ids.shape[0],
+        past_rates=past_rates,
     )
     found = _advantages(step, objective=objective)
     return jnp.where(kept if found.ndim == 1 else kept[:, None], found, 0.0)

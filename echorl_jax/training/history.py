@@ -1,4 +1,4 @@
-"""The history of a run: each prompt's successes at its last visit, and the policy's step entropies.
+"""The history of a run: each prompt's successes at its last visit, step entropies, success rates.
 
 It lives on the host, is the same on every process, and is saved in each checkpoint, so that a run
 goes on with it bit for bit.
@@ -26,6 +26,8 @@ class History:
       retire_above: ``data.retire_above``; None retires no prompt.
       threshold: ``echo.threshold``; None keeps no entropies.
       min_step_tokens: shorter steps have no part in the entropies.
+      rate_steps: training steps whose groups' success rates are kept.
+      groups: of a training step, at most.
     """
 
     def __init__(
@@ -35,6 +37,8 @@ class History:
         retire_above: float | None = None,
         threshold: float | None = None,
         min_step_tokens: int = 1,
+        rate_steps: int = 0,
+        groups: int = 1,
     ) -> None:
         # Visits so far; correct and judged rows of the policy at the last one.
         self._prompts = {name: np.zeros(rows, np.int64) for name in ("visits", "correct", "judged")}
@@ -42,6 +46,8 @@ class History:
         self._threshold = threshold
         self._min_step_tokens = min_step_tokens
         self._entropies: collections.deque[list[float]] = collections.deque(maxlen=STEPS)
+        self._groups = groups
+        self._rates: collections.deque[list[float]] = collections.deque(maxlen=rate_steps)
 
     def retired(self, index: int) -> bool:
         """True if the prompt's success rate at its last visit was at least ``retire_above``."""
@@ -70,9 +76,26 @@ class History:
             return -np.inf
         return float(np.quantile(np.array(self._entropies), self._threshold))
 
+    @property
+    def past_rates(self) -> np.ndarray | None:
+        """Success rates in (0, 1) of the last steps' groups, f32 ``[W]``, NaN where there is none.
+
+        W does not change during a run. None if none are kept.
+        """
+        if not self._rates.maxlen:
+            return None
+        rates = np.full(self._rates.maxlen * self._groups, np.nan, np.float32)
+        known = [rate for step in self._rates for rate in step]
+        rates[: len(known)] = known
+        return rates
+
     def update(self, experience: Experience, made: Assembled) -> dict[str, float]:
         """Adds a training step (NumPy arrays); returns its metrics."""
         regressed = self._visit(experience)
+        groups = experience.groups
+        judged = groups.judged.sum(axis=1)
+        rates = (groups.correct & groups.judged).sum(axis=1) / np.maximum(judged, 1)
+        self._rates.append(rates[(rates > 0) & (rates < 1)].tolist())
         if self._threshold is not None:
             self._record(made)
         return {
@@ -115,6 +138,7 @@ class History:
         return {
             "prompts": {"index": index.tolist(), **prompts},
             "step_entropies": list(self._entropies),
+            "success_rates": list(self._rates),
         }
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -125,3 +149,4 @@ class History:
             for name, values in prompts.items():
                 self._prompts[name][index] = values
             self._entropies.extend(state["step_entropies"])
+            self._rates.extend(state.get("success_rates", []))

@@ -78,7 +78,12 @@ def train(
 
                 # Advantages, clips and the final weights of every token, by mini-batches.
                 parts, echo_coef = make_batches(
-                    setup, experience, clip_key, step=step, min_entropy=run.history.min_entropy
+                    setup,
+                    experience,
+                    clip_key,
+                    step=step,
+                    min_entropy=run.history.min_entropy,
+                    past_rates=run.history.past_rates,
                 )
                 batches = run.faults.spoil([part.batch for part in parts], step)
 

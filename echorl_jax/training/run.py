@@ -235,7 +235,7 @@ def open_run(
         before = {} if restored is None else restored.inputs
         inputs = read_inputs(setup, rows, weights, before)
         compare_inputs(inputs, before, config, reference=reference is not None, warn=_warn)
-        history = _history(config, len(rows))
+        history = _history(setup, len(rows))
         stream = _prompt_stream(setup, rows, prompts_per_step, history)
         if restored is not None:
             state = restored.state
@@ -295,12 +295,15 @@ def _training_rows(setup: Setup) -> Rows:
     return rows
 
 
-def _history(config: Config, rows: int) -> History:
+def _history(setup: Setup, rows: int) -> History:
+    config = setup.config
     return History(
         rows,
         retire_above=config.data.retire_above,
         threshold=config.echo.threshold,
         min_step_tokens=config.echo.min_step_tokens,
+        rate_steps=setup.objective.rate_steps,
+        groups=setup.max_rows // config.rollout.group_size,
     )
 
 

@@ -26,8 +26,6 @@ ELSEWHERE = {
     r"advantage/maxrl_ragged@(prime|authors)": "a group of one keeps A = r here",
     r"advantage/(grpo_passk|pass_at_)": "OrderGrad's max is the pass@k that is built",
     r"advantage/gdpo": "several rewards kept apart are not part of an objective here",
-    r"(advantage|state)/curverl": "its window of pass rates is not built",
-    r"const/curverl": "its window of pass rates is not built",
     r"const/avspo/\w+/(none|batch)": "advantages that are not divided by the group's deviation",
     r"const/avspo/one_group_each": "the authors' code repairs uniform batches only",
     r"weights(_empty)?/token-mean@roll": "masked positions count there",
@@ -92,7 +90,7 @@ def numbers(text: str) -> list[float]:
 
 def test_every_key_is_compared_or_has_a_reason():
     compared = {"weights", "weights_empty", "advantage", "keep_rows", "loss", "grad", "loss_far"}
-    compared |= {"grad_far", "keep", "is_weight", "value", "metric", "const"}
+    compared |= {"grad_far", "state", "keep", "is_weight", "value", "metric", "const"}
     rest = {
         plain(key)
         for key in GOLDEN
@@ -144,8 +142,31 @@ ORDERS = {
 }
 
 
+def curve(batches, window: int):
+    """Advantages of several batches ``[B, P, G]`` in a row, and the rates of the last ones."""
+    past, found = [], []
+    for batch in batches:
+        groups, size = batch.shape
+        rates = np.full(window * groups, np.nan, np.float32)
+        known = [rate for step in past[-window:] for rate in step]
+        rates[: len(known)] = known
+        ours = core.curve_advantages(
+            jnp.asarray(batch.reshape(-1), jnp.float32),
+            jnp.repeat(jnp.arange(groups), size),
+            jnp.asarray(rates),
+            num_groups=groups,
+            bins=size + 1,
+        )
+        found.append(ours.reshape(batch.shape))
+        means = batch.mean(axis=1)
+        past.append(means[(means > 0) & (means < 1)].tolist())
+    return np.stack(found), sorted(rate for step in past[-window:] for rate in step)
+
+
 def advantage(golden, name):
     base, *_ = name.split("@")
+    if base.startswith("curverl"):
+        return curve(np.asarray(golden("curve_rewards")), window=2)[0]
     if base.startswith("order_"):
         return order(golden, base)
     real, ragged = base.endswith("_real"), base.endswith("_ragged")
@@ -178,6 +199,11 @@ VERDICTS = {"psr": (1.0, 0.0), "nsr": (0.0, 1.0), "w_reinforce_0.1": (0.1, 1.0)}
 @pytest.mark.parametrize("key", keys("advantage"))
 def test_advantage(key):
     close(advantage(of_seed(key), plain(key).split("/")[1]), GOLDEN[key])
+
+
+@pytest.mark.parametrize("key", keys("state"))
+def test_success_rates_in_the_window(key):
+    close(curve(np.asarray(of_seed(key)("curve_rewards")), window=2)[1], GOLDEN[key])
 
 
 @pytest.mark.parametrize("key", keys("keep_rows"))
@@ -426,6 +452,13 @@ def test_constants():
         ours = core.group_advantages(rewards, group, num_groups=2, virtual_rewards=1)
         # The reference adds 1e-4 to the deviation.
         np.testing.assert_allclose(ours, const.pop(f"avspo/{case}/group"), atol=2e-4)
+    for case in ("zero_and_one", "single_bin", "two_bins"):
+        rewards = const.pop(f"curverl/{case}/rewards").reshape(1, -1, 4)
+        close(curve(rewards, 10)[0].reshape(-1), const.pop(f"curverl/{case}/advantage"))
+    lagged = np.stack([const.pop(f"curverl/lagged/rewards_{i}").reshape(1, 4) for i in (1, 2)])
+    found, pool = curve(lagged, 10)
+    close(found[1].reshape(-1), const.pop("curverl/lagged/advantage_2"))
+    close(pool, const.pop("curverl/lagged/pool"))
     for name in [name for name in const if name.startswith("order_alpha/")]:
         samples, kind = re.match(r"order_alpha/K(\d+)_(\S+)", name).groups()
         kind, _, amount = kind.partition("-")

@@ -28,7 +28,7 @@ def test_the_table_is_complete():
     named = (
         "grpo dr_grpo dapo gspo cispo rloo reinforce_pp reinforce_pp_baseline luffy uft sft kl_cov "
         "clip_cov rl_zvp maxrl sapo dppo_tv dppo_kl gmpo luspo scale_rl psr nsr w_reinforce "
-        "ordergrad lite_ppo avspo mcpo vespo m2po topr"
+        "ordergrad curverl lite_ppo avspo mcpo vespo m2po topr"
     )
     assert set(named.split()) <= set(core.OBJECTIVES)
 

@@ -142,12 +142,14 @@ def test_each_of_the_last_training_steps_weighs_the_same():
 
 
 def test_the_state_survives_json_to_the_bit():
-    settings = {"retire_above": 0.9, "threshold": 0.3}
+    settings = {"retire_above": 0.9, "threshold": 0.3, "rate_steps": 2, "groups": 3}
     history, again = History(ROWS, **settings), History(ROWS, **settings)
     first = experience([1, 9], [[1, 1], [0, 1]])
     history.update(first, made([[0.1, 1 / 3]], [[1, 1]], [True]))
     again.set_state(json.loads(json.dumps(history.get_state())))
     assert again.get_state() == history.get_state()
     assert again.min_entropy == history.min_entropy and again.retired(1) and not again.retired(9)
+    # Row 1 is solved, and so no success rate in (0, 1).
+    np.testing.assert_array_equal(again.past_rates, np.float32([0.5, *[np.nan] * 5]))
     again.set_state({})  # of an older checkpoint
     assert again.get_state() == history.get_state()
