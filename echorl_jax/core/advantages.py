@@ -185,7 +185,7 @@ def curve_advantages(
     density /= jnp.maximum(jnp.sum(density), 1.0)
     weight = density / jnp.maximum(jnp.cumsum(density), 1e-6)
     weight = jnp.where(inside, weight[bin_of(rate)], 0.0)
-    return weight[group] * (rewards - rate[group])
+    return weight[group] * _centred(rewards, group, num_groups, alone_below=0.0)[0]
 
 
 def verdict_advantages(correct: Array, *, success: float, failure: float) -> Array:

@@ -22,7 +22,10 @@ def estimate(name, rewards, group, lengths=None, num_groups=4):
     return core.compute_advantages(step, core.OBJECTIVES[name])
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "opo"])
+@pytest.mark.parametrize(
+    "name",
+    "grpo dr_grpo rloo opo maxrl ordergrad curverl lite_ppo scale_rl mcpo".split(),
+)
 @pytest.mark.parametrize("size", [2, 3, 7])
 def test_equal_rewards_are_exactly_zero(name, size):
     # 0.1 and 0.7 have no exact float32, so a mean by division would be off by a rounding.
@@ -37,7 +40,7 @@ def test_whitening_equal_rewards_gives_exactly_zero(value, rows):
     assert not estimate("reinforce_pp", [value] * rows, [0] * rows, lengths).any()
 
 
-@pytest.mark.parametrize("name", ["grpo", "dr_grpo", "rloo", "opo", "luffy"])
+@pytest.mark.parametrize("name", "grpo dr_grpo rloo opo luffy maxrl ordergrad avspo mcpo".split())
 def test_a_group_of_one_keeps_its_reward(name):
     assert estimate(name, [0.7, 1.0, 0.0], [2, 0, 0])[0] == np.float32(0.7)
 
