@@ -12,6 +12,7 @@ import numpy as np
 
 from echorl_jax.training.batch import Assembled
 from echorl_jax.training.experience import Experience
+from echorl_jax.types import HostArray
 
 # Training steps whose step entropies are kept, and the quantiles that stand for those of one step.
 STEPS = 16
@@ -42,7 +43,8 @@ class History:
     ) -> None:
         # Visits so far; correct and judged rows of the policy at the last one.
         self._prompts = {name: np.zeros(rows, np.int64) for name in ("visits", "correct", "judged")}
-        self._retire_above = retire_above
+        # A prompt without a visit has rate 0, and the option is above 0.
+        self._retire_above = np.inf if retire_above is None else retire_above
         self._threshold = threshold
         self._min_step_tokens = min_step_tokens
         self._entropies: collections.deque[list[float]] = collections.deque(maxlen=STEPS)
@@ -51,19 +53,16 @@ class History:
 
     def retired(self, index: int) -> bool:
         """True if the prompt's success rate at its last visit was at least ``retire_above``."""
-        judged = self._prompts["judged"][index]
-        if self._retire_above is None or judged == 0:
-            return False
-        return bool(self._prompts["correct"][index] / judged >= self._retire_above)
+        return bool(self._are_retired(index))
 
     @property
     def retired_fraction(self) -> float:
         """The share of all rows of the training data that are retired."""
-        if self._retire_above is None:
-            return 0.0
-        judged = self._prompts["judged"]
-        rate = self._prompts["correct"] / np.maximum(judged, 1)
-        return float(np.mean((judged > 0) & (rate >= self._retire_above)))
+        return float(np.mean(self._are_retired(slice(None))))
+
+    def _are_retired(self, index: int | slice) -> HostArray:
+        rate = self._prompts["correct"][index] / np.maximum(self._prompts["judged"][index], 1)
+        return rate >= self._retire_above
 
     @property
     def min_entropy(self) -> float:
