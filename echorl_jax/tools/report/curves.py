@@ -142,7 +142,12 @@ SECTIONS: dict[str, Sequence[Curve]] = {
             "Truncated", "completion/truncated_fraction", "Cut off at the length limit.", "share"
         ),
         Curve("KL to the reference", "kl/ref", "Mean over tokens, in nats."),
-        Curve("Clipped ratios", "ratio/clip_fraction", "Tokens outside the clip range.", "share"),
+        Curve(
+            "Clipped ratios",
+            "ratio/clip_fraction ratio/masked_fraction",
+            "Tokens outside the clip range, and those that corrections leave out.",
+            "share",
+        ),
     ],
     "Cost": [
         Curve(
