@@ -19,16 +19,19 @@ axes are words: ``data``, ``fsdp``, ``tensor``.
 """
 
 import dataclasses
-from typing import Any, TypeVar, dataclass_transform
+from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Bool, Float32, Int32
 
 __all__ = ["EchoClips", "Graded", "LossTerm", "Metrics", "Rollouts", "StepData", "TrainBatch"]
 
 Array = jax.Array
 PyTree = Any
+# In signatures that take NumPy arrays too: the host's leaves are such.
+AnyArray = jax.Array if TYPE_CHECKING else jax.Array | np.ndarray
 # A NumPy array on the host, where the pytrees below pass through it between jitted programs.
 HostArray = Any
 _T = TypeVar("_T")
@@ -44,26 +47,26 @@ def pytree(cls: type[_T]) -> type[_T]:
 class Rollouts:
     """P prompts and N completions, with log-probability and entropy of each sampled token."""
 
-    prompt_ids: Array  # i32 [P, S]
-    prompt_length: Array  # i32 [P]
-    group: Array  # i32 [N], the prompt each row answers, in [0, P)
-    completion_ids: Array  # i32 [N, T], EOS included
-    completion_length: Array  # i32 [N], EOS counted
-    rollout_logprobs: Array  # f32 [N, T]
-    token_entropy: Array  # f32 [N, T]
-    truncated: Array  # bool [N], no EOS within T
+    prompt_ids: Int32[Array, "P S"]
+    prompt_length: Int32[Array, " P"]
+    group: Int32[Array, " N"]  # the prompt each row answers, in [0, P)
+    completion_ids: Int32[Array, "N T"]  # EOS included
+    completion_length: Int32[Array, " N"]  # EOS counted
+    rollout_logprobs: Float32[Array, "N T"]
+    token_entropy: Float32[Array, "N T"]
+    truncated: Bool[Array, " N"]  # no EOS within T
 
 
 @pytree
 class Graded:
     """Rewards and verdicts of N completions."""
 
-    rewards: Array  # f32 [N], 0 without a verdict
-    correct: Array  # bool [N], False without a verdict
-    on_policy: Array  # bool [N], False for an expert trajectory placed in the group
-    # bool [N], False for a row without a verdict (the grader returned None), which is left out of
+    rewards: Float32[Array, " N"]  # 0 without a verdict
+    correct: Bool[Array, " N"]  # False without a verdict
+    on_policy: Bool[Array, " N"]  # False for an expert trajectory placed in the group
+    # False for a row without a verdict (the grader returned None), which is left out of
     # its group's statistics and of the loss; None: all have one
-    judged: Array | None = None
+    judged: Bool[Array, " N"] | None = None
 
     @property
     def with_verdict(self) -> HostArray:
@@ -79,20 +82,20 @@ class StepData:
     the last one: no estimator compares it with others.
     """
 
-    rewards: Array  # f32 [N]
-    correct: Array  # bool [N]
-    group: Array  # i32 [N], in [0, num_groups)
-    on_policy: Array  # bool [N], False for an expert trajectory
-    in_policy: Array  # bool [N], False for rows that a filter leaves out of the policy loss
-    lengths: Array  # i32 [N], tokens of each completion
-    mask: Array  # bool [N, T], the completions' tokens
-    token_ids: Array  # i32 [N, T]
-    token_entropy: Array  # f32 [N, T], nats
+    rewards: Float32[Array, " N"]
+    correct: Bool[Array, " N"]
+    group: Int32[Array, " N"]  # in [0, num_groups)
+    on_policy: Bool[Array, " N"]  # False for an expert trajectory
+    in_policy: Bool[Array, " N"]  # False for rows that a filter leaves out of the policy loss
+    lengths: Int32[Array, " N"]  # tokens of each completion
+    mask: Bool[Array, "N T"]  # the completions' tokens
+    token_ids: Int32[Array, "N T"]
+    token_entropy: Float32[Array, "N T"]  # nats
     num_groups: int = dataclasses.field(metadata={"static": True})
     group_size: int = dataclasses.field(metadata={"static": True})  # G
-    # f32 [W], success rates of groups in earlier steps, NaN where there is none; only for
+    # success rates of groups in earlier steps, NaN where there is none; only for
     # objectives that weigh prompts by them
-    past_rates: Array | None = None
+    past_rates: Float32[Array, " W"] | None = None
 
     @classmethod
     def plain(cls, *, rewards: Any, group: Any, num_groups: int, **fields: Any) -> "StepData":
@@ -119,11 +122,21 @@ class StepData:
 class EchoClips:
     """For each prompt, up to K prefixes of its verified successes that end at a chosen step."""
 
-    row: Array  # i32 [P, K], the rollout the clip is a prefix of
-    length: Array  # i32 [P, K], tokens in the prefix
-    step: Array  # i32 [P, K], the step it ends with
-    entropy: Array  # f32 [P, K], that step's mean token entropy
-    valid: Array  # bool [P, K]
+    row: Int32[Array, "P K"]  # the rollout the clip is a prefix of
+    length: Int32[Array, "P K"]  # tokens in the prefix
+    step: Int32[Array, "P K"]  # the step it ends with
+    entropy: Float32[Array, "P K"]  # that step's mean token entropy
+    valid: Bool[Array, "P K"]
+
+
+@pytree
+class Echo:
+    """The echo term of an update."""
+
+    clips: EchoClips
+    weights: Float32[Array, "N T"]  # sum(weights * -logprobs) is L_echo; zeros where coef is 0
+    coef: Float32[Array, ""]  # lambda at this step
+    refused: Int32[Array, " P"]  # clips that were mined but not above min_entropy
 
 
 @pytree
@@ -134,8 +147,8 @@ class LossTerm:
     1.0
     """
 
-    sum: Array  # f32 []
-    count: Array  # f32 [], the global denominator's share
+    sum: Float32[Array, ""]
+    count: Float32[Array, ""]  # the global denominator's share
 
     @classmethod
     def of(cls, sum: Any, count: Any) -> "LossTerm":
@@ -164,26 +177,27 @@ class TrainBatch:
     has the same gradient. A row of padding has all weights 0.
     """
 
-    tokens: Array  # i32 [B, L], prompt then completion
-    prompt_length: Array  # i32 [B], where the target region begins
-    length: Array  # i32 [B], real tokens in the row
-    loss_mask: Array  # f32 [B, T], tokens that enter the policy loss
-    advantages: Array  # f32 [B], or [B, T] where tokens have their own
-    old_logprobs: Array  # f32 [B, T], the policy that is improved upon, frozen
-    rollout_logprobs: Array  # f32 [B, T], the sampler's
-    token_weights: Array  # f32 [B, T]: sum(token_weights * token_loss) is the policy loss
-    echo_weights: Array  # f32 [B, T]: sum(echo_weights * -logprobs) is L_echo
-    on_policy: Array  # bool [B]
-    # f32 [B, T]: sum(nll_weights * -logprobs) is the likelihood term of hints (UFT)
-    nll_weights: Array | None = None
-    ref_logprobs: Array | None = None  # f32 [B, T], only with a KL term
-    # f32 [B]: sum(entropy_scale * token_weights * H) is the mean entropy; only with its bonus, and
+    tokens: Int32[Array, "B L"]  # prompt then completion
+    prompt_length: Int32[Array, " B"]  # where the target region begins
+    length: Int32[Array, " B"]  # real tokens in the row
+    loss_mask: Float32[Array, "B T"]  # tokens that enter the policy loss
+    # per row, or per token where tokens have their own
+    advantages: Float32[Array, " B"] | Float32[Array, "B T"]
+    old_logprobs: Float32[Array, "B T"]  # the policy that is improved upon, frozen
+    rollout_logprobs: Float32[Array, "B T"]  # the sampler's
+    token_weights: Float32[Array, "B T"]  # sum(token_weights * token_loss) is the policy loss
+    echo_weights: Float32[Array, "B T"]  # sum(echo_weights * -logprobs) is L_echo
+    on_policy: Bool[Array, " B"]
+    # sum(nll_weights * -logprobs) is the likelihood term of hints (UFT)
+    nll_weights: Float32[Array, "B T"] | None = None
+    ref_logprobs: Float32[Array, "B T"] | None = None  # only with a KL term
+    # sum(entropy_scale * token_weights * H) is the mean entropy; only with its bonus, and
     # None where token_weights add up to 1
-    entropy_scale: Array | None = None
-    selected: Array | None = None  # bool [B, T], tokens picked out by KL-Cov or Clip-Cov
-    # bool [B], rows of a solved prompt; only for objectives that act on them
-    solved: Array | None = None
-    segment_ids: Array | None = None  # i32 [B, L], several sequences packed into a row (SFT)
+    entropy_scale: Float32[Array, " B"] | None = None
+    selected: Bool[Array, "B T"] | None = None  # tokens picked out by KL-Cov or Clip-Cov
+    # rows of a solved prompt; only for objectives that act on them
+    solved: Bool[Array, " B"] | None = None
+    segment_ids: Int32[Array, "B L"] | None = None  # several sequences packed into a row (SFT)
 
     @classmethod
     def plain(

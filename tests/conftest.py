@@ -21,6 +21,14 @@ os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
 os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+from jaxtyping import install_import_hook  # noqa: E402
+
+import tests.shape_checks  # noqa: E402, F401
+
+# Shapes and types in the signatures of these modules are checked at every call.
+CHECKED = [f"echorl_jax.core.{name}" for name in ("clips", "entropy", "selection", "steps")]
+install_import_hook(CHECKED, "tests.shape_checks.check")
+
 import jax  # noqa: E402
 
 

@@ -5,21 +5,23 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Bool, Float, Float32, Int
 
 from echorl_jax.choices import Normalise, Select, When
 from echorl_jax.core.steps import step_entropy
-from echorl_jax.types import Array, EchoClips, LossTerm, pytree
+from echorl_jax.types import AnyArray as Array
+from echorl_jax.types import Echo, EchoClips, LossTerm
 
 
 def mine_echo_clips(
-    token_entropy: Array,
-    step_ids: Array,
-    correct: Array,
-    group: Array,
+    token_entropy: Float[Array, "N T"],
+    step_ids: Int[Array, "N T"],
+    correct: Bool[Array, " N"],
+    group: Int[Array, " N"],
     *,
     num_groups: int,
     num_steps: int,
-    on_policy: Array | None = None,
+    on_policy: Bool[Array, " N"] | None = None,
     select: Select = "max",
     top_k: int = 1,
     min_step_tokens: int = 1,
@@ -116,7 +118,9 @@ def _kept(clips: EchoClips, valid: Array) -> EchoClips:
     return jax.tree.map(lambda field: jnp.where(valid, field, jnp.zeros_like(field)), clips)
 
 
-def _lengths(steps: Array, row: Array, step: Array) -> Array:
+def _lengths(
+    steps: Int[Array, "N T"], row: Int[Array, "P K"], step: Int[Array, "P K"]
+) -> Int[Array, "P K"]:
     """``[P, K]``, tokens of each row through the last token of its step; ``steps`` is [N, T]."""
     position = lax.broadcasted_iota(jnp.int32, (1, 1, steps.shape[1]), 2) + 1
     return jnp.max(jnp.where(steps[row] == step[..., None], position, 0), axis=2, initial=0)
@@ -137,7 +141,9 @@ def _row_draws(key: Array | None, group: Array, num_groups: int, count: int) -> 
     return jax.vmap(draw)(group, rank)
 
 
-def _permuted(length: Array, valid: Array, key: Array) -> Array:
+def _permuted(
+    length: Int[Array, "P K"], valid: Bool[Array, "P K"], key: Array
+) -> Int[Array, "P K"]:
     """The lengths ``[P, K]`` of valid clips, in a random order over all of them."""
     drawn = jnp.where(valid, jax.random.uniform(key, valid.shape), jnp.inf).reshape(-1)
     order = jnp.argsort(drawn)  # the valid clips come first
@@ -153,7 +159,12 @@ def _random_rows(candidate: Array, group: Array, num_groups: int, count: int, ke
     return best(score.T).T
 
 
-def _nearest_step(steps: Array, candidate: Array, row: Array, target: Array) -> Array:
+def _nearest_step(
+    steps: Int[Array, "N T"],
+    candidate: Bool[Array, "N steps"],
+    row: Int[Array, "P K"],
+    target: Int[Array, "P K"],
+) -> Int[Array, "P K"]:
     """``[P, K]``, the candidate step of each row whose end is nearest to the target (tokens)."""
     count = candidate.shape[1]
 
@@ -166,7 +177,9 @@ def _nearest_step(steps: Array, candidate: Array, row: Array, target: Array) -> 
     return jnp.argmin(jnp.where(candidate[row], distance, far), axis=2).astype(jnp.int32)
 
 
-def _group_allows(correct: Array, group: Array, num_groups: int, when: When) -> Array:
+def _group_allows(
+    correct: Bool[Array, " N"], group: Int[Array, " N"], num_groups: int, when: When
+) -> Bool[Array, " num_groups"]:
     """``[P]`` bool: the prompts that may give clips."""
     if when == "any_success":
         return jnp.ones(num_groups, jnp.bool_)
@@ -174,18 +187,19 @@ def _group_allows(correct: Array, group: Array, num_groups: int, when: When) -> 
 
 
 def _scores(
-    entropy: Array,
-    candidate: Array,
-    count: Array,
+    entropy: Float[Array, "N num_steps"],
+    candidate: Bool[Array, "N num_steps"],
+    count: Int[Array, "N num_steps"],
     select: Select,
     per_row: int,
-    drawn: Array | None,
-) -> tuple[Array, Array]:
+    drawn: Float[Array, "N num_steps"] | None,
+) -> tuple[Float[Array, "N C"], Int[Array, "N C"]]:
     """Each row's candidates as (score, step), ``[N, C]``, best first; -inf is no candidate."""
     if select in ("max", "min", "random"):
         value = {"max": entropy, "min": -entropy}.get(select, drawn)
         assert value is not None
-        return lax.top_k(jnp.where(candidate, value, -jnp.inf), per_row)
+        score, step = lax.top_k(jnp.where(candidate, value, -jnp.inf), per_row)
+        return score, step
     steps = lax.broadcasted_iota(jnp.int32, entropy.shape, 1)
     present = candidate if select in ("first", "last") else count > 0
     if select == "first":
@@ -200,8 +214,8 @@ def _scores(
 
 
 def _best_of_group(
-    score: Array, group: Array, num_groups: int, top_k: int
-) -> tuple[Array, Array, Array]:
+    score: Float[Array, "N C"], group: Int[Array, " N"], num_groups: int, top_k: int
+) -> tuple[Int[Array, "P K"], Int[Array, "P K"], Bool[Array, "P K"]]:
     """The ``top_k`` best entries of each group as (row, column, valid), ``[P, K]``."""
     rows, columns = score.shape
     owner = jnp.where(score > -jnp.inf, group[:, None], num_groups).reshape(-1)
@@ -219,7 +233,7 @@ def _best_of_group(
 
 def clip_weights(
     clips: EchoClips, shape: tuple[int, int], *, normalise: Normalise = "prompts_with_clip"
-) -> Array:
+) -> Float32[Array, "N T"]:
     """Per-token weights that turn log-probabilities into the echo loss.
 
     L_echo(q) = -(1/L) sum_{t <= L} log pi_t, L the clip's length, the mean over a prompt's clips;
@@ -250,7 +264,7 @@ def clip_weights(
 
 
 def echo_loss(
-    logprobs: Array, clips: EchoClips, *, normalise: Normalise = "prompts_with_clip"
+    logprobs: Float[Array, "N T"], clips: EchoClips, *, normalise: Normalise = "prompts_with_clip"
 ) -> LossTerm:
     """The echo loss as a pair; its ``mean()`` is L_echo, see :func:`clip_weights`.
 
@@ -311,25 +325,15 @@ def active_coef(
     return jnp.where(inside, jnp.float32(coef), jnp.float32(0.0))
 
 
-@pytree
-class Echo:
-    """The echo term of an update."""
-
-    clips: EchoClips
-    weights: Array  # f32 [N, T]: sum(weights * -logprobs) is L_echo; zeros where coef is 0
-    coef: Array  # f32 [], lambda at this step
-    refused: Array  # i32 [P], clips that were mined but not above min_entropy
-
-
 def echo_weights(
-    token_entropy: Array,
-    step_ids: Array,
-    correct: Array,
-    group: Array,
+    token_entropy: Float[Array, "N T"],
+    step_ids: Int[Array, "N T"],
+    correct: Bool[Array, " N"],
+    group: Int[Array, " N"],
     *,
     num_groups: int,
     num_steps: int,
-    on_policy: Array | None = None,
+    on_policy: Bool[Array, " N"] | None = None,
     select: Select = "max",
     top_k: int = 1,
     min_step_tokens: int = 1,

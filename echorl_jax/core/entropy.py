@@ -3,12 +3,15 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Float32, Int
 
 from echorl_jax.precision import wide_einsum
-from echorl_jax.types import Array
+from echorl_jax.types import AnyArray as Array
 
 
-def token_entropy(logits: Array, *, temperature: float = 1.0) -> Array:
+def token_entropy(
+    logits: Float[Array, "*rows V"], *, temperature: float = 1.0
+) -> Float32[Array, "*rows"]:
     """Entropy of the distribution each token is drawn from.
 
     H = -sum_v p_v log p_v with p = softmax(logits / temperature). An entry of ``-inf`` has
@@ -31,7 +34,9 @@ def token_entropy(logits: Array, *, temperature: float = 1.0) -> Array:
     return _entropy(scaled, jax.nn.logsumexp(scaled, axis=-1))
 
 
-def token_logprobs(logits: Array, tokens: Array, *, temperature: float = 1.0) -> Array:
+def token_logprobs(
+    logits: Float[Array, "*rows V"], tokens: Int[Array, "*rows"], *, temperature: float = 1.0
+) -> Float32[Array, "*rows"]:
     """Log-probability of each token: ``log softmax(logits / temperature)[token]``.
 
     Args:
@@ -53,14 +58,14 @@ def token_logprobs(logits: Array, tokens: Array, *, temperature: float = 1.0) ->
 
 
 def logprobs_and_entropy(
-    hidden: Array,
-    head: Array,
-    tokens: Array,
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "D V"],
+    tokens: Int[Array, "B T"],
     *,
     temperature: float = 1.0,
     chunk_size: int = 512,
     data_shards: int = 1,
-) -> tuple[Array, Array]:
+) -> tuple[Float32[Array, "B T"], Float32[Array, "B T"]]:
     """Log-probability and entropy of each token, never holding the logits of all.
 
     Equals ``token_logprobs`` and ``token_entropy`` of ``hidden @ head``, but only ``chunk_size``

@@ -5,12 +5,17 @@ import fractions
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Bool, Float, Float32, Shaped
 
 from echorl_jax.core.losses import clipped_tokens
-from echorl_jax.types import Array
+from echorl_jax.types import AnyArray as Array
 
 
-def token_covariance(logprobs: Array, advantages: Array, loss_mask: Array) -> Array:
+def token_covariance(
+    logprobs: Float[Array, "N T"],
+    advantages: Float[Array, " N"] | Float[Array, "N T"],
+    loss_mask: Shaped[Array, "N T"],
+) -> Float32[Array, "N T"]:
     """Each token's share of the covariance between advantage and log-probability.
 
     (A - mean A) (log pi - mean log pi), the means over all tokens of the batch. Where it is large,
@@ -40,8 +45,12 @@ def token_covariance(logprobs: Array, advantages: Array, loss_mask: Array) -> Ar
 
 
 def kl_cov_selection(
-    logprobs: Array, advantages: Array, loss_mask: Array, *, fraction: float = 0.0002
-) -> Array:
+    logprobs: Float[Array, "N T"],
+    advantages: Float[Array, " N"] | Float[Array, "N T"],
+    loss_mask: Shaped[Array, "N T"],
+    *,
+    fraction: float = 0.0002,
+) -> Bool[Array, "N T"]:
     """The ``max(1, floor(fraction * tokens))`` tokens of the batch with the largest covariance.
 
     Chosen once over the whole batch, before it is cut into micro-batches, so that the split does
@@ -65,10 +74,10 @@ def kl_cov_selection(
 
 
 def clip_cov_selection(
-    logprobs: Array,
-    old_logprobs: Array,
-    advantages: Array,
-    loss_mask: Array,
+    logprobs: Float[Array, "N T"],
+    old_logprobs: Float[Array, "N T"],
+    advantages: Float[Array, " N"] | Float[Array, "N T"],
+    loss_mask: Shaped[Array, "N T"],
     key: Array,
     *,
     fraction: float = 0.0002,
@@ -76,7 +85,7 @@ def clip_cov_selection(
     high: float = 5.0,
     epsilon_low: float | None = 0.2,
     epsilon_high: float | None = 0.2,
-) -> Array:
+) -> Bool[Array, "N T"]:
     """A random pick among tokens with covariance in ``(low, high)``; they lose their gradient.
 
     At most ``max(1, floor(fraction * tokens))`` tokens, chosen once over the whole batch; tokens

@@ -3,11 +3,14 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Bool, Float, Float32, Int, Int32, Shaped
 
-from echorl_jax.types import Array
+from echorl_jax.types import AnyArray as Array
 
 
-def step_ids(tokens: Array, mask: Array, is_delimiter: Array) -> Array:
+def step_ids(
+    tokens: Int[Array, "N T"], mask: Shaped[Array, "N T"], is_delimiter: Bool[Array, " V"]
+) -> Int32[Array, "N T"]:
     """Numbers the reasoning step of each token.
 
     A delimiter closes the step it belongs to; delimiters that follow at once join that step; a
@@ -48,7 +51,9 @@ def step_ids(tokens: Array, mask: Array, is_delimiter: Array) -> Array:
     return jnp.where(real, jnp.maximum(starts - 1, 0), -1)
 
 
-def step_entropy(token_entropy: Array, step_ids: Array, num_steps: int) -> tuple[Array, Array]:
+def step_entropy(
+    token_entropy: Float[Array, "N T"], step_ids: Int[Array, "N T"], num_steps: int
+) -> tuple[Float32[Array, "N num_steps"], Int32[Array, "N num_steps"]]:
     """Mean token entropy of each step: segment sum over segment count.
 
     Args:
@@ -82,7 +87,7 @@ def step_entropy(token_entropy: Array, step_ids: Array, num_steps: int) -> tuple
     return total / jnp.maximum(count, 1).astype(jnp.float32), count
 
 
-def joined_steps(step_ids: Array, num_steps: int) -> Array:
+def joined_steps(step_ids: Int[Array, "N T"], num_steps: int) -> Int[Array, " N"]:
     """The number of steps of each rollout past the static bound, which joined its last step.
 
     Args:
@@ -99,8 +104,8 @@ def joined_steps(step_ids: Array, num_steps: int) -> Array:
 
 
 def hint_probability(
-    step: Array | int, *, horizon: int, low: float = 0.05, high: float = 0.95
-) -> Array:
+    step: Int[Array, "*axes"] | int, *, horizon: int, low: float = 0.05, high: float = 0.95
+) -> Float32[Array, "*axes"]:
     """The share of the solution that is shown, in expectation, at a training step.
 
     A cosine from ``high`` to ``low``, then nothing: p(t) = low + (high - low) (1 + cos(pi t /

@@ -1,9 +1,11 @@
 """Chunked log-probabilities and entropies: values, gradients, memory, sharding."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import numpy as np
 import pytest
 from jax.sharding import AxisType
@@ -169,8 +171,14 @@ def test_nothing_of_the_size_of_the_logits_exists():
 )
 def test_wrong_arguments_are_refused(change):
     hidden, head, tokens = inputs()
+    # Without the tests' checks of signatures, which users do not have.
+    plain = inspect.unwrap(core.logprobs_and_entropy)
+    arguments = dict(hidden=hidden, head=head, tokens=tokens) | change
     with pytest.raises(ValueError):
-        core.logprobs_and_entropy(**dict(hidden=hidden, head=head, tokens=tokens) | change)
+        plain(**arguments)
+    if {"head", "tokens"} & {*change}:
+        with pytest.raises(jaxtyping.TypeCheckError, match="checking the parameters"):
+            core.logprobs_and_entropy(**arguments)
 
 
 def test_an_empty_batch():
