@@ -31,7 +31,10 @@ __all__ = ["EchoClips", "Graded", "LossTerm", "Metrics", "Rollouts", "StepData",
 Array = jax.Array
 PyTree = Any
 # In signatures that take NumPy arrays too: the host's leaves are such.
-AnyArray = jax.Array if TYPE_CHECKING else jax.Array | np.ndarray
+if TYPE_CHECKING:
+    AnyArray = jax.Array
+else:
+    AnyArray = jax.Array | np.ndarray
 # A NumPy array on the host, where the pytrees below pass through it between jitted programs.
 HostArray = Any
 _T = TypeVar("_T")
