@@ -38,5 +38,10 @@ Remat = Literal["layer", "dots", "none"]
 Kernel = Literal["auto", "xla", "splash", "cudnn"]
 # Type of the sampler's keys and values.
 KVDtype = Literal["float32", "bfloat16", "int8"]
+# Linears of a layer that may have adapters, and how a fresh adapter's A is drawn (PEFT's names).
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LoraInit = Literal["kaiming", "gaussian"]
+# Type of the frozen weights beside adapters.
+BaseDtype = Literal["float32", "bfloat16", "int8"]
 # Rows that a group's mean reward is of.
 Baseline = Literal["all", "on_policy"]

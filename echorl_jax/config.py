@@ -12,13 +12,16 @@ from operator import attrgetter
 from typing import Annotated, Any, Literal, NamedTuple
 
 from echorl_jax.choices import (
+    LINEARS,
     Aggregation,
+    BaseDtype,
     Baseline,
     ImportanceMask,
     ImportanceWeight,
     Kernel,
     KLEstimator,
     KVDtype,
+    LoraInit,
     Normalise,
     OrderStatistic,
     Remat,
@@ -61,6 +64,10 @@ QUANTILE = Bound("in (0, 1)", lambda share: 0 < share < 1)
 DECAY = Bound("in [0, 1)", lambda rate: 0 <= rate < 1)
 DEVICES = Bound("-1 or at least 1", lambda devices: devices == -1 or devices >= 1)
 STEPS = Bound("steps from 1 on", lambda steps: min(steps, default=1) >= 1)
+TARGETS = Bound(
+    f"all-linear, or names of {', '.join(LINEARS)} with commas between",
+    lambda text: text == "all-linear" or set(text.split(",")) <= set(LINEARS),
+)
 RESUME = Bound(
     "auto, none, or the step of a checkpoint",
     lambda text: text in ("auto", "none") or (text.isdecimal() and len(text) < 11),
@@ -75,10 +82,31 @@ class ModelConfig:
     init: Literal["pretrained", "random"] = "pretrained"
     # Type of activations and matrix products. Master weights and optimizer state are float32.
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    # Type of the frozen weights beside LoRA adapters: int8 rounds the layers' matrices, each output
+    # with its factor, and leaves the rest in bfloat16. None takes bfloat16.
+    base_dtype: BaseDtype | None = None
     # What the backward pass recomputes: everything in a layer, all but matrix products, or nothing.
     remat: Remat = "layer"
     # Attention kernel; "auto" takes splash on TPU, cuDNN on GPU, XLA elsewhere.
     attention: Kernel = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    # Rank r of the adapters, which are trained in place of the weights; 0 trains the weights.
+    rank: Annotated[int, at_least(0)] = 0
+    # An adapter's output is multiplied by alpha / rank.
+    alpha: Annotated[float, above(0)] = 32.0
+    # Adapted linears: all-linear, or names such as "q_proj,v_proj".
+    targets: Annotated[str, TARGETS] = "all-linear"
+    # How A is drawn, as by PEFT: kaiming from U(-1/sqrt(in), 1/sqrt(in)), or gaussian from
+    # N(0, 1/rank^2). B begins as zeros.
+    init: LoraInit = "kaiming"
+    # Multiply by alpha / sqrt(rank) instead.
+    rslora: bool = False
+    # PEFT directory of an adapter to go on from, with its ranks, alphas and targets; "" takes a
+    # fresh one.
+    adapter: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,6 +357,8 @@ class CheckpointConfig:
     resume: Annotated[str, RESUME] = "auto"
     # Write the Hugging Face directory `export/` at the end.
     export: bool = True
+    # With LoRA also write the merged model there; the adapter is in `export/adapter/`.
+    merge: bool = False
     # Keep compiled programs in `compiled/`: a restart begins sooner, and on GPU with the kernels
     # that were chosen before. auto keeps those for accelerators, unless JAX has a cache already.
     compiled: Literal["auto", "on", "off"] = "auto"
@@ -382,6 +412,7 @@ class Config:
     # Seed of data order, sampling and fresh weights.
     seed: Annotated[int, at_least(0)] = 0
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     rollout: RolloutConfig = dataclasses.field(default_factory=RolloutConfig)
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
@@ -420,6 +451,10 @@ def _bounds(values: Any, prefix: str = "") -> Iterator[tuple[str, bool, str]]:
 
 def _relations(c: Config) -> Iterator[tuple[str, bool, str]]:
     """Requirements of one option on another, in the same form; the bounds hold already."""
+    lora = c.lora.rank > 0 or bool(c.lora.adapter)
+    yield "model.base_dtype", lora or c.model.base_dtype is None, "None without lora.rank"
+    yield "lora.rank", not (c.lora.rank and c.lora.adapter), "0 with lora.adapter, which has ranks"
+    yield "checkpoint.merge", lora or not c.checkpoint.merge, "false without lora.rank"
     divides = c.rollout.prompts_per_step % c.objective.mini_batches == 0
     yield "objective.mini_batches", divides, "a divisor of rollout.prompts_per_step"
     fewer = (c.objective.expert_rows or 0) < c.rollout.group_size

@@ -34,15 +34,18 @@ import jax  # noqa: E402
 
 @pytest.fixture(scope="session")
 def torch_python() -> str:
-    """An interpreter with torch and transformers: ``ECHORL_TORCH_PYTHON``, or this one,
+    """An interpreter with torch, transformers and PEFT: ``ECHORL_TORCH_PYTHON``, or this one,
     completed.
     """
     given = os.environ.get("ECHORL_TORCH_PYTHON")
     if given:
         return given
+    install = [sys.executable, "-m", "pip", "install", "--quiet"]
     if importlib.util.find_spec("torch") is None:
-        install = [sys.executable, "-m", "pip", "install", "--quiet", "torch==2.13.0"]
-        subprocess.run(install, check=True)
+        subprocess.run([*install, "torch==2.13.0"], check=True)
+    if importlib.util.find_spec("peft") is None:
+        # Without dependencies: they would replace torch by a build for CUDA.
+        subprocess.run([*install, "--no-deps", "peft==0.21.2", "accelerate==1.15.0"], check=True)
     return sys.executable
 
 

@@ -29,6 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options. Their defaults come from the preset, so argparse's are None."""
     add = parser.add_argument
     add("--model", required=True, help=MODEL)
+    add("--adapter", metavar="DIR", help="PEFT directory of LoRA weights on top of the model")
     add("--data", required=True, metavar="FILE[,FILE]", help="rows, as config.data.eval")
     add("--out", required=True, type=Path, metavar="DIR", help="directory of the results")
     add("--preset", default="", help="settings by name: paper")

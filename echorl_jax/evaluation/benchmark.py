@@ -54,6 +54,7 @@ class Benchmark:
 
     model: str
     data: str
+    adapter: str | None = None  # PEFT directory; None is none
     grader: str = "auto"
     samples: str = "1"
     temperature: float | None = None  # None: greedy for one sample, else 0.6
@@ -192,8 +193,9 @@ def _take_up(
     except OSError as error:
         raise UserError(f"{file.parent}: {error.strerror}") from error
     settled = {name: value for name, value in vars(options).items() if name not in FREE}
-    weights = fingerprint(Path(path))
-    identity = {"model": options.model, "weights": weights, **settled, "rows": work.digest}
+    adapter = fingerprint(Path(options.adapter)) if options.adapter else None
+    weights = {"weights": fingerprint(Path(path)), "adapter_weights": adapter}
+    identity = {"model": options.model, **weights, **settled, "rows": work.digest}
     claim(file.parent, {**identity, STARTED: started})
     done = cut_torn_line(file)
     if done > len(order):
@@ -245,6 +247,7 @@ def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: i
         remat="none",
         mesh=mesh,
         layout="rollout",
+        adapter=options.adapter or "",
     )
     require_vocabulary(work.tokenizer, model.config.vocab_size)
     require_embedded_rows(

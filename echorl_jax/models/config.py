@@ -1,6 +1,7 @@
 """The architecture of a decoder as a static, hashable description without files."""
 
 import dataclasses
+import math
 from typing import Literal
 
 from echorl_jax.errors import UserError
@@ -101,3 +102,50 @@ class DecoderConfig:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
         if len(self.windows) != self.num_layers:
             raise ModelError(f"{len(self.windows)} layer_types for {self.num_layers} layers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """The adapters of one linear, in each layer; rank 0 is a layer without one."""
+
+    linear: str  # q, k, v, o, gate, up or down
+    ranks: tuple[int, ...]
+    alphas: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Which linears have low-rank adapters, and of which rank and factor; static and hashable.
+
+    The output of a linear becomes ``x W + s (x A) B``, with s = alpha / rank, or alpha / sqrt(rank)
+    for rank-stabilised adapters. Sources: LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732.
+    """
+
+    adapted: tuple[Adapted, ...]
+    rslora: bool = False
+
+    @classmethod
+    def uniform(
+        cls,
+        config: DecoderConfig,
+        linears: tuple[str, ...],
+        *,
+        rank: int,
+        alpha: float,
+        rslora: bool,
+    ) -> "Lora":
+        """Adapters of one rank on the named linears of every layer."""
+        count = config.num_layers
+        each = [Adapted(name, (rank,) * count, (alpha,) * count) for name in linears]
+        return cls(tuple(each), rslora)
+
+    def rank(self, linear: str) -> int:
+        """The largest rank of a linear in any layer; 0 if it has no adapter."""
+        return max((max(one.ranks) for one in self.adapted if one.linear == linear), default=0)
+
+    def scales(self, one: Adapted) -> list[float]:
+        """s of each layer, 0 without an adapter."""
+        return [
+            alpha / (math.sqrt(rank) if self.rslora else rank) if rank else 0.0
+            for rank, alpha in zip(one.ranks, one.alphas, strict=True)
+        ]

@@ -10,8 +10,8 @@ from flax import nnx
 
 from echorl_jax.choices import Kernel, Remat
 from echorl_jax.models.attention import attend
-from echorl_jax.models.config import DecoderConfig, ModelError
-from echorl_jax.models.modules import Trunk
+from echorl_jax.models.config import DecoderConfig, Lora, ModelError
+from echorl_jax.models.modules import Trunk, linear_maker
 from echorl_jax.models.rope import Rotary, rotary
 from echorl_jax.parallel import constrain
 from echorl_jax.precision import precision_of
@@ -29,7 +29,8 @@ class Decoder:
 
     ``params`` is a nested dict; the leaves under ``layers`` are stacked ``[num_layers, ...]``.
     Weights are stored as ``param_dtype`` and cast to ``dtype`` where they are used; norms, rotary
-    embedding, softmax and logits are f32.
+    embedding, softmax and logits are f32. Adapters are stored as f32. With "int8" the kernels of
+    layers are, each output with a factor, and all else is bfloat16.
     """
 
     config: DecoderConfig
@@ -40,6 +41,12 @@ class Decoder:
     # What the backward pass recomputes: a whole layer, all but the matrix products, or nothing.
     remat: Remat = "layer"
     attention: Kernel = "auto"
+    lora: Lora | None = None
+
+    @property
+    def base(self) -> "Decoder":
+        """The same model without adapters, for the weights of :func:`base_params`."""
+        return dataclasses.replace(self, lora=None)
 
     def __post_init__(self) -> None:
         for name, allowed in (("remat", get_args(Remat)), ("attention", get_args(Kernel))):
@@ -153,25 +160,41 @@ class Decoder:
 
     def param_shapes(self) -> PyTree:
         """``jax.ShapeDtypeStruct`` for each parameter."""
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, self.param_dtype), _shapes(self.config)
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: jax.ShapeDtypeStruct(leaf.shape, self._stored_dtype(path)),
+            _shapes(*self._structure),
         )
+
+    def _stored_dtype(self, path: tuple[Any, ...]) -> str:
+        names = [key.key for key in path]
+        if "lora" in names or names[-1] == "kernel_scale":
+            return "float32"
+        if self.param_dtype != "int8":
+            return self.param_dtype
+        return "int8" if names[0] == "layers" and names[-1] == "kernel" else "bfloat16"
 
     def param_axes(self) -> PyTree:
         """The logical axes of each parameter, a tuple of names, for the sharding table."""
-        return _axes(self.config)
+        return _axes(*self._structure)
 
     def cast(self, params: PyTree) -> PyTree:
-        """Weights for sampling: matrices in the compute dtype; norms stay f32, as in training."""
-        return jax.tree.map(
-            lambda leaf, axes: leaf if "norm" in axes else leaf.astype(self.dtype),
-            params,
-            self.param_axes(),
-            is_leaf=lambda node: isinstance(node, tuple),
-        )
+        """Weights for sampling: those wider than the compute dtype in it. Norms and factors of
+        int8 kernels and of adapters stay f32, as in training.
+        """
+        width = jnp.dtype(self.dtype).itemsize
+
+        def narrowed(path: tuple[Any, ...], leaf: Array) -> Array:
+            keep = path[-1].key.endswith("scale") or leaf.dtype.itemsize <= width
+            return leaf if keep else leaf.astype(self.dtype)
+
+        return jax.tree_util.tree_map_with_path(narrowed, params)
+
+    @property
+    def _structure(self) -> tuple[DecoderConfig, Lora | None, bool]:
+        return self.config, self.lora, self.param_dtype == "int8"
 
     def _part(self, name: str, params: PyTree) -> Any:
-        return nnx.merge(_graphs(self.config)[name], params)
+        return nnx.merge(_graphs(*self._structure)[name], params)
 
 
 def _row_positions(shape: tuple[int, ...], lengths: Array | None) -> Array:
@@ -186,21 +209,21 @@ def _row_positions(shape: tuple[int, ...], lengths: Array | None) -> Array:
 
 
 @functools.cache
-def _trunk(config: DecoderConfig) -> Trunk:
-    return nnx.eval_shape(lambda: Trunk(config))
+def _trunk(config: DecoderConfig, lora: Lora | None, int8: bool) -> Trunk:
+    return nnx.eval_shape(lambda: Trunk(config, linear_maker(lora, int8=int8)))
 
 
 @functools.cache
-def _graphs(config: DecoderConfig) -> dict[str, Any]:
+def _graphs(config: DecoderConfig, lora: Lora | None, int8: bool) -> dict[str, Any]:
     """The static half of each part of the model."""
-    trunk = _trunk(config)
+    trunk = _trunk(config, lora, int8)
     parts = {"embed": trunk.embed, "layers": trunk.layers, "final_norm": trunk.final_norm}
     return {name: nnx.split(part)[0] for name, part in parts.items()}
 
 
 @functools.cache
-def _shapes(config: DecoderConfig) -> PyTree:
-    shapes = nnx.to_pure_dict(nnx.state(_trunk(config)))
+def _shapes(config: DecoderConfig, lora: Lora | None, int8: bool) -> PyTree:
+    shapes = nnx.to_pure_dict(nnx.state(_trunk(config, lora, int8)))
     shapes["layers"] = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct((config.num_layers, *leaf.shape), leaf.dtype),
         shapes["layers"],
@@ -209,9 +232,9 @@ def _shapes(config: DecoderConfig) -> PyTree:
 
 
 @functools.cache
-def _axes(config: DecoderConfig) -> PyTree:
+def _axes(config: DecoderConfig, lora: Lora | None, int8: bool) -> PyTree:
     axes: dict[str, Any] = {}
-    for keys, variable in nnx.to_flat_state(nnx.state(_trunk(config))):
+    for keys, variable in nnx.to_flat_state(nnx.state(_trunk(config, lora, int8))):
         path = [str(key) for key in keys]
         node = axes
         for key in path[:-1]:

@@ -7,7 +7,7 @@ size of the largest tensor.
 
 import functools
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,7 +21,9 @@ from echorl_jax.models.config import ModelError
 from echorl_jax.models.decoder import Decoder
 from echorl_jax.models.hf_config import read_config, to_hf
 from echorl_jax.models.hf_names import TensorName, tensor_names
-from echorl_jax.models.initialise import param_shardings
+from echorl_jax.models.initialise import param_shardings, quantised
+from echorl_jax.models.lora import plain_kernel
+from echorl_jax.models.peft import load_adapter
 from echorl_jax.models.tensor_files import (
     StoredTensor,
     TensorSource,
@@ -65,6 +67,7 @@ def load_model(
     remat: Remat = "layer",
     attention: Kernel = "auto",
     layout: Layout = "train",
+    adapter: str | Path = "",
 ) -> tuple[Decoder, PyTree]:
     """Reads a Hugging Face directory.
 
@@ -73,17 +76,19 @@ def load_model(
         ``[hf]`` and a network).
       dtype: of activations and matrix products.
       mesh: where the weights go; the first device unless given.
-      param_dtype: of the weights, which may be stored in another type.
+      param_dtype: of the weights, which may be stored in another type; "int8" for kernels of
+        layers, with all else in bfloat16.
       remat: what the backward pass recomputes.
       attention: attention kernel.
       layout: column of the sharding table.
+      adapter: PEFT directory of LoRA weights, which stay apart; "" is none.
 
     Returns:
       The static model and its params pytree.
 
     Raises:
-      ModelError: unsupported architecture or field; tensors that are missing, surplus, misshapen or
-        not finite; no safetensors.
+      ModelError: unsupported architecture, field or adapter; tensors that are missing, surplus,
+        misshapen or not finite; no safetensors.
     """
     directory = _directory(path)
     model = load_decoder(
@@ -92,17 +97,23 @@ def load_model(
     stored = stored_tensors(directory)
     names = list(tensor_names(model))
     _check(directory, names, stored, tied=model.config.tied_embeddings)
-    shardings = None if mesh is None else param_shardings(model, mesh, layout=layout)
-    params: dict[str, Any] = {}
     first = SingleDeviceSharding(jax.local_devices()[0])
+    shapes = model.param_shapes()
+    shardings = jax.tree.map(lambda _: first, shapes)
+    if mesh is not None:
+        shardings = param_shardings(model, mesh, layout=layout)
+    params: dict[str, Any] = {}
+    loaded = []
     for name in names:
-        sharding = first if shardings is None else _at(shardings, name.path)
         *parents, leaf = name.path
-        node = params
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[leaf] = _load(name, stored, sharding, jnp.dtype(param_dtype))
-    _require_finite(directory, [(name, _at(params, name.path)) for name in names])
+        node = functools.reduce(lambda node, key: node.setdefault(key, {}), parents, params)
+        arrays = _load(name, stored, _at(shardings, parents), _at(shapes, parents))
+        node |= arrays
+        # int8 has no NaN, but its factors have.
+        loaded.append((name, arrays.get(f"{leaf}_scale", arrays[leaf])))
+    _require_finite(directory, loaded)
+    if adapter:
+        return load_adapter(adapter, model, params, mesh=mesh, layout=layout)
     return model, params
 
 
@@ -115,7 +126,7 @@ def save_model(
     dtype: str | None = None,
     shard_bytes: int = 2_000_000_000,
 ) -> None:
-    """Writes a directory that transformers loads.
+    """Writes a directory that transformers loads; adapters are added to their kernels.
 
     Every process of a multi-process run calls this; the first one writes.
 
@@ -132,7 +143,7 @@ def save_model(
     sources = {
         stored: TensorSource(
             name.stored_shape,
-            functools.partial(_fetch, name, _at(params, name.path), layer, stored_dtype.name),
+            functools.partial(_fetch, name, params, layer, stored_dtype.name),
         )
         for name in tensor_names(model)
         for layer, stored in enumerate(name.stored)
@@ -257,25 +268,45 @@ def _some(items: list[str]) -> str:
     return ", ".join(items[:NAMED]) + rest
 
 
-def _load(name: TensorName, stored: dict[str, StoredTensor], sharding: Any, dtype: Any) -> Array:
-    """Loads one parameter into its shards."""
+def _load(
+    name: TensorName, stored: dict[str, StoredTensor], shardings: PyTree, shapes: PyTree
+) -> dict[str, Array]:
+    """Loads one parameter into its shards; an int8 kernel with its factors.
+
+    Args:
+      name: of the parameter.
+      stored: all tensors.
+      shardings, shapes: of the parameters beside this one, by their last names.
+    """
+    leaf = name.path[-1]
     if not name.stacked:
-        return _device_array(name, stored[name.stored[0]], sharding).astype(dtype)
-    one = sharding
-    if isinstance(sharding, NamedSharding):
-        one = NamedSharding(sharding.mesh, PartitionSpec(*sharding.spec[1:]))
-    shape = (len(name.stored), *name.shape)
-    stack = jax.jit(jnp.zeros, static_argnums=(0, 1), out_shardings=sharding)(shape, dtype)
-    write = jax.jit(_write_layer, donate_argnums=0, out_shardings=sharding)
+        whole = _device_array(name, stored[name.stored[0]], shardings[leaf])
+        return {leaf: whole.astype(shapes[leaf].dtype)}
+    kept = [key for key in (leaf, f"{leaf}_scale") if key in shapes]
+    places, like = {k: shardings[k] for k in kept}, {k: shapes[k] for k in kept}
+    one = places[leaf]
+    if isinstance(one, NamedSharding):
+        one = NamedSharding(one.mesh, PartitionSpec(*one.spec[1:]))
+    stack = jax.jit(
+        lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), out_shardings=places
+    )()
+    write = jax.jit(_write_layer, static_argnames="inputs", donate_argnums=0, out_shardings=places)
     for layer, tensor in enumerate(name.stored):
-        stack = write(stack, _device_array(name, stored[tensor], one), layer)
+        values = _device_array(name, stored[tensor], one)
+        stack = write(stack, values, layer, inputs=name.inputs)
         # Wait, or the host copies of all layers exist at once.
-        stack.block_until_ready()
+        jax.block_until_ready(stack)
     return stack
 
 
-def _write_layer(stack: Array, values: Array, layer: Array) -> Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, values.astype(stack.dtype), layer, 0)
+def _write_layer(
+    stack: dict[str, Array], values: Array, layer: Array, *, inputs: int
+) -> dict[str, Array]:
+    parts = (values,) if len(stack) == 1 else quantised(values, inputs=inputs)
+    return {
+        name: jax.lax.dynamic_update_index_in_dim(array, part.astype(array.dtype), layer, 0)
+        for (name, array), part in zip(stack.items(), parts, strict=True)
+    }
 
 
 def _device_array(name: TensorName, tensor: StoredTensor, sharding: Any) -> Array:
@@ -288,18 +319,25 @@ def _device_array(name: TensorName, tensor: StoredTensor, sharding: Any) -> Arra
     )
 
 
-def _fetch(name: TensorName, values: Array, layer: int, dtype: str) -> np.ndarray:
-    """One layer's values on the host, gathered from all devices and laid out as stored."""
+def _fetch(name: TensorName, params: PyTree, layer: int, dtype: str) -> np.ndarray:
+    """One layer's values on the host, gathered from all devices and laid out as stored.
+
+    An adapter is added to its kernel.
+    """
+    values, beside = _at(params, name.path), _at(params, name.path[:-1])
     replicated = None
     if isinstance(values.sharding, NamedSharding):
         replicated = NamedSharding(values.sharding.mesh, PartitionSpec())
+    plain = not {"lora", "kernel_scale"} & beside.keys() or name.path[-1] != "kernel"
 
-    def gather(values: Array, layer: Array) -> Array:
-        one = values[layer] if name.stacked else values
+    def gather(values: PyTree, layer: Array) -> Array:
+        one = jax.tree.map(lambda x: x[layer], values) if name.stacked else values
+        one = one if plain else plain_kernel(one)
         return name.to_stored(one.astype(dtype), jnp)
 
-    return np.asarray(jax.jit(gather, out_shardings=replicated)(values, layer))
+    given = values if plain else beside
+    return np.asarray(jax.jit(gather, out_shardings=replicated)(given, layer))
 
 
-def _at(tree: PyTree, path: tuple[str, ...]) -> Any:
+def _at(tree: PyTree, path: Sequence[str]) -> Any:
     return functools.reduce(operator.getitem, path, tree)

@@ -62,9 +62,13 @@ class TensorName:
 
 
 def tensor_names(model: Decoder) -> Iterator[TensorName]:
-    """Every parameter of ``model``, in the order of the tree."""
+    """Every parameter of ``model`` without adapters, in the order of the tree.
+
+    An int8 kernel and its factors are one tensor.
+    """
     layers = range(model.config.num_layers)
-    for path, shape in _leaves(model.param_shapes()):
+    plain = dataclasses.replace(model.base, param_dtype="float32")
+    for path, shape in _leaves(plain.param_shapes()):
         if path[0] != "layers":
             inputs = 1 if path == ("head", "kernel") else 0
             yield TensorName(path, (_OUTER[path],), shape, inputs, stacked=False)

@@ -1,5 +1,6 @@
 """Draws initial weights directly into their shards."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -65,14 +66,15 @@ def init_params(model: Decoder, key: Array, mesh: Mesh | None = None) -> PyTree:
       mesh: where the weights go; one device unless given.
 
     Returns:
-      The params pytree in ``model.param_dtype``.
+      The params pytree in ``model.param_dtype``, without adapters.
     """
+    model = model.base
     shardings = None if mesh is None else param_shardings(model, mesh)
     return jax.jit(functools.partial(_draw, model), out_shardings=shardings)(key)
 
 
 def _draw(model: Decoder, key: Array) -> PyTree:
-    shapes = model.param_shapes()
+    shapes = dataclasses.replace(model, param_dtype="float32").param_shapes()
     layers = shapes.pop("layers")
     one_layer = jax.tree.map(lambda leaf: leaf.shape[1:], layers)
     outer_key, layers_key = jax.random.split(key)
@@ -83,7 +85,34 @@ def _draw(model: Decoder, key: Array) -> PyTree:
     }
     layer_keys = jax.random.split(layers_key, model.config.num_layers)
     params["layers"] = jax.lax.map(lambda layer_key: _fill(one_layer, layer_key, scale), layer_keys)
-    return jax.tree.map(lambda leaf: leaf.astype(model.param_dtype), params)
+    if model.param_dtype == "int8":
+        params["layers"] = _int8_layers(params["layers"])
+    return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), params, model.param_shapes())
+
+
+def _int8_layers(layers: PyTree) -> PyTree:
+    """The stacked layers with int8 kernels."""
+    stored = {part: {**linears} for part, linears in layers.items()}
+    for part in ("attention", "mlp"):
+        for name, linear in layers[part].items():
+            if "kernel" in linear:
+                quantise = jax.vmap(functools.partial(quantised, inputs=2 if name == "o" else 1))
+                kernel, scale = quantise(linear["kernel"])
+                stored[part][name] = {**linear, "kernel": kernel, "kernel_scale": scale}
+    return stored
+
+
+def quantised(kernel: Array, *, inputs: int) -> tuple[Array, Array]:
+    """A kernel ``[in..., out...]`` as int8 and a factor for each output, f32 ``[out...]``.
+
+    The factor is the largest size of the output's weights / 127: rounding costs half of it at most.
+    A kernel with NaN or infinity has such a factor.
+    """
+    wide = kernel.astype(jnp.float32)
+    axes = tuple(range(inputs))
+    scale = jnp.abs(wide).max(axis=axes) / 127
+    steps = wide / jnp.where(scale == 0, 1, scale)[(None,) * inputs]
+    return jnp.round(steps).astype(jnp.int8), scale
 
 
 def _fill(shapes: PyTree, key: Array, scale: float) -> PyTree:

@@ -64,7 +64,7 @@ def stored_tensors(directory: Path) -> dict[str, StoredTensor]:
     """
     tensors: dict[str, StoredTensor] = {}
     for file in _files(directory):
-        for name, tensor in _read_header(file).items():
+        for name, tensor in read_header(file).items():
             if name in tensors:
                 raise ModelError(f"{tensors[name].file} and {file} both hold tensor {name}")
             tensors[name] = tensor
@@ -107,7 +107,7 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in sorted(set(names))]
 
 
-def _read_header(file: Path) -> dict[str, StoredTensor]:
+def read_header(file: Path) -> dict[str, StoredTensor]:
     """The tensors of one file. safetensors checks that they leave no gap and do not overlap, so
     offsets are sums of sizes.
     """

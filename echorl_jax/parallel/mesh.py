@@ -79,6 +79,7 @@ _TRAIN: Mapping[str, tuple[str, ...]] = {
     "mlp": ("tensor",),
     "head_dim": (),
     "norm": (),
+    "rank": (),
     # activations
     "batch": ("data", "fsdp"),
     "length": (),

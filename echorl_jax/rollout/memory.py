@@ -6,7 +6,7 @@ import os
 import jax
 from jax.sharding import AbstractMesh, Mesh
 
-from echorl_jax.models import Decoder
+from echorl_jax.models import Decoder, base_params
 from echorl_jax.parallel import Platform, local_bytes
 from echorl_jax.rollout.cache import KV_BYTES, KVDtype
 from echorl_jax.rollout.request import bucket_below
@@ -154,11 +154,15 @@ def shares_weights(
 ) -> bool:
     """True if sampling reads the trainer's weights without a copy.
 
-    That needs one type, one device and unscaled keys, but not a GPU, where layers are stored
-    separately.
+    That needs weights no wider than the compute type, one device and unscaled keys, but not a GPU,
+    where layers are stored separately.
     """
-    same = model.dtype == model.param_dtype and not balances_keys(model, kv_dtype)
-    return devices == 1 and same and platform != "gpu"
+    # Adapters stay in f32: they are small, and cast where they are used.
+    shapes = base_params(model.param_shapes())
+    same = jax.tree.all(
+        jax.tree.map(lambda a, b: a.dtype == b.dtype, shapes, jax.eval_shape(model.cast, shapes))
+    )
+    return devices == 1 and same and platform != "gpu" and not balances_keys(model, kv_dtype)
 
 
 def weight_bytes(model: Decoder, mesh: Mesh | AbstractMesh | None) -> int:

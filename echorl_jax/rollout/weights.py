@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.choices import KVDtype
 from echorl_jax.models import Decoder, param_shardings
+from echorl_jax.models.lora import plain_kernel
 from echorl_jax.parallel import platform_of
 from echorl_jax.rollout.memory import balances_keys, shares_weights
 from echorl_jax.types import Array, PyTree
@@ -105,8 +106,12 @@ def balance_keys(params: PyTree) -> PyTree:
     """
     layers = params["layers"]
     attention, query, key = layers["attention"], layers["attention"]["q"], layers["attention"]["k"]
-    scaled = key["kernel"] * layers["attention_norm"]["scale"][:, :, None, None]  # [L, D, KV, K]
-    size = _pair_length(key["bias"]) + _pair_length(jnp.sqrt(jnp.square(scaled).sum(axis=1)))
+    kernel = jax.vmap(plain_kernel)({k: v for k, v in key.items() if k != "lora"})
+    norm = layers["attention_norm"]["scale"].astype(jnp.float32)
+    scaled = kernel * norm[:, :, None, None]  # [L, D, KV, K]
+    size = _pair_length(key["bias"].astype(jnp.float32)) + _pair_length(
+        jnp.sqrt(jnp.square(scaled).sum(axis=1))
+    )
     median = jnp.maximum(jnp.median(size, axis=-1, keepdims=True), jnp.finfo(jnp.float32).tiny)
     exponent = jnp.round(jnp.log2(jnp.clip(size / median, 1, 2**16))).astype(jnp.int32)
     factor = jnp.tile(jnp.ldexp(jnp.ones_like(size), exponent), 2)  # [L, KV, K]
@@ -122,11 +127,17 @@ def _pair_length(x: Array) -> Array:
 
 
 def _times(projection: PyTree, factor: Array) -> PyTree:
-    """A projection with its outputs ``[L, heads, K]`` multiplied."""
-    return {
-        "kernel": projection["kernel"] * factor[:, None],
-        "bias": projection["bias"] * factor,
+    """A projection with its outputs ``[L, heads, K]`` multiplied by powers of two."""
+    # An int8 kernel is multiplied through its factors.
+    kernel = "kernel_scale" if "kernel_scale" in projection else "kernel"
+    times = {kernel: projection[kernel], "bias": projection["bias"]}
+    times = {
+        name: values * jnp.expand_dims(factor, range(1, values.ndim - 2)).astype(values.dtype)
+        for name, values in times.items()
     }
+    if lora := projection.get("lora"):
+        times["lora"] = {**lora, "b": lora["b"] * factor[:, None]}
+    return {**projection, **times}
 
 
 def split_layers(params: PyTree, *, join: bool) -> PyTree:

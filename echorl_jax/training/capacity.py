@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Iterator
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from echorl_jax.config import ConfigError
-from echorl_jax.models import Decoder
+from echorl_jax.models import Decoder, split_params
 from echorl_jax.parallel import local_bytes
 from echorl_jax.rollout import RolloutMemory, choose_slots, rollout_memory
 from echorl_jax.rollout.memory import shares_weights
@@ -29,7 +28,8 @@ class PersistentMemory:
     The sampler's weights exist only while it samples.
     """
 
-    master: int
+    master: int  # all weights
+    trained: int  # those of them that are trained, so also the gradient
     moments: int
     sampler: int
     reference: int
@@ -71,16 +71,19 @@ def weight_memory(
       model: the decoder.
       mesh: its axes.
       moment_bytes: of both moments of one parameter.
-      reference: whether a KL term keeps a copy in the compute type.
+      reference: whether a KL term keeps a copy in the compute type; adapters spare it.
       shares_weights: whether the sampler reads the master weights themselves.
     """
     axes, shapes = model.param_axes(), model.param_shapes()
     narrow = jax.eval_shape(model.cast, shapes)
-    master = local_bytes(axes, shapes, mesh, "train")
-    width = jnp.dtype(model.param_dtype).itemsize
+    trained_axes, trained_shapes = (split_params(model, tree)[1] for tree in (axes, shapes))
+    trained = local_bytes(trained_axes, trained_shapes, mesh, "train")
+    width = jax.tree.leaves(trained_shapes)[0].dtype.itemsize
+    reference = reference and model.lora is None
     return PersistentMemory(
-        master=master,
-        moments=master * moment_bytes // width,
+        master=local_bytes(axes, shapes, mesh, "train"),
+        trained=trained,
+        moments=trained * moment_bytes // width,
         sampler=0 if shares_weights else local_bytes(axes, narrow, mesh, "rollout"),
         reference=local_bytes(axes, narrow, mesh, "train") if reference else 0,
     )
@@ -143,8 +146,10 @@ def title(setup: Setup, params: PyTree) -> str:
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     axes = " x ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
     model = setup.config.model
+    trained = sum(leaf.size for leaf in jax.tree.leaves(split_params(setup.model, params)[1]))
+    adapters = f" ({trained / 1e6:.2f}M in adapters)" if setup.model.lora else ""
     return (
-        f"{model.path}: {count / 1e6:.2f}M parameters, {model.dtype} compute; "
+        f"{model.path}: {count / 1e6:.2f}M parameters{adapters}, {model.dtype} compute; "
         f"{setup.mesh.size} {jax.default_backend()} device(s), mesh {axes}"
     )
 
@@ -196,7 +201,7 @@ def _memory(setup: Setup, device_bytes: int) -> Iterator[str]:
     memory = persistent_memory(setup)
     yield f"each device: weights {size(memory.master)}"
     yield f"optimizer {size(memory.moments)}"
-    yield f"gradient {size(memory.master)}"
+    yield f"gradient {size(memory.trained)}"
     if memory.reference:
         yield f"reference {size(memory.reference)}"
     if not setup.objective.supervised:

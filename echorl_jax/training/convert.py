@@ -12,23 +12,39 @@ from echorl_jax.data import load_tokenizer
 from echorl_jax.data.tokens import model_path
 from echorl_jax.errors import UserError, writing
 from echorl_jax.files import read_json, replace_directory
-from echorl_jax.models import load_decoder, load_model, save_model
+from echorl_jax.models import (
+    load_decoder,
+    load_model,
+    save_adapter,
+    save_model,
+    split_params,
+)
+from echorl_jax.models import merge as merge_params
 from echorl_jax.parallel import is_first
 from echorl_jax.training.checkpoints import DIRECTORY, read_params, read_weights
 from echorl_jax.training.logs import hide_closed_loop_errors
-from echorl_jax.training.setup import Setup
+from echorl_jax.training.setup import (
+    Setup,
+    configured_model,
+    load_policy,
+    model_options,
+)
 from echorl_jax.types import PyTree
 
 
 def export_model(workdir: Path, setup: Setup, params: PyTree) -> None:
     """Writes ``workdir/export``, a directory that ``transformers`` loads; replaced as a whole.
 
+    A model with adapters gives ``export/adapter``, and itself only with ``checkpoint.merge``.
     Every process of a multi-process run calls this; the first one writes.
     """
     fresh, final = workdir / "export.partial", workdir / "export"
     if is_first():
         shutil.rmtree(fresh, ignore_errors=True)
-    save_model(fresh, setup.model, params, setup.tokenizer)
+    if setup.model.lora is None or setup.config.checkpoint.merge:
+        save_model(fresh, setup.model, params, setup.tokenizer)
+    if setup.model.lora is not None:
+        save_adapter(fresh / "adapter", setup.model, params, base=setup.config.model.path)
     if is_first():
         replace_directory(fresh, final)
 
@@ -37,13 +53,17 @@ def export_model(workdir: Path, setup: Setup, params: PyTree) -> None:
 WEIGHTS, ORIGINAL = "params", "huggingface"
 
 
-def convert(model: str, out: Path, *, step: str = "latest") -> str:
+def convert(
+    model: str, out: Path, *, step: str = "latest", adapter: str = "", merge: bool = False
+) -> str:
     """Converts in the direction that ``model`` asks for; returns a line on what was written.
 
     Args:
       model: a Hugging Face directory, one that was converted, or the workdir of a run.
       out: where to.
       step: of a workdir: "latest", "best" or a number.
+      adapter: PEFT directory to add to a Hugging Face directory; "" is none.
+      merge: whether a workdir with adapters gives the merged model, not its PEFT directory.
 
     Raises:
       UserError: no such model, or ``out`` exists.
@@ -53,10 +73,12 @@ def convert(model: str, out: Path, *, step: str = "latest") -> str:
     source, fresh = Path(model_path(model)), out.with_name(f"{out.name}.partial")
     shutil.rmtree(fresh, ignore_errors=True)
     with writing(out):
-        if (source / WEIGHTS).is_dir():
+        if adapter:
+            written = _merged(source, model, adapter, fresh)
+        elif (source / WEIGHTS).is_dir():
             written = _to_hugging_face(source, fresh)
         elif (source / DIRECTORY).is_dir():
-            written = _from_workdir(source, fresh, step)
+            written = _from_workdir(source, fresh, step, merge=merge)
         else:
             written = _to_orbax(source, model, fresh)
         fresh.rename(out)
@@ -84,19 +106,33 @@ def _to_hugging_face(source: Path, out: Path) -> str:
     return f"Hugging Face directory of {_count(params)} parameters"
 
 
-def _from_workdir(workdir: Path, out: Path, step: str) -> str:
+def _merged(source: Path, model: str, adapter: str, out: Path) -> str:
+    path = str(source) if source.is_dir() else model
+    decoder, params = load_model(path, adapter=adapter)
+    save_model(out, decoder, params, load_tokenizer(path))
+    return f"Hugging Face directory with {adapter} merged"
+
+
+def _from_workdir(workdir: Path, out: Path, step: str, *, merge: bool) -> str:
     file = workdir / "config.json"
     try:
         config = from_dict(read_json(file))
     except (OSError, UserError) as error:
         raise UserError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from error
-    decoder = load_decoder(model_path(config.model.path))
+    base = load_decoder(model_path(config.model.path), **model_options(config))
+    decoder = configured_model(config, base)
     here = SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here),
-        decoder.param_shapes(),
+        split_params(decoder, decoder.param_shapes())[1],
     )
     found, params = read_params(workdir, step, like)
+    if decoder.lora is not None and not merge:
+        save_adapter(out, decoder, params, base=config.model.path)
+        return f"PEFT directory of {_count(params)} parameters after step {found}"
+    if decoder.lora is not None:
+        _, whole = load_policy(config, None)
+        params = merge_params(split_params(decoder, whole)[0], params)
     save_model(out, decoder, params, load_tokenizer(config.model.path))
     return f"Hugging Face directory of {_count(params)} parameters after step {found}"
 

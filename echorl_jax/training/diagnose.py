@@ -6,6 +6,7 @@ update (Orbax).
 """
 
 import dataclasses
+import functools
 import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,15 +21,24 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from echorl_jax.config import Config
 from echorl_jax.config_file import from_dict, to_dict
 from echorl_jax.errors import UserError, one_line
 from echorl_jax.files import read_json, replace_directory, replace_json
-from echorl_jax.models import abstract_params, load_decoder, to_hf
+from echorl_jax.models import abstract_params, load_decoder, split_params, to_hf
 from echorl_jax.parallel import any_process, is_first, make_mesh, platform_of, wait_for_all
 from echorl_jax.parallel.mesh import AXES
 from echorl_jax.training.checkpoints import read_weights
+from echorl_jax.training.inputs import weights_digest
 from echorl_jax.training.optimizer import init_state
-from echorl_jax.training.setup import Setup, configured_objective, model_options, static_setup
+from echorl_jax.training.setup import (
+    Setup,
+    configured_model,
+    configured_objective,
+    load_policy,
+    model_options,
+    static_setup,
+)
 from echorl_jax.training.update import Accumulated, UpdateStats, apply_update, micro_gradient
 from echorl_jax.types import HostArray, PyTree, TrainBatch
 
@@ -59,10 +69,13 @@ class Dumps:
       workdir: of the run.
       setup: of the run.
       say: is called with a line on each dump.
+      weights: digest of the frozen parameters, which are not part of a dump.
     """
 
-    def __init__(self, workdir: Path, setup: Setup, say: Callable[[str], None]) -> None:
-        self._workdir, self._setup, self._say = workdir, setup, say
+    def __init__(
+        self, workdir: Path, setup: Setup, say: Callable[[str], None], weights: str = ""
+    ) -> None:
+        self._workdir, self._setup, self._say, self._weights = workdir, setup, say, weights
         self._partial: Path | None = None  # of the update in progress
 
     def before(self, step: int, update: int, params: PyTree) -> None:
@@ -130,6 +143,7 @@ class Dumps:
                 "grad_norm": _number(done.grad_norm),
                 "finite": bool(done.finite),
                 "echo_coef": echo_coef,
+                "weights": self._weights,
                 "mesh": dict(self._setup.mesh.shape),
                 "config": to_dict(self._setup.config),
             }
@@ -218,14 +232,18 @@ def replay(directory: Path) -> Replayed:
     dump = read_dump(directory)
     config = from_dict(dump.facts["config"])
     mesh, same_mesh = _mesh(dump.facts["mesh"])
-    model = load_decoder(directory / MODEL, **model_options(config))
+    base = load_decoder(directory / MODEL, **model_options(config))
+    model = configured_model(config, base)
     objective = configured_objective(config)
     setup = static_setup(config, mesh, model, objective, platform=platform_of(mesh))
-    params = read_weights(directory / PARAMS, abstract_params(setup.model, mesh))
+    frozen = _frozen(dump, config, setup)
+    _, like = split_params(setup.model, abstract_params(setup.model, mesh))
+    params = read_weights(directory / PARAMS, like)
     coef = dump.facts["echo_coef"]
-    pieces = [_look_at(setup, params, micro, coef) for micro in dump.micro_batches]
+    gradient = functools.partial(micro_gradient, setup, params, echo_coef=coef, frozen=frozen)
+    pieces = [_look_at(gradient, micro) for micro in dump.micro_batches]
     state = init_state(params, setup.optimizer, mesh)
-    _, stats = apply_update(setup, state, dump.micro_batches, echo_coef=coef)
+    _, stats = apply_update(setup, state, dump.micro_batches, echo_coef=coef, frozen=frozen)
     return Replayed(dump, float(stats.loss), float(stats.grad_norm), pieces, same_mesh)
 
 
@@ -262,8 +280,25 @@ def _mesh(sizes: dict[str, int]) -> tuple[Mesh, bool]:
     return make_mesh(data=1, fsdp=len(devices), tensor=1), False
 
 
-def _look_at(setup: Setup, params: PyTree, micro: TrainBatch, coef: float) -> Piece:
-    found = micro_gradient(setup, params, micro, echo_coef=coef)
+def _frozen(dump: Dump, config: Config, setup: Setup) -> PyTree:
+    """The frozen parameters, from where the run had them; None if it trained all.
+
+    Raises:
+      UserError: those are others now.
+    """
+    if setup.model.lora is None:
+        return None
+    frozen, _ = split_params(*load_policy(config, setup.mesh))
+    if dump.facts.get("weights") != weights_digest(config, frozen):
+        raise UserError(
+            f"{dump.directory}: the weights under config.model.path = {config.model.path!r} are "
+            "not those of the run"
+        )
+    return frozen
+
+
+def _look_at(gradient: Callable[[TrainBatch], Accumulated], micro: TrainBatch) -> Piece:
+    found = gradient(micro)
     bad_params = tuple(
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, leaf in jax.tree_util.tree_leaves_with_path(found.gradient)
@@ -271,7 +306,7 @@ def _look_at(setup: Setup, params: PyTree, micro: TrainBatch, coef: float) -> Pi
     )
     bad_rows: tuple[int, ...] = ()
     if not _finite(found):
-        bad_rows = tuple(_bad_rows(setup, params, micro, coef, np.arange(len(micro.length))))
+        bad_rows = tuple(_bad_rows(gradient, micro, np.arange(len(micro.length))))
     return Piece(
         rows=int(np.sum(np.asarray(micro.length) > 1)),
         width=int(micro.tokens.shape[1]),
@@ -288,15 +323,15 @@ def _finite(found: Accumulated) -> bool:
 
 
 def _bad_rows(
-    setup: Setup, params: PyTree, micro: TrainBatch, coef: float, rows: np.ndarray
+    gradient: Callable[[TrainBatch], Accumulated], micro: TrainBatch, rows: np.ndarray
 ) -> list[int]:
     """The rows that are not finite on their own, by halves."""
-    if _finite(micro_gradient(setup, params, _only(micro, rows), echo_coef=coef)):
+    if _finite(gradient(_only(micro, rows))):
         return []
     if len(rows) == 1:
         return rows.tolist()
     halves = np.array_split(rows, 2)
-    return [row for half in halves for row in _bad_rows(setup, params, micro, coef, half)]
+    return [row for half in halves for row in _bad_rows(gradient, micro, half)]
 
 
 def _only(micro: TrainBatch, rows: np.ndarray) -> TrainBatch:

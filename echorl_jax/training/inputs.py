@@ -67,7 +67,9 @@ SAMPLE = 16
 
 
 def weights_digest(config: Config, params: PyTree) -> str:
-    """Tells the initial weights from others; empty where they are drawn, from ``config.seed``."""
+    """Tells the initial weights from others, or the frozen ones of a run with adapters; empty where
+    they are drawn, from ``config.seed``.
+    """
     return digest(checksums(params)) if config.model.init == "pretrained" else ""
 
 
@@ -101,7 +103,7 @@ def compare_inputs(
     before: Mapping[str, str],
     config: Config,
     *,
-    reference: bool,
+    weights_in_use: bool,
     warn: Callable[[str], None],
 ) -> None:
     """Refuses inputs with which the run would not go on as it began; warns of others.
@@ -109,7 +111,8 @@ def compare_inputs(
     Args:
       now: from :func:`read_inputs`.
       before: those of the checkpoint; a name that is missing there is not compared.
-      reference: whether the initial weights stay in use, as the reference of a KL term.
+      weights_in_use: whether the initial weights stay in use, beside adapters or as the reference
+        of a KL term.
       warn: takes a line.
 
     Raises:
@@ -119,7 +122,7 @@ def compare_inputs(
         if key == STARTED or value == before.get(key, value):
             continue
         name = _name(key, config)
-        if key in (ROWS, PROMPTS) or (key == WEIGHTS and reference):
+        if key in (ROWS, PROMPTS) or (key == WEIGHTS and weights_in_use):
             raise ConfigError(
                 f"the {name} are not those that the run began with, so that it cannot go on as it "
                 "would have; put them back, or take another --workdir"

@@ -52,6 +52,7 @@ def train(
                     state.params,
                     run.stream.peek(),
                     engine=run.engine,
+                    frozen=run.frozen,
                     reference=run.reference,
                     say=run.log.say,
                 )
@@ -59,9 +60,10 @@ def train(
             sample_key, clip_key = jax.random.split(run.key(step))
 
             # Completions and their rewards.
+            policy = run.policy(state)
             experience = collect(
                 setup,
-                state.params,
+                policy,
                 sample_key,
                 step=step,
                 stream=run.stream,
@@ -73,8 +75,10 @@ def train(
             seconds = experience.seconds
             with timed(seconds, "update"):
                 if not run.engine.entropies:
-                    entropies = token_entropies(setup, state.params, experience.rollouts)
+                    entropies = token_entropies(setup, policy, experience.rollouts)
                     experience = experience.with_entropies(entropies)
+
+                del policy  # the state's buffers are given to the update
 
                 # Advantages, clips and the final weights of every token, by mini-batches.
                 parts, echo_coef = make_batches(
@@ -96,6 +100,7 @@ def train(
                     jax.random.fold_in(run.key(step), 2),
                     step=step,
                     echo_coef=echo_coef,
+                    frozen=run.frozen,
                     reference=run.reference,
                     dumps=run.dumps,
                 )

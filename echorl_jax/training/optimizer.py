@@ -15,7 +15,7 @@ from echorl_jax.types import Array, PyTree, pytree
 class TrainState:
     """All that changes from step to step on the device."""
 
-    params: PyTree  # f32 master weights
+    params: PyTree  # f32 master weights, or with LoRA the adapters alone
     opt_state: PyTree
     step: Array  # i32 [], training steps done
     bad_updates: Array  # i32 [], updates in a row skipped for a non-finite gradient
@@ -110,6 +110,6 @@ def _moment_shardings(
 def _is_matrix(params: PyTree) -> PyTree:
     def decays(path: tuple, leaf: Array) -> bool:
         del leaf
-        return path[-1].key in ("kernel", "table")
+        return path[-1].key in ("kernel", "table", "a", "b")
 
     return jax.tree_util.tree_map_with_path(decays, params)

@@ -18,6 +18,7 @@ from echorl_jax.core import Objective
 from echorl_jax.data import PromptStream, Rows, load_rows, require_embedded_rows
 from echorl_jax.environment import Engine, make_engine
 from echorl_jax.errors import RunStopped, writing
+from echorl_jax.models import base_params, merge, split_params
 from echorl_jax.parallel import any_process, from_first, is_first, smallest
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout import Progress
@@ -57,6 +58,7 @@ class Run:
     compiles: CompileCounter
     stop: StopRequest
     faults: Faults
+    frozen: PyTree  # parameters beside those of the state; None trains all
     reference: PyTree | None  # weights of a KL term
     first_step: int  # steps that were done when the run was opened
     inputs: Mapping[str, str]  # digests of rows, prompts and weights, and the first start
@@ -116,7 +118,7 @@ class Run:
         every = config.checkpoint.every
         if step == config.steps or (every and step % every == 0):
             self._save(step, state)
-        if self.evaluator.due(step) and (scores := self.evaluate(step, state.params)):
+        if self.evaluator.due(step) and (scores := self.evaluate(step, self.policy(state))):
             self.log.amend(scores)
         if self.stopping():
             self._save(step, state)
@@ -140,6 +142,10 @@ class Run:
             inputs=self.inputs,
             history=self.history.get_state(),
         )
+
+    def policy(self, state: TrainState) -> PyTree:
+        """All parameters of the policy in training."""
+        return merge(self.frozen, state.params)
 
     def stopping(self) -> bool:
         """True if a signal has asked any process to stop; the same answer on all."""
@@ -191,7 +197,7 @@ class Run:
         self.checkpoints.close()
         config = self.setup.config
         if config.checkpoint.export and int(state.step) == config.steps:
-            export_model(self.directory, self.setup, state.params)
+            export_model(self.directory, self.setup, self.policy(state))
 
 
 @contextmanager
@@ -226,15 +232,17 @@ def open_run(
         compiles = CompileCounter()
         setup, params = make_setup(config, devices=devices)
         rows = _training_rows(setup)
-        # A copy: the state's own buffers are given away at the first update.
-        reference = jax.jit(setup.model.cast)(params) if objective.kl_coef else None
+        frozen, trainable = split_params(setup.model, params)
+        reference = _reference(setup, params)
         checkpoints = Checkpoints.open(directory, config, faults)
-        state = init_state(params, setup.optimizer, setup.mesh)
-        weights = weights_digest(config, state.params)
+        state = init_state(trainable, setup.optimizer, setup.mesh)
+        weights = weights_digest(config, trainable if frozen is None else frozen)
+        del params, trainable
         restored = checkpoints.restore(state, _warn)
         before = {} if restored is None else restored.inputs
         inputs = read_inputs(setup, rows, weights, before)
-        compare_inputs(inputs, before, config, reference=reference is not None, warn=_warn)
+        in_use = frozen is not None or reference is not None
+        compare_inputs(inputs, before, config, weights_in_use=in_use, warn=_warn)
         history = _history(setup, len(rows))
         stream = _prompt_stream(setup, rows, prompts_per_step, history)
         if restored is not None:
@@ -263,10 +271,11 @@ def open_run(
                 log=log,
                 evaluator=Evaluator.load(setup, engine, grader),
                 health=Health(setup, int(state.bad_updates), log.say),
-                dumps=Dumps(directory, setup, log.say),
+                dumps=Dumps(directory, setup, log.say, weights),
                 compiles=compiles,
                 stop=stop,
                 faults=faults,
+                frozen=frozen,
                 reference=reference,
                 first_step=int(state.step),
                 inputs=inputs,
@@ -275,9 +284,9 @@ def open_run(
             if rows.bad:
                 log.say(f"data.train: {len(rows.bad)} bad rows left out, the first: {rows.bad[0]}")
             if restored is None:
-                run.evaluate_first(state.params)
+                run.evaluate_first(run.policy(state))
             else:
-                run.evaluate_again(run.first_step, state.params)
+                run.evaluate_again(run.first_step, run.policy(state))
             yield run, state
 
 
@@ -340,6 +349,15 @@ def _log(directory: Path, config: Config, first_step: int) -> RunLog:
     )
 
 
+def _reference(setup: Setup, params: PyTree) -> PyTree | None:
+    """The weights of a KL term, if there is one: with adapters the frozen ones themselves, else a
+    copy, since the state's buffers are given away at the first update.
+    """
+    if not setup.objective.kl_coef:
+        return None
+    return base_params(params) if setup.model.lora else jax.jit(setup.model.cast)(params)
+
+
 def _warn_of_other_steps(config: Config, objective: Objective, before: int) -> None:
     """Warns if ``config.steps`` changed and a schedule depends on it."""
     courses = []
@@ -367,7 +385,7 @@ def _engine(setup: Setup) -> Engine:
 def _present(run: Run, state: TrainState) -> None:
     setup = run.setup
     lines = overview(setup, first_step=run.first_step, device_bytes=device_bytes())
-    run.log.present(title(setup, state.params), lines)
+    run.log.present(title(setup, run.policy(state)), lines)
     prompt, completion = setup.config.data.max_prompt_tokens, setup.config.rollout.max_new_tokens
     if warning := setup.model.config.warn_of_positions(prompt, completion):
         run.log.say(warning)

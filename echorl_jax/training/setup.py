@@ -9,12 +9,23 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
+from echorl_jax.choices import LINEARS
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import Objective, importance_level, load_objective
 from echorl_jax.data import load_tokenizer, newline_delimiters, require_vocabulary
 from echorl_jax.data.tokens import model_path
 from echorl_jax.environment import end_tokens
-from echorl_jax.models import Decoder, init_params, load_decoder, load_model
+from echorl_jax.models import (
+    Decoder,
+    Lora,
+    init_adapters,
+    init_params,
+    load_adapter,
+    load_decoder,
+    load_model,
+    read_adapter,
+    with_adapters,
+)
 from echorl_jax.parallel import Platform, make_mesh, platform_of
 from echorl_jax.rollout import Sampling
 from echorl_jax.training.micro_batches import Bounds, micro_batch_shapes
@@ -43,6 +54,11 @@ class Setup:
     def eos_ids(self) -> tuple[int, ...]:
         """Tokens that end a completion."""
         return end_tokens(self.tokenizer, self.model)
+
+    @property
+    def of_reference(self) -> "Setup":
+        """This setup with the model of the reference policy, which has no adapters."""
+        return dataclasses.replace(self, model=self.model.base)
 
     @property
     def shards(self) -> int:
@@ -146,17 +162,41 @@ def make_setup(config: Config, *, devices: Sequence[Any] | None = None) -> tuple
     sizes = config.mesh
     mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor, devices=devices)
     tokenizer = load_tokenizer(config.model.path)
-    path = model_path(config.model.path)
-    options = model_options(config)
-    if config.model.init == "pretrained":
-        model, params = load_model(path, mesh=mesh, **options)
-    else:
-        model = load_decoder(path, **options)
-        params = init_params(model, jax.random.key(config.seed), mesh=mesh)
+    model, params = load_policy(config, mesh)
     require_vocabulary(tokenizer, model.config.vocab_size)
     setup = static_setup(config, mesh, model, objective, platform=platform_of(mesh))
     is_delimiter = step_delimiters(config, tokenizer, model.config.vocab_size)
     return dataclasses.replace(setup, tokenizer=tokenizer, is_delimiter=is_delimiter), params
+
+
+def load_policy(config: Config, mesh: Mesh | None) -> tuple[Decoder, PyTree]:
+    """The model and all parameters that training begins with, adapters included.
+
+    Raises:
+      ModelError: a directory of the model or of an adapter that cannot be used.
+    """
+    path, options = model_path(config.model.path), model_options(config)
+    key, settings = jax.random.key(config.seed), config.lora
+    if config.model.init == "pretrained":
+        model, params = load_model(path, mesh=mesh, **options)
+    else:
+        model = load_decoder(path, **options)
+        params = init_params(model, key, mesh=mesh)
+    if settings.adapter:
+        return load_adapter(settings.adapter, model, params, mesh=mesh)
+    lora = configured_lora(config, model)
+    if lora is None:
+        return model, params
+    key = jax.random.fold_in(key, 0)
+    adapters = init_adapters(model, lora, key, init=settings.init, mesh=mesh)
+    return with_adapters(model, params, lora, adapters, mesh)
+
+
+def configured_model(config: Config, model: Decoder) -> Decoder:
+    """The model with the adapters of ``config.lora``, which may be in a directory; no weights."""
+    if config.lora.adapter:
+        return dataclasses.replace(model, lora=read_adapter(config.lora.adapter, model)[0])
+    return dataclasses.replace(model, lora=configured_lora(config, model))
 
 
 def static_setup(
@@ -187,11 +227,28 @@ def static_setup(
 
 def model_options(config: Config) -> dict[str, Any]:
     """Options of :func:`load_decoder` that say how the model computes."""
+    adapted = config.lora.rank > 0 or config.lora.adapter
     return {
         "dtype": config.model.dtype,
+        "param_dtype": (config.model.base_dtype or "bfloat16") if adapted else "float32",
         "remat": config.model.remat,
         "attention": config.model.attention,
     }
+
+
+def configured_lora(config: Config, model: Decoder) -> Lora | None:
+    """The fresh adapters that ``config.lora`` describes; None if all weights are trained."""
+    settings = config.lora
+    if not settings.rank:
+        return None
+    names = LINEARS if settings.targets == "all-linear" else settings.targets.split(",")
+    return Lora.uniform(
+        model.config,
+        tuple(name.removesuffix("_proj") for name in LINEARS if name in names),
+        rank=settings.rank,
+        alpha=settings.alpha,
+        rslora=settings.rslora,
+    )
 
 
 def configured_objective(config: Config) -> Objective:

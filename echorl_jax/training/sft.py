@@ -55,6 +55,7 @@ def train_supervised(
                     state.params,
                     batch,
                     rows=rows,
+                    frozen=run.frozen,
                     reference=run.reference,
                     say=run.log.say,
                 )
@@ -76,6 +77,7 @@ def train_supervised(
                     run.key(step),
                     step=step,
                     echo_coef=0.0,
+                    frozen=run.frozen,
                     reference=run.reference,
                     dumps=run.dumps,
                 )

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.core import LOSS_TERMS, Objective, batch_loss
-from echorl_jax.models import Decoder, merge, param_shardings
+from echorl_jax.models import Decoder, merge, param_shardings, split_params
 from echorl_jax.parallel import place_rows, place_whole
 from echorl_jax.rollout import join_rows, score_rows
 from echorl_jax.training.batch import select_tokens
@@ -134,7 +134,9 @@ def _scored(
     if setup.scores_old_policy:
         scored = dataclasses.replace(scored, old_logprobs=_score_needed(setup, params, batch))
     if reference is not None:
-        scored = dataclasses.replace(scored, ref_logprobs=_score_needed(setup, reference, batch))
+        scored = dataclasses.replace(
+            scored, ref_logprobs=_score_needed(setup.of_reference, reference, batch)
+        )
     return scored
 
 
@@ -411,9 +413,10 @@ def _apply(
 
 def lower_accumulate(setup: Setup, params: PyTree, micro: TrainBatch) -> jax.stages.Lowered:
     """The program of one micro-batch, from shapes with shardings: nothing is computed."""
+    frozen, trainable = split_params(setup.model, params)
     with jax.set_mesh(setup.mesh):
-        total = _abstract_total(setup, params)
-        return _accumulate.lower(total, params, None, micro, np.float32(0), **_loss_of(setup))
+        total = _abstract_total(setup, trainable)
+        return _accumulate.lower(total, trainable, frozen, micro, np.float32(0), **_loss_of(setup))
 
 
 def lower_apply(setup: Setup, state: TrainState) -> jax.stages.Lowered:

@@ -169,13 +169,13 @@ def warm_up_updates(
       ConfigError: a program needs more memory than there is.
     """
     policy = merge(frozen, params)
-    scores: list[tuple[PyTree, Quantity]] = []
+    scores: list[tuple[Setup, PyTree, Quantity]] = []
     if reference is not None:
-        scores.append((reference, "logprobs"))
+        scores.append((setup.of_reference, reference, "logprobs"))
     if setup.scores_policy:
-        scores.append((policy, "logprobs"))
+        scores.append((setup, policy, "logprobs"))
     if entropies:
-        scores.append((policy, "entropy"))
+        scores.append((setup, policy, "entropy"))
     shapes = micro_batch_shapes(rows, setup.bounds)
     for number, (count, width) in enumerate(shapes, 1):
         say(f"compiling ahead: micro-batch {number}/{len(shapes)}, {count} x {width} tokens")
@@ -186,9 +186,9 @@ def warm_up_updates(
             total = micro_gradient(setup, params, micro, echo_coef=0.0, frozen=frozen)
             jax.block_until_ready(total.loss)
             del total
-            for weights, quantity in scores:
+            for scored, weights, quantity in scores:
                 score_batch(
-                    setup,
+                    scored,
                     weights,
                     [(chosen, plain)],
                     shape=batch.loss_mask.shape,

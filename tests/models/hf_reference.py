@@ -89,6 +89,29 @@ CASES: dict[str, dict[str, Any]] = {
         layer_types=["sliding_attention", "full_attention"],
     ),
 }
+# PEFT adapters of these cases: the case, and the settings of LoraConfig.
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "peft_llama": ("llama_head_dim", {"r": 4, "lora_alpha": 6, "target_modules": "all-linear"}),
+    "peft_qwen2": (
+        "qwen2_plain",
+        {
+            "r": 4,
+            "target_modules": ["q_proj", "v_proj", "o_proj", "down_proj"],
+            "rank_pattern": {"layers.1.self_attn.q_proj": 2, "down_proj": 6},
+            "alpha_pattern": {"v_proj": 5, r"layers\.0\..*\.down_proj": 3},
+        },
+    ),
+    "peft_qwen3": (
+        "qwen3_plain",
+        {
+            "r": 3,
+            "lora_alpha": 4,
+            "use_rslora": True,
+            "target_modules": ["q_proj", "k_proj", "gate_proj", "up_proj", "o_proj"],
+            "layers_to_transform": [1],
+        },
+    ),
+}
 # Cases whose loss gradients are compared too, and those that also generate.
 GRADIENTS = ("llama_llama3", "qwen2_window", "qwen3_plain")
 GREEDY = ("llama_llama3", "qwen2_yarn", "qwen3_window_bias")

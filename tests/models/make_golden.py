@@ -64,6 +64,7 @@ def gradients_of(model: torch.nn.Module, case: dict[str, Any]) -> dict[str, np.n
     return {
         f"gradient/{name}": parameter.grad.numpy().copy()
         for name, parameter in model.named_parameters()
+        if parameter.requires_grad
     }
 
 

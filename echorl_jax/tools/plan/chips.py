@@ -36,7 +36,11 @@ TPUS = {
     "v5p": Chip("TPU v5p", 95 * GB, 459e12, 2765e9, 600e9, "v5p-{}", cores=2),
     "v6e": Chip("TPU v6e", 32 * GB, 918e12, 1640e9, 400e9, "v6e-{}"),
 }
+# T4 has no bfloat16: its peak is that of float32, in which it has to compute.
 GPUS = {
+    "t4": Chip("T4 16 GB", 16 * GB, 8.1e12, 320e9, platform="gpu"),
+    "l4": Chip("L4 24 GB", 24 * GB, 121e12, 300e9, platform="gpu"),
+    "rtx4090": Chip("RTX 4090 24 GB", 24 * GB, 165e12, 1008e9, platform="gpu"),
     "a100": Chip("A100 80 GB", 80 * GB, 312e12, 2039e9, 300e9, platform="gpu"),
     "h100": Chip("H100 80 GB", 80 * GB, 989e12, 3350e9, 450e9, platform="gpu"),
     "h200": Chip("H200 141 GB", 141 * GB, 989e12, 4800e9, 450e9, platform="gpu"),

@@ -9,13 +9,15 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.core import token_level
-from echorl_jax.models import abstract_params
+from echorl_jax.models import abstract_params, split_params
 from echorl_jax.rollout import Resources, Sampling
 from echorl_jax.rollout.engine import lower_decode, lower_prefill
+from echorl_jax.tools.plan.roofline import layer_weights
 from echorl_jax.training.capacity import persistent_memory, sampling_memory
 from echorl_jax.training.optimizer import abstract_state
 from echorl_jax.training.setup import Setup
@@ -125,7 +127,8 @@ def lower_program(
         )
     params = abstract_params(setup.model, mesh)
     if name == "apply":
-        return lower_apply(setup, abstract_state(params, setup.optimizer, mesh))
+        trained = split_params(setup.model, params)[1]
+        return lower_apply(setup, abstract_state(trained, setup.optimizer, mesh))
     lower = lower_score if name == "score" else lower_accumulate
     return lower(setup, params, abstract_batch(setup))
 
@@ -169,7 +172,7 @@ def _resident(setup: Setup, name: str, source: str) -> Memory:
         program=name,
         weights=held.master + held.reference + (held.sampler if sampling else 0),
         optimizer=held.moments,
-        gradient=held.master if name in ("accumulate", "apply") else 0,
+        gradient=held.trained if name in ("accumulate", "apply") else 0,
         cache=sampling_memory(setup).cache if sampling else 0,
         batch=0,
         temporaries=0,
@@ -185,7 +188,7 @@ def _compiled_memory(
     if name in SAMPLING:
         arguments += held.sampler or held.master
     else:
-        arguments += held.master + (held.moments if name == "apply" else 0)
+        arguments += held.trained + held.moments if name == "apply" else held.master
     if isinstance(outcome, Refused):
         counted = batch = 0
         temporaries = max(0, outcome.bytes - (arguments if outcome.with_arguments else 0))
@@ -227,7 +230,8 @@ def estimate(setup: Setup) -> list[Memory]:
     Sampling: see :func:`echorl_jax.rollout.rollout_memory`. Learning, with n tokens on a chip: the
     input of every layer is kept (``n D L`` numbers; without rematerialisation every product), one
     layer's products are held at once, and of the logits of 1,024 tokens three copies; the head's
-    gradient is summed in float32 on every chip.
+    gradient is summed in float32 on every chip. With adapters the head has none; frozen kernels
+    of another type than that of the products are converted layer by layer.
     """
     rollout, (rows, width) = sampling_memory(setup), setup.micro_batch
     # While the number of slots shrinks, the old slots and the new copy both exist.
@@ -245,6 +249,14 @@ def estimate(setup: Setup) -> list[Memory]:
     ]
 
 
+def _converted_bytes(setup: Setup) -> int:
+    """Bytes of one layer's frozen kernels in the compute type, where they are stored in another."""
+    model = setup.model
+    if model.lora is None or model.param_dtype == model.dtype:
+        return 0
+    return layer_weights(model) * jnp.dtype(model.dtype).itemsize // model.config.num_layers
+
+
 def activation_bytes(setup: Setup) -> int:
     """Bytes on a chip that the backward pass of the largest micro-batch holds."""
     rows, width = setup.micro_batch
@@ -260,6 +272,7 @@ def activation_bytes(setup: Setup) -> int:
         layer += 3 * features * shape.num_layers
     vocab = shape.vocab_size // tensor if shape.vocab_size % tensor == 0 else shape.vocab_size
     logits = 3 * max(LOGIT_CHUNK // setup.shards, 1) * vocab * 4
-    head = 2 * shape.hidden_size * vocab * 4
+    head = 0 if setup.model.lora else 2 * shape.hidden_size * vocab * 4
+    layer += _converted_bytes(setup)
     # The gradient of a micro-batch exists beside the sum of those before it.
-    return kept + layer + logits + head + persistent_memory(setup).master
+    return kept + layer + logits + head + persistent_memory(setup).trained

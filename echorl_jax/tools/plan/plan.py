@@ -24,7 +24,13 @@ from echorl_jax.tools.plan.memory_table import (
 )
 from echorl_jax.tools.plan.roofline import Lengths, step_phases
 from echorl_jax.training.capacity import USABLE, with_slots
-from echorl_jax.training.setup import Setup, configured_objective, static_setup
+from echorl_jax.training.setup import (
+    Setup,
+    configured_model,
+    configured_objective,
+    model_options,
+    static_setup,
+)
 
 Say = Callable[[str], None]
 Changes = dict[str, Any]  # config keys with other values than asked for
@@ -175,12 +181,10 @@ def plan_setup(config: Config, target: Target) -> Setup:
     Raises:
       ConfigError: the mesh does not suit the chips or the model.
     """
-    model = Decoder(
-        architecture(model_path(config.model.path)),
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        attention=target.attention or config.model.attention,  # pyright: ignore[reportArgumentType]
-    )
+    options = model_options(config)
+    options["attention"] = target.attention or config.model.attention
+    base = Decoder(architecture(model_path(config.model.path)), **options)
+    model = configured_model(config, base)
     objective, mesh = configured_objective(config), _mesh(config, target)
     setup = static_setup(config, mesh, model, objective, platform=target.chip.platform)
     slots = setup.shards

@@ -114,7 +114,7 @@ def verdict(plans: list[Plan]) -> str:
     tried = f"; best of {len(plans)} tried: {describe(best.changes)}" if best.changes else ""
     need = f"{', '.join(best.too_large)} need up to {best.peak_bytes / GB:.1f} GB"
     memory, mesh = persistent_memory(best.setup), best.setup.mesh.shape
-    state = (memory.always + memory.master) * mesh["fsdp"] * mesh["tensor"]
+    state = (memory.always + memory.trained) * mesh["fsdp"] * mesh["tensor"]
     chips = math.ceil(state / best.target.usable_bytes)
     return (
         f"does not fit: {need}{tried}; weights, gradient and optimizer alone need {chips} such "

@@ -15,7 +15,7 @@ import math
 import jax
 
 from echorl_jax.choices import KVDtype
-from echorl_jax.models import Decoder
+from echorl_jax.models import Decoder, split_params
 from echorl_jax.parallel import local_bytes
 from echorl_jax.rollout.memory import position_bytes
 from echorl_jax.tools.plan.chips import Chip
@@ -43,7 +43,7 @@ class Phase:
 
 
 def layer_weights(model: Decoder) -> int:
-    """Weights in the matrices of all layers."""
+    """Weights in the matrices of all layers, without adapters."""
     return sum(
         math.prod(shape.shape)
         for path, shape in jax.tree_util.tree_leaves_with_path(model.layers(model.param_shapes()))
@@ -101,13 +101,24 @@ def decode_step_cost(
     context = prompt_tokens + completion_tokens
     heads = config.num_layers * config.num_heads * config.head_dim
     read = prompt_tokens / group_size + completion_tokens
-    width = 2 if model.dtype == "bfloat16" else 4
     return DecodeStepCost(
         matrix_flops=2 * slots * weights,
         attention_flops=round(4 * slots * heads * context),
-        weight_bytes=weights * width,
+        weight_bytes=_matrix_bytes(model),
         cache_bytes=round(slots * (read + 1) * position_bytes(model, kv_dtype)),
     )
+
+
+def _matrix_bytes(model: Decoder) -> int:
+    """Bytes of the layers' matrices and the head, as the sampler stores them."""
+    stored = jax.eval_shape(model.cast, model.param_shapes())
+    head = stored["embed"]["table"] if model.config.tied_embeddings else stored["head"]["kernel"]
+    kernels = [
+        leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(model.layers(stored))
+        if path[-1].key == "kernel"
+    ]
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in (*kernels, head))
 
 
 def forward_flops(model: Decoder, *, length: float, targets: float) -> float:
@@ -132,8 +143,15 @@ def step_phases(setup: Setup, lengths: Lengths) -> list[Phase]:
     layers = forward_flops(setup.model, length=length, targets=0)
     # Backward costs two forward passes; logits are always computed again, layers as remat says.
     learn = 3 * whole + (whole - layers) + (layers if setup.model.remat == "layer" else 0)
+    if setup.model.lora is not None:
+        # Frozen matrices have no gradient: one product less, of the three of each.
+        learn -= 2 * layer_weights(setup.model) * length
+        learn -= (
+            2 * setup.model.config.hidden_size * setup.model.config.vocab_size * lengths.completion
+        )
     score = whole * rows * setup.scoring_passes
-    params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(setup.model.param_shapes()))
+    trained = split_params(setup.model, setup.model.param_shapes())[1]
+    params = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(trained))
     # Parameters, both moments: read and written; gradient: read. Float32.
     state = 28 * params * setup.mini_batches * epochs / (chips / setup.mesh.shape["data"])
     phases = [

@@ -1,0 +1,231 @@
+"""Reads and writes PEFT directories: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+As with ``config.json``, a field is read, known to have no effect, or refused unless it is empty.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
+
+from echorl_jax.models.config import Adapted, Lora, ModelError
+from echorl_jax.models.decoder import Decoder
+from echorl_jax.models.hf_names import TensorName, tensor_names
+from echorl_jax.models.lora import by_linear, linears, with_adapters
+from echorl_jax.models.tensor_files import StoredTensor, read_header, read_json, write_json
+from echorl_jax.parallel import Layout
+from echorl_jax.types import Array, PyTree
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_READ = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias")
+# Fields that say where an adapter comes from, how it is trained or drawn, or which tensors there
+# are, which the file with the tensors says too.
+_NO_EFFECT = (
+    *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
+    *("inference_mode", "lora_dropout", "init_lora_weights", "loftq_config", "eva_config"),
+    *("corda_config", "lora_ga_config", "target_modules", "exclude_modules", "layers_pattern"),
+    *("layers_to_transform", "megatron_core", "qalora_group_size"),
+)
+
+
+def load_adapter(
+    directory: str | Path,
+    model: Decoder,
+    params: PyTree,
+    *,
+    mesh: Mesh | None = None,
+    layout: Layout = "train",
+) -> tuple[Decoder, PyTree]:
+    """The model and its parameters with the adapters of a PEFT directory.
+
+    Args:
+      directory: with the config and the tensors, which are stored as f32 here whatever their type.
+      model, params: the base model.
+      mesh: where the parameters are; one device unless given.
+      layout: column of the sharding table.
+
+    Raises:
+      ModelError: another kind of adapter, one of another model, or a damaged file, in one line.
+    """
+    lora, host = read_adapter(directory, model)
+    return with_adapters(model, params, lora, host, mesh, layout=layout)
+
+
+def read_adapter(directory: str | Path, model: Decoder) -> tuple[Lora, PyTree]:
+    """Ranks and factors of a PEFT directory, and a and b as NumPy arrays; see load_adapter."""
+    directory = Path(directory)
+    raw = _read_config(directory)
+    found = _pairs(directory, model)
+    adapted, parts = [], {}
+    for name in _kernels(model):
+        pairs = [found.get(stored) for stored in name.stored]
+        if not any(pairs):
+            continue
+        ranks = tuple(0 if pair is None else pair[0].shape[0] for pair in pairs)
+        modules = [stored.removesuffix(".weight") for stored in name.stored]
+        wanted = [_pattern(raw, "rank_pattern", "r", module) for module in modules]
+        for module, rank, want in zip(modules, ranks, wanted, strict=True):
+            if rank not in (0, want):
+                raise ModelError(f"{directory}: {module} has rank {rank}, but {CONFIG} says {want}")
+        alphas = [float(_pattern(raw, "alpha_pattern", "lora_alpha", module)) for module in modules]
+        adapted.append(Adapted(name.path[-2], ranks, tuple(alphas)))
+        parts[name.path[-2]] = {"lora": _stack(directory, name, pairs, max(ranks))}
+    return Lora(tuple(adapted), rslora=bool(raw.get("use_rslora"))), by_linear(parts)
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    file = directory / CONFIG
+    raw = read_json(file)
+    kind, bias = raw.get("peft_type"), raw.get("bias", "none")
+    if kind != "LORA":
+        raise ModelError(f"{file}: peft_type {kind!r:.80} is not supported; only 'LORA'")
+    if bias != "none":
+        raise ModelError(f"{file}: bias {bias!r:.80} is not supported; only 'none'")
+    for name, value in raw.items():
+        if value and name not in (*_READ, *_NO_EFFECT):
+            raise ModelError(f"{file}: {name} = {value!r:.80} is not supported")
+    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        patterns = raw.get(pattern) or {}
+        numbers = [raw.get(name, 8), *(patterns.values() if isinstance(patterns, dict) else [None])]
+        if not all(type(n) in ((int,) if name == "r" else (int, float)) for n in numbers):
+            raise ModelError(f"{file}: {name} and the values of {pattern} must be numbers")
+        if not all(0 < n < 2**24 for n in numbers):
+            raise ModelError(f"{file}: {name} and the values of {pattern} must be above 0")
+    return raw
+
+
+def _pattern(raw: Mapping[str, Any], patterns: str, default: str, module: str) -> Any:
+    """The value of the first pattern that matches the module's name, as PEFT matches them."""
+    for pattern, value in (raw.get(patterns) or {}).items():
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", module)
+        except re.error as error:
+            raise ModelError(f"{CONFIG}: {patterns} has {pattern!r:.80}: {error}") from None
+        if matches:
+            return value
+    return raw.get(default, 8)
+
+
+def _kernels(model: Decoder) -> Iterator[TensorName]:
+    return (n for n in tensor_names(model) if n.stacked and n.path[-1] == "kernel")
+
+
+def _pairs(directory: Path, model: Decoder) -> dict[str, tuple[StoredTensor, StoredTensor]]:
+    """A and B of each adapted tensor of the base model; all other tensors are refused."""
+    file = directory / WEIGHTS
+    if not file.exists() and (pickled := directory / "adapter_model.bin").exists():
+        raise ModelError(f"{file} does not exist; {pickled.name} is a pickle, never loaded")
+    tensors = read_header(file)
+    found = {}
+    for name in _kernels(model):
+        outputs, inputs = name.stored_shape
+        for stored in name.stored:
+            module = _PREFIX + stored.removesuffix(".weight")
+            names = [f"{module}.lora_A.weight", f"{module}.lora_B.weight"]
+            pair = [tensors.pop(each, None) for each in names]
+            if pair == [None, None]:
+                continue
+            shapes = [None if one is None else one.shape for one in pair]
+            a, b = pair
+            if a is None or b is None or shapes != [(b.shape[-1], inputs), (outputs, a.shape[0])]:
+                raise ModelError(
+                    f"{file}: A and B of {module} have shapes {shapes}, expected [r, {inputs}] and "
+                    f"[{outputs}, r]"
+                )
+            found[stored] = (a, b)
+    if tensors:
+        raise ModelError(f"{file}: {min(tensors)} is no adapter of a linear of this model's layers")
+    if not found:
+        raise ModelError(f"{file} holds no adapter")
+    return found
+
+
+def _stack(directory: Path, name: TensorName, pairs: list[Any], rank: int) -> dict[str, np.ndarray]:
+    """a and b of one linear, with zeros where a layer has a lower rank."""
+    inputs, outputs = name.shape[: name.inputs], name.shape[name.inputs :]
+    a = np.zeros((len(pairs), *inputs, rank), np.float32)
+    b = np.zeros((len(pairs), rank, *outputs), np.float32)
+    for layer, pair in enumerate(pairs):
+        if pair is not None:
+            own = pair[0].shape[0]
+            a[layer, ..., :own] = pair[0].view().T.reshape(*inputs, own)
+            b[layer, :own] = pair[1].view().T.reshape(own, *outputs)
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ModelError(f"{directory / WEIGHTS}: values that are not finite: {name.stored[0]}")
+    return {"a": a, "b": b}
+
+
+def save_adapter(path: str | Path, model: Decoder, params: PyTree, *, base: str = "") -> None:
+    """Writes the directory that :func:`load_adapter` reads; PEFT and transformers load it.
+
+    Every process of a multi-process run calls this; the first one writes.
+
+    Args:
+      path: the directory, created if missing.
+      model: with adapters.
+      params: all parameters, or the adapters alone.
+      base: path or repository of the base model.
+    """
+    assert model.lora is not None
+    names = {name.path[-2]: name for name in _kernels(model)}
+    tensors = {}
+    for one, linear in linears(model.lora, params):
+        a, b = (_gathered(linear["lora"][part]) for part in "ab")
+        for layer, (stored, rank) in enumerate(
+            zip(names[one.linear].stored, one.ranks, strict=True)
+        ):
+            if rank:
+                module = _PREFIX + stored.removesuffix(".weight")
+                values = a[layer].reshape(-1, a.shape[-1]), b[layer].reshape(b.shape[1], -1)
+                tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(values[0][:, :rank].T)
+                tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(values[1][:rank].T)
+    if jax.process_index() != 0:
+        return
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f"{WEIGHTS}.part"
+    save_file(tensors, partial, {"format": "pt"})
+    partial.rename(directory / WEIGHTS)
+    write_json(directory / CONFIG, _config(model.lora, names, base))
+
+
+def _gathered(values: Array) -> np.ndarray:
+    """The whole array on the host of every process."""
+    if isinstance(values.sharding, NamedSharding):
+        whole = NamedSharding(values.sharding.mesh, PartitionSpec())
+        values = jax.jit(jnp.asarray, out_shardings=whole)(values)
+    return np.asarray(values)
+
+
+def _config(lora: Lora, names: Mapping[str, TensorName], base: str) -> dict[str, Any]:
+    """adapter_config.json; ranks and alphas that are not the most common ones are patterns."""
+    each = {
+        stored.removeprefix("model.").removesuffix(".weight"): (rank, alpha)
+        for one in lora.adapted
+        for stored, rank, alpha in zip(names[one.linear].stored, one.ranks, one.alphas, strict=True)
+        if rank
+    }
+    (rank, alpha) = Counter(each.values()).most_common(1)[0][0]
+    whole = all(all(one.ranks) for one in lora.adapted)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base or None,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "use_rslora": lora.rslora,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": [f"{one.linear}_proj" for one in lora.adapted] if whole else [*each],
+        "rank_pattern": {name: r for name, (r, _) in each.items() if r != rank},
+        "alpha_pattern": {name: a for name, (_, a) in each.items() if a != alpha},
+    }
