@@ -1,5 +1,6 @@
 """Eight virtual CPU devices and JAX's strictest settings, chosen before anything imports JAX."""
 
+import fcntl
 import gc
 import importlib.metadata
 import importlib.util
@@ -41,11 +42,16 @@ def torch_python() -> str:
     if given:
         return given
     install = [sys.executable, "-m", "pip", "install", "--quiet"]
-    if importlib.util.find_spec("torch") is None:
-        subprocess.run([*install, "torch==2.13.0"], check=True)
-    if importlib.util.find_spec("peft") is None:
-        # Without dependencies: they would replace torch by a build for CUDA.
-        subprocess.run([*install, "--no-deps", "peft==0.21.2", "accelerate==1.15.0"], check=True)
+    with open(Path(sys.prefix) / ".torch.lock", "w") as lock:
+        # Of two test processes one installs.
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        importlib.invalidate_caches()
+        if importlib.util.find_spec("torch") is None:
+            subprocess.run([*install, "torch==2.13.0"], check=True)
+        if importlib.util.find_spec("peft") is None:
+            # Without dependencies: they would replace torch by a build for CUDA.
+            packages = ("peft==0.21.2", "accelerate==1.15.0")
+            subprocess.run([*install, "--no-deps", *packages], check=True)
     return sys.executable
 
 
