@@ -9,6 +9,7 @@ from echorl_jax.data.experts import (
     hint_segments,
     require_embedded_rows,
 )
+from echorl_jax.data.reduce_rows import ReduceRows, parse_reduce
 from echorl_jax.data.rows import Row
 from echorl_jax.data.sources import Rows, load_rows
 from echorl_jax.data.stream import Prompt, PromptStream
@@ -27,6 +28,7 @@ __all__ = [
     "Prompt",
     "PromptStream",
     "Row",
+    "ReduceRows",
     "Rows",
     "TEMPLATES",
     "add_hint",
@@ -38,6 +40,7 @@ __all__ = [
     "load_tokenizer",
     "newline_delimiters",
     "parse_countdown",
+    "parse_reduce",
     "require_embedded",
     "require_embedded_rows",
     "require_vocabulary",

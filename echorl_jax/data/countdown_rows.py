@@ -1,27 +1,24 @@
 """Countdown, a task that needs no download: "Reach 63 with 5, 7, 9."
 
-Row ``i`` of a source is a function of ``(seed, i)`` alone, so rows are made when they are read.
-Which problems are for training and which are held out is a property of the problem (a hash of its
-numbers and target), not of the seed: whatever their seeds, sizes and ranges, ``split=train`` and
-``split=eval`` never share a problem.
+Rows are made when they are read, see generated.py; a problem is held out by its numbers, in any
+order, and its target.
 """
 
 import dataclasses
-import functools
-import hashlib
-import random
 from collections.abc import Sequence
 from fractions import Fraction
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 from echorl_jax.data.errors import DataError
-
-# One problem in eight is held out.
-EVAL_SHARE = 8
-# Draws before a source counts as impossible (say, targets above anything its numbers can make).
-MAX_DRAWS = 20_000
-SPLITS = ("train", "eval", "all")
-ORDERS = ("sorted", "shuffled")
+from echorl_jax.data.generated import (
+    MAX_DRAWS,
+    Draw,
+    GeneratedRows,
+    check_options,
+    is_held_out,
+    parse_options,
+    require,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,12 +66,11 @@ def apply_operator(left: Fraction, operator: str, right: Fraction) -> Fraction |
 
 def is_eval(numbers: Sequence[int], target: int) -> bool:
     """True if a problem is held out of training, whatever the order of its numbers."""
-    text = f"{sorted(numbers)}>{target}".encode()
-    return hashlib.blake2b(text, digest_size=8).digest()[0] % EVAL_SHARE == 0
+    return is_held_out(f"{sorted(numbers)}>{target}")
 
 
 @dataclasses.dataclass(frozen=True)
-class CountdownRows(Sequence[dict[str, Any]]):
+class CountdownRows(GeneratedRows):
     """Generated rows in verl's columns, read like a list.
 
     Each row's ``target`` is one assistant message with the lines of the solution that the problem
@@ -107,36 +103,17 @@ class CountdownRows(Sequence[dict[str, Any]]):
     order: Literal["sorted", "shuffled"] = "sorted"
 
     def __post_init__(self) -> None:
-        chosen = dataclasses.asdict(self)
-        for name in ("operands", "min_number", "count"):
-            _require(chosen[name] >= 1, f"{name}={chosen[name]}: must be at least 1")
-        for low, high in (("min_number", "max_number"), ("min_result", "max_result")):
-            _require(
-                chosen[low] <= chosen[high], f"{low}={chosen[low]} is above {high}={chosen[high]}"
-            )
+        check_options(
+            "countdown",
+            self,
+            positive=("operands", "min_number", "count"),
+            pairs=(("min_number", "max_number"), ("min_result", "max_result")),
+        )
         known = bool(self.operators) and set(self.operators) <= set("+-*/")
-        _require(known, f"operators={self.operators!r}: must be some of '+', '-', '*', '/'")
-        for name, allowed in (("split", SPLITS), ("order", ORDERS)):
-            _require(
-                chosen[name] in allowed, f"{name}={chosen[name]!r}: one of {', '.join(allowed)}"
-            )
+        words = f"operators={self.operators!r}: must be some of '+', '-', '*', '/'"
+        require(known, "countdown", words)
 
-    def __len__(self) -> int:
-        return self.count
-
-    @overload
-    def __getitem__(self, index: int) -> dict[str, Any]: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[dict[str, Any]]: ...
-    def __getitem__(self, index: int | slice) -> dict[str, Any] | list[dict[str, Any]]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(self.count))]
-        position = index + self.count if index < 0 else index
-        if not 0 <= position < self.count:
-            raise IndexError(index)
-        return self._row(position)
-
-    def _row(self, index: int) -> dict[str, Any]:
+    def row(self, index: int) -> dict[str, Any]:
         problem = self.problem(index)
         truth = {"numbers": list(problem.numbers), "target": problem.target}
         return {
@@ -149,7 +126,7 @@ class CountdownRows(Sequence[dict[str, Any]]):
 
     def problem(self, index: int) -> Problem:
         """The problem behind row ``index``."""
-        draw = _Draw(self.seed, index)
+        draw = Draw(self.seed, index)
         for _ in range(MAX_DRAWS):
             problem = self._attempt(draw)
             if problem and self._in_split(problem):
@@ -161,7 +138,7 @@ class CountdownRows(Sequence[dict[str, Any]]):
             problem.numbers, problem.target
         )
 
-    def _attempt(self, draw: "_Draw") -> Problem | None:
+    def _attempt(self, draw: Draw) -> Problem | None:
         numbers = [draw.between(self.min_number, self.max_number) for _ in range(self.operands)]
         if self.order == "sorted":
             numbers.sort()
@@ -181,29 +158,6 @@ class CountdownRows(Sequence[dict[str, Any]]):
         return Problem(tuple(numbers), int(values[0]), tuple(steps))
 
 
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise DataError(f"countdown: {message}")
-
-
-class _Draw:
-    """Random integers from ``(seed, index)``, the same in every Python version.
-
-    Of all of ``random.Random``, only ``random()`` is promised to stay as it is.
-    """
-
-    def __init__(self, seed: int, index: int) -> None:
-        self._random = random.Random((seed << 40) + index).random
-
-    def between(self, low: int, high: int) -> int:
-        return low + int(self._random() * (high - low + 1))
-
-
-@functools.cache
-def _option_types() -> dict[str, type]:
-    return {field.name: type(field.default) for field in dataclasses.fields(CountdownRows)}
-
-
 def parse_countdown(options: str) -> CountdownRows:
     """Reads the part of a spec after ``countdown:``, ``key=value`` pairs joined by ``&``.
 
@@ -213,15 +167,4 @@ def parse_countdown(options: str) -> CountdownRows:
     >>> parse_countdown("operands=4&max_number=9").operands
     4
     """
-    chosen: dict[str, Any] = {}
-    for pair in filter(None, options.split("&")):
-        key, _, value = pair.partition("=")
-        if key not in _option_types():
-            raise DataError(
-                f"countdown: unknown option {key!r}; one of {', '.join(_option_types())}"
-            )
-        try:
-            chosen[key] = _option_types()[key](value)
-        except ValueError:
-            raise DataError(f"countdown: {key}={value!r}: must be a whole number") from None
-    return CountdownRows(**chosen)
+    return parse_options(CountdownRows, "countdown", options)

@@ -72,6 +72,8 @@ def normalise_row(raw: Mapping[str, Any], *, source: str) -> Row:
     row["data_source"] = _text(row["data_source"], "data_source")
     if row["data_source"] == "countdown":
         _check_countdown(row["reward_model"]["ground_truth"])
+    if row["data_source"] == "reduce":
+        _check_reduce(row["reward_model"]["ground_truth"])
     return row
 
 
@@ -245,6 +247,13 @@ def _check_countdown(truth: Any) -> None:
         raise BadRow("reward_model.ground_truth.numbers", "no list of whole numbers")
     if not _is_whole(truth.get("target")):
         raise BadRow("reward_model.ground_truth.target", "no whole number")
+
+
+def _check_reduce(truth: Any) -> None:
+    if not isinstance(truth, Mapping) or not isinstance(truth.get("expression"), str):
+        raise BadRow("reward_model.ground_truth", "expected an expression (text) and a value")
+    if not _is_whole(truth.get("value")):
+        raise BadRow("reward_model.ground_truth.value", "no whole number")
 
 
 def _is_whole(value: Any) -> bool:

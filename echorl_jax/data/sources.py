@@ -19,8 +19,11 @@ from typing import Any, Literal, overload
 from echorl_jax.data.checked_rows import CheckedRows, check_rows, read_file
 from echorl_jax.data.countdown_rows import parse_countdown
 from echorl_jax.data.errors import DataError
+from echorl_jax.data.reduce_rows import parse_reduce
 from echorl_jax.data.rows import LETTERS, Row
 from echorl_jax.errors import nearest
+
+GENERATED = {"countdown": parse_countdown, "reduce": parse_reduce}
 
 
 class _Converted(Sequence[Mapping[str, Any]]):
@@ -187,8 +190,8 @@ def load_rows(spec: str, *, on_bad_row: Literal["error", "skip"] = "error") -> R
     A spec is a comma-separated list of sources:
 
     - ``FILE.parquet`` or ``FILE.jsonl``;
-    - ``countdown:operands=4&max_number=50&seed=2``, generated; the options are the fields of
-      :class:`CountdownRows`;
+    - ``countdown:operands=4&max_number=50&seed=2`` or ``reduce:max_operands=10``, generated; the
+      options are the fields of :class:`CountdownRows` and :class:`ReduceRows`;
     - ``tfds:NAME?split=train&data_dir=DIR``, prepared as array_record files;
     - ``hf:OWNER/NAME?name=CONFIGURATION&split=train``.
 
@@ -238,8 +241,9 @@ def _settle_weights(spec: str, weights: Sequence[float | None]) -> tuple[float, 
 
 
 def _load_part(name: str, *, skip_bad: bool) -> Sequence[Row]:
-    if name.startswith("countdown:"):
-        return parse_countdown(name.removeprefix("countdown:"))
+    for task, parse in GENERATED.items():
+        if name.startswith(f"{task}:"):
+            return parse(name.removeprefix(f"{task}:"))
     place, _, query = name.partition("?")
     kind, colon, rest = place.partition(":")
     reader = CATALOGUES.get(kind) if colon else None

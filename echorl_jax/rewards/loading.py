@@ -100,10 +100,11 @@ GRADERS = {
     "choice": "echorl_jax.rewards.choice:grade",
     "countdown": "echorl_jax.rewards.countdown:grade",
     "math": "echorl_jax.rewards.mathematics:grade",
+    "reduce": "echorl_jax.rewards.reduce:grade",
 }
 # Graders whose costs are linear in the length of a response, as tests show: they may run in the
 # training process. math-verify may not, and neither may a user's grader.
-BOUNDED = ("choice", "countdown")
+BOUNDED = ("choice", "countdown", "reduce")
 # Arguments of verl's reward functions.
 VERL_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
