@@ -127,12 +127,12 @@ class DataConfig:
     retire_above: Annotated[float | None, POSITIVE_SHARE] = None
     # A broken row stops the run with its file and number, or is skipped and counted.
     on_bad_row: Literal["error", "skip"] = "error"
-    # The grader: auto (by the row's data source), math, choice, countdown, or
+    # The grader: auto (by the row's data source), math, choice, countdown, reduce, or
     # "package.module:function".
     grader: str = "auto"
     # Limit for one verdict (seconds); a hang costs that one item.
     grader_timeout_s: Annotated[float, above(0)] = 10.0
-    # Grading processes. 0 grades choice and countdown, whose costs are bounded, in this process;
+    # Grading processes. 0 grades choice, countdown and reduce, whose costs are bounded, here;
     # every other grader gets one process.
     grader_workers: Annotated[int, at_least(0)] = 2
 

@@ -22,7 +22,7 @@ from echorl_jax.cluster import (
 from echorl_jax.config import LARGEST, Config
 
 MODEL = "Hugging Face directory, repository id or builtin:countdown"
-GRADERS = "auto (default), math, choice, countdown or package.module:function"
+GRADERS = "auto (default), math, choice, countdown, reduce or package.module:function"
 DTYPES = ("bfloat16", "float32")
 
 

@@ -97,8 +97,9 @@ def rewrites(tree: Tree) -> list[Tree]:
         return []
     if isinstance(tree.left, int) and isinstance(tree.right, int):
         return [value_of(tree)]
-    lefts = [Operation(left, tree.operator, tree.right) for left in rewrites(tree.left)]
-    return lefts + [Operation(tree.left, tree.operator, right) for right in rewrites(tree.right)]
+    found: list[Tree] = [Operation(left, tree.operator, tree.right) for left in rewrites(tree.left)]
+    found += [Operation(tree.left, tree.operator, right) for right in rewrites(tree.right)]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from echorl_jax.rewards import GRADERS, load_grader
 ROWS = {
     "choice": {"options": ["four", "five"], "reward_model": {"ground_truth": "B"}},
     "countdown": {"reward_model": {"ground_truth": {"numbers": [5, 7, 9], "target": 52}}},
+    "reduce": {"reward_model": {"ground_truth": {"expression": "5*9+7", "value": 52}}},
     "math": {"prompt": [{"content": "?"}], "reward_model": {"ground_truth": "5"}},
 }
 ROWS["auto"] = ROWS["choice"]
