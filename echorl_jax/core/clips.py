@@ -5,7 +5,7 @@ from typing import get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Bool, Float, Float32, Int
+from jaxtyping import Bool, Float, Int
 
 from echorl_jax.choices import Normalise, Select, When
 from echorl_jax.core.steps import step_entropy
@@ -233,7 +233,7 @@ def _best_of_group(
 
 def clip_weights(
     clips: EchoClips, shape: tuple[int, int], *, normalise: Normalise = "prompts_with_clip"
-) -> Float32[Array, "N T"]:
+) -> Float[Array, "N T"]:
     """Per-token weights that turn log-probabilities into the echo loss.
 
     L_echo(q) = -(1/L) sum_{t <= L} log pi_t, L the clip's length, the mean over a prompt's clips;

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float, Int
 
 from echorl_jax.precision import wide_einsum
 from echorl_jax.types import AnyArray as Array
@@ -11,7 +11,7 @@ from echorl_jax.types import AnyArray as Array
 
 def token_entropy(
     logits: Float[Array, "*rows V"], *, temperature: float = 1.0
-) -> Float32[Array, "*rows"]:
+) -> Float[Array, "*rows"]:
     """Entropy of the distribution each token is drawn from.
 
     H = -sum_v p_v log p_v with p = softmax(logits / temperature). An entry of ``-inf`` has
@@ -36,7 +36,7 @@ def token_entropy(
 
 def token_logprobs(
     logits: Float[Array, "*rows V"], tokens: Int[Array, "*rows"], *, temperature: float = 1.0
-) -> Float32[Array, "*rows"]:
+) -> Float[Array, "*rows"]:
     """Log-probability of each token: ``log softmax(logits / temperature)[token]``.
 
     Args:
@@ -65,7 +65,7 @@ def logprobs_and_entropy(
     temperature: float = 1.0,
     chunk_size: int = 512,
     data_shards: int = 1,
-) -> tuple[Float32[Array, "B T"], Float32[Array, "B T"]]:
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability and entropy of each token, never holding the logits of all.
 
     Equals ``token_logprobs`` and ``token_entropy`` of ``hidden @ head``, but only ``chunk_size``

@@ -5,7 +5,7 @@ import fractions
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Bool, Float, Float32, Shaped
+from jaxtyping import Bool, Float, Shaped
 
 from echorl_jax.core.losses import clipped_tokens
 from echorl_jax.types import AnyArray as Array
@@ -15,7 +15,7 @@ def token_covariance(
     logprobs: Float[Array, "N T"],
     advantages: Float[Array, " N"] | Float[Array, "N T"],
     loss_mask: Shaped[Array, "N T"],
-) -> Float32[Array, "N T"]:
+) -> Float[Array, "N T"]:
     """Each token's share of the covariance between advantage and log-probability.
 
     (A - mean A) (log pi - mean log pi), the means over all tokens of the batch. Where it is large,

@@ -3,14 +3,14 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Bool, Float, Float32, Int, Int32, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 
 from echorl_jax.types import AnyArray as Array
 
 
 def step_ids(
     tokens: Int[Array, "N T"], mask: Shaped[Array, "N T"], is_delimiter: Bool[Array, " V"]
-) -> Int32[Array, "N T"]:
+) -> Int[Array, "N T"]:
     """Numbers the reasoning step of each token.
 
     A delimiter closes the step it belongs to; delimiters that follow at once join that step; a
@@ -53,7 +53,7 @@ def step_ids(
 
 def step_entropy(
     token_entropy: Float[Array, "N T"], step_ids: Int[Array, "N T"], num_steps: int
-) -> tuple[Float32[Array, "N num_steps"], Int32[Array, "N num_steps"]]:
+) -> tuple[Float[Array, "N num_steps"], Int[Array, "N num_steps"]]:
     """Mean token entropy of each step: segment sum over segment count.
 
     Args:
@@ -105,7 +105,7 @@ def joined_steps(step_ids: Int[Array, "N T"], num_steps: int) -> Int[Array, " N"
 
 def hint_probability(
     step: Int[Array, "*axes"] | int, *, horizon: int, low: float = 0.05, high: float = 0.95
-) -> Float32[Array, "*axes"]:
+) -> Float[Array, "*axes"]:
     """The share of the solution that is shown, in expectation, at a training step.
 
     A cosine from ``high`` to ``low``, then nothing: p(t) = low + (high - low) (1 + cos(pi t /
