@@ -79,7 +79,8 @@ def test_luffys_expert_tokens_weigh_what_the_formula_says(
     groups = rewards.reshape(2, 4)
     advantages = (groups - groups.mean(axis=1, keepdims=True)).reshape(8)
     assert abs(advantages[expert]).min() > 0
-    longest = config.rollout.max_new_tokens
+    # A mean over the eight rows of token sums over the longest completion.
+    longest = 8 * config.rollout.max_new_tokens
     length = np.asarray(found.rollouts.completion_length)
     expected, expected_slope = 0.0, np.zeros_like(logprobs, np.float64)
     for row in range(8):
