@@ -34,10 +34,10 @@ def aggregation_weights(
     token-sum-norm          m / max_tokens
     ======================= =======================================================
 
-    The names are verl's but for two: ``token-sum-norm`` is what ``seq-mean-token-sum-norm`` meant
-    there until February 2026. All but the two sums are means, so that a coefficient weighs the same
-    at any batch size. Because the denominators are those of the whole batch, any split into
-    micro-batches adds up to the same loss.
+    The names are verl's but for ``prompt-mean`` and ``token-sum-norm``, which is what
+    ``seq-mean-token-sum-norm`` meant there until February 2026. All but the two sums are means, so
+    that a coefficient weighs the same at any batch size. Because the denominators are those of the
+    whole batch, any split into micro-batches adds up to the same loss.
 
     Args:
       loss_mask: ``[N, T]`` float or bool, the tokens that enter the loss, of the whole batch.

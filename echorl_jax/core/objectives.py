@@ -391,6 +391,12 @@ class Objective:
     supervised: bool = False
 
 
+# Settings that do nothing while another one has its default.
+_NEEDS = {
+    "importance_low": "importance_mask",
+    "importance_high": "importance_mask",
+    "entropy_kappa": "entropy_alpha",
+}
 # Settings that only the functions of some objectives read.
 _PARTS = {
     *("baseline", "divide_by_std", "std_of", "virtual_rewards", "success_weight"),
@@ -546,8 +552,8 @@ def load_objective(name: str, **settings: Any) -> Objective:
       The objective.
 
     Raises:
-      ValueError: if there is no such objective or setting (the message names the nearest), or the
-        objective has no use for it.
+      ValueError: if there is no such objective or setting (the message names the nearest), the
+        objective has no use for it, or it does nothing without another one.
 
     >>> load_objective("dapo", epsilon_high=0.3, aggregation=None).epsilon_high
     0.3
@@ -565,6 +571,9 @@ def load_objective(name: str, **settings: Any) -> Objective:
     unused = (_PARTS & differ) - _used_by_parts(changed) if _PARTS & differ else None
     if unused:
         raise ValueError(f"{name!r} has no use for {', '.join(sorted(unused))}")
+    for setting, needed in _NEEDS.items():
+        if setting in differ and getattr(changed, needed) == getattr(Objective, needed):
+            raise ValueError(f"{setting} does nothing without {needed}")
     return changed
 
 

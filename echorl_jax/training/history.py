@@ -27,7 +27,7 @@ class History:
       retire_above: ``data.retire_above``; None retires no prompt.
       threshold: ``echo.threshold``; None keeps no entropies.
       min_step_tokens: shorter steps have no part in the entropies.
-      rate_steps: training steps whose groups' success rates are kept.
+      rate_steps: training steps whose groups' mean rewards are kept.
       groups: of a training step, at most.
     """
 
@@ -77,7 +77,7 @@ class History:
 
     @property
     def past_rates(self) -> np.ndarray | None:
-        """Success rates in (0, 1) of the last steps' groups, f32 ``[W]``, NaN where there is none.
+        """Mean rewards in (0, 1) of the last steps' groups, f32 ``[W]``, NaN where there is none.
 
         W does not change during a run. None if none are kept.
         """
@@ -93,7 +93,8 @@ class History:
         regressed = self._visit(experience)
         groups = experience.groups
         judged = groups.judged.sum(axis=1)
-        rates = (groups.correct & groups.judged).sum(axis=1) / np.maximum(judged, 1)
+        # As the advantages see them; a row without a verdict has reward 0.
+        rates = groups.rewards.sum(axis=1) / np.maximum(judged, 1)
         self._rates.append(rates[(rates > 0) & (rates < 1)].tolist())
         if self._threshold is not None:
             self._record(made)

@@ -40,11 +40,27 @@ def test_the_table_is_complete():
         ("sapo", {"epsilon_low": 0.1}),
         ("rloo", {"baseline": "on_policy"}),
         ("maxrl", {"virtual_rewards": 2}),
+        ("topr", {"dual_clip": 3.0}),
     ],
 )
 def test_a_setting_that_would_do_nothing_is_refused(name, setting):
     with pytest.raises(ValueError, match=f"'{name}' has no use for {next(iter(setting))}"):
         core.load_objective(name, **setting)
+
+
+@pytest.mark.parametrize(
+    ("setting", "needed"),
+    [
+        ({"importance_high": 3.0}, {"importance_mask": "sequence"}),
+        ({"importance_low": 0.5}, {"importance_mask": "token"}),
+        ({"entropy_kappa": 4.0}, {"entropy_alpha": 0.4}),
+    ],
+)
+def test_a_setting_that_needs_another_is_refused_alone(setting, needed):
+    (name,), (other,) = setting, needed
+    with pytest.raises(ValueError, match=f"{name} does nothing without {other}"):
+        core.load_objective("grpo", **setting)
+    assert getattr(core.load_objective("grpo", **setting, **needed), name) == setting[name]
 
 
 def test_every_public_function_shows_an_example():

@@ -33,7 +33,7 @@ def experience(
         rollout_logprobs=nothing,
         token_entropy=nothing,
         truncated=nothing,
-        rewards=nothing,
+        rewards=right.astype(np.float32),
         correct=right,
         judged=everything if judged is None else np.array(judged, bool),
         on_policy=everything if own is None else np.array(own, bool),
