@@ -205,7 +205,7 @@ class ObjectiveConfig:
     drift_limit: Annotated[float | None, at_least(0)] = None
     # Shapes any advantages by entropy, A + min(alpha H, |A| / kappa); 0 leaves them.
     entropy_alpha: Annotated[float | None, at_least(0)] = None
-    entropy_kappa: Annotated[float | None, above(0)] = None
+    entropy_kappa: Annotated[float | None, at_least(1)] = None
     # Share of tokens that learn, those of highest entropy (80/20: 0.2).
     entropy_fraction: Annotated[float | None, Bound("in (0, 1]", lambda p: 0 < p <= 1)] = None
     # Rows without an advantage count in the means of the policy loss.

@@ -73,6 +73,7 @@ def test_overrides_take_the_type_of_their_key() -> None:
         ("objective.expert_rows", "8", "below rollout.group_size"),
         ("objective.dual_clip", "0.5", "above 1"),
         ("objective.tis_cap", "-1", "above 0"),
+        ("objective.entropy_kappa", "0.5", "at least 1"),
         ("objective.overlong_buffer", "2.0", "in [0, 1]"),
         ("objective.epsilon_low", "-0.2", "at least 0"),
         ("objective.kl_coef", "-1", "at least 0"),

@@ -396,6 +396,7 @@ _NEEDS = {
     "importance_low": "importance_mask",
     "importance_high": "importance_mask",
     "entropy_kappa": "entropy_alpha",
+    "kl_estimator": "kl_coef",
 }
 # Settings that only the functions of some objectives read.
 _PARTS = {

@@ -62,7 +62,7 @@ def entropy_shaped_advantages(
     Args:
       advantages: ``[N]`` or ``[N, T]``.
       token_entropy: ``[N, T]``, nats.
-      alpha, kappa: see above.
+      alpha, kappa: see above; kappa is at least 1.
 
     Returns:
       ``[N, T]`` float32.

@@ -17,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from echorl_jax.choices import Kernel, Remat
+from echorl_jax.files import replace_json
 from echorl_jax.models.config import ModelError
 from echorl_jax.models.decoder import Decoder
 from echorl_jax.models.hf_config import read_config, to_hf
@@ -28,7 +29,6 @@ from echorl_jax.models.tensor_files import (
     StoredTensor,
     TensorSource,
     stored_tensors,
-    write_json,
     write_tensors,
 )
 from echorl_jax.parallel import Layout
@@ -155,9 +155,9 @@ def save_model(
     directory.mkdir(parents=True, exist_ok=True)
     write_tensors(directory, sources, stored_dtype, shard_bytes=shard_bytes)
     config = to_hf(model.config) | {"torch_dtype": stored_dtype.name}
-    write_json(directory / "config.json", config)
+    replace_json(directory / "config.json", config)
     ends = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    write_json(directory / "generation_config.json", ends)
+    replace_json(directory / "generation_config.json", ends)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
 

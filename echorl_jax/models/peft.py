@@ -15,11 +15,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
+from echorl_jax.files import replace_json
 from echorl_jax.models.config import Adapted, Lora, ModelError
 from echorl_jax.models.decoder import Decoder
 from echorl_jax.models.hf_names import TensorName, tensor_names
 from echorl_jax.models.lora import by_linear, linears, with_adapters
-from echorl_jax.models.tensor_files import StoredTensor, read_header, read_json, write_json
+from echorl_jax.models.tensor_files import StoredTensor, read_header, read_json
 from echorl_jax.parallel import Layout
 from echorl_jax.types import Array, PyTree
 
@@ -173,8 +174,12 @@ def save_adapter(path: str | Path, model: Decoder, params: PyTree, *, base: str 
       model: with adapters.
       params: all parameters, or the adapters alone.
       base: path or repository of the base model.
+
+    Raises:
+      ModelError: the model has no adapters.
     """
-    assert model.lora is not None
+    if model.lora is None:
+        raise ModelError("save_adapter: the model has no adapters")
     names = {name.path[-2]: name for name in _kernels(model)}
     tensors = {}
     for one, linear in linears(model.lora, params):
@@ -194,7 +199,7 @@ def save_adapter(path: str | Path, model: Decoder, params: PyTree, *, base: str 
     partial = directory / f"{WEIGHTS}.part"
     save_file(tensors, partial, {"format": "pt"})
     partial.rename(directory / WEIGHTS)
-    write_json(directory / CONFIG, _config(model.lora, names, base))
+    replace_json(directory / CONFIG, _config(model.lora, names, base))
 
 
 def _gathered(values: Array) -> np.ndarray:

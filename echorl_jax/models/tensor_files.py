@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from echorl_jax.files import replace_json
 from echorl_jax.models.config import ModelError
 
 _DTYPES: Mapping[str, Any] = {
@@ -151,7 +152,7 @@ def write_tensors(
         weight_map = {name: file for file, names in weights for name in names}
         total = sum(_bytes(source, dtype) for source in tensors.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(directory / _INDEX, index)
+        replace_json(directory / _INDEX, index)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -172,10 +173,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise ModelError(f"{path} does not hold a JSON object")
     return raw
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _bytes(source: TensorSource, dtype: np.dtype) -> int:

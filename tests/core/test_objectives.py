@@ -54,13 +54,14 @@ def test_a_setting_that_would_do_nothing_is_refused(name, setting):
         ({"importance_high": 3.0}, {"importance_mask": "sequence"}),
         ({"importance_low": 0.5}, {"importance_mask": "token"}),
         ({"entropy_kappa": 4.0}, {"entropy_alpha": 0.4}),
+        ({"kl_estimator": "k2"}, {"kl_coef": 0.01}),
     ],
 )
 def test_a_setting_that_needs_another_is_refused_alone(setting, needed):
     (name,), (other,) = setting, needed
     with pytest.raises(ValueError, match=f"{name} does nothing without {other}"):
-        core.load_objective("grpo", **setting)
-    assert getattr(core.load_objective("grpo", **setting, **needed), name) == setting[name]
+        core.load_objective("dapo", **setting)
+    assert getattr(core.load_objective("dapo", **setting, **needed), name) == setting[name]
 
 
 def test_every_public_function_shows_an_example():

@@ -49,6 +49,14 @@ def logits_of(model: Decoder, params: PyTree, case: dict[str, Any]) -> np.ndarra
     return real_rows(jax.jit(model.logits)(params, tokens, lengths=rows), case)
 
 
+def test_a_model_without_adapters_has_none_to_save(tmp_path: Path) -> None:
+    case = next(iter(CASES))
+    golden = json.loads((GOLDEN / f"{case}.json").read_text())
+    plain = load_model(write_case(tmp_path, CASES[case], golden), dtype="float32")
+    with pytest.raises(ModelError, match="the model has no adapters"):
+        save_adapter(tmp_path / "adapter", *plain)
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_logits_and_logprobs_equal_peft(name: str, tmp_path: Path) -> None:
     case = CASES[ADAPTERS[name][0]]
