@@ -268,7 +268,14 @@ def test_missing_fields_are_named():
         core.batch_loss(logprobs, entropy, batch, core.OBJECTIVES["kl_cov"], echo_coef=0.0)
 
 
-@pytest.mark.parametrize("name", ["grpo", "gspo", "luffy", "rl_zvp", "gmpo", "mcpo", "vespo"])
+# One objective of each kind by default; the others in the slow suite.
+MESH = "grpo gspo luffy rl_zvp gmpo mcpo vespo".split()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in MESH else pytest.mark.slow) for name in NAMES],
+)
 def test_rows_spread_over_a_mesh_and_run_without_jit(name):
     objective = full(name)
     logprobs, entropy, batch = example(objective)
