@@ -62,6 +62,8 @@ SHARE = Bound("in [0, 1]", lambda share: 0 <= share <= 1)
 POSITIVE_SHARE = Bound("in (0, 1]", lambda share: 0 < share <= 1)
 QUANTILE = Bound("in (0, 1)", lambda share: 0 < share < 1)
 DECAY = Bound("in [0, 1)", lambda rate: 0 <= rate < 1)
+# The program of OrderGrad's advantages grows with the cube of its samples.
+ORDER_SAMPLES = Bound("in [1, 32]", lambda samples: 1 <= samples <= 32)
 DEVICES = Bound("-1 or at least 1", lambda devices: devices == -1 or devices >= 1)
 STEPS = Bound("steps from 1 on", lambda steps: min(steps, default=1) >= 1)
 TARGETS = Bound(
@@ -236,7 +238,7 @@ class ObjectiveConfig:
     # The statistic of K samples that advantages raise, K, and its amount: best samples (top),
     # samples cut at both ends (trimmed), or share of the mass (upper_tail, lower_tail) (ordergrad).
     order_statistic: OrderStatistic | None = None
-    order_samples: Annotated[int | None, at_least(1)] = None
+    order_samples: Annotated[int | None, ORDER_SAMPLES] = None
     order_amount: Annotated[float | None, above(0)] = None
     # Rows that a group's mean is of: all, or those that the policy wrote, without the expert's
     # (luffy); None takes the objective's own.

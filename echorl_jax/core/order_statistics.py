@@ -52,7 +52,7 @@ def order_advantages(
     rank = (jnp.arange(rows) - first + 1).astype(jnp.float32)
     count = size[place]
     result = jnp.zeros_like(rewards)
-    for kept in range(1, samples + 1):
+    for kept in range(1, min(samples, rows - 1) + 1):
         alpha = rank_weights(statistic, kept, amount)
         whole = _segment_total(_subset_weights(rank, count, alpha) * value, by_group, num_groups)
         # Without row i, those above it move down by one rank.

@@ -18,6 +18,10 @@ from echorl_jax.data.errors import DataError
 EVAL_SHARE = 8
 # Draws before a source counts as impossible (say, targets above anything its numbers can make).
 MAX_DRAWS = 20_000
+# The largest option, far below what a float of 53 bits draws evenly.
+MOST = 10**12
+# Making and comparing an expression takes time that grows faster than its numbers.
+MOST_OPERANDS = 32
 _T = TypeVar("_T", bound="GeneratedRows")
 
 
@@ -30,6 +34,7 @@ class GeneratedRows(Sequence[dict[str, Any]], abc.ABC):
     """Rows in verl's columns, read like a list; a frozen dataclass of its options."""
 
     count: int
+    seed: int
 
     @abc.abstractmethod
     def row(self, index: int) -> dict[str, Any]:
@@ -65,7 +70,9 @@ class Draw:
         return low + int(self._random() * (high - low + 1))
 
 
-def check_options(name: str, rows: Any, *, positive: Sequence[str], pairs: Sequence[Any]) -> None:
+def check_options(
+    name: str, rows: GeneratedRows, *, positive: Sequence[str], pairs: Sequence[Any]
+) -> None:
     """Checks the options that generated rows share.
 
     Args:
@@ -77,9 +84,14 @@ def check_options(name: str, rows: Any, *, positive: Sequence[str], pairs: Seque
     Raises:
       DataError: an option out of its range.
     """
-    chosen = dataclasses.asdict(rows)
+    chosen = dataclasses.asdict(rows)  # pyright: ignore
     for field in positive:
         require(chosen[field] >= 1, name, f"{field}={chosen[field]}: must be at least 1")
+    for field, value in chosen.items():
+        if isinstance(value, int):
+            most = MOST_OPERANDS if field.endswith("operands") else MOST
+            require(value <= most, name, f"{field}={str(value):.40}: must be at most {most}")
+    require(rows.seed >= 0, name, f"seed={rows.seed}: must be at least 0")
     for low, high in pairs:
         above = f"{low}={chosen[low]} is above {high}={chosen[high]}"
         require(chosen[low] <= chosen[high], name, above)

@@ -3,7 +3,6 @@
 As with ``config.json``, a field is read, known to have no effect, or refused unless it is empty.
 """
 
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import regex
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
@@ -26,12 +26,20 @@ from echorl_jax.types import Array, PyTree
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_READ = ("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias")
+_READ = (
+    *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias"),
+    "init_lora_weights",
+)
+# Ways to draw adapters that leave the base weights as they are. PEFT changes the base model when it
+# loads an adapter of another kind (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
+# A hostile pattern could search for longer than the run takes; honest ones take microseconds.
+_PATTERN_SECONDS = 1.0
 # Fields that say where an adapter comes from, how it is trained or drawn, or which tensors there
 # are, which the file with the tensors says too.
 _NO_EFFECT = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
-    *("inference_mode", "lora_dropout", "init_lora_weights", "loftq_config", "eva_config"),
+    *("inference_mode", "lora_dropout", "loftq_config", "eva_config"),
     *("corda_config", "lora_ga_config", "target_modules", "exclude_modules", "layers_pattern"),
     *("layers_to_transform", "megatron_core", "qalora_group_size"),
 )
@@ -90,6 +98,14 @@ def _read_config(directory: Path) -> dict[str, Any]:
         raise ModelError(f"{file}: peft_type {kind!r:.80} is not supported; only 'LORA'")
     if bias != "none":
         raise ModelError(f"{file}: bias {bias!r:.80} is not supported; only 'none'")
+    init = raw.get("init_lora_weights", True)
+    if init not in _PLAIN_INITS:
+        raise ModelError(
+            f"{file}: init_lora_weights = {init!r:.80} not supported: it changes the base model; "
+            "PEFT converts it (save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+    if not isinstance(raw.get("use_rslora", False), bool):
+        raise ModelError(f"{file}: use_rslora must be true or false")
     for name, value in raw.items():
         if value and name not in (*_READ, *_NO_EFFECT):
             raise ModelError(f"{file}: {name} = {value!r:.80} is not supported")
@@ -107,8 +123,8 @@ def _pattern(raw: Mapping[str, Any], patterns: str, default: str, module: str) -
     """The value of the first pattern that matches the module's name, as PEFT matches them."""
     for pattern, value in (raw.get(patterns) or {}).items():
         try:
-            matches = re.match(rf"(.*\.)?({pattern})$", module)
-        except re.error as error:
+            matches = regex.match(rf"(.*\.)?({pattern})$", module, timeout=_PATTERN_SECONDS)
+        except (regex.error, TimeoutError) as error:
             raise ModelError(f"{CONFIG}: {patterns} has {pattern!r:.80}: {error}") from None
         if matches:
             return value

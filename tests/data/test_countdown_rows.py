@@ -143,6 +143,8 @@ def test_train_and_eval_never_share_a_problem():
         ("operand=3", "countdown: unknown option 'operand'; one of operands, "),
         ("operands=three", "countdown: operands='three': must be a whole number"),
         ("operands=0", "countdown: operands=0: must be at least 1"),
+        ("operands=999", "countdown: operands=999: must be at most 32"),
+        ("seed=-7", "countdown: seed=-7: must be at least 0"),
         ("min_number=9&max_number=3", "countdown: min_number=9 is above max_number=3"),
         ("operators=+^", "countdown: operators='+^': must be some of "),
         ("split=test", "countdown: split='test': one of train, eval, all"),

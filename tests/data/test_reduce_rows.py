@@ -113,6 +113,9 @@ def test_depth_and_ranges_hold():
         ("split=test", "split='test': one of train, eval, all"),
         ("max_number=100", "max_number=100 is above max_result=99"),
         ("count=0", "count=0: must be at least 1"),
+        ("seed=-1", "seed=-1: must be at least 0"),
+        ("max_operands=33", "max_operands=33: must be at most 32"),
+        ("max_number=1" + "0" * 400, f"max_number=1{'0' * 39}: must be at most 10"),
     ],
 )
 def test_a_wrong_option_is_one_line(spec, message):

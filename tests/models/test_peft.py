@@ -174,6 +174,12 @@ def broken_tensor(part: str, make: Any):
         (changed_settings(r="four"), "must be numbers"),
         (changed_settings(lora_alpha=-1), "must be above 0"),
         (changed_settings(rank_pattern={"q_proj(": 4}), "rank_pattern has 'q_proj('"),
+        (
+            changed_settings(rank_pattern={r"((.|\w|[a-z])+)+[0-9]": 4}),
+            "rank_pattern has '((.|\\\\w|[a-z])+)+[0-9]': regex timed out",
+        ),
+        (changed_settings(init_lora_weights="pissa_niter_4"), "changes the base model"),
+        (changed_settings(use_rslora="false"), "use_rslora must be true or false"),
         (renamed_tensor("layers.0.mlp.up_proj", "embed_tokens"), "embed_tokens"),
         (renamed_tensor("layers.1.", "layers.7."), "layers.7."),
         (renamed_tensor("lora_A", "lora_magnitude_vector"), "shapes"),
