@@ -6,6 +6,8 @@ problem is held out by its expression, whatever the order of its sums and produc
 """
 
 import dataclasses
+from itertools import pairwise
+from operator import add, mul, sub
 from typing import Any, Literal
 
 from echorl_jax.data.errors import DataError
@@ -20,6 +22,7 @@ from echorl_jax.data.generated import (
 )
 
 PRECEDENCE = {"+": 1, "-": 1, "*": 2}
+OPERATE = {"+": add, "-": sub, "*": mul}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +41,7 @@ def value_of(tree: Tree) -> int:
     """The value of an expression."""
     if isinstance(tree, int):
         return tree
-    left, right = value_of(tree.left), value_of(tree.right)
-    return {"+": left + right, "-": left - right, "*": left * right}[tree.operator]
+    return OPERATE[tree.operator](value_of(tree.left), value_of(tree.right))
 
 
 def text_of(tree: Tree) -> str:
@@ -141,6 +143,8 @@ class ReduceRows(GeneratedRows):
     max_depth: int = 0
     # Operators that occur.
     operators: str = "+-*"
+    # Name of the data source: evaluations are scored apart by it.
+    name: str = "reduce"
     # Rows.
     count: int = 8192
     seed: int = 0
@@ -172,7 +176,7 @@ class ReduceRows(GeneratedRows):
             "value": value_of(problem.expression),
         }
         return {
-            "data_source": "reduce",
+            "data_source": self.name,
             "prompt": [{"role": "user", "content": problem.question}],
             "target": [{"role": "assistant", "content": "\n".join(problem.lines)}],
             "reward_model": {"style": "rule", "ground_truth": truth},
@@ -180,31 +184,38 @@ class ReduceRows(GeneratedRows):
         }
 
     def problem(self, index: int) -> ReduceProblem:
-        """The problem behind row ``index``."""
+        """The problem behind row ``index``; every number of operands is equally likely."""
         draw = Draw(self.seed, index)
+        size = draw.between(self.min_operands, self.max_operands)
         for _ in range(MAX_DRAWS):
-            tree = self._attempt(draw)
+            tree = self._attempt(draw, size)
             if tree is not None and self._in_split(tree):
                 return ReduceProblem(tree, _solution(tree, draw))
-        raise DataError(f"reduce: no problem found for {self}: widen the ranges")
+        raise DataError(f"reduce: no problem of {size} operands found for {self}: widen the ranges")
 
     def _in_split(self, tree: Tree) -> bool:
         held_out = is_held_out(canonical_text(tree))
         return self.split == "all" or (self.split == "eval") == held_out
 
-    def _attempt(self, draw: Draw) -> Tree | None:
-        size = draw.between(self.min_operands, self.max_operands)
-        parts: list[Tree] = [draw.between(self.min_number, self.max_number) for _ in range(size)]
+    def _attempt(self, draw: Draw, size: int) -> Tree | None:
+        """Joins neighbours until one is left; None where no pair stays within the ranges."""
+        numbers = [draw.between(self.min_number, self.max_number) for _ in range(size)]
+        # Each part with its value and depth, which would cost a walk over the tree.
+        parts: list[tuple[Tree, int, int]] = [(number, number, 0) for number in numbers]
         while len(parts) > 1:
-            place = draw.between(0, len(parts) - 2)
-            operator = self.operators[draw.between(0, len(self.operators) - 1)]
-            joined = Operation(parts[place], operator, parts[place + 1])
-            if not 0 <= value_of(joined) <= self.max_result:
+            allowed = [
+                (place, operator, value, 1 + max(left[2], right[2]))
+                for place, (left, right) in enumerate(pairwise(parts))
+                if not self.max_depth or max(left[2], right[2]) < self.max_depth
+                for operator in self.operators
+                if 0 <= (value := OPERATE[operator](left[1], right[1])) <= self.max_result
+            ]
+            if not allowed:
                 return None
-            if self.max_depth and depth_of(joined) > self.max_depth:
-                return None
-            parts[place : place + 2] = [joined]
-        return parts[0]
+            place, operator, value, depth = allowed[draw.between(0, len(allowed) - 1)]
+            joined = Operation(parts[place][0], operator, parts[place + 1][0])
+            parts[place : place + 2] = [(joined, value, depth)]
+        return parts[0][0]
 
 
 def _solution(tree: Tree, draw: Draw) -> tuple[str, ...]:

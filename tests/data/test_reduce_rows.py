@@ -4,6 +4,7 @@ import ast
 import itertools
 import operator
 import re
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -125,10 +126,19 @@ def test_a_wrong_option_is_one_line(spec, message):
 
 def test_what_no_problem_satisfies_is_told():
     rows = ReduceRows(min_operands=8, operators="*", min_number=3, max_result=10)
-    with pytest.raises(DataError, match="reduce: no problem found"):
+    with pytest.raises(DataError, match="reduce: no problem of 8 operands found"):
         rows[0]
 
 
 def test_rows_come_through_the_sources():
     rows = load_rows("reduce:count=3&seed=5,countdown:count=2")
     assert [row["data_source"] for row in rows] == ["reduce"] * 3 + ["countdown"] * 2
+
+
+def test_every_number_of_operands_is_equally_likely():
+    """Long expressions stay within a small range less often than short ones."""
+    rows = ReduceRows(min_operands=3, max_operands=10, max_result=9, operators="+-", count=800)
+    truths = [row["reward_model"]["ground_truth"]["expression"] for row in rows]
+    counts = Counter(len(numbers(text)) for text in truths)
+    # 100 expected; six standard deviations of a binomial count are 56.
+    assert set(counts) == set(range(3, 11)) and 44 <= min(counts.values())
