@@ -1,6 +1,7 @@
 """Samples completions and grades them: the one act of training and of evaluation."""
 
 import dataclasses
+import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ from echorl_jax.errors import RunStopped, one_line
 from echorl_jax.models import Decoder
 from echorl_jax.parallel import from_shares, own_share, texts_from_shares
 from echorl_jax.rewards import GraderPool, PoolError, Verdict
-from echorl_jax.rewards.loading import MAX_REASON
+from echorl_jax.rewards.loading import MAX_METRICS, MAX_REASON
 from echorl_jax.rollout import Progress, Sampling, pad_lists
 from echorl_jax.types import Array, HostArray, PyTree, Rollouts
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 # The longest reason in UTF-8, of a verdict and of grading that failed as a whole.
 REASON_BYTES = 4 * MAX_REASON
+# The longest metrics of a verdict as JSON: a number has at most 24 characters, a name 40.
+METRICS_BYTES = 72 * (MAX_METRICS + 1)
 FAILURE_BYTES = 600
 
 
@@ -137,14 +140,17 @@ def _from_all_processes(own: Sequence[Verdict], count: int) -> list[Verdict]:
     # As whole numbers: JAX would round a 64-bit score on its way.
     words = from_shares(scores.view(np.uint32).reshape(-1, 2), count)
     reasons = texts_from_shares([verdict.reason for verdict in own], count, most_bytes=REASON_BYTES)
+    texts = [json.dumps(dict(verdict.metrics)) for verdict in own]
+    metrics = texts_from_shares(texts, count, most_bytes=METRICS_BYTES)
     return [
-        Verdict(None, None, reason)
+        Verdict(None, None, reason, json.loads(text))
         if np.isnan(score)
-        else Verdict(float(score), bool(right), reason)
-        for score, right, reason in zip(
+        else Verdict(float(score), bool(right), reason, json.loads(text))
+        for score, right, reason, text in zip(
             np.ascontiguousarray(words).view(np.float64)[:, 0],
             from_shares(correct, count),
             reasons,
+            metrics,
             strict=True,
         )
     ]

@@ -312,7 +312,7 @@ def _line(attempt: Attempt, prompt: Prompt, *, greedy: bool) -> dict[str, Any]:
         "prompt": row["prompt"],
         "ground_truth": row["reward_model"]["ground_truth"],
         "response": attempt.response,
-        **vars(attempt.verdict),
+        **attempt.verdict.as_json(),
         "tokens": len(attempt.ids),
         "truncated": attempt.truncated,
     }

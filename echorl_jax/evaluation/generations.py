@@ -10,6 +10,7 @@ from typing import Any, get_args
 
 from echorl_jax.errors import UserError, writing
 from echorl_jax.files import parse_object, read_json, replace_json
+from echorl_jax.rewards.loading import clean_metrics
 
 # Of each weight file so much is read, at both ends, to tell one model from another.
 FINGERPRINT_BYTES = 1 << 20
@@ -28,6 +29,7 @@ class Outcome:
     reason: str
     tokens: int
     truncated: bool
+    metrics: dict
 
 
 def first_start(out: Path) -> str:
@@ -79,7 +81,7 @@ def read_outcomes(path: Path, expected: Sequence[tuple[int, int, bool]]) -> Iter
     with path.open("rb") as file:
         for number, (text, wanted) in enumerate(zip(file, expected, strict=False), start=1):
             try:
-                line = parse_object(text)
+                line = {"metrics": {}, **parse_object(text)}
                 found = (line["problem"], line["sample"], line["greedy"])
                 fields = dataclasses.fields(Outcome)
                 outcome = Outcome(**{field.name: line[field.name] for field in fields})
@@ -87,6 +89,8 @@ def read_outcomes(path: Path, expected: Sequence[tuple[int, int, bool]]) -> Iter
                     kinds = get_args(field.type) or (field.type,)
                     if type(getattr(outcome, field.name)) not in kinds:
                         raise TypeError(f"{field.name} = {getattr(outcome, field.name)!r}")
+                if clean_metrics(outcome.metrics) != outcome.metrics:
+                    raise TypeError(f"metrics = {outcome.metrics!r}")
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{path}, line {number}: not an attempt ({error!r})") from error
             if found != wanted:

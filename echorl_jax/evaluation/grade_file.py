@@ -93,7 +93,7 @@ def grade_file(
     timeout_s: float,
     verdict_key: str | None = None,
 ) -> str:
-    """Writes each object again with ``correct``, ``score`` and ``reason``; returns the summary.
+    """Writes each object again with the fields of its verdict; returns the summary.
 
     A line that the grader does not judge has null for the first two and is in no count but its own.
 
@@ -127,7 +127,7 @@ def grade_file(
                 expected = line[verdict_key] if verdict_key else None
                 tally.add(number, verdict, expected)
                 kept = {"expected": expected} if verdict_key else {}
-                target.write(json.dumps({**line, **kept, **vars(verdict)}) + "\n")
+                target.write(json.dumps({**line, **kept, **verdict.as_json()}) + "\n")
             if out is not None:
                 print(f"\r{tally.count + tally.unjudged} graded", end="", file=sys.stderr)
     if out is not None:

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from echorl_jax.evaluation.evaluate import Lengths, Score, length_stats, score_by_source
 from echorl_jax.evaluation.generations import Outcome
+from echorl_jax.rewards import mean_metrics
 
 COLUMNS = ("problems", "greedy", "95%", "avg@k", "95%", "pass@k", "95%", "tokens", "p95", "cut off")
 
@@ -21,6 +22,7 @@ class SourceResult:
     greedy: Score | None
     sampled: Score | None
     lengths: Lengths  # of the samples; of the greedy attempts where there are none
+    metrics: dict[str, float]  # means of the grader's metrics, over the same attempts
 
     @property
     def main(self) -> Score:
@@ -30,10 +32,11 @@ class SourceResult:
         return score
 
     def as_json(self) -> dict[str, Any]:
-        """The main score's fields, the greedy one's, and the lengths."""
+        """The main score's fields, the greedy one's, the lengths and the grader's metrics."""
         greedy = dataclasses.asdict(self.greedy) if self.greedy else None
         lengths = dataclasses.asdict(self.lengths)
-        return {**dataclasses.asdict(self.main), "greedy": greedy, "lengths": lengths}
+        score = dataclasses.asdict(self.main)
+        return {**score, "greedy": greedy, "lengths": lengths, "metrics": self.metrics}
 
 
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, SourceResult]:
@@ -56,7 +59,8 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, SourceResult]:
             o for o in outcomes if o.data_source == source and o.greedy == (source not in sampled)
         ]
         lengths = length_stats([o.tokens for o in own], [o.truncated for o in own])
-        results[source] = SourceResult(greedy.get(source), sampled.get(source), lengths)
+        metrics = mean_metrics(o.metrics for o in own)
+        results[source] = SourceResult(greedy.get(source), sampled.get(source), lengths, metrics)
     return results
 
 
@@ -66,6 +70,10 @@ def print_results(
     """The table, a mean over sources where there are several, and what was left out."""
     if results:
         _print_table(results)
+    for source, result in results.items():
+        if result.metrics:
+            means = ", ".join(f"{name} {mean:.3f}" for name, mean in result.metrics.items())
+            print(f"{source}: {means} (means of the grader's metrics)")
     for count, reason in (
         (left_out, "prompts too long"),
         (bad, "rows that cannot be read"),

@@ -1,6 +1,14 @@
 """Graders and the guarded pool that runs them. Nothing here imports JAX: processes start fast."""
 
-from echorl_jax.rewards.loading import GRADERS, Grader, Verdict, grading_failed, judge, load_grader
+from echorl_jax.rewards.loading import (
+    GRADERS,
+    Grader,
+    Verdict,
+    grading_failed,
+    judge,
+    load_grader,
+    mean_metrics,
+)
 from echorl_jax.rewards.pool import GraderPool, PoolError
 
 __all__ = [
@@ -12,4 +20,5 @@ __all__ = [
     "grading_failed",
     "judge",
     "load_grader",
+    "mean_metrics",
 ]

@@ -14,7 +14,7 @@ def grade(response: str, row: Mapping[str, Any]) -> Verdict:
     a choice, all else mathematics.
 
     >>> grade("(B)", {"reward_model": {"ground_truth": "B"}, "options": ["four", "five"]})
-    Verdict(score=1.0, correct=True, reason='chose B')
+    Verdict(score=1.0, correct=True, reason='chose B', metrics={})
     """
     truth = row["reward_model"]["ground_truth"]
     if isinstance(truth, Mapping) and "numbers" in truth:

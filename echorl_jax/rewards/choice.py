@@ -89,7 +89,7 @@ def grade(response: str, row: Mapping[str, Any]) -> Verdict:
 
     >>> row = {"reward_model": {"ground_truth": "B"}, "options": ["four", "five"]}
     >>> grade("so \\boxed{\\text{five}}", row)
-    Verdict(score=1.0, correct=True, reason='chose B')
+    Verdict(score=1.0, correct=True, reason='chose B', metrics={})
     """
     options = options_of(row)
     gold = letter_of(str(row["reward_model"]["ground_truth"]), options)

@@ -24,7 +24,7 @@ def grade(response: str, row: Mapping[str, Any]) -> Verdict:
 
     >>> truth = {"numbers": [5, 7, 9], "target": 45}
     >>> grade("9*5=45", {"reward_model": {"ground_truth": truth}})
-    Verdict(score=1.0, correct=True, reason='reaches 45')
+    Verdict(score=1.0, correct=True, reason='reaches 45', metrics={})
     """
     truth = row["reward_model"]["ground_truth"]
     available = Counter(map(Fraction, truth["numbers"]))

@@ -86,7 +86,7 @@ def serve(connection: Connection) -> None:
         while True:
             response, row = connection.recv()
             verdict = judge(grader, response, row)
-            answer = [verdict.score, verdict.correct, verdict.reason]
+            answer = [verdict.score, verdict.correct, verdict.reason, verdict.metrics]
             connection.send_bytes(json.dumps(answer).encode())
 
 

@@ -3,8 +3,10 @@
 import dataclasses
 import importlib
 import inspect
+import itertools
 import math
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from echorl_jax.config import ConfigError
@@ -16,6 +18,11 @@ MAX_REASON = 200
 HUNG, DIED, RAISED = "no verdict within", "the grading process died", "the grader raised"
 # A plain score from here on counts as correct.
 CORRECT_SCORE = 1.0
+# A verdict has at most this many metrics; names become parts of keys such as reward/NAME/mean.
+MAX_METRICS = 16
+METRIC_NAME = re.compile(r"[A-Za-z0-9_.-]{1,40}")
+# The metric that counts a verdict's other metrics which were not finite numbers under such names.
+DROPPED = "dropped_metrics"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,12 +30,14 @@ class Verdict:
     """The reward, whether the response is right, and why, in one line.
 
     Score and correctness are None where the grader does not judge the response: such a row is left
-    out of the loss and of all statistics.
+    out of the loss and of all statistics. ``metrics`` holds further named numbers, which are logged
+    and enter no loss.
     """
 
     score: float | None
     correct: bool | None
     reason: str
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def right(cls, reason: str) -> "Verdict":
@@ -44,6 +53,11 @@ class Verdict:
     def judged(self) -> bool:
         """True if there is a score."""
         return self.score is not None
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields for a line of JSON; ``metrics`` only where there are some."""
+        fields = {"score": self.score, "correct": self.correct, "reason": self.reason}
+        return {**fields, "metrics": dict(self.metrics)} if self.metrics else fields
 
 
 def grading_failed(reason: str) -> bool:
@@ -62,27 +76,74 @@ def as_verdict(result: Any) -> Verdict:
     """Accepts what graders return: a number, a truth value, a mapping, None, or a verdict.
 
     A number is the score and is correct from 1 on. A mapping has ``score`` and may have ``acc`` for
-    correctness. None, as the result or as its score, leaves the response without a verdict.
+    correctness and ``metrics``. None, as the result or as its score, leaves the response without a
+    verdict.
 
     Raises:
       TypeError: anything else.
       ValueError: a score that is not finite.
 
     >>> as_verdict({"score": -1.0, "acc": False})
-    Verdict(score=-1.0, correct=False, reason='scored -1')
+    Verdict(score=-1.0, correct=False, reason='scored -1', metrics={})
     """
     if isinstance(result, Verdict):
         given, correct, reason = result.score, result.correct, clean_reason(result.reason)
+        metrics = clean_metrics(result.metrics)
     else:
         known: Any = result if isinstance(result, Mapping) else {}
         given, correct, reason = known.get("score", result), known.get("acc"), None
+        metrics = clean_metrics(known.get("metrics", {}))
     if given is None:
-        return Verdict(None, None, "not judged" if reason is None else reason)
+        return Verdict(None, None, "not judged" if reason is None else reason, metrics)
     score = _number(given)
     if not math.isfinite(score):
         raise ValueError(f"the grader's score is {score}")
     right = score >= CORRECT_SCORE if correct is None else bool(correct)
-    return Verdict(score, right, f"scored {score:g}" if reason is None else reason)
+    return Verdict(score, right, f"scored {score:g}" if reason is None else reason, metrics)
+
+
+def clean_metrics(given: Any) -> dict[str, float]:
+    """The first :data:`MAX_METRICS` metrics that are finite numbers, and how many others there are.
+
+    A metric that is of no use is dropped and counted, for it must not change the reward.
+
+    >>> clean_metrics({"steps": 3, "share": float("nan"), "a name": 1})
+    {'steps': 3.0, 'dropped_metrics': 2.0}
+    """
+    if not isinstance(given, Mapping):
+        return {DROPPED: 1.0}
+    before = _finite(given.get(DROPPED)) or 0.0
+    first = itertools.islice(given.items(), MAX_METRICS + 1)
+    others = [(name, value) for name, value in first if name != DROPPED]
+    named = {
+        name: _finite(value)
+        for name, value in others[:MAX_METRICS]
+        if isinstance(name, str) and METRIC_NAME.fullmatch(name)
+    }
+    kept = {name: value for name, value in named.items() if value is not None}
+    dropped = before + len(given) - (DROPPED in given) - len(kept)
+    return {**kept, DROPPED: dropped} if dropped else kept
+
+
+def _finite(value: Any) -> float | None:
+    """The value as a number; None if it is no finite one."""
+    try:
+        number = _number(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
+
+
+def mean_metrics(verdicts: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each metric over the verdicts that have it, by name.
+
+    >>> mean_metrics([{"steps": 3.0}, {"steps": 5.0, "share": 0.5}, {}])
+    {'share': 0.5, 'steps': 4.0}
+    """
+    values: dict[str, list[float]] = {}
+    for name, value in itertools.chain.from_iterable(each.items() for each in verdicts):
+        values.setdefault(name, []).append(value)
+    return {name: math.fsum(values[name]) / len(values[name]) for name in sorted(values)}
 
 
 def _number(value: Any) -> float:

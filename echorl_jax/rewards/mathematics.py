@@ -69,7 +69,7 @@ def grade(response: str, row: Mapping[str, Any]) -> Verdict:
 
     >>> row = {"reward_model": {"ground_truth": "336^\\circ"}}
     >>> grade("It turns by \\boxed{336} degrees.", row)
-    Verdict(score=1.0, correct=True, reason='equals the answer')
+    Verdict(score=1.0, correct=True, reason='equals the answer', metrics={})
     """
     golds = _golds(row["reward_model"]["ground_truth"])
     if any(LETTER.fullmatch(gold) for gold in golds) and choice.is_choice(row):

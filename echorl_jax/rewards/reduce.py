@@ -1,9 +1,10 @@
 """Judges Reduce: the last line of a response, alone, is the value of the expression.
 
 How the response came there does not count: wrong ways that end right are successes, as with any
-verifiable reward. :func:`steps_right` says how much of the way was right; no reward sees it.
+verifiable reward. The metric ``steps_right`` says how much of the way was right; no reward sees it.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from fractions import Fraction
@@ -16,14 +17,21 @@ from echorl_jax.rewards.loading import Verdict
 
 
 def grade(response: str, row: Mapping[str, Any]) -> Verdict:
-    """A verdict by exact arithmetic; the row's ground truth is ``{"expression": ..., "value": n}``.
+    """A verdict by exact arithmetic, with the metric ``steps_right``.
+
+    The row's ground truth is ``{"expression": ..., "value": n}``.
 
     With ``<answer> ... </answer>``, the last such number counts instead of the last line.
 
     >>> truth = {"expression": "(3+4)*2", "value": 14}
     >>> grade("7*2\\n14", {"reward_model": {"ground_truth": truth}})
-    Verdict(score=1.0, correct=True, reason='ends with 14')
+    Verdict(score=1.0, correct=True, reason='ends with 14', metrics={'steps_right': 1.0})
     """
+    verdict = _last_line(response, row)
+    return dataclasses.replace(verdict, metrics={"steps_right": steps_right(response, row)})
+
+
+def _last_line(response: str, row: Mapping[str, Any]) -> Verdict:
     value = Fraction(row["reward_model"]["ground_truth"]["value"])
     text = after_thinking(response)
     answer = last_answer(text)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -13,7 +14,7 @@ from echorl_jax.environment import Engine, JaxEngine
 from echorl_jax.errors import one_line
 from echorl_jax.evaluation.evaluate import attempt_prompts, score_by_source
 from echorl_jax.parallel import texts_from_shares
-from echorl_jax.rewards import GraderPool
+from echorl_jax.rewards import GraderPool, mean_metrics
 from echorl_jax.rollout import Progress, Resources, Sampling
 from echorl_jax.training.setup import Setup
 from echorl_jax.types import PyTree
@@ -69,7 +70,9 @@ class Evaluator:
         return bool(self.prompts) and (step % every == 0 or step == last)
 
     def scores(self, params: PyTree, poll: Callable[[Progress], None]) -> dict[str, float]:
-        """``eval/<source>/pass@1`` and pass@k for each data source; the same draws every time.
+        """``eval/<source>/pass@k`` and the grader's metrics, ``eval/<source>/<name>/mean``.
+
+        The draws are the same every time.
 
         Args:
           params: the policy's parameters.
@@ -91,12 +94,19 @@ class Evaluator:
             grader=self.grader,
             progress=poll,
         )
-        outcomes = [(a.data_source, a.problem, a.verdict.correct) for a in attempts]
-        return {
+        outcomes, metrics = [], defaultdict(list)
+        for each in attempts:
+            outcomes.append((each.data_source, each.problem, each.verdict.correct))
+            metrics[each.data_source].append(each.verdict.metrics)
+        scores = {
             f"eval/{source}/pass@{k}": value
             for source, result in score_by_source(outcomes).items()
             for k, value in result.pass_at.items()
         }
+        for source, found in metrics.items():
+            for name, mean in mean_metrics(found).items():
+                scores[f"eval/{source}/{name}/mean"] = mean
+        return scores
 
 
 def attempt(work: Callable[[], _T], *, name: str, within_s: float) -> tuple[_T | None, str]:

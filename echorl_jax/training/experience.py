@@ -10,6 +10,7 @@ from echorl_jax.core import judged_groups, mixed_groups, overlong_punishment
 from echorl_jax.data import Prompt, add_hint
 from echorl_jax.environment import Engine, sample_and_grade
 from echorl_jax.rewards import GraderPool, Verdict, grading_failed
+from echorl_jax.rewards.loading import DROPPED, MAX_METRICS
 from echorl_jax.training.logs import timed
 from echorl_jax.training.setup import Setup
 from echorl_jax.types import Array, Graded, HostArray, PyTree, Rollouts, pytree
@@ -33,6 +34,7 @@ class Groups:
     in_policy: HostArray  # bool [P, G], rows of the policy loss
     in_echo: HostArray  # bool [P, G], rows that may give clips
     reasons: HostArray  # str [P, G], of the verdicts
+    metrics: HostArray  # dict [P, G], further named numbers of the verdicts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,6 +230,7 @@ def with_verdicts(
         in_policy=grouped(judged),
         in_echo=grouped(judged),
         reasons=grouped(np.array([verdict.reason for verdict in verdicts], object)),
+        metrics=grouped(np.array([verdict.metrics for verdict in verdicts], object)),
     )
     return Experience(tuple(prompts), groups)
 
@@ -304,12 +307,17 @@ def deal(experience: Experience, parts: int) -> Experience:
 
 
 def _warn_of_failed_grading(experience: Experience, step: int, warn: Callable[[str], None]) -> None:
-    """Warns of a grader that fails on most responses, or judges none."""
+    """Warns of a grader that fails on most responses, judges none, or has unusable metrics."""
     reasons = experience.groups.reasons.reshape(-1)
     if not experience.groups.judged.any():
         warn(
             f"warning: step {step}: the grader returned None for all {len(reasons)} responses: "
             "they are not judged, and nothing is learnt from them"
+        )
+    if dropped := int(sum(each.get(DROPPED, 0) for each in experience.groups.metrics.flat)):
+        warn(
+            f"warning: step {step}: {dropped} metrics of the grader were dropped: at most "
+            f"{MAX_METRICS} finite numbers, under names of up to 40 ASCII letters, digits and _.-"
         )
     failed = [reason for reason in reasons if grading_failed(reason)]
     if 2 * len(failed) > len(reasons):

@@ -10,7 +10,7 @@ import numpy as np
 from echorl_jax.config import Config
 from echorl_jax.files import write_jsonl
 from echorl_jax.parallel import is_first
-from echorl_jax.rewards import grading_failed
+from echorl_jax.rewards import grading_failed, mean_metrics
 from echorl_jax.training.batch import Assembled
 from echorl_jax.training.experience import Experience
 from echorl_jax.training.setup import Setup
@@ -33,6 +33,7 @@ def step_metrics(
     """
     return {
         **reward_metrics(experience),
+        **verdict_metrics(experience),
         **completion_metrics(experience),
         **clip_metrics(made.clips),
         "echo/refused": float(made.refused.sum()),
@@ -61,6 +62,12 @@ def reward_metrics(experience: Experience) -> dict[str, float]:
         "group/collapsed_fraction": collapsed_fraction(groups.rewards, groups.judged),
         "group/in_policy_fraction": float(groups.in_policy.mean()),
     }
+
+
+def verdict_metrics(experience: Experience) -> dict[str, float]:
+    """``reward/<name>/mean`` of each metric of the grader, over the policy's rows that have it."""
+    own = experience.groups.metrics[experience.groups.on_policy]
+    return {f"reward/{name}/mean": mean for name, mean in mean_metrics(own).items()}
 
 
 def collapsed_fraction(rewards: HostArray, judged: HostArray) -> float:

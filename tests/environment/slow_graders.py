@@ -35,3 +35,9 @@ def nothing(response, row):
 def by_letter(data_source, solution_str, ground_truth, extra_info):
     """Right is the gold answer in a box, as it is spelled."""
     return float(solution_str == f"\\boxed{{{ground_truth}}}")
+
+
+def measuring(response, row):
+    """Right, with a metric by whether the target is odd, and one that is no number."""
+    words = 3 + row["reward_model"]["ground_truth"]["target"] % 2
+    return {"score": 1.0, "metrics": {"words": words, "mood": "cheerful"}}

@@ -162,6 +162,26 @@ def test_rows_that_are_not_judged_are_left_out_of_the_scores(
     assert run(command) == 0  # reads the lines again
 
 
+def test_metrics_of_the_grader_are_averaged(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--limit=3", "--samples=2", "--grader=tests.environment.slow_graders:measuring"]
+    command = [*COUNTDOWN[:3], *COUNTDOWN[5:], *options, f"--out={tmp_path}"]
+    assert run(command) == 0
+    found = [line["metrics"] for line in lines(tmp_path)]
+    score = json.loads((tmp_path / "scores.json").read_text())["scores"]["countdown"]
+    words = [metrics["words"] for metrics in found]
+    assert len(set(words)) > 1  # the even and the odd targets
+    assert score["metrics"] == {"dropped_metrics": 1.0, "words": pytest.approx(np.mean(words))}
+    assert "countdown: dropped_metrics 1.000, words" in capsys.readouterr().out
+    assert run(command) == 0  # reads the lines again
+    text = (tmp_path / "generations.jsonl").read_text()
+    assert '"words": ' in text
+    (tmp_path / "generations.jsonl").write_text(text.replace('"words": ', '"two words": ', 1))
+    with pytest.raises(UserError, match="line 1: not an attempt .*metrics = "):
+        run(command)
+
+
 def test_a_grader_that_judges_nothing_gives_no_score(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

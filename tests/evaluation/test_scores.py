@@ -38,7 +38,7 @@ def test_unjudged_attempts_are_not_counted() -> None:
 
 def test_columns_without_content_are_not_printed(capsys: pytest.CaptureFixture[str]) -> None:
     def outcome(source: str, problem: int, *, greedy: bool, correct: bool) -> Outcome:
-        return Outcome(source, problem, greedy, correct, "", tokens=10, truncated=False)
+        return Outcome(source, problem, greedy, correct, "", tokens=10, truncated=False, metrics={})
 
     greedy = [outcome("a", i, greedy=True, correct=i == 0) for i in range(2)]
     print_results(summarise(greedy), left_out=0, bad=0)

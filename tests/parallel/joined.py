@@ -32,6 +32,7 @@ from echorl_jax.parallel import (
     wait_for_all,
 )
 from echorl_jax.rewards import GraderPool, Verdict
+from echorl_jax.rewards.loading import MAX_METRICS
 from echorl_jax.training.evaluator import attempt
 
 
@@ -114,11 +115,13 @@ def verdicts() -> dict:
     """Six completions graded against three rows; all get all verdicts, some decode."""
     with GraderPool("countdown", workers=0) as grader:
         graded = grade(grader)
-    mine = [Verdict(None, None, "not judged"), Verdict(0.1, True, "")] * 2
+    # As much as a verdict may hold.
+    full = {f"{i}".rjust(40, "x"): -(0.1**300) / 3 for i in range(MAX_METRICS + 1)}
+    mine = [Verdict(None, None, "not judged", {"a": 0.1}), Verdict(0.1, True, "", full)] * 2
     exchanged = _from_all_processes(mine[own_share(4)], 4)
     return {
         "verdicts": [[v.score, v.correct, v.reason] for v in graded.verdicts],
-        "unjudged": [[v.score, v.correct, v.reason] for v in exchanged],
+        "unjudged": [[v.score, v.correct, v.reason, v.metrics] for v in exchanged],
         "decoded": [bool(text) for text in graded.responses],
     }
 

@@ -78,7 +78,9 @@ def test_each_grades_its_share_and_all_know_all(
     assert [correct for _, correct, _ in expected] == [True, False] * 3
     assert all(found["verdicts"]["verdicts"] == expected for found in pair)
     for found in (alone, *pair):
-        assert found["verdicts"]["unjudged"] == [[None, None, "not judged"], [0.1, True, ""]] * 2
+        metrics = {f"{i}".rjust(40, "x"): -(0.1**300) / 3 for i in range(17)}
+        expected = [[None, None, "not judged", {"a": 0.1}], [0.1, True, "", metrics]] * 2
+        assert found["verdicts"]["unjudged"] == expected
     assert [found["verdicts"]["decoded"] for found in pair] == [
         [True] * 3 + [False] * 3,
         [False] * 3 + [True] * 3,

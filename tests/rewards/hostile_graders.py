@@ -47,6 +47,9 @@ def obey(response, row):
             return None
         case "nan":
             return float("nan")
+        case "metrics":
+            names = [f"{i:02}".ljust(40, "x") for i in range(20)]
+            return Verdict(1.0, True, "measured", {name: -(0.1**300) / 3 for name in names})
         case "text":
             return "1.0"
         case "pid":

@@ -1,8 +1,10 @@
 """Graders by name and with other libraries' signatures."""
 
+import itertools
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from hostile_graders import obey
 
@@ -81,6 +83,46 @@ def test_a_grader_that_cannot_be_used_is_one_clear_line(name, message, tmp_path,
 )
 def test_results_become_verdicts(result, verdict):
     assert as_verdict(result) == verdict
+
+
+class Sized(dict):
+    """A mapping of a million entries that takes no memory."""
+
+    def __len__(self):
+        return 10**6
+
+    def items(self):
+        return ((f"metric_{i}", i) for i in itertools.count())
+
+
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({"steps": 3, "on_time": True}, {"steps": 3.0, "on_time": 1.0}),
+        ({"share": np.float32(0.5), "count": np.array(7)}, {"share": 0.5, "count": 7.0}),
+        ({}, {}),
+        ({"a": float("nan"), "b": float("-inf"), "c": 1}, {"c": 1.0, "dropped_metrics": 2.0}),
+        ({"a": "0.5", "b": None, "c": [1.0]}, {"dropped_metrics": 3.0}),
+        ({"a": 10**400, "b": np.ones(2)}, {"dropped_metrics": 2.0}),
+        ({1: 2.0, "": 2.0, "two words": 2.0, "a/b": 2.0, "x" * 41: 2.0}, {"dropped_metrics": 5.0}),
+        ("steps", {"dropped_metrics": 1.0}),
+        (None, {"dropped_metrics": 1.0}),
+        (Sized(), {**{f"metric_{i}": i for i in range(16)}, "dropped_metrics": 10**6 - 16}),
+    ],
+)
+def test_metrics_that_are_no_finite_numbers_are_dropped_and_counted(given, kept):
+    """The score and the verdict stay as they are."""
+    for result in (
+        Verdict(0.5, True, "fine", given),
+        {"score": 0.5, "acc": True, "metrics": given},
+    ):
+        verdict = as_verdict(result)
+        assert (verdict.score, verdict.correct, verdict.metrics) == (0.5, True, kept)
+        assert as_verdict(verdict) == verdict  # nothing is counted twice
+
+
+def test_an_unjudged_response_keeps_its_metrics():
+    assert as_verdict({"score": None, "metrics": {"words": 9}}).metrics == {"words": 9.0}
 
 
 @pytest.mark.parametrize("result", ["1.0", [1.0], {"acc": True}, float("inf")])

@@ -11,9 +11,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
+from hostile_graders import obey
 
 from echorl_jax.config import ConfigError
-from echorl_jax.rewards import GraderPool, PoolError
+from echorl_jax.rewards import GraderPool, PoolError, judge
 from echorl_jax.rewards import pool as pool_module
 
 
@@ -50,6 +51,13 @@ def test_a_bad_item_costs_only_itself(obedient, response, reason):
     verdicts = obedient.grade(["first", response, "\x00\ud800", "last"], [{}] * 4)
     assert [v.score for v in verdicts] == [0.5, 0.0, 0.5, 0.5]
     assert verdicts[1].reason.startswith(reason) and not verdicts[1].correct
+
+
+def test_metrics_come_through_the_process(obedient):
+    (verdict,) = obedient.grade(["metrics"], [{}])
+    assert verdict == judge(obey, "metrics", {}) and len(verdict.metrics) == 17
+    assert verdict.metrics["00".ljust(40, "x")] == -(0.1**300) / 3
+    assert verdict.metrics["dropped_metrics"] == 4
 
 
 def test_many_bad_items_in_a_row(obedient):

@@ -17,6 +17,7 @@ from echorl_jax.training.batch import learn_hints
 from echorl_jax.training.experience import (
     Experience,
     Groups,
+    _warn_of_failed_grading,
     choose_groups,
     deal,
     join_rounds,
@@ -57,6 +58,7 @@ def experience(correct: list[list[int | None]], *, width: int = 4) -> Experience
             in_echo=judged,
             judged=judged,
             reasons=rows.astype(str).astype(object),
+            metrics=np.full(rows.shape, {}, object),
         ),
         seconds={"rollout": 1.0},
     )
@@ -199,3 +201,14 @@ def test_success_is_the_graders_verdict_unless_a_score_is_asked_for() -> None:
     assert verdicts_as_graded(None) == [True, False, False]
     assert verdicts_as_graded(0.6) == [True, True, False]
     assert verdicts_as_graded(1.0) == [False, True, False]
+
+
+def test_metrics_that_were_dropped_are_told_in_one_line() -> None:
+    step = experience([[1, 0], [1, 1]])
+    metrics = np.full((2, 2), {}, object)
+    metrics[0, 1], metrics[1, 0] = {"dropped_metrics": 2.0, "steps": 1.0}, {"dropped_metrics": 1.0}
+    groups = dataclasses.replace(step.groups, metrics=metrics)
+    told: list[str] = []
+    _warn_of_failed_grading(step, 3, told.append)
+    _warn_of_failed_grading(dataclasses.replace(step, groups=groups), 4, told.append)
+    assert len(told) == 1 and told[0].startswith("warning: step 4: 3 metrics of the grader were")

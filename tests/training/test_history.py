@@ -40,6 +40,7 @@ def experience(
         in_policy=everything,
         in_echo=everything,
         reasons=nothing,
+        metrics=nothing,
     )
     return Experience(tuple(Prompt([1], {}, place) for place in index), groups)
 

@@ -114,6 +114,7 @@ def two_groups(
         "in_policy": kept,
         "in_echo": kept,
         "reasons": np.array([""] * 6, object),
+        "metrics": np.array([{"steps": float(row)} for row in range(5)] + [{}], object),
     }
     groups |= {name: np.reshape(value, (2, 3)) for name, value in per_row.items()}
     experience = Experience(
@@ -132,6 +133,8 @@ def test_an_experts_rows_are_not_the_policys_results():
     found = step_metrics(*two_groups(own, correct), hints=False, echo_coef=0.0)
     assert found["reward/mean"] == found["reward/correct"] == 0.5
     assert found["group/all_failure_fraction"] == found["group/all_success_fraction"] == 0.5
+    # Rows 0, 1, 3 and 4 are the policy's.
+    assert found["reward/steps/mean"] == 2.0
     assert found["completion/length_mean"] == 3 and found["completion/truncated_fraction"] == 0.5
     assert found["entropy/token_mean"] == 0.5
 

@@ -83,6 +83,10 @@ SECTIONS: dict[str, Sequence[Curve]] = {
             "Held-out success", "eval/*/pass@1", "On problems kept out of training.", "share", False
         ),
         Curve("Reward", "reward/mean", "Mean reward of the rollouts sampled in a step."),
+        Curve(
+            "Held-out metrics", "eval/*/mean", "The grader's, means over attempts.", smooth=False
+        ),
+        Curve("Metrics in training", "reward/*/mean", "The grader's; no reward sees them."),
         Curve("Supervised loss", "loss/nll", "On demonstrations or hints, in nats."),
         Curve(
             "Success in training", "reward/correct", "Share of right rollouts in a step.", "share"
@@ -328,8 +332,12 @@ def _short(key: str) -> str:
 
     >>> _short("eval/aime/pass@1"), _short("rollout/tokens_per_second"), _short("time/grade_s")
     ('aime', 'rollout', 'grade')
+    >>> _short("eval/aime/steps/mean"), _short("reward/steps/mean")
+    ('aime/steps', 'steps')
     """
     first, last = key.split("/")[0], key.split("/")[-1]
     if first == "eval":
         return key.removeprefix("eval/").rsplit("/", 1)[0]
+    if last == "mean":
+        return key.split("/")[1]
     return first if last == "tokens_per_second" else last.removesuffix("_s")
