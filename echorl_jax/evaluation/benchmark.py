@@ -38,7 +38,7 @@ from echorl_jax.evaluation.presets import Pass, passes, preset
 from echorl_jax.evaluation.progress import EvaluationProgress
 from echorl_jax.evaluation.table import SourceResult, print_results, summarise
 from echorl_jax.files import cut_torn_line, replace_json, sole_writer
-from echorl_jax.models import load_model
+from echorl_jax.models import load_model, require_text
 from echorl_jax.parallel import is_first, make_mesh, on_first, require_same, texts_from_shares
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rewards.loading import grading_failed
@@ -240,6 +240,7 @@ def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: i
     """Appends the attempts that are missing, each as soon as it is graded."""
     devices = jax.devices()[: options.devices or None]
     mesh = make_mesh(tensor=options.tensor, devices=devices) if len(devices) > 1 else None
+    require_text(path)
     model, params = load_model(
         path,
         dtype=options.dtype,

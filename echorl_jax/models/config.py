@@ -34,13 +34,75 @@ class RopeConfig:
     mscale_all_dim: float | None = None
     attention_factor: float | None = None
     truncate: bool = True
+    # Pairs of a head that turn with each of three axes of positions (time, height, width); empty
+    # for plain positions. Source: Qwen2-VL, arXiv 2409.12191.
+    sections: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Architecture of Qwen2.5-VL's vision tower, and the token ids that stand for images.
+
+    A patch is ``patch_size`` pixels square; ``merge`` x ``merge`` patches make one token of the
+    decoder; attention sees ``window`` pixels square, in ``full_layers`` the whole image. Source:
+    Qwen2.5-VL, arXiv 2502.13923.
+    """
+
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    full_layers: tuple[int, ...]
+    image_id: int
+    video_id: int
+    start_id: int
+    end_id: int
+    patch_size: int = 14
+    # A still image is repeated as so many frames.
+    frames: int = 2
+    channels: int = 3
+    merge: int = 2
+    window: int = 112
+    norm_eps: float = 1e-6
+    mlp_bias: bool = True
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.hidden_size % (4 * self.num_heads):
+            raise ModelError(
+                f"vision_config: hidden_size={self.hidden_size} is not a multiple of 4 * "
+                f"num_heads={self.num_heads}; rotary embedding needs pairs for height and width"
+            )
+        if self.window // self.patch_size < self.merge:
+            raise ModelError(f"vision_config: window_size={self.window} holds no merged patch")
+        if any(layer >= self.num_layers for layer in self.full_layers):
+            raise ModelError(f"vision_config: fullatt_block_indexes={list(self.full_layers)}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden_size // self.num_heads
+
+    @property
+    def patch_values(self) -> int:
+        """Numbers that describe a patch."""
+        return self.channels * self.frames * self.patch_size**2
+
+    @property
+    def window_tokens(self) -> int:
+        """Merged patches along a side of a window."""
+        return self.window // self.merge // self.patch_size
+
+    @property
+    def window_patches(self) -> int:
+        """Patches of a window."""
+        return (self.window_tokens * self.merge) ** 2
 
 
 @dataclasses.dataclass(frozen=True)
 class DecoderConfig:
-    """Architecture of a Llama, Qwen2 or Qwen3 decoder; static and hashable."""
+    """Architecture of a Llama, Qwen2, Qwen3 or Qwen2.5-VL decoder; static and hashable."""
 
-    model_type: Literal["llama", "qwen2", "qwen3"]
+    model_type: Literal["llama", "qwen2", "qwen3", "qwen2_5_vl"]
     vocab_size: int
     hidden_size: int
     intermediate_size: int
@@ -65,6 +127,7 @@ class DecoderConfig:
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
+    vision: VisionConfig | None = None
 
     @property
     def positions(self) -> int:
@@ -98,6 +161,11 @@ class DecoderConfig:
             raise ModelError(f"head_dim={self.head_dim} is odd or 0; rotary embedding needs pairs")
         if self.head_dim == 2 and self.rope.kind == "dynamic":
             raise ModelError("rope type 'dynamic' needs a head_dim above 2")
+        if self.rope.sections and sum(self.rope.sections) != self.head_dim // 2:
+            raise ModelError(
+                f"mrope_section={list(self.rope.sections)} does not add up to half of "
+                f"head_dim={self.head_dim}"
+            )
         if not self.windows:
             object.__setattr__(self, "windows", (None,) * self.num_layers)
         if len(self.windows) != self.num_layers:

@@ -13,10 +13,12 @@ from echorl_jax.models.attention import attend
 from echorl_jax.models.config import DecoderConfig, Lora, ModelError
 from echorl_jax.models.modules import Trunk, linear_maker
 from echorl_jax.models.rope import Rotary, rotary
+from echorl_jax.models.vision import Patches, Tower, encode
 from echorl_jax.parallel import constrain
 from echorl_jax.precision import precision_of
 from echorl_jax.types import Array, PyTree
 
+_TOWER = ("patch", "layers", "merger")
 _REMAT_POLICIES = {
     "layer": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -61,6 +63,8 @@ class Decoder:
         lengths: Array | None = None,
         segment_ids: Array | None = None,
         positions: Array | None = None,
+        features: Array | None = None,
+        feature_index: Array | None = None,
     ) -> Array:
         """Final-normed hidden states.
 
@@ -71,7 +75,10 @@ class Decoder:
             to.
           segment_ids: i32 ``[B, T]``, for several sequences packed into one row.
           positions: i32 ``[B, T]``, from 0 along the row unless given (packed rows start again with
-            each segment).
+            each segment); ``[B, T, 3]`` with images.
+          features: ``[F, D]`` of :meth:`encode_images`.
+          feature_index: i32 ``[B, T]``, the feature that stands in a token's place, -1 for the
+            token's own embedding.
 
         Returns:
           ``[B, T, D]`` in the compute dtype; finite but meaningless at padding positions.
@@ -96,6 +103,8 @@ class Decoder:
             body = jax.checkpoint(body, policy=_REMAT_POLICIES[self.remat], prevent_cse=False)
         kinds = jnp.array([windows.index(window) for window in self.config.windows], jnp.int32)
         x = self._look_up(params, tokens)
+        if features is not None and feature_index is not None:
+            x = placed(x, features, feature_index)
         x, _ = jax.lax.scan(body, x, (self.layers(params), kinds))
         return self.final_norm(params, x)
 
@@ -118,6 +127,16 @@ class Decoder:
         """i32 ``[..., T]`` to ``[..., T, D]``."""
         x = self._part("embed", params["embed"])(tokens, jnp.dtype(self.dtype))
         return constrain(x, "batch", "length", "feature") if x.ndim == 3 else x
+
+    def encode_images(self, params: PyTree, patches: Patches) -> Array:
+        """Features ``[F, D]`` of the images' merged patches, in the order of the patches."""
+        config = self.config.vision
+        assert config is not None
+        graphs = _graphs(*self._structure)
+        modules = {name: graphs[f"vision/{name}"] for name in _TOWER}
+        remat = self.remat != "none"
+        out = encode(config, modules, params["vision"], patches, dtype=self.dtype, remat=remat)
+        return out.reshape(-1, out.shape[-1])
 
     def _look_up(self, params: PyTree, tokens: Array) -> Array:
         """:meth:`embed` for a table that is split along its features.
@@ -208,9 +227,22 @@ def _row_positions(shape: tuple[int, ...], lengths: Array | None) -> Array:
     return jnp.minimum(row, last[:, None])
 
 
+def placed(x: Array, features: Array, index: Array) -> Array:
+    """Embeddings ``[B, T, D]`` with the features ``[F, D]`` that ``index`` (-1: none) names."""
+    chosen = jnp.take(features, jnp.maximum(index, 0), axis=0).astype(x.dtype)
+    return jnp.where(index[..., None] >= 0, chosen, x)
+
+
 @functools.cache
 def _trunk(config: DecoderConfig, lora: Lora | None, int8: bool) -> Trunk:
-    return nnx.eval_shape(lambda: Trunk(config, linear_maker(lora, int8=int8)))
+    def make() -> Trunk:
+        trunk = Trunk(config, linear_maker(lora, int8=int8))
+        if config.vision is not None:
+            plain = linear_maker(None, int8=False)
+            trunk.vision = Tower(config.vision, config.hidden_size, plain)
+        return trunk
+
+    return nnx.eval_shape(make)
 
 
 @functools.cache
@@ -218,16 +250,23 @@ def _graphs(config: DecoderConfig, lora: Lora | None, int8: bool) -> dict[str, A
     """The static half of each part of the model."""
     trunk = _trunk(config, lora, int8)
     parts = {"embed": trunk.embed, "layers": trunk.layers, "final_norm": trunk.final_norm}
+    if config.vision is not None:
+        parts |= {f"vision/{name}": getattr(trunk.vision, name) for name in _TOWER}
     return {name: nnx.split(part)[0] for name, part in parts.items()}
 
 
 @functools.cache
 def _shapes(config: DecoderConfig, lora: Lora | None, int8: bool) -> PyTree:
     shapes = nnx.to_pure_dict(nnx.state(_trunk(config, lora, int8)))
-    shapes["layers"] = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct((config.num_layers, *leaf.shape), leaf.dtype),
-        shapes["layers"],
-    )
+
+    def stack(node: PyTree, count: int) -> None:
+        node["layers"] = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype), node["layers"]
+        )
+
+    stack(shapes, config.num_layers)
+    if config.vision is not None:
+        stack(shapes["vision"], config.vision.num_layers)
     return shapes
 
 
@@ -240,5 +279,5 @@ def _axes(config: DecoderConfig, lora: Lora | None, int8: bool) -> PyTree:
         for key in path[:-1]:
             node = node.setdefault(key, {})
         names = variable.get_metadata()["axes"]
-        node[path[-1]] = ("layers", *names) if path[0] == "layers" else names
+        node[path[-1]] = ("layers", *names) if "layers" in path else names
     return axes

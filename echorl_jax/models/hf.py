@@ -21,7 +21,7 @@ from echorl_jax.files import replace_json
 from echorl_jax.models.config import ModelError
 from echorl_jax.models.decoder import Decoder
 from echorl_jax.models.hf_config import read_config, to_hf
-from echorl_jax.models.hf_names import TensorName, tensor_names
+from echorl_jax.models.hf_names import TensorName, published_names, tensor_names
 from echorl_jax.models.initialise import param_shardings, quantised
 from echorl_jax.models.lora import plain_kernel
 from echorl_jax.models.peft import load_adapter
@@ -56,6 +56,19 @@ def load_decoder(
     config = read_config(_directory(path))
     types = jnp.dtype(dtype).name, jnp.dtype(param_dtype).name
     return Decoder(config, *types, remat, attention)
+
+
+def require_text(path: str | Path) -> None:
+    """Refuses a model with a vision tower, where images have no way to it yet.
+
+    Raises:
+      ModelError: names the directory.
+    """
+    if read_config(_directory(path)).vision is not None:
+        raise ModelError(
+            f"{path} has a vision tower; training and sampling with images are not supported yet, "
+            "only load_model, encode_images and save_model are"
+        )
 
 
 def load_model(
@@ -94,7 +107,7 @@ def load_model(
     model = load_decoder(
         directory, dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention
     )
-    stored = stored_tensors(directory)
+    stored = published_names(stored_tensors(directory))
     names = list(tensor_names(model))
     _check(directory, names, stored, tied=model.config.tied_embeddings)
     first = SingleDeviceSharding(jax.local_devices()[0])

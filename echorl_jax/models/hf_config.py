@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from echorl_jax.models.config import DecoderConfig, ModelError, RopeConfig
+from echorl_jax.models.config import DecoderConfig, ModelError, RopeConfig, VisionConfig
 from echorl_jax.models.tensor_files import read_json
 
 _ARCHITECTURES = {name.lower(): f"{name}ForCausalLM" for name in ("Llama", "Qwen2", "Qwen3")}
+_VL = "qwen2_5_vl"
+_ARCHITECTURES[_VL] = "Qwen2_5_VLForConditionalGeneration"
 _KINDS = {int: "an integer", float: "a number", bool: "true or false"}
 # Token ids and positions are int32 on the device.
 _INT32 = 2**31 - 1
@@ -89,7 +91,45 @@ _FAMILY_FIELDS: Mapping[str, Mapping[str, _Field]] = {
     },
     "qwen2": _FIELDS | _WINDOW_FIELDS,
     "qwen3": _FIELDS | _WINDOW_FIELDS | {"attention_bias": _FLAG},
+    _VL: _FIELDS
+    | _WINDOW_FIELDS
+    | {
+        "rms_norm_eps": _Field(float, 1e-12, 1, default=1e-5),
+        "max_window_layers": _Field(int, 0, _INT32, default=80),
+    },
 }
+# Fields of VisionConfig, with their names in ``vision_config`` where these differ.
+_VISION_FIELDS: Mapping[str, _Field] = {
+    "depth": _Field(int, 1, 4096, default=32),
+    "hidden_size": _Field(int, 1, 2**24, default=3584),
+    "intermediate_size": _Field(int, 1, 2**24, default=3420),
+    "num_heads": _Field(int, 1, 2**16, default=16),
+    "patch_size": _Field(int, 1, 2**12, default=14),
+    "temporal_patch_size": _Field(int, 1, 64, default=2),
+    "in_channels": _Field(int, 1, 64, default=3),
+    "spatial_merge_size": _Field(int, 1, 64, default=2),
+    "window_size": _Field(int, 1, 2**16, default=112),
+    "initializer_range": _Field(float, default=0.02),
+}
+_VISION_NAMES = {
+    "depth": "num_layers",
+    "temporal_patch_size": "frames",
+    "in_channels": "channels",
+    "spatial_merge_size": "merge",
+    "window_size": "window",
+}
+# Token ids that stand for images, by their names in VisionConfig.
+_IMAGE_IDS = {
+    "image_id": ("image_token_id", 151655),
+    "video_id": ("video_token_id", 151656),
+    "start_id": ("vision_start_token_id", 151652),
+    "end_id": ("vision_end_token_id", 151653),
+}
+# Old spellings, and settings of videos and of the image processor.
+_VISION_INERT = frozenset(
+    """model_type hidden_act out_hidden_size fullatt_block_indexes tokens_per_second in_chans
+    spatial_patch_size rope_parameters dtype torch_dtype transformers_version""".split()
+)
 # Fields that other functions of this module read.
 _USED = frozenset(
     """model_type architectures rope_theta rope_scaling rope_parameters torch_dtype dtype
@@ -189,9 +229,53 @@ def from_hf(raw: Mapping[str, Any], file: str = "config.json") -> DecoderConfig:
         another type or out of bounds.
     """
     try:
-        return _decoder_config(raw)
+        return _decoder_config(_flat(raw))
     except ModelError as error:
         raise ModelError(f"{file}: {error}") from None
+
+
+def _flat(raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Newer files of Qwen2.5-VL hold the decoder's fields in ``text_config``; the outer ones win
+    where both name a token id or a type.
+    """
+    text = raw.get("text_config")
+    if raw.get("model_type") != _VL or not text:
+        return raw
+    if not isinstance(text, dict):
+        raise ModelError(f"text_config must be an object, not {text!r:.80}")
+    outer = {name: value for name, value in raw.items() if name != "text_config"}
+    return {**text, **{name: value for name, value in outer.items() if value is not None}}
+
+
+def _vision(raw: Mapping[str, Any], hidden_size: int) -> VisionConfig:
+    block = raw.get("vision_config")
+    if not isinstance(block, dict):
+        raise ModelError(f"vision_config must be an object, not {block!r:.80}")
+    unknown = {
+        name: value
+        for name, value in block.items()
+        if name not in _VISION_FIELDS.keys() | _VISION_INERT | _INERT
+        and not name.startswith(_INERT_PREFIXES)
+        and value not in (None, False)
+    }
+    if unknown:
+        raise ModelError(f"unsupported field(s) of vision_config: {unknown!r:.200}")
+    if block.get("hidden_act", "silu") not in _REQUIRED["hidden_act"]:
+        raise ModelError(f"vision_config: hidden_act={block['hidden_act']!r:.80}; only 'silu'")
+    if (width := block.get("out_hidden_size", 3584)) != hidden_size:
+        raise ModelError(f"vision_config: out_hidden_size={width!r:.80}, hidden_size={hidden_size}")
+    full = block.get("fullatt_block_indexes", [7, 15, 23, 31])
+    if not isinstance(full, list) or not all(type(n) is int and n >= 0 for n in full):
+        raise ModelError(f"vision_config: fullatt_block_indexes={full!r:.80}: must be layers")
+    read = {
+        _VISION_NAMES.get(name, name): field.read(block, name, "vision_config: ")
+        for name, field in _VISION_FIELDS.items()
+    }
+    ids = {
+        name: _Field(int, 0, _INT32, default=usual).read(raw, stored)
+        for name, (stored, usual) in _IMAGE_IDS.items()
+    }
+    return VisionConfig(**read, **ids, full_layers=tuple(full))
 
 
 def _decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
@@ -206,7 +290,7 @@ def _decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     return DecoderConfig(
         model_type=family,  # pyright: ignore[reportArgumentType]
         **same,
-        qkv_bias=family == "qwen2" or attention_bias,
+        qkv_bias=family in ("qwen2", _VL) or attention_bias,
         output_bias=attention_bias,
         mlp_bias=read.get("mlp_bias", False),
         qk_norm=family == "qwen3",
@@ -216,6 +300,7 @@ def _decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
         bos_id=_optional_id(raw, "bos_token_id"),
         eos_ids=_ids(raw, "eos_token_id"),
         pad_id=_optional_id(raw, "pad_token_id"),
+        vision=_vision(raw, hidden) if family == _VL else None,
     )
 
 
@@ -244,7 +329,22 @@ def to_hf(config: DecoderConfig) -> dict[str, Any]:
     }
     if config.model_type == "qwen3":
         raw["attention_bias"] = config.qkv_bias
+    if config.vision is not None:
+        raw |= _vision_to_hf(config.vision, config.hidden_size)
     return raw
+
+
+def _vision_to_hf(vision: VisionConfig, width: int) -> dict[str, Any]:
+    values = vars(vision)
+    block = {name: values[_VISION_NAMES.get(name, name)] for name in _VISION_FIELDS}
+    block |= {
+        "model_type": _VL,
+        "hidden_act": "silu",
+        "out_hidden_size": width,
+        "fullatt_block_indexes": list(vision.full_layers),
+    }
+    ids = {stored: values[name] for name, (stored, _) in _IMAGE_IDS.items()}
+    return {"vision_config": block, **ids}
 
 
 def _family(raw: Mapping[str, Any]) -> str:
@@ -268,6 +368,8 @@ def _refuse_unsupported(raw: Mapping[str, Any], family: str) -> None:
         if name in raw and raw[name] not in allowed:
             raise ModelError(f"{name}={raw[name]!r:.80} is not supported; only {allowed[0]!r}")
     known = _FAMILY_FIELDS[family].keys() | _USED | _INERT | _REQUIRED.keys()
+    if family == _VL:
+        known |= {"vision_config", "vision_token_id", *(name for name, _ in _IMAGE_IDS.values())}
     unknown = {
         name: value
         for name, value in sorted(raw.items())
@@ -313,7 +415,9 @@ def _rope(raw: Mapping[str, Any], positions: int) -> RopeConfig:
     if len(scaled) == 2 and scaled[0] != scaled[1]:
         both = f"{scaled[0]} and {scaled[1]}"
         raise ModelError(f"rope_parameters and rope_scaling disagree: {both}; keep one")
-    return RopeConfig(theta=_rope_theta(raw, list(blocks)), **(scaled[0] if scaled else {}))
+    sections = _sections(raw) if raw["model_type"] == _VL else ()
+    theta = _rope_theta(raw, list(blocks))
+    return RopeConfig(theta=theta, sections=sections, **(scaled[0] if scaled else {}))
 
 
 def _rope_block(raw: Mapping[str, Any], name: str, positions: int) -> dict[str, Any]:
@@ -323,6 +427,9 @@ def _rope_block(raw: Mapping[str, Any], name: str, positions: int) -> dict[str, 
     given = {key: value for key, value in raw[name].items() if value is not None}
     given.pop("rope_theta", None)
     kinds = [given.pop(key) for key in ("rope_type", "type") if key in given] or ["default"]
+    if raw["model_type"] == _VL:
+        given.pop("mrope_section", None)
+        kinds = ["default" if kind == "mrope" else kind for kind in kinds]
     kind = kinds[0]
     if not isinstance(kind, str) or kind not in _ROPE_FIELDS:
         raise ModelError(
@@ -346,6 +453,16 @@ def _rope_block(raw: Mapping[str, Any], name: str, positions: int) -> dict[str, 
         if low in fields and read[low] >= read[high]:
             raise ModelError(f"{name}: {low} must be below {high}")
     return {"kind": kind, **read}
+
+
+def _sections(raw: Mapping[str, Any]) -> tuple[int, ...]:
+    """Pairs of a head that turn with time, height and width."""
+    blocks = [raw.get("rope_parameters"), raw.get("rope_scaling")]
+    given: Any = next((b["mrope_section"] for b in blocks if b and "mrope_section" in b), None)
+    numbers = isinstance(given, list) and all(type(n) is int and n > 0 for n in given)
+    if not numbers or len(given) != 3:
+        raise ModelError(f"mrope_section must be three numbers above 0, not {given!r:.80}")
+    return tuple(given)
 
 
 def _rope_theta(raw: Mapping[str, Any], blocks: list[str]) -> float:
@@ -372,9 +489,13 @@ def _rope_to_hf(rope: RopeConfig) -> dict[str, Any]:
     given = {name: value for name, value in vars(rope).items() if value is not None}
     scaling = {name: given[name] for name in _ROPE_FIELDS[rope.kind] if name in given}
     scaling = {"rope_type": rope.kind, **scaling} if rope.kind != "default" else {}
+    old = scaling
+    if rope.sections:
+        scaling = {"mrope_section": list(rope.sections), **scaling}
+        old = {"type": "mrope"} | scaling
     return {
         "rope_theta": rope.theta,
-        "rope_scaling": scaling or None,
+        "rope_scaling": old or None,
         "rope_parameters": {"rope_type": rope.kind, "rope_theta": rope.theta, **scaling},
     }
 

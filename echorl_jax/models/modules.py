@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from echorl_jax.models.config import DecoderConfig, Lora
+from echorl_jax.models.config import DecoderConfig, Lora, VisionConfig
 from echorl_jax.models.rope import Rotary, rotate
 from echorl_jax.parallel import constrain
 from echorl_jax.precision import precision_of
@@ -48,7 +48,9 @@ class RMSNorm(nnx.Module):
 class Adapter(nnx.Module):
     """The low-rank term of a linear, ``scale (x a) b``; a and b are f32."""
 
-    def __init__(self, shape: tuple[int, ...], axes: tuple[str, ...], *, inputs: int, rank: int):
+    def __init__(
+        self, shape: tuple[int, ...], axes: tuple[str | None, ...], *, inputs: int, rank: int
+    ):
         self.a = nnx.Param(jnp.zeros((*shape[:inputs], rank)), axes=(*axes[:inputs], "rank"))
         self.b = nnx.Param(jnp.zeros((rank, *shape[inputs:])), axes=("rank", *axes[inputs:]))
         # One number a layer, f32 and whole on every device as norms are.
@@ -69,7 +71,7 @@ class Linear(nnx.Module):
     def __init__(
         self,
         shape: tuple[int, ...],
-        axes: tuple[str, ...],
+        axes: tuple[str | None, ...],
         *,
         bias: bool,
         inputs: int = 1,
@@ -117,7 +119,9 @@ MakeLinear = Callable[..., Linear]
 def linear_maker(lora: Lora | None, *, int8: bool) -> MakeLinear:
     """The constructor of a layer's linears, ``(name, shape, axes, *, bias, inputs)``."""
 
-    def make(name: str, shape: tuple[int, ...], axes: tuple[str, ...], **options: Any) -> Linear:
+    def make(
+        name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], **options: Any
+    ) -> Linear:
         rank = lora.rank(name) if lora else 0
         return Linear(shape, axes, rank=rank, int8=int8, **options)
 
@@ -160,7 +164,7 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """``down(silu(gate x) * up x)``."""
 
-    def __init__(self, config: DecoderConfig, linear: MakeLinear):
+    def __init__(self, config: DecoderConfig | VisionConfig, linear: MakeLinear):
         c = config
         inward = (c.hidden_size, c.intermediate_size), ("embed", "mlp")
         outward = (c.intermediate_size, c.hidden_size), ("mlp", "embed")
@@ -193,6 +197,9 @@ class Layer(nnx.Module):
 
 class Trunk(nnx.Module):
     """The whole model with one layer in place of all; the weights of layers are ``[L, ...]``."""
+
+    # The vision tower, of models that have one.
+    vision: Any
 
     def __init__(self, config: DecoderConfig, linear: MakeLinear):
         self.embed = Embedding(config)

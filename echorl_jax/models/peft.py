@@ -132,7 +132,9 @@ def _pattern(raw: Mapping[str, Any], patterns: str, default: str, module: str) -
 
 
 def _kernels(model: Decoder) -> Iterator[TensorName]:
-    return (n for n in tensor_names(model) if n.stacked and n.path[-1] == "kernel")
+    """Those of the decoder's layers; adapters of the vision tower are not supported."""
+    names = tensor_names(model)
+    return (n for n in names if n.path[0] == "layers" and n.path[-1] == "kernel")
 
 
 def _pairs(directory: Path, model: Decoder) -> dict[str, tuple[StoredTensor, StoredTensor]]:

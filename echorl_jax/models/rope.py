@@ -20,13 +20,20 @@ class Rotary(NamedTuple):
 def rotary(config: DecoderConfig, positions: Array) -> Rotary:
     """The tables for ``positions`` i32 ``[B, T]``; compute them once for all layers.
 
+    Tokens of images have three positions, ``[B, T, 3]``: time, height and width. Each turns its
+    section of the pairs; where the three are equal, they are one position.
+
     ``angle = position * theta ** (-2 i / head_dim)`` before scaling. Sources: RoFormer, arXiv
     2104.09864; dynamic NTK and YaRN, arXiv 2309.00071; Llama 3, arXiv 2407.21783. With dynamic NTK
     the base grows with the row's last position beyond ``max_position_embeddings``, so the keys of a
     prefix change when its row grows; with all other scalings they do not.
     """
-    frequencies = _frequencies(config, positions)
-    angles = positions[..., None].astype(jnp.float32) * frequencies  # [B, T, head_dim / 2]
+    if positions.ndim == 3:
+        axes = np.repeat(np.arange(3), config.rope.sections)
+        of_pairs = positions[..., axes]  # [B, T, head_dim / 2]
+    else:
+        of_pairs = positions[..., None]
+    angles = of_pairs.astype(jnp.float32) * _frequencies(config, positions)
     scale = _attention_factor(config.rope)
     return Rotary(jnp.cos(angles) * scale, jnp.sin(angles) * scale)
 

@@ -24,6 +24,7 @@ from echorl_jax.models import (
     load_decoder,
     load_model,
     read_adapter,
+    require_text,
     with_adapters,
 )
 from echorl_jax.parallel import Platform, make_mesh, platform_of
@@ -177,6 +178,7 @@ def load_policy(config: Config, mesh: Mesh | None) -> tuple[Decoder, PyTree]:
     """
     path, options = model_path(config.model.path), model_options(config)
     key, settings = jax.random.key(config.seed), config.lora
+    require_text(path)
     if config.model.init == "pretrained":
         model, params = load_model(path, mesh=mesh, **options)
     else:
