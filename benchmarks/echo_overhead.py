@@ -8,6 +8,8 @@ that of advantages spread over tokens (``[N, T]``) against one number a rollout,
 
     python benchmarks/echo_overhead.py --prompts=32 --group=8 --repeats=30
 
+On CPU, times are processor time, so that what else runs there does not count.
+
 Rows without an advantage take part in the update only for their clips, so the echo's cost depends
 on how many groups are degenerate; both counts of rows are printed. With --every_row (an entropy
 bonus, as in the authors' recipe) every row is computed in either case.
@@ -67,7 +69,7 @@ def update_seconds(
     batches = [part.batch for part in parts]
     state, _, used = update(setup, state, batches, key, step=1, echo_coef=coef)
     jax.block_until_ready(state)
-    return state, clock() - start, int(used.sum())
+    return state, clock() - start, int((used > 0).sum())
 
 
 def spread(step: StepData, objective: Objective) -> Array:
