@@ -1,0 +1,162 @@
+"""Pictures of prompts: the columns of public data sets, and the image processor of the model.
+
+A row's ``images`` column holds bytes, a path, ``{"bytes": ..., "path": ...}`` (verl, EasyR1, files
+of Hugging Face) or a Pillow image (an opened data set of Hugging Face). The text says where they
+stand with ``<image>``; without a mark they stand before the first question, as in TRL.
+"""
+
+import dataclasses
+import functools
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from echorl_jax.data.rows import BadRow
+from echorl_jax.errors import UserError, one_line
+from echorl_jax.types import HostArray
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+MARK = "<image>"
+# A picture whose sides differ more is refused by the image processor.
+MOST_ASPECT = 200
+# Pillow decodes lazily, and a small file may claim any size.
+MOST_PIXELS = 2**26
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """Makes patches of pictures as Qwen2.5-VL's image processor does, by transformers' own code.
+
+    Args:
+      min_pixels, max_pixels: a picture is scaled into this range, its sides to whole merged
+        patches. They decide how many tokens a picture has, so they belong to a run's record.
+      patch_size, frames, merge: of the vision tower, see ``models.VisionConfig``.
+    """
+
+    min_pixels: int
+    max_pixels: int
+    patch_size: int = 14
+    frames: int = 2
+    merge: int = 2
+
+    def grid(self, picture: "Picture") -> tuple[int, int]:
+        """Patches along height and width; reads the size alone."""
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+        height, width = smart_resize(
+            picture.height,
+            picture.width,
+            factor=self.patch_size * self.merge,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+        )
+        return height // self.patch_size, width // self.patch_size
+
+    def tokens(self, picture: "Picture") -> int:
+        """Tokens that the picture takes in a prompt."""
+        height, width = self.grid(picture)
+        return height * width // self.merge**2
+
+    def __call__(self, picture: "Picture") -> tuple[HostArray, tuple[int, int]]:
+        """Patches f32 ``[patches, values]`` of the scaled and normalised picture, and its grid."""
+        made = self._library(picture, return_tensors="np")
+        _, height, width = np.asarray(made["image_grid_thw"])[0].tolist()
+        return np.asarray(made["pixel_values"], np.float32), (height, width)
+
+    @functools.cached_property
+    def _library(self) -> Any:
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
+            Qwen2VLImageProcessorPil,
+        )
+
+        return Qwen2VLImageProcessorPil(
+            size={"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels},
+            patch_size=self.patch_size,
+            temporal_patch_size=self.frames,
+            merge_size=self.merge,
+        )
+
+
+def pictures_of(row: Mapping[str, Any], folder: str | Path = ".") -> list["Picture"]:
+    """The row's pictures, opened but not decoded; paths are relative to ``folder``.
+
+    Raises:
+      BadRow: no picture can be read from an entry; says which and why.
+      UserError: Pillow is not installed.
+    """
+    given = row.get("images")
+    if given is None:
+        return []
+    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Sequence):
+        given = [given]
+    return [_opened(entry, number, Path(folder)) for number, entry in enumerate(given, start=1)]
+
+
+def _opened(entry: Any, number: int, folder: Path) -> "Picture":
+    try:
+        import PIL.Image
+    except ImportError:
+        raise UserError("pictures need Pillow: pip install 'echorl-jax[vision]'") from None
+    if isinstance(entry, Mapping):
+        entry = entry.get("bytes") or entry.get("path")
+    try:
+        data = (folder / entry).read_bytes() if isinstance(entry, str) else entry
+        picture = PIL.Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+        height, width = picture.height, picture.width
+    # Pillow's readers raise many kinds for damaged files.
+    except Exception as error:
+        raise BadRow("images", f"picture {number} cannot be read: {one_line(error)}") from None
+    if width * height > MOST_PIXELS or max(height, width) > MOST_ASPECT * min(height, width):
+        raise BadRow("images", f"picture {number} has {width} x {height} pixels")
+    return picture
+
+
+def content_parts(messages: Sequence[Mapping[str, Any]], pictures: int) -> list[dict[str, Any]]:
+    """The messages with their text split at each mark, as chat templates take pictures.
+
+    Raises:
+      BadRow: other numbers of marks and pictures.
+
+    >>> content_parts([{"role": "user", "content": "<image>How many?"}], 1)[0]["content"]
+    [{'type': 'image'}, {'type': 'text', 'text': 'How many?'}]
+    """
+    marks = sum(message["content"].count(MARK) for message in messages)
+    if marks not in (0, pictures):
+        raise BadRow("images", f"{pictures} pictures, but {MARK} stands {marks} times in the text")
+    before = pictures - marks
+    split = []
+    for message in messages:
+        parts: list[dict[str, Any]] = []
+        if before and message["role"] == "user":
+            parts, before = [{"type": "image"}] * before, 0
+        for number, text in enumerate(message["content"].split(MARK)):
+            parts += [{"type": "image"}] * (number > 0)
+            parts += [{"type": "text", "text": text}] if text else []
+        split.append({"role": message["role"], "content": parts})
+    if before:
+        raise BadRow("images", "pictures, but no message of the user to put them before")
+    return split
+
+
+def widened(ids: Sequence[int], image_id: int, tokens: Sequence[int]) -> list[int]:
+    """Token ids with one image token for each feature, in place of one for each picture.
+
+    Raises:
+      BadRow: the text holds other numbers of image tokens, say because it spells one itself.
+
+    >>> widened([5, 9, 6, 9], 9, [2, 3])
+    [5, 9, 9, 6, 9, 9, 9]
+    """
+    places = sum(token == image_id for token in ids)
+    if places != len(tokens):
+        raise BadRow("images", f"{len(tokens)} pictures, but the prompt has {places} image tokens")
+    counts = iter(tokens)
+    wide: list[int] = []
+    for token in ids:
+        wide += [token] * (next(counts) if token == image_id else 1)
+    return wide
