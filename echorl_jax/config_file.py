@@ -15,6 +15,7 @@ import ml_collections
 
 from echorl_jax.config import LARGEST, Config, ConfigError, validate
 from echorl_jax.errors import nearest
+from echorl_jax.other_names import PROJECTS, named_elsewhere
 
 # Keys of configs that were saved before these had their present names.
 RENAMED = {"optim.max_bad_updates": "max_bad_steps"}
@@ -210,10 +211,16 @@ def _name(kind: Any) -> str:
 
 
 def _suggest(prefix: str, name: str) -> str:
+    """What the key may have meant: another project's name, a key of another section, a misspelling.
+
+    A key that is like none gets no suggestion, for a wrong one would change the run.
+    """
+    if elsewhere := named_elsewhere(prefix + name):
+        return f", a name in {PROJECTS[elsewhere.project]}; {elsewhere.meaning}"
     keys = [key for key, _, _ in describe_options()] + [f.name for f in _sections()]
     same_name = [key for key in keys if key.rpartition(".")[2] == name]
-    near = same_name[0] if same_name else nearest(prefix + name, keys, cutoff=0.0)
-    return f"; did you mean config.{near}?"
+    near = same_name[0] if same_name else nearest(prefix + name, keys, cutoff=0.7)
+    return f"; did you mean config.{near}?" if near else ", and none is like it: see echorl options"
 
 
 def _hint(word: str, known: list[str]) -> str:

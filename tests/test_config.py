@@ -55,6 +55,11 @@ def test_overrides_take_the_type_of_their_key() -> None:
 @pytest.mark.parametrize(
     ("key", "text", "expected"),
     [
+        ("max_steps", "4", "a name in TRL; config.steps"),
+        ("loss_type", "grpo", "a name in TRL; config.objective.aggregation: grpo: seq-mean"),
+        ("rollout.n", "4", "a name in verl; config.rollout.group_size"),
+        ("repetition_penalty", "2", "a name in TRL; not here: the trainer would compute"),
+        ("ppo", "4", "and none is like it"),
         ("rollout.groupsize", "4", "did you mean config.rollout.group_size"),
         ("group_size", "4", "did you mean config.rollout.group_size"),
         ("ehco.coef", "4", "did you mean config.echo"),

@@ -14,6 +14,7 @@ LAYERS = {
     "types": 0,
     "xla": 0,
     "config": 0,
+    "other_names": 0,
     "config_file": 0,
     "core": 1,
     "parallel": 1,
