@@ -1,7 +1,8 @@
 """Trains a policy with verifiable rewards; EchoRL is on unless config.echo.enabled is false.
 
 A run whose workdir has a checkpoint is resumed. The workdir receives config.json, metrics.jsonl (a
-line per step), checkpoints/, samples/, tensorboard/, report.html and export/ (Hugging Face format).
+line per step), checkpoints/, samples/, tensorboard/, report.html and export/ (Hugging Face format;
+with LoRA a PEFT adapter).
 
 examples:
   echorl train --config=configs/countdown.py --workdir=runs/first
@@ -13,6 +14,8 @@ The same command on several hosts or in several processes is one run: see docs/l
 """
 
 import argparse
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 from echorl_jax.commands import add_config, join, read_config
@@ -55,6 +58,26 @@ def finish(workdir: Path, *, report: bool) -> None:
     print(headline(read_run(workdir)))
     if report:
         print(f"report:  {write_report(workdir)}")
-    if (workdir / "export").is_dir():
-        print(f"model:   {workdir / 'export'} (Hugging Face format)")
+    for line in _exported(workdir):
+        print(line)
     print(f"metrics: {workdir / 'metrics.jsonl'}, samples: {workdir / 'samples'}")
+
+
+def _exported(workdir: Path) -> Iterator[str]:
+    """Lines on what ``export/`` holds: a model, an adapter or both; none without it."""
+    from echorl_jax.files import read_json
+
+    export, settings = workdir / "export", workdir / "export" / "adapter" / "adapter_config.json"
+    whole = (export / "config.json").exists()
+    if whole:
+        yield f"model:   {export} (Hugging Face format)"
+    if settings.exists():
+        base = read_json(settings)["base_model_name_or_path"]
+        used = shlex.join([f"--model={base}", f"--adapter={settings.parent}"])
+        yield f"adapter: {settings.parent} (PEFT format); use it as echorl evaluate {used}"
+    if settings.exists() and not whole:
+        merge = shlex.join(["--merge", f"--model={workdir}"])
+        yield (
+            f"         whole model: echorl convert {merge} --out=DIR; every run writes it with "
+            "--config.checkpoint.merge=true"
+        )

@@ -214,7 +214,8 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     """Reads the tokenizer of a Hugging Face directory, a repository id or ``builtin:countdown``.
 
     Raises:
-      DataError: no tokenizer there, or one without an end token; the workdir of a run.
+      DataError: no tokenizer there, or one without an end token; the workdir of a run; an adapter
+        without its base.
     """
     # Says nothing about the absence of torch, which only transformers' own models need.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -230,6 +231,13 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
             f"{path} is the workdir of a run, not a model: take {path}/export, or what "
             f"`echorl convert --model={path} --out=DIR` makes of a checkpoint"
         )
+    for adapter in (Path(source), Path(source) / "adapter"):
+        alone = not (Path(source) / "config.json").exists()
+        if alone and (adapter / "adapter_config.json").exists():
+            raise DataError(
+                f"{path} holds an adapter, not a model: name its base as the model and {adapter} "
+                "as the adapter"
+            )
     _require_layers(Path(source) / "config.json")
     try:
         # Otherwise transformers asks on standard input whether to run the directory's code.
