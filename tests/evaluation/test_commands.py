@@ -5,13 +5,22 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
 from echorl_jax.cli import run
-from echorl_jax.data import load_rows
+from echorl_jax.data import load_rows, load_tokenizer
 from echorl_jax.errors import UserError
+from echorl_jax.models import (
+    Lora,
+    init_adapters,
+    load_model,
+    save_adapter,
+    save_model,
+    with_adapters,
+)
 
 ASSETS = Path("echorl_jax/assets/countdown")
 
@@ -36,6 +45,30 @@ def test_evaluate_keeps_every_generation(tmp_path: Path) -> None:
     assert run(["grade", str(tmp_path / "generations.jsonl"), *kept, f"--out={again}"]) == 0
     verdicts = [json.loads(s) for s in again.read_text().splitlines()]
     assert all(line["correct"] == line["expected"] for line in verdicts)
+
+
+def test_evaluate_adds_an_adapter(tmp_path: Path) -> None:
+    """The same samples as of the merged model, and others than of the base."""
+    base, params = load_model(ASSETS, dtype="float32")
+    lora = Lora.uniform(base.config, ("q", "v", "down"), rank=2, alpha=4.0, rslora=False)
+    adapters = init_adapters(base, lora, jax.random.key(0), init="kaiming")
+    adapters = jax.tree.map(lambda x: x + 0.02, adapters)  # b is no longer zero
+    model, params = with_adapters(base, params, lora, adapters)
+    save_adapter(tmp_path / "adapter", model, params, base="builtin:countdown")
+    save_model(tmp_path / "merged", model, params, load_tokenizer(str(ASSETS)), dtype="float32")
+    common = ["--data=countdown:split=eval&count=8", "--samples=2", "--temperature=1.0"]
+    common += ["--max_new_tokens=24", "--dtype=float32", "--workers=0", "--devices=1"]
+    texts = {}
+    for name, which in (
+        ("adapter", ["--model=builtin:countdown", f"--adapter={tmp_path / 'adapter'}"]),
+        ("merged", [f"--model={tmp_path / 'merged'}"]),
+        ("base", ["--model=builtin:countdown"]),
+    ):
+        out = tmp_path / f"scores_{name}"
+        assert run(["evaluate", *which, *common, f"--out={out}"]) == 0
+        lines = (out / "generations.jsonl").read_text().splitlines()
+        texts[name] = [json.loads(line)["response"] for line in lines]
+    assert texts["adapter"] == texts["merged"] != texts["base"]
 
 
 def test_grade_writes_each_line_again(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
