@@ -10,6 +10,7 @@ command picks up where it stopped. Runs that several grids share are done once.
     python benchmarks/sweep.py --grid=coef,select,window,when,objectives --seeds=3 --out=runs/sweep
     python benchmarks/sweep.py --objective=grpo,dapo --echo=on,off --coef=1e-3,1e-2 --seeds=2 \\
         --steps=100 --out=runs/own
+    python benchmarks/sweep.py --grid=lora --seeds=5 --steps=80 --problems=512 --out=runs/lora
     python benchmarks/sweep.py --config=configs/reduce.py --grid=study --seeds=8 --out=runs/reduce
     python benchmarks/sweep.py ... --match      the matched coefficients alone, without the runs
     python benchmarks/sweep.py ... --power      the differences that so many seeds can show
@@ -134,6 +135,8 @@ GRIDS: dict[str, list[Setting]] = {
     "select": [PLAIN, *(Setting(select=select) for select in SELECTS)],
     "window": [PLAIN, *(Setting(window=window) for window in WINDOWS)],
     "when": [PLAIN, ECHO, Setting(when="degenerate_only")],
+    # Rank 8 at ten times the learning rate of configs/countdown.py.
+    "lora": [PLAIN, Setting(echo=False, more=("lora.rank=8", "optim.learning_rate=4e-4"))],
     "objectives": [Setting(name, echo) for name in OBJECTIVES for echo in (False, True)],
     # The comparison with rivals, in order of importance.
     "study": [PLAIN, ECHO, MATCH, Setting("rl_zvp", echo=False)],

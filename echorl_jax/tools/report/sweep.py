@@ -32,6 +32,7 @@ _LATE: dict[str, tuple[str, Callable[[float], str]]] = {
     "completion/length_mean": ("Tokens", number),
     "echo/clip_tokens_mean": ("Clip tokens", number),
     "echo/solved_weight": ("Weight on solved", number),
+    "memory/peak_bytes": ("Peak memory", lambda size: f"{size / 1e9:.2f} GB"),
 }
 
 

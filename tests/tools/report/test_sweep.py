@@ -123,6 +123,7 @@ def write_metrics(directory, count):
         {"step": i, "reward/mean": 0.1 * i, "entropy/token_mean": 1 / i, **step} for i in (1, 2, 3)
     ]
     rows[-1] |= {"eval/countdown/pass@1": 0.75, "eval/countdown/pass@4": 0.9}
+    rows[-1]["memory/peak_bytes"] = 2.5e9
     dump_lines(directory / "metrics.jsonl", rows[: count + 1])
     return directory
 
@@ -140,7 +141,8 @@ def test_only_a_finished_run_has_an_outcome(tmp_path):
     assert found.after == {"countdown/pass@1": 0.75, "countdown/pass@4": 0.9}
     assert found.main == "countdown/pass@1" and found.step_s == 2.0
     assert (found.steps, found.seed) == (3, 4)
-    assert found.late == {"entropy/token_mean": pytest.approx(1 / 3)}
+    assert found.late == {"entropy/token_mean": pytest.approx(1 / 3), "memory/peak_bytes": 2.5e9}
+    assert sweep_tables([found], {})[-1][1] == [["a", "0.333", "2.50 GB", "2"]]
     section = sweep_section([found], {}, {"a": [read_run(whole)]})
     assert [panel.title for panel in section.panels] == [
         "countdown/pass@1",
@@ -163,6 +165,9 @@ def test_a_setting_changes_only_its_own_options(sweep):
     assert rival.options(10)["objective.mini_batches"] == "2"
     twin = sweep.Setting(more=("echo.top_k=8", "objective.mini_batches=2"))
     assert twin.reference.name == "grpo, mini_batches=2"
+    full, adapters = sweep.GRIDS["lora"]
+    assert adapters.name == "grpo, rank=8, learning_rate=4e-4" and adapters.reference == full
+    assert load_config(str(CONFIG), adapters.options(10)).lora.rank == 8
     names = [s.name for s in sweep.GRIDS["objectives"]]
     assert names == [n + e for n in ("grpo", "dapo", "luffy", "uft") for e in ("", " + echo")]
 
