@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from echorl_jax.commands.train import finish
 from echorl_jax.config import Config, ConfigError
+from echorl_jax.data import load_tokenizer
 from echorl_jax.data.tokens import model_path
 from echorl_jax.errors import UserError
 from echorl_jax.files import read_steps
@@ -22,6 +25,8 @@ from echorl_jax.training.run import open_run
 from echorl_jax.training.sft import train_supervised
 from echorl_jax.types import PyTree
 from tests.integration.conftest import small_config
+from tests.integration.test_faults import cache_of, command
+from tests.integration.test_train import steady
 
 BUILTIN = model_path("builtin:countdown")
 ONE = jax.devices()[:1]
@@ -39,7 +44,9 @@ def equal(a: PyTree, b: PyTree) -> bool:
     return jax.tree.all(same)
 
 
-def test_a_run_trains_saves_and_exports_adapters_alone(tmp_path: Path) -> None:
+def test_a_run_trains_saves_and_exports_adapters_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = lora_config(
         steps=2,
         checkpoint={"every": 1, "export": True, "merge": True},
@@ -63,6 +70,8 @@ def test_a_run_trains_saves_and_exports_adapters_alone(tmp_path: Path) -> None:
     adapter = load_file(run / "export" / "adapter" / "adapter_model.safetensors")
     down = adapter["base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"]
     np.testing.assert_array_equal(down, np.asarray(b)[0].T)
+    finish(run, report=False)
+    assert f"model:   {run / 'export'} (Hugging Face format)\n" in capsys.readouterr().out
     # The merged model and the adapter on the base are the same policy.
     merged = load_model(run / "export", dtype="float32")
     apart = load_model(BUILTIN, dtype="float32", adapter=run / "export" / "adapter")
@@ -133,17 +142,39 @@ def test_a_resumed_run_goes_on_bit_for_bit_and_refuses_another_base(tmp_path: Pa
     assert "weights under config.model.path" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.slow
+def test_a_killed_run_ends_bit_for_bit_as_an_undisturbed_one(tmp_path: Path) -> None:
+    """SIGKILL during the update of step 2 and during the save of step 3."""
+    options = {"steps": 3, "checkpoint": {"every": 1, "export": True}}
+    straight, killed, inject = (
+        tmp_path / "straight",
+        tmp_path / "killed",
+        "kill@update:2,kill@save:3",
+    )
+    plain, faulty = lora_config(**options), lora_config(**options, debug={"inject": inject})
+    cache = cache_of(straight)
+    assert command(plain, straight, **cache).wait() == 0
+    codes = [command(faulty, killed, **cache).wait() for _ in range(3)]
+    assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]
+    assert steady(killed) == steady(straight)
+    adapters = [d / "export" / "adapter" / "adapter_model.safetensors" for d in (killed, straight)]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    # Nothing is left to train, so these are the states of the last checkpoints.
+    one, other = (
+        loop.train(config, d, devices=ONE) for config, d in ((faulty, killed), (plain, straight))
+    )
+    assert equal(one.params, other.params) and equal(one.opt_state, other.opt_state)
+
+
 def save_base(directory: Path, *, seed: int) -> None:
     """The model of this package with a little noise, so that seeds tell two bases apart."""
-    from echorl_jax.data import load_tokenizer
-
     model, params = load_model(BUILTIN, dtype="float32")
     if seed:
         params = jax.tree.map(lambda leaf: leaf * 1.01, params)
     save_model(directory, model, params, load_tokenizer(BUILTIN))
 
 
-def test_a_run_goes_on_from_an_adapter(tmp_path: Path) -> None:
+def test_a_run_goes_on_from_an_adapter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lora = {"targets": "q_proj,down_proj", "rslora": True, "init": "gaussian"}
     first = lora_config(steps=1, lora=lora, checkpoint={"every": 0, "export": True})
     state = loop.train(first, tmp_path / "first", devices=ONE)
@@ -152,6 +183,13 @@ def test_a_run_goes_on_from_an_adapter(tmp_path: Path) -> None:
     adapter = str(tmp_path / "first" / "export" / "adapter")
     raw = json.loads((Path(adapter) / "adapter_config.json").read_text())
     assert raw["target_modules"] == ["q_proj", "down_proj"] and raw["use_rslora"] is True
+    finish(tmp_path / "first", report=False)
+    told = capsys.readouterr().out
+    assert "Hugging Face format" not in told and "--config.checkpoint.merge=true" in told
+    assert f"echorl evaluate --model=builtin:countdown --adapter={adapter}\n" in told
+    for place in (tmp_path / "first" / "export", Path(adapter)):
+        with pytest.raises(UserError, match="holds an adapter, not a model: name its base"):
+            load_tokenizer(str(place))
     config = lora_config(steps=1, lora={"rank": 0, "adapter": adapter})
     with open_run(config, tmp_path / "second", prompts_per_step=4, devices=ONE) as (run, opened):
         assert equal(opened.params, state.params) and run.setup.model.lora is not None

@@ -127,7 +127,7 @@ def same_run(first: Path, second: Path) -> bool:
     )
 
 
-def check_close_run(first: Path, second: Path) -> None:
+def check_close_metrics(first: Path, second: Path) -> None:
     """The same prompts, samples and verdicts; numbers within rounding.
 
     gloo adds the parts of a sum in another order than devices of one process do, so that bits
@@ -146,6 +146,11 @@ def check_close_run(first: Path, second: Path) -> None:
             )
     groups = [list(read_steps(d / "samples" / "ledger.jsonl")) for d in (first, second)]
     assert groups[0] == groups[1]
+
+
+def check_close_run(first: Path, second: Path) -> None:
+    """Metrics as of :func:`check_close_metrics`, and weights within rounding."""
+    check_close_metrics(first, second)
     start = load_file(ROOT / "echorl_jax" / "assets" / "countdown" / "model.safetensors")
     weights = [{name: exported(workdir)[name] for name in start} for workdir in (first, second)]
     require_close(*weights, start)
@@ -178,6 +183,23 @@ def test_two_processes_equal_one(launch: Launch, whole: Path, tmp_path: Path) ->
     record = json.loads((whole / "environment.json").read_text())
     assert record["processes"] == 2 and len(record["devices"]) == 8
     assert list((whole / "tensorboard").iterdir()) and (whole / "report.html").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_adapters_that_one_does(launch: Launch, tmp_path: Path) -> None:
+    options = {"lora__rank": 4, "optim__learning_rate": 1e-3, "steps": 3}
+    launch.complete(tmp_path / "one", processes=1, **options)
+    launch.complete(tmp_path / "two", processes=2, **options)
+    check_close_metrics(tmp_path / "one", tmp_path / "two")
+    # b begins with zeros.
+    one, two = (
+        {name: value for name, value in load_file(file).items() if "lora_B" in name}
+        for file in (
+            tmp_path / name / "export" / "adapter" / "adapter_model.safetensors"
+            for name in ("one", "two")
+        )
+    )
+    require_close(one, two, {name: np.zeros_like(value) for name, value in one.items()})
 
 
 @pytest.mark.slow
