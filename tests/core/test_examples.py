@@ -25,6 +25,40 @@ def test_compose_learns_its_task(capsys):
     assert float(first.split()[3]) < 0.5 and float(last.split()[3]) > 0.9
 
 
+def test_the_snippet_of_the_readme_runs_and_has_the_gradient_of_its_clip():
+    readme = (EXAMPLES.parent / "README.md").read_text()
+    (snippet,) = [
+        block.removeprefix("python\n")
+        for block in readme.split("```")
+        if block.startswith("python\n") and "mine_echo_clips" in block
+    ]
+    # Two prompts of two rows; token 9 ends a step. Row 1 is right; its second step has the highest
+    # entropy, so the clip is its first four tokens.
+    ids = jnp.array([[1, 9, 2, 9, 3, 3]] * 4)
+    entropy = jnp.array([[0.1, 0.1, 0.9, 0.9, 0.2, 0.2]] * 4)
+
+    def loss(logprobs):
+        names = {
+            "completion_ids": ids,
+            "completion_mask": jnp.ones((4, 6)),
+            "is_delimiter": jnp.arange(10) == 9,
+            "token_entropy": entropy,
+            "correct": jnp.array([False, True, False, False]),
+            "group": jnp.array([0, 0, 1, 1]),
+            "P": 2,
+            "policy_loss": 7.0,
+            "logprobs": logprobs,
+        }
+        exec(snippet, names)
+        return names["loss"]
+
+    value, slope = jax.value_and_grad(loss)(jnp.full((4, 6), -0.5))
+    expected = np.zeros((4, 6))
+    expected[1, :4] = -1e-3 / 4
+    np.testing.assert_allclose(value, 7.0 + 1e-3 * 0.5, rtol=1e-6)
+    np.testing.assert_allclose(slope, expected, atol=1e-9)
+
+
 def test_custom_objective_by_import_path(monkeypatch):
     monkeypatch.syspath_prepend(str(EXAMPLES))
     objective = core.load_objective("custom_objective:half_baseline", entropy_coef=0.1)
