@@ -5,12 +5,18 @@ directory with ``train_tunix.py``, ``train_trl_like_torch.py``, ``peerlib.py`` (
 rollouts all use) and ``make_model.py``, each with its own interpreter; one without is left out.
 
     python benchmarks/train.py --peers=DIR --models=DIR --tunix-python=PY --torch-python=PY
+    python benchmarks/train.py --peers=DIR --models=DIR --torch-python=PY --lora=8 --repeats=10
 
-Prints one JSON object: median seconds of a step, peak resident memory, our compiler's temporary
-memory, loss and gradient norm of the first step (equal work gives equal numbers), and ratios of
-medians within this run. The peers take the 32 rows at once, we in micro-batches of ``--rows``: a
-chunk of logits is then a whole micro-batch, and what ``--remat`` keeps is kept for few rows at a
-time. Cases of ours, all 32 rows of 64 + 128 tokens unless said:
+With ``--lora=RANK`` it compares, in one process and in turns, an update of all weights with one of
+adapters, and sampling from merged weights with sampling with adapters: seconds, and the median
+ratio of neighbouring turns with its quartiles, by the clock and by processor time, which other
+programs on the machine disturb less.
+
+Without it prints one JSON object: median seconds of a step, peak resident memory, our compiler's
+temporary memory, loss and gradient norm of the first step (equal work gives equal numbers), and
+ratios of medians within this run. The peers take the 32 rows at once, we in micro-batches of
+``--rows``: a chunk of logits is then a whole micro-batch, and what ``--remat`` keeps is kept for
+few rows at a time. Cases of ours, all 32 rows of 64 + 128 tokens unless said:
 
     full        every row whole: what the peers do
     echo        the same with an EchoClip in each group
@@ -29,7 +35,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from processes import in_turns, median_of
+from processes import in_turns, measure, median_of
 from rollout import lognormal_lengths
 
 if TYPE_CHECKING:
@@ -123,6 +129,82 @@ def engine(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def lora_turns(args: argparse.Namespace) -> dict[str, Any]:
+    """Updates of all weights and of adapters; samples of merged weights and with adapters."""
+    import jax
+    from echo_overhead import ratios
+
+    from echorl_jax.models import Lora, init_adapters, load_model, split_params, with_adapters
+    from echorl_jax.parallel import make_mesh
+    from echorl_jax.rollout import generate
+    from echorl_jax.training.micro_batches import micro_batches, trainable_rows
+    from echorl_jax.training.optimizer import init_state
+    from echorl_jax.training.update import apply_update
+
+    sys.path.insert(0, args.peers)
+    import peerlib  # pyright: ignore[reportMissingImports]
+
+    mesh = make_mesh(1, 1, 1)
+    model, params = load_model(args.models, dtype="float32", mesh=mesh, remat=args.remat)
+    names = ("q", "k", "v", "o", "gate", "up", "down")
+    lora = Lora.uniform(model.config, names, rank=args.lora, alpha=16.0, rslora=False)
+    adapters = init_adapters(model, lora, jax.random.key(0), init="kaiming", mesh=mesh)
+    policies = {
+        "full": (model, params),
+        "lora": with_adapters(model, params, lora, adapters, mesh),
+    }
+    data = peerlib.train_batch(32, PROMPT, NEW, GROUP, model.config.vocab_size)
+    batch, used = trainable_rows(batch_of(data, "full"), every_row=False)
+    prompts = data["prompt"][::GROUP].tolist()
+    states = {}
+    for name, (policy, weights) in policies.items():
+        setup, (frozen, trainable) = setup_of(policy), split_params(policy, weights)
+        # An update gives its buffers away, and the sampler reads these arrays too.
+        trainable = jax.tree.map(lambda leaf: leaf.copy(), trainable)
+        states[name] = setup, frozen, init_state(trainable, setup.optimizer, mesh)
+
+    def update(name: str) -> None:
+        setup, frozen, state = states[name]
+        pieces = (piece for _, piece in micro_batches(batch, used, bounds(args)))
+        state, _ = apply_update(setup, state, pieces, echo_coef=0.0, frozen=frozen)
+        states[name] = setup, frozen, jax.block_until_ready(state)
+
+    def sample(name: str) -> None:
+        policy, weights = policies[name]
+        jax.block_until_ready(
+            generate(
+                policy,
+                weights,
+                prompts,
+                jax.random.key(0),
+                group_size=GROUP,
+                max_new_tokens=NEW,
+                eos_ids=(),
+            )
+        )
+
+    found: dict[str, Any] = {"rank": args.lora, "rows": len(data["adv"])}
+    for work in (update, sample):
+        clocks = {"clock": time.perf_counter, "processor": time.process_time}
+        turns: dict[str, list[tuple[float, float]]] = {clock: [] for clock in clocks}
+        for _ in range(args.repeats + 1):
+            ticks = [{clock: read() for clock, read in clocks.items()}]
+            for name in policies:
+                work(name)
+                ticks.append({clock: read() for clock, read in clocks.items()})
+            for clock in clocks:
+                start, middle, end = (tick[clock] for tick in ticks)
+                turns[clock].append((middle - start, end - middle))
+        found[work.__name__] = {
+            clock: {
+                **{f"{n}_s": round(median(t[i] for t in taken), 3) for i, n in enumerate(policies)},
+                "lora/full": ratios(taken),
+            }
+            for clock, (_, *taken) in turns.items()  # the first turn compiles
+        }
+    return found
+
+
 def setup_of(model: "Decoder") -> "Setup":
     """One device, a constant learning rate; the gradient is not clipped, as peers do not."""
     from echorl_jax.config import Config, OptimConfig
@@ -177,6 +259,9 @@ def work(args: argparse.Namespace) -> None:
     if args.worker == "temporary":
         print(json.dumps({"bytes": temporary_bytes(args)}))
         return
+    if args.worker == "lora":
+        print(json.dumps(lora_turns(args)))
+        return
     result = engine(args)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     print(json.dumps({**result, "peak_rss_mb": round(peak, 1)}))
@@ -195,6 +280,7 @@ def main() -> None:
     parser.add_argument("--remat", default="dots", choices=("layer", "dots", "none"))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeats", type=int, default=2, help="timed steps in a process")
+    parser.add_argument("--lora", type=int, default=0, help="rank; only adapters against all")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -205,6 +291,9 @@ def main() -> None:
         subprocess.run([*make, str(directory)], check=True)
     ours = [sys.executable, __file__, f"--peers={args.peers}", f"--models={directory}"]
     ours += [f"--repeats={args.repeats}", f"--rows={args.rows}", f"--remat={args.remat}"]
+    if args.lora:
+        print(json.dumps(measure([*ours, f"--lora={args.lora}", "--worker=lora"]), indent=1))
+        return
     programs = {"engine": [*ours, "--worker=full"]}
     for name, python, script in (
         ("tunix", args.tunix_python, "train_tunix.py"),
