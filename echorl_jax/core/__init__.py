@@ -1,18 +1,16 @@
 """The method: pure functions from arrays to arrays, on JAX and the shared types alone."""
 
 from echorl_jax.core.advantages import (
-    collapsed_groups,
     curve_advantages,
+    entropy_shaped_advantages,
     group_advantages,
-    group_means,
-    judged_groups,
     maxrl_advantages,
-    mixed_groups,
     opo_advantages,
     overlong_punishment,
     rloo_advantages,
     verdict_advantages,
     whitened_advantages,
+    zero_variance_advantages,
 )
 from echorl_jax.core.clips import (
     active_coef,
@@ -22,13 +20,15 @@ from echorl_jax.core.clips import (
     echo_weights,
     mine_echo_clips,
 )
-from echorl_jax.core.corrections import (
+from echorl_jax.core.divergences import (
     drifted_failures,
+    hold_penalty,
     importance_mask,
     importance_weights,
+    kl_penalty,
 )
-from echorl_jax.core.divergences import hold_penalty, kl_penalty
 from echorl_jax.core.entropy import logprobs_and_entropy, token_entropy, token_logprobs
+from echorl_jax.core.groups import collapsed_groups, group_means, judged_groups, mixed_groups
 from echorl_jax.core.loss import LOSS_TERMS, aggregation_weights, batch_loss, mean_scale
 from echorl_jax.core.losses import (
     cispo_loss,
@@ -47,25 +47,21 @@ from echorl_jax.core.losses import (
 )
 from echorl_jax.core.objectives import (
     OBJECTIVES,
-    Objective,
     compute_advantages,
     importance_level,
     load_objective,
     token_level,
 )
 from echorl_jax.core.order_statistics import order_advantages, rank_weights
+from echorl_jax.core.pieces import Objective
 from echorl_jax.core.selection import (
     clip_cov_selection,
     kl_cov_selection,
     second_moment_selection,
     token_covariance,
+    top_entropy_tokens,
 )
 from echorl_jax.core.steps import hint_probability, joined_steps, step_entropy, step_ids
-from echorl_jax.core.token_advantages import (
-    entropy_shaped_advantages,
-    top_entropy_tokens,
-    zero_variance_advantages,
-)
 
 __all__ = [
     "LOSS_TERMS",

@@ -1,25 +1,31 @@
-"""Advantages: how much better each rollout did than was to be expected, as constants."""
+"""Advantages: how much better each rollout did than was to be expected, as constants.
+
+Rewards are float32. ``group`` is the prompt of each row, in ``[0, num_groups)`` and in any order;
+``num_groups`` is P, static under jit. Advantages are float32.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Bool, Float, Int, Num
 
 from echorl_jax.choices import Spread
+from echorl_jax.core.groups import centred, checked, collapsed_groups, group_means
 from echorl_jax.types import Array
 
 
 def group_advantages(
-    rewards: Array,
-    group: Array,
+    rewards: Float[Array, " N"],
+    group: Int[Array, " N"],
     *,
     num_groups: int,
-    on_policy: Array | None = None,
+    on_policy: Bool[Array, " N"] | None = None,
     divide_by_std: bool = True,
     std_of: Spread = "group",
-    counted: Array | None = None,
+    counted: Bool[Array, " N"] | None = None,
     virtual_rewards: int = 0,
     eps: float = 1e-6,
-) -> Array:
+) -> Float[Array, " N"]:
     """Scores each rollout against the others drawn for its prompt (GRPO, Dr.GRPO, LUFFY, AVSPO).
 
     A_i = (r_i - mean_g) / (std_g + eps), with the sample deviation (n - 1). A group whose rewards
@@ -41,18 +47,12 @@ def group_advantages(
     2508.08221 (Lite PPO); arXiv 2510.13786 (ScaleRL); arXiv 2605.21125 (AVSPO).
 
     Args:
-      rewards: ``[N]`` float32.
-      group: ``[N]`` int32 in ``[0, num_groups)``, in any order.
-      num_groups: P, static under jit.
       on_policy: ``[N]`` bool, the rows that make the baseline; None takes all.
       divide_by_std: False leaves the difference from the mean (Dr.GRPO).
       std_of: see above.
       counted: ``[N]`` bool, the rows whose rewards make the batch's deviation; None takes all.
       virtual_rewards: K, see above.
       eps: added to the deviation.
-
-    Returns:
-      ``[N]`` float32, to be treated as constants.
 
     Raises:
       ValueError: if ``rewards`` and ``group`` are not two ``[N]`` arrays.
@@ -62,18 +62,18 @@ def group_advantages(
     [ 0.71 -0.71  0.    0.  ]
     """
     share = None if on_policy is None else on_policy.astype(jnp.float32)
-    centred, count = _centred(rewards, group, num_groups, share)
-    own = jnp.ones_like(centred) if share is None else share
-    scores = centred
+    apart, count = centred(rewards, group, num_groups, share)
+    own = jnp.ones_like(apart) if share is None else share
+    scores = apart
     if divide_by_std and std_of == "group":
-        squares = jax.ops.segment_sum(own * centred**2, group, num_groups)
+        squares = jax.ops.segment_sum(own * apart**2, group, num_groups)
         std = jnp.sqrt(squares / jnp.maximum(count - 1.0, 1.0))
         if on_policy is not None:
             std = jnp.where(std == 0, 1.0, std)
-        scores = centred / jnp.where(count > 1, std + eps, 1.0)[group]
+        scores = apart / jnp.where(count > 1, std + eps, 1.0)[group]
     elif divide_by_std:
         weights = own if counted is None else jnp.where(counted, own, 0.0)
-        scores = centred / (_deviation(centred, rewards, weights, std_of) + eps)
+        scores = apart / (_deviation(apart, rewards, weights, std_of) + eps)
     if virtual_rewards:
         scores = jnp.where(
             collapsed_groups(rewards, group, num_groups=num_groups)[group],
@@ -83,25 +83,12 @@ def group_advantages(
     return scores
 
 
-def _deviation(centred: Array, rewards: Array, weights: Array, std_of: Spread) -> Array:
+def _deviation(apart: Array, rewards: Array, weights: Array, std_of: Spread) -> Array:
     """Sample deviation ``[]`` over the batch's weighted rows."""
-    value = centred if std_of == "batch_centred" else rewards.astype(jnp.float32)
+    value = apart if std_of == "batch_centred" else rewards.astype(jnp.float32)
     total = jnp.sum(weights)
     mean = jnp.sum(weights * value) / jnp.maximum(total, 1.0)
     return jnp.sqrt(jnp.sum(weights * (value - mean) ** 2) / jnp.maximum(total - 1.0, 1.0))
-
-
-def collapsed_groups(rewards: Array, group: Array, *, num_groups: int) -> Array:
-    """``[P]`` bool: groups of at least two rows whose rewards ``[N]`` are all equal.
-
-    >>> rewards, group = jnp.array([1.0, 1.0, 0.0, 1.0]), jnp.array([0, 0, 1, 1])
-    >>> collapsed_groups(rewards, group, num_groups=2).tolist()
-    [True, False]
-    """
-    low = jax.ops.segment_min(rewards, group, num_groups)
-    high = jax.ops.segment_max(rewards, group, num_groups)
-    count = jax.ops.segment_sum(jnp.ones_like(group), group, num_groups)
-    return (count > 1) & (low == high)
 
 
 def _against_virtual(rewards: Array, count: Array, virtual: int, divide_by_std: bool) -> Array:
@@ -111,40 +98,36 @@ def _against_virtual(rewards: Array, count: Array, virtual: int, divide_by_std: 
     return sign * jnp.sqrt(virtual * (count + virtual - 1.0) / (count * (count + virtual)))
 
 
-def maxrl_advantages(rewards: Array, group: Array, *, num_groups: int, eps: float = 1e-6) -> Array:
+def maxrl_advantages(
+    rewards: Float[Array, " N"], group: Int[Array, " N"], *, num_groups: int, eps: float = 1e-6
+) -> Float[Array, " N"]:
     """Divides by the group's mean reward, so that hard prompts weigh more (MaxRL).
 
     A_i = (r_i - mean_g) / (mean_g + eps), 0 where the mean is not above 0; a group of one keeps
     A = r. Source: arXiv 2602.02710.
 
     Args:
-      rewards: ``[N]`` float32.
-      group: ``[N]`` int32 in ``[0, num_groups)``.
-      num_groups: P, static under jit.
       eps: added to the mean.
-
-    Returns:
-      ``[N]`` float32.
 
     >>> rewards, group = jnp.array([1.0, 0.0, 0.0, 0.0]), jnp.zeros(4, jnp.int32)
     >>> print(maxrl_advantages(rewards, group, num_groups=1).round(2))
     [ 3. -1. -1. -1.]
     """
-    centred, count = _centred(rewards, group, num_groups)
+    apart, count = centred(rewards, group, num_groups)
     mean = jax.ops.segment_sum(rewards, group, num_groups) / jnp.maximum(count, 1.0)
     scale = jnp.where(mean > 0, 1.0 / (jnp.where(mean > 0, mean, 1.0) + eps), 0.0)
-    return jnp.where((count > 1)[group], centred * scale[group], centred)
+    return jnp.where((count > 1)[group], apart * scale[group], apart)
 
 
 def curve_advantages(
-    rewards: Array,
-    group: Array,
-    past_rates: Array,
+    rewards: Float[Array, " N"],
+    group: Int[Array, " N"],
+    past_rates: Float[Array, " W"],
     *,
     num_groups: int,
     bins: int,
-    counted: Array | None = None,
-) -> Array:
+    counted: Bool[Array, " N"] | None = None,
+) -> Float[Array, " N"]:
     """Weighs prompts by where their success rate lies among those of earlier steps (CurveRL).
 
     A_i = w(p) (r_i - p), w = f / max(F, 1e-6): p is the group's mean reward, f and F the share of
@@ -153,15 +136,9 @@ def curve_advantages(
     Source: arXiv 2605.24331.
 
     Args:
-      rewards: ``[N]`` float32, 0 or 1.
-      group: ``[N]`` int32 in ``[0, num_groups)``.
       past_rates: ``[W]`` float32 in (0, 1), NaN where there is none.
-      num_groups: P, static under jit.
       bins: G + 1 for groups of G, static.
       counted: ``[N]`` bool, rows whose groups make the step's own rates; None takes all.
-
-    Returns:
-      ``[N]`` float32.
 
     >>> rewards, group = jnp.array([1.0, 0.0, 1.0, 1.0]), jnp.array([0, 0, 1, 1])
     >>> curve_advantages(rewards, group, jnp.full(1, jnp.nan), num_groups=2, bins=3).tolist()
@@ -185,20 +162,15 @@ def curve_advantages(
     density /= jnp.maximum(jnp.sum(density), 1.0)
     weight = density / jnp.maximum(jnp.cumsum(density), 1e-6)
     weight = jnp.where(inside, weight[bin_of(rate)], 0.0)
-    return weight[group] * _centred(rewards, group, num_groups, alone_below=0.0)[0]
+    return weight[group] * centred(rewards, group, num_groups, alone_below=0.0)[0]
 
 
-def verdict_advantages(correct: Array, *, success: float, failure: float) -> Array:
+def verdict_advantages(
+    correct: Bool[Array, " N"], *, success: float, failure: float
+) -> Float[Array, " N"]:
     """``success`` on correct rows, ``-failure`` on the others (PSR, NSR, W-REINFORCE).
 
     Source: arXiv 2506.01347: 1 and 0 (PSR), 0 and 1 (NSR), 0.1 and 1 (W-REINFORCE).
-
-    Args:
-      correct: ``[N]`` bool.
-      success, failure: see above.
-
-    Returns:
-      ``[N]`` float32.
 
     >>> print(verdict_advantages(jnp.array([True, False]), success=0.1, failure=1.0))
     [ 0.1 -1. ]
@@ -206,19 +178,13 @@ def verdict_advantages(correct: Array, *, success: float, failure: float) -> Arr
     return jnp.where(correct, jnp.float32(success), jnp.float32(-failure))
 
 
-def rloo_advantages(rewards: Array, group: Array, *, num_groups: int) -> Array:
+def rloo_advantages(
+    rewards: Float[Array, " N"], group: Int[Array, " N"], *, num_groups: int
+) -> Float[Array, " N"]:
     """Scores each rollout against the mean of the *other* rollouts of its prompt (RLOO).
 
     A_i = r_i - mean_{j != i} r_j = (r_i - mean_g) n / (n - 1); a group of one keeps A = r. Source:
     arXiv 2402.14740, section 3.
-
-    Args:
-      rewards: ``[N]`` float32.
-      group: ``[N]`` int32 in ``[0, num_groups)``.
-      num_groups: P, static under jit.
-
-    Returns:
-      ``[N]`` float32.
 
     >>> rloo_advantages(jnp.array([1.0, 0.0, 0.0]), jnp.zeros(3, jnp.int32), num_groups=1).tolist()
     [1.0, -0.5, -0.5]
@@ -231,31 +197,36 @@ def rloo_advantages(rewards: Array, group: Array, *, num_groups: int) -> Array:
     return jnp.where(alone, rewards, above - others / jnp.maximum(count - 1.0, 1.0)[group])
 
 
-def opo_advantages(rewards: Array, group: Array, lengths: Array, *, num_groups: int) -> Array:
+def opo_advantages(
+    rewards: Float[Array, " N"],
+    group: Int[Array, " N"],
+    lengths: Num[Array, " N"],
+    *,
+    num_groups: int,
+) -> Float[Array, " N"]:
     """Scores each rollout against the length-weighted mean reward of its prompt (OPO).
 
     A_i = r_i - sum_j l_j r_j / sum_j l_j; a group of one keeps A = r. Source: arXiv 2505.23585,
     section 3.
 
     Args:
-      rewards: ``[N]`` float32.
-      group: ``[N]`` int32 in ``[0, num_groups)``.
       lengths: ``[N]``, tokens of each completion.
-      num_groups: P, static under jit.
-
-    Returns:
-      ``[N]`` float32.
 
     >>> rewards, group = jnp.array([1.0, 0.0]), jnp.array([0, 0])
     >>> opo_advantages(rewards, group, jnp.array([1, 3]), num_groups=1).tolist()
     [0.75, -0.25]
     """
-    return _centred(rewards, group, num_groups, lengths.astype(jnp.float32), alone_below=None)[0]
+    return centred(rewards, group, num_groups, lengths.astype(jnp.float32), alone_below=None)[0]
 
 
 def whitened_advantages(
-    rewards: Array, group: Array, lengths: Array, *, num_groups: int, group_baseline: bool = False
-) -> Array:
+    rewards: Float[Array, " N"],
+    group: Int[Array, " N"],
+    lengths: Num[Array, " N"],
+    *,
+    num_groups: int,
+    group_baseline: bool = False,
+) -> Float[Array, " N"]:
     """Rewards whitened over the batch's tokens (REINFORCE++ and its baseline variant).
 
     A_i = (r_i - m) / sqrt(v + 1e-8), where m and v are mean and sample variance over all tokens,
@@ -264,25 +235,18 @@ def whitened_advantages(
     Source: arXiv 2501.03262, sections 3.1 and 3.2.
 
     Args:
-      rewards: ``[N]`` float32.
-      group: ``[N]`` int32 in ``[0, num_groups)``.
-      lengths: ``[N]``, tokens of each completion; a row of 0 tokens has no part in mean and
-        variance.
-      num_groups: P, static under jit.
+      lengths: ``[N]``, tokens of each completion; a row of 0 tokens is not counted.
       group_baseline: subtract the group's mean first (the -baseline variant); a group of one keeps
         r.
-
-    Returns:
-      ``[N]`` float32.
 
     >>> rewards, group = jnp.array([1.0, 0.0]), jnp.array([0, 0])
     >>> print(whitened_advantages(rewards, group, jnp.array([2, 2]), num_groups=1).round(2))
     [ 0.87 -0.87]
     """
-    value = _centred(rewards, group, num_groups)[0] if group_baseline else checked(rewards, group)
+    value = centred(rewards, group, num_groups)[0] if group_baseline else checked(rewards, group)
     tokens = lengths.astype(jnp.float32)
     count = jnp.sum(tokens)
-    # From the least reward on, so that equal ones give exactly 0, as in _centred.
+    # From the least reward on, so that equal ones give exactly 0, as in centred.
     least = jnp.min(jnp.where(tokens > 0, value, jnp.inf), initial=jnp.inf)
     above = value - jnp.where(count > 0, least, 0.0)
     mean = jnp.sum(tokens * above) / jnp.maximum(count, 1.0)
@@ -290,72 +254,76 @@ def whitened_advantages(
     return jnp.where(count > 1, (above - mean) * lax.rsqrt(variance + 1e-8), value)
 
 
-def mixed_groups(correct: Array, group: Array, *, num_groups: int) -> Array:
-    """The prompts whose rollouts differ in outcome: those with something to compare (DAPO).
+def zero_variance_advantages(
+    advantages: Float[Array, " N"],
+    correct: Bool[Array, " N"],
+    group: Int[Array, " N"],
+    token_entropy: Float[Array, "N T"],
+    mask: Bool[Array, "N T"],
+    *,
+    num_groups: int,
+    alpha: float = 0.1,
+    failures: bool = True,
+) -> Float[Array, "N T"]:
+    """Token-level advantages for groups with one outcome, by each token's entropy H (RL-ZVP).
 
-    A group of one counts as mixed: by convention its advantage is its reward. Source: arXiv
-    2503.14476, section 3.2.
-
-    Args:
-      correct: ``[N]``, bool or rewards.
-      group: ``[N]`` int32 in ``[0, num_groups)``.
-      num_groups: P, static under jit.
-
-    Returns:
-      ``[P]`` bool; False for a prompt without rollouts. ``mixed[group]`` is the mask over rollouts.
-
-    >>> correct, group = jnp.array([True, False, True, True]), jnp.array([0, 0, 1, 1])
-    >>> mixed_groups(correct, group, num_groups=2).tolist()
-    [True, False]
-    """
-    value = checked(correct.astype(jnp.float32), group)
-    low = jax.ops.segment_min(value, group, num_groups)
-    high = jax.ops.segment_max(value, group, num_groups)
-    count = jax.ops.segment_sum(jnp.ones_like(group), group, num_groups)
-    return (count == 1) | ((count > 1) & (high > low))
-
-
-def group_means(values: Array, group: Array, *, num_groups: int) -> Array:
-    """Means ``[P]`` float32 of each group's values ``[N]``; 0 for a group without rows.
-
-    >>> group_means(jnp.array([True, False]), jnp.array([0, 0]), num_groups=2).tolist()
-    [0.5, 0.0]
-    """
-    total = jax.ops.segment_sum(values.astype(jnp.float32), group, num_groups)
-    count = jax.ops.segment_sum(jnp.ones(group.shape, jnp.float32), group, num_groups)
-    return total / jnp.maximum(count, 1.0)
-
-
-def judged_groups(
-    group: Array, judged: Array, *, num_groups: int, baseline: Array | None = None
-) -> Array:
-    """Groups without the rows that have no verdict, which move to one more group, ``num_groups``.
-
-    An estimator that is given the result and ``num_groups + 1`` groups leaves these rows out of all
-    other groups, whatever it computes. The other rows of a group move with them if fewer than two
-    rows of its baseline are left: there is nothing to compare them with.
+    All correct: alpha H_t. None correct: -alpha (max H - H_t), the maximum over the row's tokens.
+    Other groups, and groups of one, keep their advantages. Source: arXiv 2509.21880.
 
     Args:
-      group: ``[N]`` int32 in ``[0, num_groups)``.
-      judged: ``[N]`` bool, the rows with a verdict.
-      num_groups: P, static under jit.
-      baseline: ``[N]`` bool, the rows that a group's mean is of; None takes all.
+      advantages: ``[N]``, of the mixed groups.
+      mask: ``[N, T]`` bool, the completions' tokens.
+      failures: False leaves groups without a success as they are.
 
     Returns:
-      ``[N]`` int32 in ``[0, num_groups]``; ``group`` itself where all rows are judged.
+      ``[N, T]`` float32, 0 where masked.
 
-    >>> group, judged = jnp.array([0, 0, 0, 1, 1]), jnp.array([True, True, False, True, False])
-    >>> judged_groups(group, judged, num_groups=2).tolist()
-    [0, 0, 2, 2, 2]
+    >>> correct, group = jnp.array([True, True, False, False]), jnp.array([0, 0, 1, 1])
+    >>> entropy, mask = jnp.array([[0.2, 0.8]] * 4), jnp.ones((4, 2), jnp.bool_)
+    >>> found = zero_variance_advantages(jnp.zeros(4), correct, group, entropy, mask, num_groups=2)
+    >>> print(found[jnp.array([0, 2])].round(2))
+    [[ 0.02  0.08]
+     [-0.06 -0.  ]]
     """
-    compared = judged if baseline is None else judged & baseline
-    count = jax.ops.segment_sum(compared.astype(jnp.int32), group, num_groups)
-    whole = jax.ops.segment_min(judged.astype(jnp.int32), group, num_groups) > 0
-    kept = judged & (whole | (count > 1))[group]
-    return jnp.where(kept, group, num_groups)
+    outcome = correct.astype(jnp.float32)
+    one_outcome = collapsed_groups(outcome, group, num_groups=num_groups)[group]
+    entropy = jnp.where(mask, token_entropy, 0.0)
+    failed = -alpha * (jnp.max(entropy, axis=1, keepdims=True, initial=0.0) - entropy)
+    shaped = jnp.where(correct[:, None], alpha * entropy, failed)
+    chosen = one_outcome & (correct | failures)
+    return jnp.where(mask, jnp.where(chosen[:, None], shaped, advantages[:, None]), 0.0)
 
 
-def overlong_punishment(lengths: Array, *, max_tokens: int, buffer_tokens: int) -> Array:
+def entropy_shaped_advantages(
+    advantages: Float[Array, " N"] | Float[Array, "N T"],
+    token_entropy: Float[Array, "N T"],
+    *,
+    alpha: float = 0.4,
+    kappa: float = 2.0,
+) -> Float[Array, "N T"]:
+    """Adds a bounded share of each token's entropy: A + min(alpha H, |A| / kappa).
+
+    Tokens without an advantage keep none, and no advantage changes its sign. Source: arXiv
+    2506.14758.
+
+    Args:
+      advantages: ``[N]`` or ``[N, T]``.
+      alpha, kappa: see above; kappa is at least 1.
+
+    Returns:
+      ``[N, T]`` float32.
+
+    >>> entropy = jnp.array([[0.5, 9.0]])
+    >>> entropy_shaped_advantages(jnp.array([-1.0]), entropy, alpha=0.5).tolist()
+    [[-0.75, -0.5]]
+    """
+    advantages = advantages[:, None] if advantages.ndim == 1 else advantages
+    return advantages + jnp.minimum(alpha * token_entropy, jnp.abs(advantages) / kappa)
+
+
+def overlong_punishment(
+    lengths: Num[Array, " N"], *, max_tokens: int, buffer_tokens: int
+) -> Float[Array, " N"]:
     """A penalty for long completions (DAPO).
 
     0 up to L - C tokens, then a slope of (L - C - l) / C down to -1 at L, and -1 beyond.
@@ -380,37 +348,3 @@ def overlong_punishment(lengths: Array, *, max_tokens: int, buffer_tokens: int) 
         raise ValueError(f"{buffer_tokens=} must lie in [0, {max_tokens=}]")
     excess = (lengths - (max_tokens - buffer_tokens)).astype(jnp.float32)
     return 0.0 - jnp.clip(excess / max(buffer_tokens, 1), 0.0, 1.0)
-
-
-def checked(rewards: Array, group: Array) -> Array:
-    if rewards.ndim != 1 or rewards.shape != group.shape:
-        raise ValueError(f"expected rewards [N] and group [N], got {rewards.shape}, {group.shape}")
-    return rewards.astype(jnp.float32)
-
-
-def _centred(
-    rewards: Array,
-    group: Array,
-    num_groups: int,
-    weights: Array | None = None,
-    alone_below: float | None = 2.0,
-) -> tuple[Array, Array]:
-    """Rewards minus their group's weighted mean ``[N]``, and the group's weight ``[P]``.
-
-    A group whose weight is below ``alone_below`` (None: with fewer than two rows) has mean 0 by
-    convention.
-    """
-    rewards = checked(rewards, group)
-    weights = jnp.ones_like(rewards) if weights is None else weights
-    count = jax.ops.segment_sum(weights, group, num_groups)
-    # Differences from the group's least reward are exactly 0 where all agree, and so is their mean:
-    # no rounding makes up a signal.
-    least = jax.ops.segment_min(jnp.where(weights > 0, rewards, jnp.inf), group, num_groups)
-    least = jnp.where(count > 0, least, 0.0)[group]
-    above = jax.ops.segment_sum(weights * (rewards - least), group, num_groups)
-    mean_above = above / jnp.where(count > 0, count, 1.0)
-    if alone_below is None:
-        alone = jax.ops.segment_sum(jnp.ones_like(rewards), group, num_groups) < 2
-    else:
-        alone = count < alone_below
-    return jnp.where(alone[group], rewards, (rewards - least) - mean_above[group]), count

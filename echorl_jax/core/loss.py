@@ -7,10 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from echorl_jax.choices import Aggregation
-from echorl_jax.core.corrections import drifted_failures, importance_mask, importance_weights
-from echorl_jax.core.divergences import kl_penalty
+from echorl_jax.core.divergences import (
+    drifted_failures,
+    importance_mask,
+    importance_weights,
+    kl_penalty,
+)
 from echorl_jax.core.losses import clipped_tokens, token_log_ratio
-from echorl_jax.core.objectives import Objective, importance_level
+from echorl_jax.core.objectives import importance_level
+from echorl_jax.core.pieces import Objective
 from echorl_jax.types import Array, LossTerm, Metrics, TrainBatch
 
 
@@ -41,10 +46,9 @@ def aggregation_weights(
 
     Args:
       loss_mask: ``[N, T]`` float or bool, the tokens that enter the loss, of the whole batch.
-      mode: see above.
       max_tokens: the constant of the norms, T_max.
       group: ``[N]`` int32 in ``[0, num_groups)``, each row's prompt, for ``prompt-mean``; None
-        makes each row a prompt of its own.
+        makes each row a separate prompt.
       num_groups: P, static, with ``group``.
 
     Returns:
@@ -133,7 +137,6 @@ def batch_loss(
       logprobs: ``[B, T]``, the current policy's, differentiated.
       entropy: ``[B, T]``, differentiated where ``entropy_coef`` is not 0.
       batch: the rows, with final weights.
-      objective: static.
       echo_coef: lambda at this step, see :func:`active_coef`; 0 costs nothing.
 
     Returns:

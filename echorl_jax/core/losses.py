@@ -3,19 +3,26 @@
 rho = exp(log pi - log pi_old) is the probability ratio to the policy that wrote the rollout. A
 log-ratio is cut to +-20 before it is exponentiated, which no sane ratio reaches, so that an unused
 branch never turns into inf * 0.
+
+``logprobs``, ``old_logprobs`` and ``log_ratio`` are ``[B, T]``; losses are differentiated in the
+first and the last. ``loss_mask`` names the tokens of a mean or product over a row. Shapes that do
+not fit raise ValueError.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Bool, Float
 
 from echorl_jax.choices import Divergence
 from echorl_jax.types import Array
 
+Tokens = Float[Array, "B T"]
+Advantages = Float[Array, " B"] | Float[Array, "B T"]
 MAX_LOG_RATIO = 20.0
 
 
-def token_log_ratio(logprobs: Array, old_logprobs: Array) -> Array:
+def token_log_ratio(logprobs: Tokens, old_logprobs: Tokens) -> Tokens:
     """log rho per token, cut to +-20.
 
     >>> token_log_ratio(jnp.array([[-1.0, 50.0]]), jnp.array([[-3.0, -1.0]])).tolist()
@@ -24,17 +31,12 @@ def token_log_ratio(logprobs: Array, old_logprobs: Array) -> Array:
     return jnp.clip(logprobs - old_logprobs, -MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
-def sequence_log_ratio(logprobs: Array, old_logprobs: Array, loss_mask: Array) -> Array:
+def sequence_log_ratio(logprobs: Tokens, old_logprobs: Tokens, loss_mask: Tokens) -> Tokens:
     """GSPO's log-ratio in token form: log(sg[s] pi / sg[pi]), log s the sequence's mean of log rho.
 
     Every token carries the value of its sequence, and the gradient of its own log-probability. Cut
     to at most 10.
     Source: arXiv 2507.18071, sections 4.1 and 4.3.
-
-    Args:
-      logprobs: ``[B, T]``, differentiated.
-      old_logprobs: ``[B, T]``.
-      loss_mask: ``[B, T]`` float, the tokens of the mean.
 
     Returns:
       ``[B, T]``; a sequence without tokens has 0.
@@ -52,13 +54,13 @@ def sequence_log_ratio(logprobs: Array, old_logprobs: Array, loss_mask: Array) -
 
 
 def policy_loss(
-    log_ratio: Array,
-    advantages: Array,
+    log_ratio: Tokens,
+    advantages: Advantages,
     *,
     epsilon_low: float | None = None,
     epsilon_high: float | None = None,
     dual_clip: float | None = None,
-) -> Array:
+) -> Tokens:
     """The clipped surrogate of PPO, its relatives, and without bounds the plain policy gradient.
 
     max(-A rho, -A clip(rho, 1 - e_low, 1 + e_high)); where A < 0, ``dual_clip`` c bounds it by -A c
@@ -68,13 +70,9 @@ def policy_loss(
 
     Args:
       log_ratio: ``[B, T]`` from :func:`token_log_ratio` or :func:`sequence_log_ratio`.
-      advantages: ``[B]`` or ``[B, T]``.
       epsilon_low: how far below 1 the ratio still earns.
       epsilon_high: how far above 1.
       dual_clip: c > 1, or None.
-
-    Returns:
-      ``[B, T]``.
 
     Raises:
       ValueError: if the shapes do not fit or ``dual_clip`` is not above 1.
@@ -96,18 +94,16 @@ def policy_loss(
 
 
 def clipped_tokens(
-    log_ratio: Array, advantages: Array, *, epsilon_low: float | None, epsilon_high: float | None
-) -> Array:
+    log_ratio: Tokens,
+    advantages: Advantages,
+    *,
+    epsilon_low: float | None,
+    epsilon_high: float | None,
+) -> Bool[Array, "B T"]:
     """Tokens whose ratio is past the bound its advantage pushes towards: no gradient there.
 
     Args:
-      log_ratio: ``[B, T]``.
-      advantages: ``[B]`` or ``[B, T]``.
-      epsilon_low: as in :func:`policy_loss`.
-      epsilon_high: as in :func:`policy_loss`.
-
-    Returns:
-      ``[B, T]`` bool.
+      epsilon_low, epsilon_high: as in :func:`policy_loss`.
 
     >>> log_ratio, advantages = jnp.log(jnp.array([[1.5, 0.5]] * 2)), jnp.array([1.0, -1.0])
     >>> clipped_tokens(log_ratio, advantages, epsilon_low=0.2, epsilon_high=0.2).tolist()
@@ -120,26 +116,20 @@ def clipped_tokens(
 
 
 def cispo_loss(
-    logprobs: Array,
-    old_logprobs: Array,
-    advantages: Array,
+    logprobs: Tokens,
+    old_logprobs: Tokens,
+    advantages: Advantages,
     *,
     epsilon_low: float | None = None,
     epsilon_high: float | None = None,
-) -> Array:
+) -> Tokens:
     """REINFORCE with the clipped ratio as a constant weight: every token keeps a gradient (CISPO).
 
     -sg[clip(rho, 1 - e_low, 1 + e_high)] A log pi. Source: arXiv 2506.13585, section 3.1.
 
     Args:
-      logprobs: ``[B, T]``, differentiated.
-      old_logprobs: ``[B, T]``.
-      advantages: ``[B]`` or ``[B, T]``.
       epsilon_low: bound below 1 (1 or None: none in effect).
       epsilon_high: bound above 1.
-
-    Returns:
-      ``[B, T]``.
 
     >>> logprobs, old_logprobs = jnp.array([[-1.0]]), jnp.array([[-3.0]])  # rho = e^2, cut to 1.5
     >>> cispo_loss(logprobs, old_logprobs, jnp.array([2.0]), epsilon_high=0.5).tolist()
@@ -150,7 +140,7 @@ def cispo_loss(
     return -weight * _per_token(logprobs, advantages) * logprobs
 
 
-def shaped_policy_loss(logprobs: Array, advantages: Array, *, shaping: float = 0.1) -> Array:
+def shaped_policy_loss(logprobs: Tokens, advantages: Advantages, *, shaping: float = 0.1) -> Tokens:
     """LUFFY's loss for tokens that an expert wrote: -A f(pi) with f(x) = x / (x + shaping).
 
     f'(x) is largest where the policy gives the expert's token little probability, so rare but
@@ -158,12 +148,7 @@ def shaped_policy_loss(logprobs: Array, advantages: Array, *, shaping: float = 0
     Source: arXiv 2504.14945, section 3.3.
 
     Args:
-      logprobs: ``[B, T]``, differentiated.
-      advantages: ``[B]`` or ``[B, T]``.
       shaping: gamma, above 0.
-
-    Returns:
-      ``[B, T]``.
 
     >>> shaped_policy_loss(jnp.log(jnp.array([[0.5]])), jnp.array([1.0]), shaping=0.5).item()
     -0.5
@@ -173,20 +158,19 @@ def shaped_policy_loss(logprobs: Array, advantages: Array, *, shaping: float = 0
 
 
 def kl_cov_loss(
-    log_ratio: Array, advantages: Array, selected: Array, *, kl_cov_coef: float = 1.0
-) -> Array:
+    log_ratio: Tokens,
+    advantages: Advantages,
+    selected: Bool[Array, "B T"],
+    *,
+    kl_cov_coef: float = 1.0,
+) -> Tokens:
     """Policy gradient -A rho, plus a penalty coef |log rho| on the selected tokens.
 
     Source: arXiv 2505.22617, section 4.2 (KL-Cov).
 
     Args:
-      log_ratio: ``[B, T]``.
-      advantages: ``[B]`` or ``[B, T]``.
       selected: ``[B, T]`` bool from :func:`kl_cov_selection`.
       kl_cov_coef: weight of the penalty.
-
-    Returns:
-      ``[B, T]``.
 
     >>> log_ratio, selected = jnp.array([[0.0, 0.0, -1.0]]), jnp.array([[False, True, True]])
     >>> print(kl_cov_loss(log_ratio, jnp.array([1.0]), selected).round(3))  # 1 - 1/e in the end
@@ -197,21 +181,20 @@ def kl_cov_loss(
 
 
 def sapo_loss(
-    log_ratio: Array, advantages: Array, *, tau_positive: float = 1.0, tau_negative: float = 1.05
-) -> Array:
+    log_ratio: Tokens,
+    advantages: Advantages,
+    *,
+    tau_positive: float = 1.0,
+    tau_negative: float = 1.05,
+) -> Tokens:
     """A soft gate in place of the clip (SAPO): -A sigmoid(tau (rho - 1)) 4 / tau.
 
     Its gradient is largest at rho = 1, where it is the plain policy gradient's, and fades on both
     sides. Source: arXiv 2511.20347, section 3.
 
     Args:
-      log_ratio: ``[B, T]``.
-      advantages: ``[B]`` or ``[B, T]``.
       tau_positive: sharpness of the gate where A > 0.
       tau_negative: sharpness elsewhere.
-
-    Returns:
-      ``[B, T]``.
 
     >>> sapo_loss(jnp.zeros((1, 1)), jnp.array([1.0])).item()  # 4 sigmoid(0)
     -2.0
@@ -222,14 +205,14 @@ def sapo_loss(
 
 
 def gmpo_loss(
-    logprobs: Array,
-    old_logprobs: Array,
-    advantages: Array,
-    loss_mask: Array,
+    logprobs: Tokens,
+    old_logprobs: Tokens,
+    advantages: Advantages,
+    loss_mask: Tokens,
     *,
     epsilon_low: float | None = 0.4,
     epsilon_high: float | None = 0.4,
-) -> Array:
+) -> Tokens:
     """The geometric mean of a row's ratios in place of each token's own (GMPO).
 
     -A exp(mean_t d_t), d_t = min(log rho, e_high) where A > 0 and max(log rho, -e_low) where A < 0.
@@ -237,15 +220,8 @@ def gmpo_loss(
     section 3.
 
     Args:
-      logprobs: ``[B, T]``, differentiated.
-      old_logprobs: ``[B, T]``.
-      advantages: ``[B]`` or ``[B, T]``.
-      loss_mask: ``[B, T]`` float, the tokens of the mean.
       epsilon_low: bound below, of the log-ratio; None is no bound.
       epsilon_high: bound above.
-
-    Returns:
-      ``[B, T]``.
 
     >>> logprobs, old = jnp.log(jnp.array([[0.2, 0.4]])), jnp.log(jnp.array([[0.2, 0.1]]))
     >>> mask = jnp.ones((1, 2))
@@ -264,13 +240,13 @@ def gmpo_loss(
 
 
 def dppo_kept(
-    logprobs: Array,
-    old_logprobs: Array,
-    advantages: Array,
+    logprobs: Tokens,
+    old_logprobs: Tokens,
+    advantages: Advantages,
     *,
     bound: float,
     divergence: Divergence = "tv",
-) -> Array:
+) -> Bool[Array, "B T"]:
     """Tokens inside DPPO's trust region, or on their way back into it.
 
     A token leaves where its advantage pushes its probability further than ``bound`` from the old
@@ -278,13 +254,8 @@ def dppo_kept(
     distributions "this token or another" (``kl``). Source: arXiv 2602.04879, section 4.
 
     Args:
-      logprobs, old_logprobs: ``[B, T]``.
-      advantages: ``[B]`` or ``[B, T]``.
       bound: delta.
       divergence: ``tv`` or ``kl``.
-
-    Returns:
-      ``[B, T]`` bool.
 
     >>> logprobs, old = jnp.log(jnp.array([[0.6, 0.2]])), jnp.log(jnp.array([[0.4, 0.4]]))
     >>> dppo_kept(logprobs, old, jnp.array([1.0]), bound=0.15).tolist()
@@ -302,27 +273,21 @@ def dppo_kept(
 
 
 def dppo_loss(
-    logprobs: Array,
-    old_logprobs: Array,
-    advantages: Array,
+    logprobs: Tokens,
+    old_logprobs: Tokens,
+    advantages: Advantages,
     *,
     bound: float,
     divergence: Divergence = "tv",
     cap: float = 20.0,
-) -> Array:
+) -> Tokens:
     """Policy gradient with a capped constant ratio on the tokens that :func:`dppo_kept` keeps.
 
     -A sg[min(rho, cap)] log pi, 0 on other tokens.
 
     Args:
-      logprobs: ``[B, T]``, differentiated.
-      old_logprobs: ``[B, T]``.
-      advantages: ``[B]`` or ``[B, T]``.
       bound, divergence: see :func:`dppo_kept`.
       cap: largest ratio.
-
-    Returns:
-      ``[B, T]``.
 
     >>> logprobs, old = jnp.log(jnp.array([[0.6, 0.2]])), jnp.log(jnp.array([[0.4, 0.4]]))
     >>> (dppo_loss(logprobs, old, jnp.array([1.0]), bound=0.15) > 0).tolist()
@@ -335,19 +300,14 @@ def dppo_loss(
     return -weight * _per_token(logprobs, advantages) * logprobs
 
 
-def topr_loss(logprobs: Array, old_logprobs: Array, advantages: Array) -> Array:
+def topr_loss(logprobs: Tokens, old_logprobs: Tokens, advantages: Advantages) -> Tokens:
     """Likelihood where A > 0, and a ratio of at most 1 as constant weight elsewhere (TOPR).
 
     -A log pi where A > 0, else -A sg[min(rho, 1)] log pi, with the token's ratio; the paper's is
     the trajectory's. Source: arXiv 2503.14286, section 3.
 
     Args:
-      logprobs: ``[B, T]``, differentiated.
-      old_logprobs: ``[B, T]``.
       advantages: ``[B]`` or ``[B, T]``, positive for what is to be learnt.
-
-    Returns:
-      ``[B, T]``.
 
     >>> logprobs, old = jnp.array([[-1.0], [-1.0]]), jnp.array([[-2.0], [-2.0]])
     >>> topr_loss(logprobs, old, jnp.array([2.0, -1.0])).tolist()
@@ -359,29 +319,22 @@ def topr_loss(logprobs: Array, old_logprobs: Array, advantages: Array) -> Array:
 
 
 def vespo_loss(
-    logprobs: Array,
-    old_logprobs: Array,
-    advantages: Array,
-    loss_mask: Array,
+    logprobs: Tokens,
+    old_logprobs: Tokens,
+    advantages: Advantages,
+    loss_mask: Tokens,
     *,
     positive: tuple[float, float] = (2.0, 3.0),
     negative: tuple[float, float] = (3.0, 2.0),
-) -> Array:
+) -> Tokens:
     """A smooth weight on a row's whole ratio as a constant factor of the policy gradient (VESPO).
 
     phi = exp(lambda + k log W - lambda W), W the product of the row's ratios with log W in
     [log 1e-8, 20]; the loss is -sg[phi] A log pi. Source: arXiv 2602.10693, section 4.
 
     Args:
-      logprobs: ``[B, T]``, differentiated.
-      old_logprobs: ``[B, T]``.
-      advantages: ``[B]`` or ``[B, T]``.
-      loss_mask: ``[B, T]`` float, the tokens of the product.
       positive: k and lambda where A >= 0.
       negative: k and lambda where A < 0.
-
-    Returns:
-      ``[B, T]``.
 
     >>> logprobs = jnp.array([[-1.0, -2.0]])  # W = 1, so phi = 1
     >>> vespo_loss(logprobs, logprobs, jnp.array([1.0]), jnp.ones((1, 2))).tolist()

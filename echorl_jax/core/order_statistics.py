@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from echorl_jax.choices import OrderStatistic
-from echorl_jax.core.advantages import checked
+from echorl_jax.core.groups import checked
 from echorl_jax.types import Array
 
 

@@ -1,4 +1,4 @@
-"""Tokens picked out of a batch by covariance with the advantage (KL-Cov, Clip-Cov)."""
+"""Picks tokens out of a batch: by covariance with the advantage, log-ratio or entropy."""
 
 import fractions
 
@@ -156,6 +156,28 @@ def second_moment_selection(
     bound = ordered[jnp.argmax(cut / count < budget)]
     over = jnp.all(cut / count >= budget)
     return harmful & (over | (jnp.abs(log_ratio) > bound))
+
+
+def top_entropy_tokens(token_entropy: Array, mask: Array, *, fraction: float) -> Array:
+    """The share of tokens with the highest entropy (80/20).
+
+    A token is in if its entropy reaches the (1 - fraction) quantile, linearly interpolated, of all
+    tokens in ``mask``; ties at the bound are all in. Source: arXiv 2506.01939, as TRL computes it.
+
+    Args:
+      token_entropy: ``[N, T]``, nats.
+      mask: ``[N, T]`` bool.
+      fraction: share to keep, in (0, 1].
+
+    Returns:
+      ``[N, T]`` bool.
+
+    >>> entropy, mask = jnp.array([[0.1, 0.5, 0.3, 0.2, 9.0]]), jnp.arange(5)[None] < 4
+    >>> top_entropy_tokens(entropy, mask, fraction=0.5).tolist()
+    [[False, True, True, False, False]]
+    """
+    bound = jnp.nanquantile(jnp.where(mask, token_entropy, jnp.nan), 1.0 - fraction)
+    return mask & (token_entropy >= bound)
 
 
 def _largest(score: Array, eligible: Array, mask: Array, fraction: float) -> Array:

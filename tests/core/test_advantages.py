@@ -103,8 +103,10 @@ def step_scores(objective, rewards, group, *, lengths=None, on_policy=None, judg
         judged=None if judged is None else np.array(judged, bool),
     )
     objective = core.OBJECTIVES[objective] if isinstance(objective, str) else objective
-    in_policy = np.ones(rows, bool)
-    return np.asarray(step_advantages(Rollouts(**rollouts), graded, in_policy, objective=objective))
+    made, in_policy = Rollouts(**rollouts), np.ones(rows, bool)
+    # Operations of one shape are compiled once for all objectives, not a program for each.
+    with jax.disable_jit():
+        return np.asarray(step_advantages(made, graded, in_policy, objective=objective))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What mining costs beside the update that it prepares."""
+"""The time of mining, compared with the update that it prepares."""
 
 import statistics
 import time

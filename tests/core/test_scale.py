@@ -51,7 +51,11 @@ def gradients(objective: core.Objective, copies: int) -> dict[str, np.ndarray]:
     made, graded, logprobs = rollouts(copies)
     in_policy = np.ones(len(graded.correct), bool)
     key = jax.random.key(0)
-    advantages = step_advantages(made, graded, in_policy, objective=objective)
+    # Operations and programs are shared by the objectives, not compiled for each.
+    with jax.disable_jit():
+        advantages = step_advantages(made, graded, in_policy, objective=objective)
+    read = ("aggregation", "count_zero_advantage", "acts_on_solved", "entropy_coef")
+    weighed = core.Objective(**{name: vars(objective)[name] for name in read})
     assembled, _ = assemble(
         made,
         graded,
@@ -61,7 +65,7 @@ def gradients(objective: core.Objective, copies: int) -> dict[str, np.ndarray]:
         jnp.arange(9) % 2 == 0,
         key,
         0,
-        objective=objective,
+        objective=weighed,
         echo=EchoConfig(coef=1.0),
         max_tokens=WIDTH,
     )
