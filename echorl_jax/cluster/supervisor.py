@@ -19,12 +19,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from echorl_jax.cluster.hub import Hub
 from echorl_jax.cluster.place import Place
 from echorl_jax.cluster.wire import VARIABLE, Assignment, Message, Secret, Wire, sign
 from echorl_jax.errors import RunStopped, UserError, plain_line
+
+if TYPE_CHECKING:
+    from echorl_jax.cluster.hub import Hub
 
 # Preemption by a launcher, Ctrl-C, and Slurm's warning before its time limit.
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -249,7 +251,9 @@ def _hub_gone(place: Place) -> str:
     return f"process 0 of {place.processes} on {place.address[0]} is gone"
 
 
-def _open_hub(place: Place, limits: Limits, secret: Secret) -> Hub:
+def _open_hub(place: Place, limits: Limits, secret: Secret) -> "Hub":
+    from echorl_jax.cluster.hub import Hub
+
     host, port = place.address
     try:
         if host in ("localhost", "127.0.0.1"):

@@ -169,7 +169,6 @@ def tell(line: str, *, certain: bool) -> bool:
     """Tells the supervisor why this process ends; returns False when there is no supervisor.
 
     Args:
-      line: one line.
       certain: not a consequence of another process's end.
     """
     given = assignment()

@@ -1,6 +1,5 @@
 """Sources of rows, prompts as token ids, and the stream that training reads."""
 
-from echorl_jax.data.countdown_rows import CountdownRows, parse_countdown
 from echorl_jax.data.errors import DataError
 from echorl_jax.data.experts import (
     add_hint,
@@ -9,7 +8,6 @@ from echorl_jax.data.experts import (
     hint_segments,
     require_embedded_rows,
 )
-from echorl_jax.data.reduce_rows import ReduceRows, parse_reduce
 from echorl_jax.data.rows import Row
 from echorl_jax.data.sources import Rows, load_rows
 from echorl_jax.data.stream import Prompt, PromptStream
@@ -23,12 +21,10 @@ from echorl_jax.data.tokens import (
 )
 
 __all__ = [
-    "CountdownRows",
     "DataError",
     "Prompt",
     "PromptStream",
     "Row",
-    "ReduceRows",
     "Rows",
     "TEMPLATES",
     "add_hint",
@@ -39,8 +35,6 @@ __all__ = [
     "load_rows",
     "load_tokenizer",
     "newline_delimiters",
-    "parse_countdown",
-    "parse_reduce",
     "require_embedded",
     "require_embedded_rows",
     "require_vocabulary",

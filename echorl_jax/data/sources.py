@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import importlib
 import itertools
+import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,13 +18,15 @@ from types import ModuleType
 from typing import Any, Literal, overload
 
 from echorl_jax.data.checked_rows import CheckedRows, check_rows, read_file
-from echorl_jax.data.countdown_rows import parse_countdown
 from echorl_jax.data.errors import DataError
-from echorl_jax.data.reduce_rows import parse_reduce
 from echorl_jax.data.rows import LETTERS, Row
 from echorl_jax.errors import nearest
 
-GENERATED = {"countdown": parse_countdown, "reduce": parse_reduce}
+# The function that reads the options of each kind of generated rows.
+GENERATED = {
+    "countdown": "echorl_jax.data.countdown_rows:parse_countdown",
+    "reduce": "echorl_jax.data.reduce_rows:parse_reduce",
+}
 
 
 class _Converted(Sequence[Mapping[str, Any]]):
@@ -241,9 +244,9 @@ def _settle_weights(spec: str, weights: Sequence[float | None]) -> tuple[float, 
 
 
 def _load_part(name: str, *, skip_bad: bool) -> Sequence[Row]:
-    for task, parse in GENERATED.items():
-        if name.startswith(f"{task}:"):
-            return parse(name.removeprefix(f"{task}:"))
+    kind, colon, rest = name.partition(":")
+    if colon and kind in GENERATED:
+        return pkgutil.resolve_name(GENERATED[kind])(rest)
     place, _, query = name.partition("?")
     kind, colon, rest = place.partition(":")
     reader = CATALOGUES.get(kind) if colon else None

@@ -58,7 +58,6 @@ class PromptStream(Iterator[list[Prompt]]):
 
     Args:
       rows: what :func:`load_rows` gives, or any sequence of rows.
-      tokenizer: makes the ids.
       prompts_per_step: P.
       seed: of the order.
       max_prompt_tokens: longest prompt that is kept.

@@ -183,7 +183,7 @@ class Adapted:
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Which linears have low-rank adapters, and of which rank and factor; static and hashable.
+    """The linears with low-rank adapters, their rank and factor; static and hashable.
 
     The output of a linear becomes ``x W + s (x A) B``, with s = alpha / rank, or alpha / sqrt(rank)
     for rank-stabilised adapters. Sources: LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732.

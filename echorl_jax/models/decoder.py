@@ -69,7 +69,6 @@ class Decoder:
         """Final-normed hidden states.
 
         Args:
-          params: the weights.
           tokens: i32 ``[B, T]``, padded on the right.
           lengths: i32 ``[B]``, real tokens of each row, all unless given; padding is not attended
             to.

@@ -145,7 +145,6 @@ def save_model(
 
     Args:
       path: the directory, created if missing.
-      model, params: the model and its weights.
       tokenizer: written to the same directory if given.
       dtype: of the stored tensors; unless given the type the model was loaded from, so that a round
         trip is bit-identical.

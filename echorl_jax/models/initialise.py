@@ -61,8 +61,6 @@ def init_params(model: Decoder, key: Array, mesh: Mesh | None = None) -> PyTree:
     The values depend on the key alone, not on the mesh.
 
     Args:
-      model: the decoder.
-      key: PRNG key.
       mesh: where the weights go; one device unless given.
 
     Returns:

@@ -25,7 +25,6 @@ from echorl_jax.rollout import Progress
 from echorl_jax.rollout.memory import device_bytes
 from echorl_jax.training.capacity import overview, title, with_slots
 from echorl_jax.training.checkpoints import Checkpoints, Restored
-from echorl_jax.training.convert import export_model
 from echorl_jax.training.diagnose import Dumps
 from echorl_jax.training.evaluator import Evaluator, attempt
 from echorl_jax.training.faults import Faults
@@ -197,6 +196,8 @@ class Run:
         self.checkpoints.close()
         config = self.setup.config
         if config.checkpoint.export and int(state.step) == config.steps:
+            from echorl_jax.training.convert import export_model
+
             export_model(self.directory, self.setup, self.policy(state))
 
 

@@ -9,8 +9,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echorl_jax.data import CountdownRows, DataError, parse_countdown
-from echorl_jax.data.countdown_rows import Step, apply_operator, is_eval
+from echorl_jax.data import DataError
+from echorl_jax.data.countdown_rows import (
+    CountdownRows,
+    Step,
+    apply_operator,
+    is_eval,
+    parse_countdown,
+)
 
 
 def follow(lines, numbers):

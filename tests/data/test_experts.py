@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from echorl_jax.data import (
-    CountdownRows,
     DataError,
     Prompt,
     add_hint,
@@ -17,6 +16,7 @@ from echorl_jax.data import (
     load_rows,
     load_tokenizer,
 )
+from echorl_jax.data.countdown_rows import CountdownRows
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_files = pytest.mark.skipif(not SHARED.is_dir(), reason="no public data files")

@@ -10,8 +10,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echorl_jax.data import DataError, ReduceRows, load_rows, parse_reduce
-from echorl_jax.data.reduce_rows import canonical_text, depth_of, rewrites, text_of, value_of
+from echorl_jax.data import DataError, load_rows
+from echorl_jax.data.reduce_rows import (
+    ReduceRows,
+    canonical_text,
+    depth_of,
+    parse_reduce,
+    rewrites,
+    text_of,
+    value_of,
+)
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}
 

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 import echorl_jax
 from echorl_jax.data import (
-    CountdownRows,
     DataError,
     encode_prompt,
     encode_target,
@@ -20,6 +19,7 @@ from echorl_jax.data import (
     newline_delimiters,
     require_vocabulary,
 )
+from echorl_jax.data.countdown_rows import CountdownRows
 from tests.data.make_tiny_tokenizer import write_directory
 
 ASSETS = Path(echorl_jax.__file__).parent / "assets" / "countdown"

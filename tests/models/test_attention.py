@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from echorl_jax.models import ModelError, attend
-from echorl_jax.models.attention import _fused
-from echorl_jax.models.blockwise import blockwise_attention
+from echorl_jax.models.attention import _fused, blockwise_attention
 from echorl_jax.models.splash import splash_attention
 
 BATCH, WIDTH = 4, 8

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from echorl_jax.data import CountdownRows, load_rows
+from echorl_jax.data import load_rows
+from echorl_jax.data.countdown_rows import CountdownRows
 from echorl_jax.rewards import judge, load_grader
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from echorl_jax.data import ReduceRows
+from echorl_jax.data.reduce_rows import ReduceRows
 from echorl_jax.rewards import load_grader
 from echorl_jax.rewards.reduce import grade, steps_right
 
