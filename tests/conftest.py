@@ -32,6 +32,12 @@ install_import_hook(CHECKED, "tests.shape_checks.check")
 
 import jax  # noqa: E402
 
+# Programs that take a while to compile are kept for other files, workers and runs of the tests
+# (`pytest --cache-clear` deletes them). Only this process uses them, not the programs it starts.
+COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "d" / "compiled"
+jax.config.update("jax_compilation_cache_dir", str(COMPILED))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
 
 @pytest.fixture(scope="session")
 def torch_python() -> str:

@@ -62,7 +62,7 @@ def mine(
 
 
 def _candidates(row, steps, long_enough, select):
-    """What one rollout offers, as (rank, row, step); the lowest rank wins."""
+    """The candidates of one rollout, as (rank, row, step); the lowest rank wins."""
     if not long_enough:
         return []
     if select == "max":

@@ -1,4 +1,4 @@
-"""Where a process stands, from what launchers leave in the environment."""
+"""The place of a process, from the environment variables of launchers."""
 
 import pytest
 

@@ -101,7 +101,7 @@ def test_a_killed_supervisor_takes_all_along(
 
 
 def test_a_frozen_process_is_lost_after_a_while(run: Callable[..., Run], tmp_path: Path) -> None:
-    """As a host that has lost its network: no connection is closed, and nothing comes."""
+    """A stopped process is like a host without network: connections stay open and silent."""
     pair = run()
     for process in (0, 1):
         pair.start(process, WAIT, str(tmp_path / str(process)))

@@ -3,6 +3,7 @@
 import importlib
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from echorl_jax.config import ConfigError
 from echorl_jax.files import read_steps
 from echorl_jax.training import loop
+from echorl_jax.training.optimizer import TrainState
 from tests.integration.conftest import small_config
 from tests.integration.test_train import require_close, untrained
 
@@ -138,30 +140,32 @@ def test_tokens_are_selected_by_the_policy_before_each_update(
     assert len(keys) == len(set(keys)) == 4 and not used & set(keys)
 
 
-def test_several_updates_in_a_step(tmp_path: Path) -> None:
+def train_one_step(workdir: Path, **objective: Any) -> TrainState:
+    config = small_config(steps=1, objective=objective, optim={"learning_rate": 1e-3})
+    return loop.train(config, workdir, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def one_update(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, Path]:
+    """A step of one update, with the sampler's log-probabilities as the old ones."""
+    workdir = tmp_path_factory.mktemp("one")
+    return train_one_step(workdir), workdir
+
+
+def test_several_updates_in_a_step(one_update: tuple[TrainState, Path], tmp_path: Path) -> None:
     """Ratios leave 1 only after the first update; old log-probabilities stay frozen."""
-    many = small_config(
-        steps=1, objective={"mini_batches": 2, "epochs": 3}, optim={"learning_rate": 1e-3}
-    )
-    loop.train(many, tmp_path / "many", devices=jax.devices()[:1])
-    one = small_config(steps=1, optim={"learning_rate": 1e-3})
-    loop.train(one, tmp_path / "one", devices=jax.devices()[:1])
+    train_one_step(tmp_path, mini_batches=2, epochs=3)
     lines = [
-        json.loads((tmp_path / name / "metrics.jsonl").read_text().splitlines()[0])
-        for name in ("many", "one")
+        json.loads((workdir / "metrics.jsonl").read_text().splitlines()[0])
+        for workdir in (tmp_path, one_update[1])
     ]
     assert lines[0]["ratio/clip_fraction"] > 0 == lines[1]["ratio/clip_fraction"]
     assert lines[0]["reward/mean"] == lines[1]["reward/mean"]
 
 
-def test_old_logprobs_by_sampler_or_trainer_agree(tmp_path: Path) -> None:
+def test_old_logprobs_by_sampler_or_trainer_agree(
+    one_update: tuple[TrainState, Path], tmp_path: Path
+) -> None:
     """In float32 both compute the same policy, so the update is the same within rounding."""
-    rollout, trainer = (
-        loop.train(
-            small_config(steps=1, objective={"old_logprobs": source}),
-            tmp_path / source,
-            devices=jax.devices()[:1],
-        )
-        for source in ("rollout", "trainer")
-    )
-    require_close(rollout.params, trainer.params, untrained())
+    trainer = train_one_step(tmp_path, old_logprobs="trainer")
+    require_close(one_update[0].params, trainer.params, untrained())

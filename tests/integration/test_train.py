@@ -64,18 +64,29 @@ def untrained() -> Any:
     return load_model("echorl_jax/assets/countdown", dtype="float32")[1]
 
 
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three steps without interruption, with everything on."""
-    workdir = tmp_path_factory.mktemp("whole")
-    config = small_config(
+def everything(**sections: Any) -> Config:
+    """Three steps with everything on."""
+    return small_config(
         data={"eval": "countdown:split=eval&count=8"},
         eval={"every": 2, "samples": 2},
         checkpoint={"every": 1, "export": True},
         log={"tensorboard": True},
+        **sections,
     )
-    train(config, workdir)
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("whole")
+    train(everything(), workdir)
     return workdir
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[TrainState, Path]:
+    """Three plain steps: the final state and the workdir."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    return train(small_config(steps=3), workdir), workdir
 
 
 def test_workdir_has_what_is_promised(whole_run: Path) -> None:
@@ -129,20 +140,21 @@ def test_report_is_written(whole_run: Path) -> None:
     assert "EchoClip" in text and "http://" not in text.split("<script")[0]
 
 
-def test_an_interrupted_run_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
-    config = small_config(steps=3)
-    whole = train(config, tmp_path / "whole")
+def test_an_interrupted_run_ends_as_if_it_had_not_been(
+    uninterrupted: tuple[TrainState, Path], tmp_path: Path
+) -> None:
+    whole, workdir = uninterrupted
     train(small_config(steps=2), tmp_path / "parts")
     # What a kill in the third step leaves behind.
     with (tmp_path / "parts" / "metrics.jsonl").open("a") as file:
         file.write(json.dumps({"step": 3, "reward/mean": 9.0}) + "\n" + '{"step": 4, "rewa')
-    resumed = train(config, tmp_path / "parts")
+    resumed = train(small_config(steps=3), tmp_path / "parts")
     assert same(whole.params, resumed.params) and same(whole.opt_state, resumed.opt_state)
-    assert steady(tmp_path / "whole") == steady(tmp_path / "parts")
+    assert steady(workdir) == steady(tmp_path / "parts")
 
 
 def test_a_run_goes_on_with_its_history(tmp_path: Path) -> None:
-    """Which prompts come again, and which clips are refused, depends on the steps before."""
+    """Earlier steps decide which prompts come again and which clips are refused."""
     sections = {
         "data": {"train": "countdown:count=6", "retire_above": 0.25},
         "echo": {"coef": 0.1, "threshold": 0.6},
@@ -157,7 +169,10 @@ def test_a_run_goes_on_with_its_history(tmp_path: Path) -> None:
     assert 0 < lines[1]["data/retired_fraction"] < 1
 
 
-def test_a_signal_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_saves_and_stops(
+    uninterrupted: tuple[TrainState, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, workdir = uninterrupted
     config = small_config(steps=3, checkpoint={"every": 0})
     record = loop.record_samples
 
@@ -166,13 +181,12 @@ def test_a_signal_saves_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    whole = train(config, tmp_path / "whole")
     with monkeypatch.context() as patch:
         patch.setattr(loop, "record_samples", preempted)
         train(config, tmp_path / "parts")
     assert [line["step"] for line in steady(tmp_path / "parts")] == [1, 2]
     assert same(whole.params, train(config, tmp_path / "parts").params)
-    assert steady(tmp_path / "whole") == steady(tmp_path / "parts")
+    assert steady(workdir) == steady(tmp_path / "parts")
 
 
 def test_the_mesh_does_not_matter(tmp_path: Path) -> None:
@@ -190,10 +204,12 @@ def test_the_mesh_does_not_matter(tmp_path: Path) -> None:
 
 def test_without_echo_it_is_the_plain_objective(tmp_path: Path) -> None:
     """Off, with coefficient 0, or outside its window: the same parameters."""
-    plain = train(small_config(steps=2, echo={"enabled": False}), tmp_path / "off")
-    zero = train(small_config(steps=2, echo={"coef": 0.0}), tmp_path / "zero")
-    late = train(small_config(steps=2, echo={"start_step": 5}), tmp_path / "late")
-    on = train(small_config(steps=2, echo={"coef": 0.1}), tmp_path / "on")
+    plain, zero, late, on = (
+        train(small_config(steps=1, echo=echo), tmp_path / str(number))
+        for number, echo in enumerate(
+            ({"enabled": False}, {"coef": 0.0}, {"start_step": 5}, {"coef": 0.1})
+        )
+    )
     assert same(plain.params, zero.params) and same(plain.params, late.params)
     assert not same(plain.params, on.params)
 
@@ -207,7 +223,6 @@ def test_a_narrow_cache_is_seen_in_the_gap_and_accepted(tmp_path: Path) -> None:
     assert gaps[0] < 1e-4 < gaps[1]
 
 
-def test_a_workdir_of_another_config_is_refused(tmp_path: Path) -> None:
-    train(small_config(steps=1), tmp_path)
+def test_a_workdir_of_another_config_is_refused(whole_run: Path) -> None:
     with pytest.raises(ConfigError, match="config.rollout.group_size = 4, not 2"):
-        train(small_config(steps=1, rollout={"group_size": 2}), tmp_path)
+        train(everything(rollout={"group_size": 2}), whole_run)

@@ -52,7 +52,7 @@ class Counted:
 
 
 def exchanges() -> dict:
-    """What each helper gives, with 5 things over the processes."""
+    """The results of each helper, with 5 things over the processes."""
     place, count = jax.process_index(), 5
     share = own_share(count)
     rows = np.arange(count * 2, dtype=np.int32).reshape(count, 2)
@@ -77,7 +77,7 @@ def exchanges() -> dict:
 
 
 def look(place: int) -> int:
-    """What process 0 alone finds wrong."""
+    """An error that only process 0 raises."""
     raise UserError(f"process {place}: no such place")
 
 

@@ -1,4 +1,4 @@
-"""What is kept, what is restored, and what damage and full disks do; no model is needed."""
+"""Checkpoints: which stay, what comes back, damage and full disks; no model is needed."""
 
 import dataclasses
 import errno
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptio
 
 @pytest.fixture(autouse=True)
 def tidy() -> Iterator[None]:
-    """What Orbax leaves behind goes within this file, where its complaints are ignored."""
+    """Collects Orbax's garbage within this file, where its complaints are ignored."""
     yield
     gc.collect()
 

@@ -6,25 +6,31 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from echorl_jax.training.warmup import keep_compiled
 
 
 @pytest.fixture
 def hits() -> Iterator[list[str]]:
-    """What JAX found in a cache, however fast it would have compiled."""
+    """Cache hits of JAX; every program is cached, however fast it compiles."""
     found: list[str] = []
 
     def note(event: str, **_: object) -> None:
         if event.endswith("compilation_cache/cache_hits"):
             found.append(event)
 
-    seconds = jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: jax.config.values[name] for name in names}
+    for name, value in zip(names, (None, 0.0), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
     jax.monitoring.register_event_listener(note)
     yield found
     jax.monitoring.unregister_event_listener(note)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 def compute() -> float:

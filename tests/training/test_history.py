@@ -1,4 +1,4 @@
-"""What a run remembers of its prompts and entropies, against hand-worked values."""
+"""The history of prompts and entropies, against hand-worked values."""
 
 import json
 from collections.abc import Sequence

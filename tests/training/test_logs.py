@@ -1,4 +1,4 @@
-"""What is left out after a write that failed, and what is not."""
+"""Errors that are hidden after a write that failed, and errors that are not."""
 
 import asyncio
 import sys
