@@ -112,7 +112,6 @@ def read_jsonl(path: Path, broken: list[int] | None = None) -> Iterator[dict[str
     """Yields the objects of a JSONL file one at a time; nothing if the file does not exist.
 
     Args:
-      path: the file.
       broken: receives the numbers of lines that are not JSON objects, such as a torn last line.
     """
     if not path.is_file():

@@ -51,7 +51,6 @@ class Engine(Protocol):
         Args:
           params: the policy's parameters, in the trainer's layout.
           prompts: P prompts; a completion begins with its prompt's ``prefix``.
-          key: PRNG key of this call.
           sampling: lengths, temperature and the tokens that end a completion.
           finished: to be called with the numbers and tokens (EOS included) of rows that have ended,
             once for each: grading starts then. Other rows are graded after the call.

@@ -54,13 +54,8 @@ def attempt_prompts(
     judge rows that have ended while the rest of the call, and the next one, are generated.
 
     Args:
-      engine: samples.
-      params: the policy's parameters.
       prompts: with rows in verl's columns, numbers for the keys, and prefixes of completions.
-      key: PRNG key.
       sampling: how completions are drawn.
-      tokenizer: decodes completions.
-      grader: judges them.
       rows_at_once: completions in one call of the engine.
       done: attempts at the beginning that are left out.
       progress: called by the engine at each poll.

@@ -159,7 +159,6 @@ def tree_shardings(axes: PyTree, shapes: PyTree, mesh: Mesh, layout: Layout = "t
     Args:
       axes: tree of tuples of logical names.
       shapes: the same tree, of anything with a ``shape``.
-      mesh: the mesh.
       layout: column of the table.
     """
     return jax.tree.map(

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from echorl_jax.errors import UserError
 from echorl_jax.types import HostArray, PyTree
 
-# The longest line that tells what is wrong, in UTF-8.
+# The longest error line that processes exchange, in UTF-8.
 LINE_BYTES = 1000
 
 

@@ -59,9 +59,7 @@ def make_batches(
     """The step's mini-batches (NumPy): advantages over the whole step, then clips and weights.
 
     Args:
-      setup: of the run.
       experience: of the step.
-      key: for random choices of clips.
       step: from 1; the echo may have a window of steps.
       min_entropy: a clip's last step must have more (nats); the default refuses none.
       past_rates: f32 ``[W]``, for an objective that weighs prompts by them, see ``StepData``.
@@ -116,15 +114,13 @@ def step_advantages(
 ) -> Array:
     """Advantages ``[N]`` or ``[N, T]`` f32 over the whole batch of a step; not under jit.
 
-    A row without a verdict has advantage 0 and no part in the others'. So have the other rows of
-    its group if fewer than two are left in the group's baseline.
+    A row without a verdict has advantage 0 and does not change the advantages of other rows. The
+    same holds for the rest of its group if fewer than two rows are left in the group's baseline.
 
     Args:
       rollouts: as sampled, N rows.
-      graded: their verdicts.
       in_policy: bool ``[N]``, rows of the policy loss.
       past_rates: f32 ``[W]``, see ``StepData``.
-      objective: static.
     """
     group, groups = jnp.asarray(rollouts.group), rollouts.prompt_ids.shape[0]
     kept = judged = jnp.asarray(graded.with_verdict)
@@ -175,15 +171,12 @@ def assemble(
 
     Args:
       rollouts: as sampled, with P prompts and N rows.
-      graded: their verdicts.
       advantages: f32 ``[N]`` or ``[N, T]``, from :func:`step_advantages`.
       in_policy: bool ``[N]``, rows of the policy loss; a row without a verdict is in neither.
       in_echo: bool ``[N]``, rows that may give clips.
       is_delimiter: bool ``[V]``, tokens that end a reasoning step.
-      key: for random choices of clips.
       step: training step, counted from 0.
       min_entropy: see :func:`~echorl_jax.core.clips_above`.
-      objective: static.
       echo: static.
       max_tokens: the constant length of the norms.
     """
@@ -259,7 +252,6 @@ def select_tokens(
       batch: all rows of an update, before it is cut into micro-batches.
       logprobs: f32 ``[N, T]``, of the policy that the update starts from.
       key: for random choices, different from those of the clips.
-      objective: static.
     """
     if objective.select_tokens is None:
         return batch

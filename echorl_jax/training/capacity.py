@@ -68,7 +68,6 @@ def weight_memory(
     """Weights and moments on one device.
 
     Args:
-      model: the decoder.
       mesh: its axes.
       moment_bytes: of both moments of one parameter.
       reference: whether a KL term keeps a copy in the compute type; adapters spare it.
@@ -158,7 +157,6 @@ def overview(setup: Setup, *, first_step: int, device_bytes: int) -> list[tuple[
     """Named lines for people.
 
     Args:
-      setup: of the run.
       first_step: steps done.
       device_bytes: memory of one device.
     """

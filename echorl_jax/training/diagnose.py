@@ -66,8 +66,6 @@ class Dumps:
     Every process of a multi-process run makes the same calls.
 
     Args:
-      workdir: of the run.
-      setup: of the run.
       say: is called with a line on each dump.
       weights: digest of the frozen parameters, which are not part of a dump.
     """

@@ -38,7 +38,6 @@ class Health:
     ``rollout.check_every`` steps. A step without trainable tokens postpones the check.
 
     Args:
-      setup: of the run.
       bad_updates: in a row, when the run was opened.
       warn: is called with a line about a step that looks bad.
     """

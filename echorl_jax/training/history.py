@@ -26,7 +26,7 @@ class History:
       rows: of the training data.
       retire_above: ``data.retire_above``; None retires no prompt.
       threshold: ``echo.threshold``; None keeps no entropies.
-      min_step_tokens: shorter steps have no part in the entropies.
+      min_step_tokens: shorter steps are not counted in the entropies.
       rate_steps: training steps whose groups' mean rewards are kept.
       groups: of a training step, at most.
     """

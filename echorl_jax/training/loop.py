@@ -31,8 +31,6 @@ def train(
     """Trains for ``config.steps`` steps, from the newest checkpoint in ``workdir`` if there is one.
 
     Args:
-      config: validated options.
-      workdir: where the run lives.
       devices: those to use; all unless given.
 
     Returns:

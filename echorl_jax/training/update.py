@@ -77,7 +77,6 @@ def update(
     """One update for each batch (NumPy), ``objective.epochs`` times over; donates ``state``.
 
     Args:
-      setup: of the run.
       state: before the step.
       batches: mini-batches with final weights.
       key: for the random choices of tokens by an objective.

@@ -33,7 +33,6 @@ def keep_compiled(directory: Path, choice: Literal["auto", "on", "off"]) -> Iter
     """Inside, keeps programs that took a second or more to compile in ``directory / "compiled"``.
 
     Args:
-      directory: the workdir.
       choice: auto keeps programs for accelerators, unless ``JAX_COMPILATION_CACHE_DIR`` or JAX's
         config already names a place; on keeps them whatever they are for. The programs of a CPU
         may not run on another, and compile fast.
@@ -100,10 +99,8 @@ def warm_up(
     """Runs sampling, assembly and the gradient of every shape of micro-batch.
 
     Args:
-      setup: of the run.
       params: the trainable parameters; not changed.
       prompts: of an ordinary step.
-      engine: samples.
       frozen: the other parameters; None trains all.
       reference: parameters of the reference policy, with a KL term.
       say: prints a line of progress.

@@ -91,7 +91,6 @@ def make_plan(
     """Plans the config and, while that does not fit, changed ones.
 
     Args:
-      config: validated options.
       topology: ``v5p:2x2x2``, ``h100:8``; "" is this machine.
       lengths: mean lengths for the times; the longest allowed where 0 or not given.
       tries: changed configs to compile, at most.

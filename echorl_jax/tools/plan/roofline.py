@@ -89,7 +89,6 @@ def decode_step_cost(
     slot its completion and 1 / ``group_size`` of its prompt.
 
     Args:
-      model: the decoder.
       slots: M.
       prompt_tokens: mean prompt length.
       completion_tokens: mean number of tokens so far.

@@ -280,7 +280,7 @@ def _read_samples(path: Path, step: int) -> Iterator[Row]:
 
 
 def _choose(files: list[tuple[int, Path]], page_bytes: int) -> list[tuple[int, Path]]:
-    """As many files as there is room for, evenly over the run; the middle one gives the size."""
+    """Chooses files evenly over the run, as many as fit; the middle one gives the size."""
     if not files:
         return []
     step, path = files[len(files) // 2]
