@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from echorl_jax.models.blockwise import HIDDEN
+from echorl_jax.models.attention import HIDDEN
 from echorl_jax.models.config import VisionConfig
 from echorl_jax.models.modules import MLP, MakeLinear, RMSNorm
 from echorl_jax.models.rope import Rotary, rotate
