@@ -1,6 +1,5 @@
 """Sources of rows, prompts as token ids, and the stream that training reads."""
 
-from echorl_jax.data.errors import DataError
 from echorl_jax.data.experts import (
     add_hint,
     encode_target,
@@ -8,7 +7,7 @@ from echorl_jax.data.experts import (
     hint_segments,
     require_embedded_rows,
 )
-from echorl_jax.data.rows import Row
+from echorl_jax.data.rows import DataError, Row
 from echorl_jax.data.sources import Rows, load_rows
 from echorl_jax.data.stream import Prompt, PromptStream
 from echorl_jax.data.tokens import (

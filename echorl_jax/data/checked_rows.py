@@ -12,8 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from echorl_jax.data.errors import DataError
-from echorl_jax.data.rows import BadRow, Row, normalise_row
+from echorl_jax.data.rows import BadRow, DataError, Row, normalise_row
 from echorl_jax.files import parse_object
 
 # Rows that are read from a parquet file, or become Python objects, at a time.

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any, Literal
 
-from echorl_jax.data.errors import DataError
 from echorl_jax.data.generated import (
     MAX_DRAWS,
     Draw,
@@ -19,6 +18,7 @@ from echorl_jax.data.generated import (
     parse_options,
     require,
 )
+from echorl_jax.data.rows import DataError
 
 
 @dataclasses.dataclass(frozen=True)

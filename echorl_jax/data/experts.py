@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echorl_jax.core import hint_probability
-from echorl_jax.data.errors import DataError
+from echorl_jax.data.rows import DataError
 from echorl_jax.data.stream import Prompt
 from echorl_jax.data.tokens import encode_prompt, require_embedded
 

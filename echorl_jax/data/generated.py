@@ -12,7 +12,7 @@ import random
 from collections.abc import Sequence
 from typing import Any, TypeVar, get_args, get_type_hints, overload
 
-from echorl_jax.data.errors import DataError
+from echorl_jax.data.rows import DataError
 
 # One problem in eight is held out.
 EVAL_SHARE = 8

@@ -10,7 +10,6 @@ from itertools import pairwise
 from operator import add, mul, sub
 from typing import Any, Literal
 
-from echorl_jax.data.errors import DataError
 from echorl_jax.data.generated import (
     MAX_DRAWS,
     Draw,
@@ -20,6 +19,7 @@ from echorl_jax.data.generated import (
     parse_options,
     require,
 )
+from echorl_jax.data.rows import DataError
 
 PRECEDENCE = {"+": 1, "-": 1, "*": 2}
 OPERATE = {"+": add, "-": sub, "*": mul}

@@ -13,6 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from echorl_jax.config import ConfigError
+
 Row = dict[str, Any]
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 # Before the number that a solution of GSM8K comes to.
@@ -32,6 +34,10 @@ NOT_AVAILABLE = {"n/a", "<na>"}
 # Commands around an answer, and the text of an answer that is not only punctuation.
 _WRAPPERS = re.compile(r"\\(?:boxed|fbox|text|textbf|textit|mathrm|mathbf|mbox)(?![A-Za-z])")
 _ANSWER = re.compile(r"[^\W_]|\\[{]|[<>=+*/^%∅∞]")
+
+
+class DataError(ConfigError):
+    """Rows or a tokenizer that cannot be used: one line with the file, the row and the column."""
 
 
 class BadRow(ValueError):

@@ -18,8 +18,7 @@ from types import ModuleType
 from typing import Any, Literal, overload
 
 from echorl_jax.data.checked_rows import CheckedRows, check_rows, read_file
-from echorl_jax.data.errors import DataError
-from echorl_jax.data.rows import LETTERS, Row
+from echorl_jax.data.rows import LETTERS, DataError, Row
 from echorl_jax.errors import nearest
 
 # The function that reads the options of each kind of generated rows.

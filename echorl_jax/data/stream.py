@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import grain
 import numpy as np
 
-from echorl_jax.data.errors import DataError
-from echorl_jax.data.rows import Row
+from echorl_jax.data.rows import DataError, Row
 from echorl_jax.data.sources import Rows
 from echorl_jax.data.tokens import encode_prompt
 from echorl_jax.parallel import from_shares, own_share

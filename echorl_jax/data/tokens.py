@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echorl_jax.data.errors import DataError
+from echorl_jax.data.rows import DataError
 from echorl_jax.errors import one_line
 
 if TYPE_CHECKING:

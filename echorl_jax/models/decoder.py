@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,10 +13,12 @@ from echorl_jax.models.attention import attend
 from echorl_jax.models.config import DecoderConfig, Lora, ModelError
 from echorl_jax.models.modules import Trunk, linear_maker
 from echorl_jax.models.rope import Rotary, rotary
-from echorl_jax.models.vision import Patches, Tower, encode
 from echorl_jax.parallel import constrain
 from echorl_jax.precision import precision_of
 from echorl_jax.types import Array, PyTree
+
+if TYPE_CHECKING:
+    from echorl_jax.models.vision import Patches
 
 _TOWER = ("patch", "layers", "merger")
 _REMAT_POLICIES = {
@@ -127,8 +129,10 @@ class Decoder:
         x = self._part("embed", params["embed"])(tokens, jnp.dtype(self.dtype))
         return constrain(x, "batch", "length", "feature") if x.ndim == 3 else x
 
-    def encode_images(self, params: PyTree, patches: Patches) -> Array:
+    def encode_images(self, params: PyTree, patches: "Patches") -> Array:
         """Features ``[F, D]`` of the images' merged patches, in the order of the patches."""
+        from echorl_jax.models.vision import encode
+
         config = self.config.vision
         assert config is not None
         graphs = _graphs(*self._structure)
@@ -237,6 +241,8 @@ def _trunk(config: DecoderConfig, lora: Lora | None, int8: bool) -> Trunk:
     def make() -> Trunk:
         trunk = Trunk(config, linear_maker(lora, int8=int8))
         if config.vision is not None:
+            from echorl_jax.models.vision import Tower
+
             plain = linear_maker(None, int8=False)
             trunk.vision = Tower(config.vision, config.hidden_size, plain)
         return trunk
