@@ -60,23 +60,39 @@ def require_same_run(one: Path, other: Path) -> None:
     assert all(np.array_equal(a, b) for a, b in pairs)
 
 
-def test_a_kill_during_a_save_leaves_no_trace(tmp_path: Path) -> None:
+EVALUATED: dict[str, Any] = {
+    "data": {"eval": "countdown:split=eval&count=8"},
+    "eval": {"every": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps, each evaluated, without a fault."""
+    workdir = tmp_path_factory.mktemp("evaluated")
+    train(small_config(steps=2, **EVALUATED), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two steps without a fault; both checkpoints are kept, and the model is exported."""
+    workdir = tmp_path_factory.mktemp("two_steps")
+    train(small_config(steps=2, checkpoint={"keep": 2, "export": True}), workdir)
+    return workdir
+
+
+def test_a_kill_during_a_save_leaves_no_trace(evaluated: Path, tmp_path: Path) -> None:
     """The command is killed for real before the checkpoint of step 1 is committed."""
-    config = small_config(
-        steps=2,
-        data={"eval": "countdown:split=eval&count=8"},
-        eval={"every": 2},
-        debug={"inject": "kill@save:1"},
-    )
+    config = small_config(steps=2, **EVALUATED, debug={"inject": "kill@save:1"})
     assert command(config, tmp_path / "killed").wait() == -signal.SIGKILL
     left = [path.name for path in (tmp_path / "killed" / "checkpoints").iterdir()]
     assert len(left) == 1 and left[0].startswith("1.orbax")
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 2, "rewa')
     train(config, tmp_path / "killed")
-    train(small_config(steps=2, data=vars(config.data), eval={"every": 2}), tmp_path / "whole")
     assert [line["step"] for line in steady(tmp_path / "killed")] == [0, 1, 2]
-    require_same_run(tmp_path / "killed", tmp_path / "whole")
+    require_same_run(tmp_path / "killed", evaluated)
 
 
 def test_a_gradient_that_is_not_finite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,16 +160,14 @@ def test_bad_graders_and_a_failing_evaluation_cost_themselves(tmp_path: Path) ->
         assert len(bad) < len(samples)
 
 
-def test_a_signal_ends_an_evaluation_which_is_made_up_for(tmp_path: Path) -> None:
-    sections = {"data": {"eval": "countdown:split=eval&count=8"}, "eval": {"every": 1}}
-    config = small_config(steps=2, **sections, debug={"inject": "term@evaluation:1"})
+def test_a_signal_ends_an_evaluation_which_is_made_up_for(evaluated: Path, tmp_path: Path) -> None:
+    config = small_config(steps=2, **EVALUATED, debug={"inject": "term@evaluation:1"})
     train(config, tmp_path / "run")
     before = steady(tmp_path / "run")
     assert [line["step"] for line in before] == [0, 1] and "eval/failed" not in before[1]
     assert (tmp_path / "run" / "checkpoints" / "1").is_dir()
     train(config, tmp_path / "run")
-    train(small_config(steps=2, **sections), tmp_path / "whole")
-    require_same_run(tmp_path / "run", tmp_path / "whole")
+    require_same_run(tmp_path / "run", evaluated)
 
 
 @pytest.mark.slow
@@ -189,7 +203,7 @@ def test_a_signal_before_the_first_step_is_heeded_at_once(tmp_path: Path) -> Non
     deadline = time.monotonic() + 120
     while not metrics.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(10)
+    time.sleep(4)
     process.send_signal(signal.SIGTERM)
     try:
         assert process.wait(timeout=60) == 0
@@ -216,23 +230,21 @@ def test_a_full_disk_stops_the_run_and_the_same_command_goes_on(tmp_path: Path) 
     assert [line["step"] for line in steady(tmp_path)] == [1, 2, 3]
 
 
-def test_a_workdir_is_never_started_over(tmp_path: Path) -> None:
-    config = small_config(steps=1, checkpoint={"resume": "none"})
-    train(config, tmp_path)
-    before = (tmp_path / "metrics.jsonl").read_bytes()
+def test_a_workdir_is_never_started_over(two_steps: Path) -> None:
+    before = (two_steps / "metrics.jsonl").read_bytes()
     with pytest.raises(ConfigError, match="holds a run .*resume = none"):
-        train(config, tmp_path)
-    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+        train(small_config(steps=2, checkpoint={"resume": "none"}), two_steps)
+    assert (two_steps / "metrics.jsonl").read_bytes() == before
 
 
-def test_any_checkpoint_can_be_exported(tmp_path: Path) -> None:
-    train(small_config(steps=2, checkpoint={"keep": 2, "export": True}), tmp_path / "run")
+def test_any_checkpoint_can_be_exported(two_steps: Path, tmp_path: Path) -> None:
     for step, out in (("latest", "new"), ("1", "old")):
-        options = [f"--model={tmp_path / 'run'}", f"--step={step}", f"--out={tmp_path / out}"]
+        options = [f"--model={two_steps}", f"--step={step}", f"--out={tmp_path / out}"]
         assert cli.run(["convert", *options]) == 0
     load = {"dtype": "float32"}
     exported, newest, oldest = (
-        load_model(str(tmp_path / name), **load)[1] for name in ("run/export", "new", "old")
+        load_model(str(path), **load)[1]
+        for path in (two_steps / "export", tmp_path / "new", tmp_path / "old")
     )
     assert same(exported, newest) and not same(exported, oldest)
     assert load_tokenizer(str(tmp_path / "old")).vocab_size == 495
@@ -257,8 +269,8 @@ LONG: dict[str, Any] = {
 }
 
 
-def test_a_restart_with_the_programs_that_were_kept(tmp_path: Path) -> None:
-    """As a new process would start: nothing compiled is in memory."""
+def test_a_restart_with_the_programs_that_were_kept(two_steps: Path, tmp_path: Path) -> None:
+    """Nothing compiled is in memory, as in a new process."""
     kept = {"every": 1, "export": False, "compiled": "on"}
     seconds = "jax_persistent_cache_min_compile_time_secs"
     before = jax.config.values[seconds]
@@ -272,8 +284,7 @@ def test_a_restart_with_the_programs_that_were_kept(tmp_path: Path) -> None:
     names = [path.name for path in (tmp_path / "run" / "compiled").iterdir()]
     for program in ("jit_assemble", "jit__apply"):  # of one shape in both
         assert sum(name.startswith(program) for name in names) == 1
-    train(small_config(steps=2), tmp_path / "whole")
-    require_same_run(tmp_path / "run", tmp_path / "whole")
+    require_same_run(tmp_path / "run", two_steps)
 
 
 @pytest.fixture(scope="module")
