@@ -1,6 +1,6 @@
 """Reads and writes PEFT directories: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-As with ``config.json``, a field is read, known to have no effect, or refused unless it is empty.
+Each field of the config is read, ignored because it has no effect, or refused unless it is empty.
 """
 
 from collections import Counter
@@ -30,13 +30,13 @@ _READ = (
     *("peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias"),
     "init_lora_weights",
 )
-# Ways to draw adapters that leave the base weights as they are. PEFT changes the base model when it
-# loads an adapter of another kind (PiSSA, OLoRA, CorDA, LoftQ, LoRA-GA).
+# Initialisations that leave the base weights unchanged. With others (PiSSA, OLoRA, CorDA, LoftQ,
+# LoRA-GA), PEFT changes the base weights when it loads the adapter.
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
-# A hostile pattern could search for longer than the run takes; honest ones take microseconds.
+# Timeout of a pattern: a hostile one could backtrack without end, others take microseconds.
 _PATTERN_SECONDS = 1.0
-# Fields that say where an adapter comes from, how it is trained or drawn, or which tensors there
-# are, which the file with the tensors says too.
+# Origin, training and initialisation of the adapters, and lists of the adapted modules, which the
+# names of the tensors give.
 _NO_EFFECT = (
     *("task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision"),
     *("inference_mode", "lora_dropout", "loftq_config", "eva_config"),
@@ -56,20 +56,20 @@ def load_adapter(
     """The model and its parameters with the adapters of a PEFT directory.
 
     Args:
-      directory: with the config and the tensors, which are stored as f32 here whatever their type.
+      directory: holds the config and the tensors, which become f32 whatever their type.
       model, params: the base model.
       mesh: where the parameters are; one device unless given.
       layout: column of the sharding table.
 
     Raises:
-      ModelError: another kind of adapter, one of another model, or a damaged file, in one line.
+      ModelError: the adapter is of another kind or for another model, or a file is damaged.
     """
     lora, host = read_adapter(directory, model)
     return with_adapters(model, params, lora, host, mesh, layout=layout)
 
 
 def read_adapter(directory: str | Path, model: Decoder) -> tuple[Lora, PyTree]:
-    """Ranks and factors of a PEFT directory, and a and b as NumPy arrays; see load_adapter."""
+    """Ranks and alphas of a PEFT directory, and a and b as NumPy arrays; see load_adapter."""
     directory = Path(directory)
     raw = _read_config(directory)
     found = _pairs(directory, model)
@@ -80,12 +80,12 @@ def read_adapter(directory: str | Path, model: Decoder) -> tuple[Lora, PyTree]:
             continue
         ranks = tuple(0 if pair is None else pair[0].shape[0] for pair in pairs)
         modules = [stored.removesuffix(".weight") for stored in name.stored]
-        wanted = [_pattern(raw, "rank_pattern", "r", module) for module in modules]
+        wanted = [_module_value(raw, "rank_pattern", "r", module) for module in modules]
         for module, rank, want in zip(modules, ranks, wanted, strict=True):
             if rank not in (0, want):
                 raise ModelError(f"{directory}: {module} has rank {rank}, but {CONFIG} says {want}")
-        alphas = [float(_pattern(raw, "alpha_pattern", "lora_alpha", module)) for module in modules]
-        adapted.append(Adapted(name.path[-2], ranks, tuple(alphas)))
+        alphas = [_module_value(raw, "alpha_pattern", "lora_alpha", module) for module in modules]
+        adapted.append(Adapted(name.path[-2], ranks, tuple(map(float, alphas))))
         parts[name.path[-2]] = {"lora": _stack(directory, name, pairs, max(ranks))}
     return Lora(tuple(adapted), rslora=bool(raw.get("use_rslora"))), by_linear(parts)
 
@@ -109,18 +109,22 @@ def _read_config(directory: Path) -> dict[str, Any]:
     for name, value in raw.items():
         if value and name not in (*_READ, *_NO_EFFECT):
             raise ModelError(f"{file}: {name} = {value!r:.80} is not supported")
-    for name, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+    number_fields = ("r", "rank_pattern", (int,)), ("lora_alpha", "alpha_pattern", (int, float))
+    for name, pattern, types in number_fields:
         patterns = raw.get(pattern) or {}
-        numbers = [raw.get(name, 8), *(patterns.values() if isinstance(patterns, dict) else [None])]
-        if not all(type(n) in ((int,) if name == "r" else (int, float)) for n in numbers):
-            raise ModelError(f"{file}: {name} and the values of {pattern} must be numbers")
+        fields = f"{file}: {name} and the values of {pattern}"
+        values = patterns.values() if isinstance(patterns, dict) else [None]
+        numbers = [raw.get(name, 8), *values]
+        # type() and not isinstance(), for which True is an int.
+        if not all(type(n) in types for n in numbers):
+            raise ModelError(f"{fields} must be numbers")
         if not all(0 < n < 2**24 for n in numbers):
-            raise ModelError(f"{file}: {name} and the values of {pattern} must be above 0")
+            raise ModelError(f"{fields} must be above 0 and below 2**24")
     return raw
 
 
-def _pattern(raw: Mapping[str, Any], patterns: str, default: str, module: str) -> Any:
-    """The value of the first pattern that matches the module's name, as PEFT matches them."""
+def _module_value(raw: Mapping[str, Any], patterns: str, default: str, module: str) -> Any:
+    """The value of the first pattern that matches the module, as PEFT matches; else the default."""
     for pattern, value in (raw.get(patterns) or {}).items():
         try:
             matches = regex.match(rf"(.*\.)?({pattern})$", module, timeout=_PATTERN_SECONDS)
@@ -132,7 +136,7 @@ def _pattern(raw: Mapping[str, Any], patterns: str, default: str, module: str) -
 
 
 def _kernels(model: Decoder) -> Iterator[TensorName]:
-    """Those of the decoder's layers; adapters of the vision tower are not supported."""
+    """Kernels of the decoder's layers; adapters of the vision tower are not supported."""
     names = tensor_names(model)
     return (n for n in names if n.path[0] == "layers" and n.path[-1] == "kernel")
 
@@ -174,9 +178,9 @@ def _stack(directory: Path, name: TensorName, pairs: list[Any], rank: int) -> di
     b = np.zeros((len(pairs), rank, *outputs), np.float32)
     for layer, pair in enumerate(pairs):
         if pair is not None:
-            own = pair[0].shape[0]
-            a[layer, ..., :own] = pair[0].view().T.reshape(*inputs, own)
-            b[layer, :own] = pair[1].view().T.reshape(own, *outputs)
+            r = pair[0].shape[0]
+            a[layer, ..., :r] = pair[0].view().T.reshape(*inputs, r)
+            b[layer, :r] = pair[1].view().T.reshape(r, *outputs)
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
         raise ModelError(f"{directory / WEIGHTS}: values that are not finite: {name.stored[0]}")
     return {"a": a, "b": b}
@@ -200,16 +204,16 @@ def save_adapter(path: str | Path, model: Decoder, params: PyTree, *, base: str 
         raise ModelError("save_adapter: the model has no adapters")
     names = {name.path[-2]: name for name in _kernels(model)}
     tensors = {}
-    for one, linear in linears(model.lora, params):
+    for adapted, linear in linears(model.lora, params):
         a, b = (_gathered(linear["lora"][part]) for part in "ab")
-        for layer, (stored, rank) in enumerate(
-            zip(names[one.linear].stored, one.ranks, strict=True)
-        ):
+        stored_names = names[adapted.linear].stored
+        for layer, (stored, rank) in enumerate(zip(stored_names, adapted.ranks, strict=True)):
             if rank:
                 module = _PREFIX + stored.removesuffix(".weight")
-                values = a[layer].reshape(-1, a.shape[-1]), b[layer].reshape(b.shape[1], -1)
-                tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(values[0][:, :rank].T)
-                tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(values[1][:rank].T)
+                a_kept = a[layer].reshape(-1, a.shape[-1])[:, :rank]  # [in, rank]
+                b_kept = b[layer].reshape(b.shape[1], -1)[:rank]  # [rank, out]
+                tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a_kept.T)
+                tensors[f"{module}.lora_B.weight"] = np.ascontiguousarray(b_kept.T)
     if jax.process_index() != 0:
         return
     directory = Path(path)
@@ -229,15 +233,19 @@ def _gathered(values: Array) -> np.ndarray:
 
 
 def _config(lora: Lora, names: Mapping[str, TensorName], base: str) -> dict[str, Any]:
-    """adapter_config.json; ranks and alphas that are not the most common ones are patterns."""
-    each = {
+    """The content of adapter_config.json: the most common rank and alpha are the defaults.
+
+    Other ranks and alphas are patterns, which PEFT matches with the end of a module's name.
+    """
+    modules = {
         stored.removeprefix("model.").removesuffix(".weight"): (rank, alpha)
         for one in lora.adapted
         for stored, rank, alpha in zip(names[one.linear].stored, one.ranks, one.alphas, strict=True)
         if rank
     }
-    (rank, alpha) = Counter(each.values()).most_common(1)[0][0]
-    whole = all(all(one.ranks) for one in lora.adapted)
+    rank, alpha = Counter(modules.values()).most_common(1)[0][0]
+    in_every_layer = all(all(one.ranks) for one in lora.adapted)
+    targets = [f"{one.linear}_proj" for one in lora.adapted]
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -248,7 +256,7 @@ def _config(lora: Lora, names: Mapping[str, TensorName], base: str) -> dict[str,
         "use_rslora": lora.rslora,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": [f"{one.linear}_proj" for one in lora.adapted] if whole else [*each],
-        "rank_pattern": {name: r for name, (r, _) in each.items() if r != rank},
-        "alpha_pattern": {name: a for name, (_, a) in each.items() if a != alpha},
+        "target_modules": targets if in_every_layer else [*modules],
+        "rank_pattern": {name: r for name, (r, _) in modules.items() if r != rank},
+        "alpha_pattern": {name: a for name, (_, a) in modules.items() if a != alpha},
     }

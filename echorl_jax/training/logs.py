@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, TensorBoard events, a progress bar or lines."""
+"""The log of a run: metrics.jsonl, TensorBoard, Weights & Biases, and progress on stderr."""
 
 import functools
 import json
@@ -25,12 +25,12 @@ if TYPE_CHECKING:
     from sys import UnraisableHookArgs
 
 
-# TensorBoard sees new events this often; on a bucket each flush uploads the file again (seconds).
+# Seconds between flushes of TensorBoard events: on a bucket, each flush uploads the file again.
 EVENTS_EVERY_S = 60.0
 
 
 class RunLog:
-    """Appends one JSON object per step and shows how the run goes; silent but on one process."""
+    """Appends one JSON object per step and shows progress; only the first process does so."""
 
     def __init__(
         self,
@@ -41,14 +41,14 @@ class RunLog:
         tensorboard: bool,
         wandb_project: str = "",
     ):
-        self._speaks = is_first()
-        online = bool(wandb_project) and self._speaks
+        writes = is_first()
+        online = bool(wandb_project) and writes
         self._wandb = _open_wandb(wandb_project, workdir) if online else None
-        tensorboard &= self._speaks
         self._path = path = workdir / "metrics.jsonl"
-        self._lines = path.read_text().count("\n") if self._speaks and path.exists() else 0
-        self._file = path.open("a") if self._speaks else None
-        self._events = _Events(workdir / "tensorboard", first_step) if tensorboard else None
+        self._lines = path.read_text().count("\n") if writes and path.exists() else 0
+        self._file = path.open("a") if writes else None
+        events = tensorboard and writes
+        self._events = _Events(workdir / "tensorboard", first_step) if events else None
         self._total = total_steps
         self._bar = Bar("step", total_steps, at_once=True)
 
@@ -68,7 +68,7 @@ class RunLog:
                     raise
 
     def write(self, metrics: dict[str, float]) -> None:
-        """Records one step; ``metrics["step"]`` says which. Not finite: null."""
+        """Records the step ``metrics["step"]``; a value that is not finite becomes null."""
         if self._file is None:
             return
         step = int(metrics["step"])
@@ -76,10 +76,10 @@ class RunLog:
         self._file.write(json.dumps({**values, "step": step}) + "\n")
         self._file.flush()
         self._lines += 1
-        self._tell(step, metrics, metrics)
+        self._publish(step, metrics, shown=metrics)
 
     def lacks(self, key: str) -> bool:
-        """True if the last line is without this key; False where there is no line."""
+        """True if the last line has no such key; False without a line or on another process."""
         lines = list(read_steps(self._path)) if self._file is not None else []
         return bool(lines) and key not in lines[-1]
 
@@ -93,10 +93,10 @@ class RunLog:
         replace_text(self._path, text)
         self._file = self._path.open("a")
         known = {name: value for name, value in last.items() if value is not None}
-        self._tell(last["step"], metrics, {**known, **metrics})
+        self._publish(last["step"], metrics, shown={**known, **metrics})
 
     def secure(self) -> int:
-        """Waits until all lines are on the disk; returns how many there are, 0 if silent."""
+        """Waits until all lines are on the disk; returns their number, 0 on other processes."""
         if self._file is not None:
             os.fsync(self._file.fileno())
         return self._lines
@@ -115,13 +115,13 @@ class RunLog:
         else:
             self.say("\n".join([title, *(f"  {name:<9} {text}" for name, text in rows)]))
 
-    def _tell(self, step: int, fresh: dict[str, float], known: dict[str, float]) -> None:
-        """Shows a step; TensorBoard and Weights & Biases get what is fresh."""
+    def _publish(self, step: int, new: dict[str, float], *, shown: dict[str, float]) -> None:
+        """Sends new metrics to TensorBoard and Weights & Biases, and shows all of the step's."""
         if self._events:
-            self._events.write(fresh, step)
+            self._events.write(new, step)
         if self._wandb:
-            self._wandb.log({k: v for k, v in fresh.items() if k != "step"}, step=step)
-        self._show(step, known)
+            self._wandb.log({k: v for k, v in new.items() if k != "step"}, step=step)
+        self._show(step, shown)
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
         summary = "  ".join(_summary(metrics))
@@ -129,7 +129,7 @@ class RunLog:
         evaluated = any(name.startswith("eval/") for name in metrics)
         self._bar.show(step, line, beside=summary, now=evaluated or step == self._total)
         if evaluated and self._bar.drawn:
-            self.say(line)
+            self.say(line)  # remains when the bar shows the next step
 
 
 @contextmanager
@@ -142,7 +142,7 @@ def timed(times: dict[str, float], name: str) -> Iterator[None]:
 
 
 def _open_wandb(project: str, workdir: Path):
-    """A run of Weights & Biases that a resumed workdir goes on with.
+    """Starts a Weights & Biases run, or continues that of a resumed workdir.
 
     Raises:
       ConfigError: the package is not installed.
@@ -154,16 +154,16 @@ def _open_wandb(project: str, workdir: Path):
             f"config.log.wandb_project = {project!r}: wandb is not installed; "
             "pip install 'echorl-jax[wandb]', or leave the key empty"
         ) from error
-    name = workdir / "wandb_run"
-    if not name.exists():
-        replace_text(name, uuid.uuid4().hex)
-    return wandb.init(project=project, dir=str(workdir), id=name.read_text(), resume="allow")
+    id_file = workdir / "wandb_run"
+    if not id_file.exists():
+        replace_text(id_file, uuid.uuid4().hex)
+    return wandb.init(project=project, dir=str(workdir), id=id_file.read_text(), resume="allow")
 
 
 class _Events:
-    """TensorBoard events, written by the caller's thread so that the caller sees a full disk.
+    """Writes TensorBoard events in the caller's thread, so that a full disk raises there.
 
-    tensorboardX's ``SummaryWriter`` has a thread for it. When that dies of a full disk, it leaves a
+    tensorboardX's ``SummaryWriter`` writes in another thread. A full disk ends that thread with a
     traceback, and the caller waits forever once its queue is full.
     """
 
@@ -175,7 +175,7 @@ class _Events:
         directory.mkdir(parents=True, exist_ok=True)
         self._event, self._scalar = Event, scalar
         self._writer = EventsWriter(str(directory / "events"))
-        # TensorBoard hides what an earlier process wrote from this step on.
+        # TensorBoard hides earlier events of the steps from here on, which a resumed run repeats.
         start = SessionLog(status=SessionLog.START)
         self._writer.write_event(Event(session_log=start, step=first_step + 1))
         self._flush()
@@ -219,11 +219,11 @@ def _summary(metrics: dict[str, float]) -> Iterator[str]:
 
 @functools.cache
 def hide_closed_loop_errors() -> None:
-    """Hides tracebacks of writes that end after a failed checkpoint, which is reported in one line.
+    """Hides the tracebacks that follow the error of a failed checkpoint; installs the hook once.
 
     When one array's write fails, Orbax raises that error and closes its event loop. TensorStore
-    still writes other arrays then, and each reports its end to the closed loop from a thread of
-    C++, for which Python prints "Event loop is closed" with a traceback.
+    is still writing other arrays. As each of them ends, a C++ thread reports it to the closed loop,
+    and Python prints a traceback of "Event loop is closed".
     """
     before = sys.unraisablehook
 

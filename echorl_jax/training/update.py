@@ -54,7 +54,7 @@ class UpdateStats:
 
 @pytree
 class Accumulated:
-    """Running sums over micro-batches; donated from one to the next."""
+    """Running sums over micro-batches; adding a micro-batch donates the sums before it."""
 
     gradient: PyTree
     loss: Array
@@ -79,16 +79,17 @@ def update(
     Args:
       state: before the step.
       batches: mini-batches with final weights.
-      key: for the random choices of tokens by an objective.
+      key: for objectives that select tokens at random.
       step: from 1, the number of this step.
-      echo_coef: lambda.
+      echo_coef: lambda, the weight of the echo loss.
       frozen: the parameters that are not trained; None trains all.
-      reference: parameters of the reference policy, with a KL term.
-      dumps: writes updates to disk that are asked for or not finite.
+      reference: parameters of the reference policy; only with a KL term.
+      dumps: writes to disk the update that the config asks for, and those that are not finite.
 
     Returns:
-      The new state, the results of each update (NumPy), and the number of tokens of each row that
-      had a gradient, i32 ``[N]`` over all batches; 0 for a row that was left out.
+      The new state, the results of each update (NumPy), and the tokens of each row, prompt
+      included, that the gradient was computed for: i32 ``[N]`` over all batches, 0 for a row that
+      was left out.
     """
     start = merge(frozen, state.params)
     scored = [_scored(setup, start, batch, reference) for batch in batches]
@@ -128,18 +129,18 @@ def _needs_every_row(objective: Objective) -> bool:
 def _scored(
     setup: Setup, params: PyTree, batch: TrainBatch, reference: PyTree | None
 ) -> TrainBatch:
-    """The batch with what forward passes before the first update compute."""
+    """The batch with log-probabilities of the old and the reference policy, as far as needed."""
     scored = batch
     if setup.scores_old_policy:
-        scored = dataclasses.replace(scored, old_logprobs=_score_needed(setup, params, batch))
+        scored = dataclasses.replace(scored, old_logprobs=_needed_logprobs(setup, params, batch))
     if reference is not None:
         scored = dataclasses.replace(
-            scored, ref_logprobs=_score_needed(setup.of_reference, reference, batch)
+            scored, ref_logprobs=_needed_logprobs(setup.of_reference, reference, batch)
         )
     return scored
 
 
-def _score_needed(setup: Setup, params: PyTree, batch: TrainBatch) -> np.ndarray:
+def _needed_logprobs(setup: Setup, params: PyTree, batch: TrainBatch) -> np.ndarray:
     """Log-probabilities ``[N, T]`` f32 of the rows that need them, zeros elsewhere.
 
     A selection of tokens compares all rows, so it needs those with zero advantage too.
@@ -155,20 +156,21 @@ def _selected(
 ) -> TrainBatch:
     """The batch with the tokens that the objective selects for update ``number`` of the step.
 
-    The first update starts from the old policy, whose log-probabilities are there.
+    Update 0 starts from the old policy, so that ``old_logprobs`` serves; later ones score again.
     """
     if setup.objective.select_tokens is None:
         return batch
-    before = batch.old_logprobs
+    logprobs = batch.old_logprobs
     if number:
-        # The scoring program takes batches without these fields: it is compiled once.
+        # Drops fields that the first scoring does not have, so that the program is compiled once.
         plain = dataclasses.replace(batch, ref_logprobs=None, selected=None)
-        before = _score_needed(setup, merge(frozen, state.params), plain)
-    return select_tokens(batch, before, jax.random.fold_in(key, number), objective=setup.objective)
+        logprobs = _needed_logprobs(setup, merge(frozen, state.params), plain)
+    key = jax.random.fold_in(key, number)
+    return select_tokens(batch, logprobs, key, objective=setup.objective)
 
 
 def token_entropies(setup: Setup, params: PyTree, rollouts: Rollouts) -> np.ndarray:
-    """Entropies (nats) of the rollouts' tokens by the trainer, for an engine that has none.
+    """Entropies (nats) of the rollouts' tokens by the trainer, for engines that return none.
 
     Args:
       params: the policy that sampled.
@@ -197,11 +199,12 @@ def micro_gradient(
     echo_coef: Array | float,
     frozen: PyTree = None,
 ) -> Accumulated:
-    """The gradient of one micro-batch, by the program that a run sums gradients with."""
+    """Gradient and loss of one micro-batch, computed by the program that training runs."""
     with jax.set_mesh(setup.mesh):
         zeros = _zeros_like(setup, params)(params)
         placed = place_rows(micro, setup.mesh)
-        return _accumulate(zeros, params, frozen, placed, np.float32(echo_coef), **_loss_of(setup))
+        coef = np.float32(echo_coef)
+        return _accumulate(zeros, params, frozen, placed, coef, **_loss_arguments(setup))
 
 
 def apply_update(
@@ -215,8 +218,8 @@ def apply_update(
     """Applies the sum of the micro-batches' gradients; ``state`` is donated.
 
     Rows of a micro-batch are spread over the mesh axes ``data`` and ``fsdp``. A non-finite gradient
-    leaves parameters and optimizer as they were and counts one up in ``bad_updates``. Without any
-    micro-batch everything stays as it is.
+    leaves parameters and optimizer as they were and adds one to ``bad_updates``; a finite one sets
+    that to 0. Without any micro-batch everything stays as it is.
     """
     total = None
     coef = np.float32(echo_coef)
@@ -224,13 +227,13 @@ def apply_update(
         for micro in micro_batches:
             total = _zeros_like(setup, state.params)(state.params) if total is None else total
             placed = place_rows(micro, setup.mesh)
-            total = _accumulate(total, state.params, frozen, placed, coef, **_loss_of(setup))
+            total = _accumulate(total, state.params, frozen, placed, coef, **_loss_arguments(setup))
         if total is None:
             return state, _no_stats()
         return _apply(state, total, optimizer=setup.optimizer, schedule=setup.schedule)
 
 
-def _loss_of(setup: Setup) -> dict[str, Any]:
+def _loss_arguments(setup: Setup) -> dict[str, Any]:
     """The static arguments of the loss; runs that share them share compiled programs."""
     return {
         "model": setup.model,
@@ -250,7 +253,7 @@ def score_batch(
     """Log-probabilities (or entropies) of target tokens under ``params``, in nats.
 
     Args:
-      micro_batches: rows to score and their places in the batch.
+      micro_batches: pairs of the rows' places in the batch, and the rows to score.
       shape: ``(N, T)`` of the batch.
       quantity: which of the two.
 
@@ -261,13 +264,13 @@ def score_batch(
     for places, micro in micro_batches:
         placed = place_rows(micro, setup.mesh)
         with jax.set_mesh(setup.mesh):
-            values = _score(params, placed, **_score_of(setup), quantity=quantity)
-        values = np.asarray(values)[: len(places)]
+            values = _score(params, placed, **_score_arguments(setup), quantity=quantity)
+        values = np.asarray(values)[: len(places)]  # the rest is padding
         scores[places, : values.shape[1]] = values
     return scores
 
 
-def _score_of(setup: Setup) -> dict[str, Any]:
+def _score_arguments(setup: Setup) -> dict[str, Any]:
     temperature = setup.config.rollout.temperature
     return {"model": setup.model, "temperature": temperature, "mesh": setup.mesh}
 
@@ -300,7 +303,7 @@ def _score(
 ) -> Array:
     logprobs, entropy = _score_micro_batch(params, micro, model, temperature)
     values = logprobs if quantity == "logprobs" else entropy
-    # Whole everywhere: each process reads it.
+    # Replicated, because every process reads all values.
     return jax.lax.with_sharding_constraint(values, NamedSharding(mesh, PartitionSpec()))
 
 
@@ -325,7 +328,7 @@ def _loss(
 
 
 def _zeros_like(setup: Setup, params: PyTree) -> Callable[[PyTree], Accumulated]:
-    """Makes a gradient sum of zeros, placed as the parameters are."""
+    """A compiled function from parameters to sums of zero, with the parameters' shardings."""
     return _zeros(setup.model, setup.mesh, jax.tree.structure(params))
 
 
@@ -335,15 +338,16 @@ def _zeros(model: Decoder, mesh: Mesh, structure: Any) -> Callable[[PyTree], Acc
         zero = jnp.zeros(())
         return Accumulated(jax.tree.map(jnp.zeros_like, params), zero, _no_terms(), zero)
 
-    def chosen(shardings: PyTree, like: PyTree) -> PyTree:
-        """The shardings of the trainable parameters."""
-        if not isinstance(like, dict):
+    def trained_part(shardings: PyTree, trained: PyTree) -> PyTree:
+        """The shardings of the leaves that ``trained`` has too."""
+        if not isinstance(trained, dict):
             return shardings
-        return {name: chosen(shardings[name], part) for name, part in like.items()}
+        return {name: trained_part(shardings[name], part) for name, part in trained.items()}
 
-    like = jax.tree.unflatten(structure, range(structure.num_leaves))
-    whole: Any = NamedSharding(mesh, PartitionSpec())
-    placed = Accumulated(chosen(param_shardings(model, mesh), like), whole, whole, whole)
+    trained = jax.tree.unflatten(structure, range(structure.num_leaves))  # only keys are used
+    gradient = trained_part(param_shardings(model, mesh), trained)
+    replicated: Any = NamedSharding(mesh, PartitionSpec())
+    placed = Accumulated(gradient, replicated, replicated, replicated)
     return jax.jit(zeros, out_shardings=placed)
 
 
@@ -415,7 +419,9 @@ def lower_accumulate(setup: Setup, params: PyTree, micro: TrainBatch) -> jax.sta
     frozen, trainable = split_params(setup.model, params)
     with jax.set_mesh(setup.mesh):
         total = _abstract_total(setup, trainable)
-        return _accumulate.lower(total, trainable, frozen, micro, np.float32(0), **_loss_of(setup))
+        return _accumulate.lower(
+            total, trainable, frozen, micro, np.float32(0), **_loss_arguments(setup)
+        )
 
 
 def lower_apply(setup: Setup, state: TrainState) -> jax.stages.Lowered:
@@ -432,14 +438,15 @@ def lower_apply(setup: Setup, state: TrainState) -> jax.stages.Lowered:
 def lower_score(setup: Setup, params: PyTree, micro: TrainBatch) -> jax.stages.Lowered:
     """The program that scores one micro-batch, from shapes with shardings."""
     with jax.set_mesh(setup.mesh):
-        return _score.lower(params, micro, **_score_of(setup), quantity="logprobs")
+        return _score.lower(params, micro, **_score_arguments(setup), quantity="logprobs")
 
 
 def _abstract_total(setup: Setup, params: PyTree) -> Accumulated:
-    whole = NamedSharding(setup.mesh, PartitionSpec())
+    """The sums as shapes with shardings; those of the gradient are ``params``, which are such."""
+    replicated = NamedSharding(setup.mesh, PartitionSpec())
 
     def scalar(leaf: Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated)
 
     shapes = jax.eval_shape(_zeros_like(setup, params), params)
     rest = dataclasses.replace(shapes, gradient=None)
@@ -459,8 +466,8 @@ def _no_stats() -> UpdateStats:
 def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
     """Metrics of a step's updates (NumPy leaves).
 
-    ``loss/total`` is the mean over all updates, another loss that over the updates in which any
-    token has a weight in it. The gap between trainer and sampler is that of the first update,
+    ``loss/total`` is a mean over all updates; each other loss is a mean over the updates in which
+    some token has a weight for it. The gap between trainer and sampler is that of the first update,
     before the policy moved. The gradient norm is the largest; ``optim/skipped`` is 1 if any update
     was skipped.
     """
@@ -471,11 +478,10 @@ def update_metrics(updates: Sequence[UpdateStats]) -> dict[str, float]:
         "optim/skipped": float(not all(update.finite for update in updates)),
     }
     for key in updates[0].terms:
-        terms = [
-            update.terms[key] for update in updates[: 1 if key in (GAP_MEAN, GAP_WIDE) else None]
-        ]
+        used = updates[:1] if key in (GAP_MEAN, GAP_WIDE) else updates
+        terms = [update.terms[key] for update in used]
         counts = [float(term.count) for term in terms if term.count > 0]
-        # A loss is a sum under final weights, a mean over its update already.
+        # Final weights make the sum of a loss a mean over its update, so each update counts once.
         count = len(counts) if key.startswith("loss/") else sum(counts)
         metrics[key] = float(sum(term.sum for term in terms)) / count if count else 0.0
     return metrics

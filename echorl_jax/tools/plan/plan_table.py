@@ -23,7 +23,7 @@ def as_dict(plans: list[Plan], topology: str) -> dict[str, Any]:
     rows = _rows_per_step(plan)
     tokens = rows * lengths.completion
     sampling = sum(plan.seconds.get(name, 0.0) for name in ("prefill", "decode"))
-    sent = [
+    communication = [
         {
             "phase": exchange.phase,
             "axis": exchange.axis,
@@ -53,7 +53,7 @@ def as_dict(plans: list[Plan], topology: str) -> dict[str, Any]:
             "step_seconds": round(plan.step_seconds, 3),
             "rollout_tokens_per_second": round(tokens / sampling) if sampling else 0,
             "step_tokens_per_second": round(tokens / plan.step_seconds),
-            "communication_estimate": sent,  # not part of the seconds of the step
+            "communication_estimate": communication,  # not part of the seconds of the step
         },
         "tried": [
             {"changes": p.changes, "fits": p.fits, "peak_bytes_per_chip": p.peak_bytes}
@@ -68,8 +68,8 @@ def print_plan(plans: list[Plan], console: Console) -> None:
     chip, setup, roofline = plan.target.chip, plan.setup, figures["roofline"]
     axes = " x ".join(f"{name} {size}" for name, size in setup.mesh.shape.items())
     where = f"{plan.target.count} x {chip.name}, mesh {axes}"
-    unit, name = (GB, "GB") if plan.peak_bytes > GB else (10**6, "MB")
-    table = Table(title=f"{setup.config.model.path} on {where}: {name} per chip")
+    unit, unit_name = (GB, "GB") if plan.peak_bytes > GB else (10**6, "MB")
+    table = Table(title=f"{setup.config.model.path} on {where}: {unit_name} per chip")
     for heading in ("program", *_HEADINGS, "used"):
         table.add_column(heading, justify="left" if heading == "program" else "right")
     for program in figures["programs"]:
@@ -88,9 +88,9 @@ def print_plan(plans: list[Plan], console: Console) -> None:
         f"at most {roofline['rollout_tokens_per_second']:,} tokens/s sampled, "
         f"{roofline['step_tokens_per_second']:,} with learning (communication not counted)",
     ]
-    speed, sent = chip.link_bytes_per_second, roofline["communication_estimate"]
-    if speed is not None and sent:
-        parts = "  ".join(f"{e['phase']} over {e['axis']} {e['seconds']:.3g}" for e in sent)
+    speed, estimates = chip.link_bytes_per_second, roofline["communication_estimate"]
+    if speed is not None and estimates:
+        parts = "  ".join(f"{e['phase']} over {e['axis']} {e['seconds']:.3g}" for e in estimates)
         links = f"at {speed / GB:g} GB/s of links a chip"
         lines.append(f"communication, estimated, seconds {links}: {parts}")
     for line in (*lines, verdict(plans)):
@@ -103,19 +103,20 @@ def _rows_per_step(plan: Plan) -> int:
 
 
 def verdict(plans: list[Plan]) -> str:
-    """One line: does the config fit, and which changes help if not."""
+    """One line: whether the config fits; if not, changes with which it does, or what it lacks."""
     first, last = plans[0], plans[-1]
-    room = f"{last.peak_bytes / GB:.1f} of {last.target.chip.memory_bytes / GB:.1f} GB"
+    usage = f"{last.peak_bytes / GB:.1f} of {last.target.chip.memory_bytes / GB:.1f} GB"
     if first.fits:
-        return f"fits: {room} at most"
+        return f"fits: {usage} at most"
     if last.fits:
-        return f"does not fit as it is; fits with {describe(last.changes)} ({room} at most)"
+        return f"does not fit as it is; fits with {describe(last.changes)} ({usage} at most)"
     best = min(plans, key=lambda plan: plan.peak_bytes)
     tried = f"; best of {len(plans)} tried: {describe(best.changes)}" if best.changes else ""
     need = f"{', '.join(best.too_large)} need up to {best.peak_bytes / GB:.1f} GB"
     memory, mesh = persistent_memory(best.setup), best.setup.mesh.shape
-    state = (memory.always + memory.trained) * mesh["fsdp"] * mesh["tensor"]
-    chips = math.ceil(state / best.target.usable_bytes)
+    # One copy of the model is a chip's part times the chips that it is split over.
+    model_bytes = (memory.always + memory.trained) * mesh["fsdp"] * mesh["tensor"]
+    chips = math.ceil(model_bytes / best.target.usable_bytes)
     return (
         f"does not fit: {need}{tried}; weights, gradient and optimizer alone need {chips} such "
         "chips; shorter completions, fewer prompts per step or more chips help"

@@ -1,4 +1,4 @@
-"""The model of a study: it answers prompts, and scores the entropy at each token of a text."""
+"""The model that ``echorl analyze`` studies: answers to prompts, and entropies of given tokens."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +26,8 @@ from echorl_jax.evaluation.evaluate import attempt_prompts
 from echorl_jax.evaluation.progress import Bar
 from echorl_jax.models import Decoder, load_model
 from echorl_jax.rewards import GraderPool
-from echorl_jax.rollout import Progress, Resources, Sampling, pad_lists, score
+from echorl_jax.rollout import Progress, Resources, Sampling, pad_lists
+from echorl_jax.rollout import score as score_completions
 from echorl_jax.types import HostArray, PyTree
 
 if TYPE_CHECKING:
@@ -108,9 +109,9 @@ class Policy:
         require_vocabulary(tokenizer, size)
         if max(ids, default=0) >= size:
             raise UserError(f"--delimiter_ids: {max(ids)} is not in the vocabulary of {size}")
-        marks = np.isin(np.arange(size), ids) if ids else newline_delimiters(tokenizer, size)
+        ends_step = np.isin(np.arange(size), ids) if ids else newline_delimiters(tokenizer, size)
         with GraderPool(options.grader, workers=options.workers) as grader:
-            yield cls(model, params, tokenizer, marks, grader, options)
+            yield cls(model, params, tokenizer, ends_step, grader, options)
 
     def prompt(self, row: Mapping[str, Any]) -> list[int]:
         """The token ids that ask for an answer to ``row``."""
@@ -119,23 +120,26 @@ class Policy:
     def score(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], what: str
     ) -> list[Trajectory]:
-        """The policy's entropy at each token of given completions; ``what`` names them."""
+        """The policy's entropy at each token of given completions.
+
+        ``what`` names the completions on the progress bar and in errors.
+        """
         self._require_embedded([*prompts, *completions], what)
         # Completions of similar length share a call, which pads them to the longest.
         order = sorted(range(len(completions)), key=lambda i: len(completions[i]))
-        found: dict[int, HostArray] = {}
+        entropies: dict[int, HostArray] = {}
         with Bar(what, len(order), every_s=LINE_EVERY_SECONDS) as bar:
-            for places in _cut(order, self.options.batch):
-                _, entropy = score(
+            for places in _chunks(order, self.options.batch):
+                _, entropy = score_completions(
                     self.model,
                     self.params,
                     [prompts[i] for i in places],
                     [completions[i] for i in places],
                     temperature=self.options.temperature,
                 )
-                found.update(zip(places, jax.device_get(entropy), strict=True))
-                _show(bar, what, len(found), len(order))
-        return self._trajectories(completions, [found[i] for i in range(len(found))])
+                entropies.update(zip(places, jax.device_get(entropy), strict=True))
+                _show(bar, what, len(entropies), len(order))
+        return self._trajectories(completions, [entropies[i] for i in range(len(entropies))])
 
     def answer(
         self,
@@ -151,34 +155,34 @@ class Policy:
 
         Args:
           prompts, rows: token ids and the rows they were made from.
-          what: names the answers on the progress bar.
+          what: names the answers on the progress bar and in errors.
           samples: answers to a prompt.
           prefixes: tokens that the answers to each prompt begin with.
           draw: added to the seed, so that two calls draw different answers.
         """
         self._require_embedded(prompts, what)
+        columns = zip(prompts, rows, prefixes or [()] * len(rows), strict=True)
+        sampling = Sampling(
+            group_size=samples,
+            max_new_tokens=self.options.max_new_tokens,
+            temperature=self.options.temperature,
+            eos_ids=end_tokens(self.tokenizer, self.model),
+        )
         attempts = []
-
-        def show(_: Progress | None = None) -> None:
-            _show(bar, what, len(attempts) // samples, len(prompts))
-
         with Bar(what, len(prompts), every_s=LINE_EVERY_SECONDS) as bar:
+
+            def show(_: Progress | None = None) -> None:
+                _show(bar, what, len(attempts) // samples, len(prompts))
+
             for attempt in attempt_prompts(
                 JaxEngine(self.model, Resources(), prompt_tokens=max(map(len, prompts), default=0)),
                 self.params,
                 [
                     Prompt(ids, row, i, prefix=prefix, number=i)
-                    for i, (ids, row, prefix) in enumerate(
-                        zip(prompts, rows, prefixes or [()] * len(rows), strict=True)
-                    )
+                    for i, (ids, row, prefix) in enumerate(columns)
                 ],
                 jax.random.key(self.options.seed + draw),
-                sampling=Sampling(
-                    group_size=samples,
-                    max_new_tokens=self.options.max_new_tokens,
-                    temperature=self.options.temperature,
-                    eos_ids=end_tokens(self.tokenizer, self.model),
-                ),
+                sampling=sampling,
                 tokenizer=self.tokenizer,
                 grader=self.grader,
                 rows_at_once=self.options.batch,
@@ -189,7 +193,7 @@ class Policy:
         trajectories = self._trajectories([a.ids for a in attempts], [a.entropy for a in attempts])
         graded = zip(trajectories, attempts, strict=True)
         answers = [Answer(t, a.response, a.verdict.correct) for t, a in graded]
-        return list(_cut(answers, samples))
+        return list(_chunks(answers, samples))  # attempts come prompt by prompt
 
     def _require_embedded(self, texts: Sequence[Sequence[int]], what: str) -> None:
         size = self.model.config.vocab_size
@@ -199,22 +203,23 @@ class Policy:
     def _trajectories(
         self, completions: Sequence[Sequence[int]], entropy: Sequence[HostArray]
     ) -> list[Trajectory]:
-        """Cuts completions into steps, ``batch`` at a time; an entropy may be padded."""
+        """Adds the step of each token, for ``batch`` completions at a time; drops padding."""
         longest = max(map(len, completions), default=1)
-        found = []
-        for places in _cut(range(len(completions)), self.options.batch):
+        trajectories = []
+        for places in _chunks(range(len(completions)), self.options.batch):
             ids, length = pad_lists([completions[i] for i in places], longest)
             mask = np.arange(longest) < length[:, None]
             steps = jax.device_get(step_ids(*map(jnp.asarray, (ids, mask, self.is_delimiter))))
             for row, i in enumerate(places):
-                columns = (ids[row], entropy[i], steps[row])
-                found.append(Trajectory(*(tuple(c[: length[row]].tolist()) for c in columns)))
-        return found
+                padded = (ids[row], entropy[i], steps[row])
+                fields = [tuple(values[: length[row]].tolist()) for values in padded]
+                trajectories.append(Trajectory(*fields))
+        return trajectories
 
 
 def _show(bar: Bar, what: str, done: int, total: int) -> None:
     bar.show(done, f"{what}: {done} of {total}", now=done == total)
 
 
-def _cut(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
+def _chunks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
     return (values[i : i + size] for i in range(0, len(values), size))
