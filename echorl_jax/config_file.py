@@ -15,7 +15,6 @@ import ml_collections
 
 from echorl_jax.config import LARGEST, Config, ConfigError, validate
 from echorl_jax.errors import nearest
-from echorl_jax.other_names import PROJECTS, named_elsewhere
 
 # Keys of configs that were saved before these had their present names.
 RENAMED = {"optim.max_bad_updates": "max_bad_steps"}
@@ -215,6 +214,8 @@ def _suggest(prefix: str, name: str) -> str:
 
     A key that is like none gets no suggestion, for a wrong one would change the run.
     """
+    from echorl_jax.other_names import PROJECTS, named_elsewhere  # a table, for this error alone
+
     if elsewhere := named_elsewhere(prefix + name):
         return f", a name in {PROJECTS[elsewhere.project]}; {elsewhere.meaning}"
     keys = [key for key, _, _ in describe_options()] + [f.name for f in _sections()]
