@@ -467,12 +467,16 @@ def repeat(jobs: Sequence[Job], arguments: argparse.Namespace) -> int:
     copy = dataclasses.replace(copy, directory=Path(f"{copy.directory}-{folder_of(job.setting)}"))
     do(copy, arguments)
     unlike = ("time/", "memory/", "rollout/tokens", "train/tokens", "compile/")
-    first, second = (
-        [{k: v for k, v in row.items() if not k.startswith(unlike)} for row in run.metrics]
-        for run in (read_run(job.directory), read_run(copy.directory))
+    first, second = (read_run(each.directory).metrics for each in (job, copy))
+    # A run that was continued with more steps has evaluations that the other has not.
+    equal = len(first) == len(second) and all(
+        one[key] == other[key]
+        for one, other in zip(first, second, strict=True)
+        for key in one.keys() & other.keys()
+        if not key.startswith(unlike)
     )
-    print(f"{job.setting.name}, seed {job.seed}: {'equal' if first == second else 'DIFFERENT'}")
-    return int(first != second)
+    print(f"{job.setting.name}, seed {job.seed}: {'equal' if equal else 'DIFFERENT'}")
+    return int(not equal)
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
