@@ -36,6 +36,7 @@ COMMANDS = {
     "analyze": "the paper's studies: entropy, step deletion, collapse, entropy law, clips",
     "replay": "computes a dumped update again, such as one whose gradient was not finite",
     "report": "one self-contained HTML file for a training run",
+    "import": "a config from a run script or config of verl or TRL, with a receipt",
     "options": "every config key with its default and meaning",
 }
 
@@ -128,7 +129,9 @@ def run(argv: list[str]) -> int:
         near = nearest(argv[0], COMMANDS)
         hint = f"did you mean {near}?" if near else f"known: {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {argv[0]!r}; {hint}")
-    command = importlib.import_module(f"echorl_jax.commands.{argv[0]}")
+    # "import" is a word of Python, which no module can be named after.
+    module = "import_config" if argv[0] == "import" else argv[0]
+    command = importlib.import_module(f"echorl_jax.commands.{module}")
     parser = _Parser(
         prog=f"echorl {argv[0]}",
         description=command.__doc__,

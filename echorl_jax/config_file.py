@@ -15,6 +15,7 @@ import ml_collections
 
 from echorl_jax.config import LARGEST, Config, ConfigError, validate
 from echorl_jax.errors import nearest
+from echorl_jax.files import read_json
 
 # Keys of configs that were saved before these had their present names.
 RENAMED = {"optim.max_bad_updates": "max_bad_steps"}
@@ -58,13 +59,13 @@ def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config
 
     Args:
       spec: ``FILE.py`` or ``FILE.py:ARGUMENT``; the file's ``get_config`` is called with the
-        argument, if there is one.
+        argument, if there is one. A ``.json`` file is that of a run's workdir.
       overrides: dotted key to text, as typed on the command line.
 
     Raises:
       ConfigError: as :func:`from_dict`, or the file is missing or fails.
     """
-    values = _run_file(spec)
+    values = read_json(Path(spec)) if spec.endswith(".json") else _run_file(spec)
     for key, text in (overrides or {}).items():
         _set(values, key, _Typed(text))
     return from_dict(values)

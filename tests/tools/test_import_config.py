@@ -1,0 +1,162 @@
+"""Configs from scripts of verl and configs of TRL: values, meanings, receipts, hostile files."""
+
+import json
+
+import pytest
+
+from echorl_jax.cli import run
+from echorl_jax.config_file import from_dict, load_config, to_dict
+from echorl_jax.errors import UserError
+from echorl_jax.tools.import_config import import_file, read_settings
+
+SCRIPT = """#!/bin/bash
+set -x  # it's a comment with a quotation mark
+ROWS=${ROWS:-"${FOLDER:-/data}/rows.parquet"}
+prompt=$((1024 * 2)) name='a run'; echo "$prompt" | cat &
+response=$((1024*8))
+length=$(((1 + 2) * (3 + 4)))
+MORE=(
+    actor_rollout_ref.actor.clip_ratio_low=0.1
+    actor_rollout_ref.actor.clip_ratio_high=0.3
+    +actor_rollout_ref.rollout.engine=new
+)
+python3 -m verl.trainer.main_ppo \\
+    algorithm.adv_estimator=grpo data.train_files="['$ROWS', 'b.parquet']" \\
+    data.train_batch_size=64 actor_rollout_ref.actor.ppo_mini_batch_size=16 \\
+    data.max_prompt_length=$prompt data.max_response_length=${response} \\
+    actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef=0.002 \\
+    actor_rollout_ref.actor.kl_loss_type=low_var_kl actor_rollout_ref.rollout.n=4 \\
+    actor_rollout_ref.rollout.top_k=-1 trainer.save_freq=-1 trainer.total_epochs=3 \\
+    reward_model.overlong_buffer.len=4096 trainer.total_training_steps=$length \\
+    custom_reward_function.path=my/rewards.py custom_reward_function.name=judge "${MORE[@]}" $@
+"""
+YAML = """
+model_name_or_path: some/model
+learning_rate: 2e-6
+num_generations: 4
+per_device_train_batch_size: 16
+gradient_accumulation_steps: 2
+max_steps: 200
+warmup_ratio: 0.1
+loss_type: dr_grpo
+scale_rewards: false
+beta: 0.04
+epsilon: 0.2
+epsilon_high: 0.28
+reward_funcs: [accuracy, format]
+lr_scheduler_type: cosine
+report_to: [wandb]
+vllm_importance_sampling_cap: 2.0
+num_train_epochs: 1
+mystery: 3
+"""
+
+
+def values(tmp_path, name, text):
+    file = tmp_path / name
+    file.write_text(text)
+    return import_file(file)
+
+
+def test_a_script_of_verl(tmp_path):
+    found = values(tmp_path, "run.sh", SCRIPT)
+    config = from_dict(nested(found.values))
+    assert config.data.train == "/data/rows.parquet,b.parquet"
+    assert (config.data.max_prompt_tokens, config.rollout.max_new_tokens) == (2048, 8192)
+    assert (config.rollout.prompts_per_step, config.objective.mini_batches) == (64, 4)
+    assert (config.rollout.group_size, config.rollout.top_k, config.steps) == (4, 0, 21)
+    # The default of verl is both bounds; the script's own come after it.
+    assert (config.objective.epsilon_low, config.objective.epsilon_high) == (0.1, 0.3)
+    assert (config.objective.kl_coef, config.objective.kl_estimator) == (0.002, "k3")
+    assert config.objective.dual_clip == 3.0 and config.objective.aggregation == "token-mean"
+    assert (config.objective.overlong_buffer, config.checkpoint.every) == (0.5, 0)
+    assert config.data.grader == "my.rewards:judge"
+    assert "actor_rollout_ref.rollout.engine = new: not known here" in found.missing
+    epochs = (
+        "trainer.total_epochs = 3: set config.steps to epochs x rows / rollout.prompts_per_step"
+    )
+    assert epochs in found.missing
+
+
+def test_a_config_of_trl(tmp_path):
+    found = values(tmp_path, "grpo.yaml", YAML)
+    config = from_dict(nested(found.values))
+    # 16 x 2 rows of one device, in groups of 4.
+    assert (config.rollout.prompts_per_step, config.rollout.group_size) == (8, 4)
+    assert (config.steps, config.optim.warmup_steps, config.optim.schedule) == (200, 20, "cosine")
+    assert (config.objective.name, config.objective.kl_coef) == ("dr_grpo", 0.04)
+    assert config.objective.aggregation == "seq-mean-token-sum-norm"
+    assert (config.objective.epsilon_low, config.objective.epsilon_high) == (0.2, 0.28)
+    assert (config.objective.tis_cap, config.objective.old_logprobs) == (2.0, "trainer")
+    assert config.rollout.max_new_tokens == 256  # TRL's default, not ours
+    assert "mystery = 3: not known here" in found.missing
+    assert any("config.data.grader, see docs/graders.md" in line for line in found.missing)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"algorithm.adv_estimator": "reinforce_plus_plus"}, "reinforce_pp"),
+        ({"actor_rollout_ref.actor.policy_loss.loss_mode": "clip-cov"}, "clip_cov"),
+        ({"actor_rollout_ref.actor.policy_loss.loss_mode": "geo_mean"}, "gmpo"),
+        ({"algorithm.norm_adv_by_std_in_grpo": False}, "dr_grpo"),
+        ({"algorithm.adv_estimator": "gae"}, None),
+    ],
+)
+def test_the_objective_by_its_name_in_verl(changes, expected, tmp_path):
+    settings = {"algorithm.adv_estimator": "grpo", "data.train_batch_size": 256, **changes}
+    found = values(tmp_path, "verl.json", json.dumps(settings))
+    assert found.values.get("objective.name") == expected
+    if expected is None:
+        assert any("there is no 'gae' here" in line for line in found.missing)
+    if expected == "gmpo":
+        assert "objective.dual_clip = 3.0: 'gmpo' has no use for dual_clip" in found.missing
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("a.sh", "echo 'hello' && ls", "no settings of TRL and verl found"),
+        ("a.sh", "echo 'never closed", "no settings"),
+        ("a.yaml", "- a\n- b", "no settings by name"),
+        ("a.yaml", "a: [1, {", "a.yaml: "),
+        ("a.json", "{", "a.json: "),
+        ("a.sh", "A=$((9**9**9)) B=${B:-${B:-${B:-x}}} data.n=${A}", "no settings"),
+        ("a.yaml", "num_generations: 0\nmax_steps: 5\nbeta: .nan", "a.yaml: config"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_one_line(name, text, message, tmp_path):
+    with pytest.raises(UserError, match=message) as error:
+        values(tmp_path, name, text)
+    assert "\n" not in str(error.value)
+
+
+def test_a_variable_from_outside_stays(tmp_path):
+    (tmp_path / "run.sh").write_text('x data.train_files="$FAR/rows" --lora-r 8 --use_peft\n')
+    assert read_settings(tmp_path / "run.sh") == {
+        "data.train_files": "$FAR/rows",
+        "lora_r": "8",
+        "use_peft": "true",
+    }
+
+
+def test_the_command_writes_a_config_that_loads_and_overwrites_nothing(tmp_path, capsys):
+    (tmp_path / "run.sh").write_text(SCRIPT)
+    out = tmp_path / "mine.py"
+    assert run(["import", str(tmp_path / "run.sh"), f"--out={out}"]) == 0
+    assert "not taken over" in capsys.readouterr().out
+    config = load_config(str(out))
+    assert config.echo.enabled and config.rollout.group_size == 4
+    with pytest.raises(UserError, match="mine.py exists"):
+        run(["import", str(tmp_path / "run.sh"), f"--out={out}"])
+    saved = tmp_path / "config.json"
+    saved.write_text(json.dumps(to_dict(config)))
+    assert load_config(str(saved), {"steps": "7"}).steps == 7
+
+
+def nested(flat):
+    tree = {}
+    for key, value in flat.items():
+        section, _, name = key.rpartition(".")
+        (tree.setdefault(section, {}) if section else tree)[name] = value
+    return tree
