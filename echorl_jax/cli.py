@@ -129,9 +129,7 @@ def run(argv: list[str]) -> int:
         near = nearest(argv[0], COMMANDS)
         hint = f"did you mean {near}?" if near else f"known: {', '.join(COMMANDS)}"
         raise UserError(f"unknown command {argv[0]!r}; {hint}")
-    # "import" is a word of Python, which no module can be named after.
-    module = "import_config" if argv[0] == "import" else argv[0]
-    command = importlib.import_module(f"echorl_jax.commands.{module}")
+    command = importlib.import_module(f"echorl_jax.commands.{argv[0]}")
     parser = _Parser(
         prog=f"echorl {argv[0]}",
         description=command.__doc__,
