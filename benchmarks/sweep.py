@@ -100,7 +100,7 @@ class Setting:
 
     @property
     def reference(self) -> "Setting":
-        """What it is compared with: the same without echo; GRPO for a rival."""
+        """The setting to compare with: the same without echo; GRPO for a rival."""
         return self.plain if self.echo else PLAIN
 
     def options(self, steps: int, coef: str | None = None) -> dict[str, str]:

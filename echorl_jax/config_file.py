@@ -211,7 +211,7 @@ def _name(kind: Any) -> str:
 
 
 def _suggest(prefix: str, name: str) -> str:
-    """What the key may have meant: another project's name, a key of another section, a misspelling.
+    """Suggests the key that was meant: that of another project's name, of another section, or near.
 
     A key that is like none gets no suggestion, for a wrong one would change the run.
     """

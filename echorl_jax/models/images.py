@@ -84,7 +84,7 @@ def window_patches(config: VisionConfig, images: Sequence[Image], windows: int) 
 
 
 class ImageTokens(NamedTuple):
-    """How a prompt's tokens stand to its images."""
+    """Positions of a prompt's tokens, and the features that stand in their places."""
 
     positions: HostArray  # i32 [T, 3]: time, height and width
     delta: int  # position of a later token, less its index in the row

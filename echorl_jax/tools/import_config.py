@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, get_args
 import yaml
 
 from echorl_jax.choices import Aggregation
+from echorl_jax.config import ConfigError
 from echorl_jax.config_file import flatten, from_dict
 from echorl_jax.core import OBJECTIVES, load_objective
 from echorl_jax.errors import UserError, one_line
@@ -27,6 +28,8 @@ from echorl_jax.other_names import PROJECTS, OtherName, other_names
 # What the projects do where a file says nothing, by the names of our table.
 DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "trl": {
+        "per_device_train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
         "learning_rate": 1e-6,
         "num_generations": 8,
         "max_completion_length": 256,
@@ -64,17 +67,16 @@ _VARIABLE = re.compile(
     r"\$(?:(?P<plain>[A-Za-z_]\w*)|\{(?P<name>[A-Za-z_]\w*)(?::-(?P<default>[^{}]*))?\})"
 )
 _ARITHMETIC = re.compile(r"\$\(\((.*?)\)\)(?!\))")
-# Defaults within defaults that are replaced, at most.
+# Defaults within defaults that are replaced, and characters of a line that variables make, at most.
 _NESTED = 8
+_LONGEST = 10**6
 # Our keys that follow from the hardware here and are not taken over.
 _BY_ITSELF = {"rollout.slots", "mesh.tensor", "mesh.fsdp"}
 _ESTIMATORS = {
     "reinforce_plus_plus": "reinforce_pp",
     "reinforce_plus_plus_baseline": "reinforce_pp_baseline",
 }
-_KL = {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "k1": "k1", "k2": "k2", "k3": "k3"} | {
-    "abs": "abs"
-}
+_KL = {"kl": "k1", "mse": "k2", "low_var_kl": "k3"} | {k: k for k in ("k1", "k2", "k3", "abs")}
 _LOSS_MODES = {"geo_mean": "gmpo"}
 _LOSS_TYPES = {
     "grpo": {"objective.aggregation": "seq-mean-token-mean"},
@@ -95,7 +97,7 @@ class Refused(ValueError):
 
 
 class Imported(NamedTuple):
-    """What became of a file's settings."""
+    """The settings of a file in our keys, and the lines of the receipt."""
 
     project: str
     values: dict[str, Any]  # our keys
@@ -108,7 +110,7 @@ def import_file(file: Path) -> Imported:
     """Reads a file and maps its settings.
 
     Raises:
-      UserError: no file, no settings of a known project in it, or values that do not fit together.
+      UserError: the file cannot be read, or holds no settings of a known project.
     """
     settings = read_settings(file)
     project = _project(settings, file)
@@ -117,7 +119,7 @@ def import_file(file: Path) -> Imported:
     given = {**DEFAULTS[project], **settings}
     for name, value in given.items():
         origin = "" if name in settings else f" (default of {PROJECTS[project]})"
-        shown = f"{name} = {str(value):.80}{origin}"
+        shown = f"{name} = {' '.join(str(value).split()):.80}{origin}"
         line = known.get(name)
         if line is None:
             found.missing.append(f"{shown}: not known here")
@@ -126,11 +128,22 @@ def import_file(file: Path) -> Imported:
         else:
             _take(found, given, name, shown, line)
     _drop_unused(found)
-    try:
-        from_dict(_nested(found.values))
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
+    _drop_invalid(found)
     return found
+
+
+def _drop_invalid(found: Imported) -> None:
+    """Takes out values that no config may have, alone or beside the others, into the receipt."""
+    while True:
+        try:
+            from_dict(_nested(found.values))
+            return
+        except ConfigError as error:
+            named = re.match(r"config\.([\w.]+) = ", str(error))
+            if named is None or named[1] not in found.values:
+                raise
+            del found.values[named[1]]
+            found.missing.append(str(error))
 
 
 def _drop_unused(found: Imported) -> None:
@@ -168,8 +181,8 @@ def _take(
 
 
 def config_text(found: Imported, file: Path) -> str:
-    """The config as a Python file; the receipt is its comment."""
-    lines = [f'"""From {file.name} ({PROJECTS[found.project]}), by `echorl import`."""', ""]
+    """The config as a Python file."""
+    lines = [f"# From {file.name!r} ({PROJECTS[found.project]}), by `echorl import`.", ""]
     lines += ["from ml_collections import ConfigDict", ""]
     lines += ["from echorl_jax.config_file import default_config", "", ""]
     lines += ["def get_config() -> ConfigDict:", "    config = default_config()"]
@@ -265,6 +278,8 @@ def _expanded(line: str, variables: Mapping[str, str]) -> str:
 
     for _ in range(_NESTED):
         line, before = _VARIABLE.sub(variable, line), line
+        if len(line) > _LONGEST:
+            raise ValueError(f"variables make a line of more than {_LONGEST} characters")
         if line == before:
             break
     return _ARITHMETIC.sub(lambda match: _sum_text(match[1], variables), line)
@@ -437,10 +452,19 @@ def _trl_prompts(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _trl_accumulation(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The rows of one device; each generation is for so many of TRL's batches."""
     if "generation_batch_size" in given:
         return {}
-    rows = value * (_get(given, "per_device_train_batch_size") or 8)
+    batches = _get(given, "steps_per_generation") or value
+    rows = batches * _get(given, "per_device_train_batch_size")
     return {"rollout.prompts_per_step": _whole(rows, _get(given, "num_generations"))}
+
+
+def _trl_updates(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    accumulated = _get(given, "gradient_accumulation_steps")
+    if value % accumulated:
+        raise Refused(f"{value} batches are no whole number of updates of {accumulated}")
+    return {"objective.mini_batches": value // accumulated}
 
 
 def _whole(rows: int, group: int) -> int:
@@ -535,6 +559,7 @@ _RULES: dict[str, Rule] = {
     "generation_batch_size": _trl_prompts,
     "gradient_accumulation_steps": _trl_accumulation,
     "per_device_train_batch_size": _nothing,
+    "steps_per_generation": _trl_updates,
     "epsilon": _both_bounds("epsilon_high"),
     "loss_type": _loss_type,
     "importance_sampling_level": _nothing,

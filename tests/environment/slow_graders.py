@@ -38,6 +38,6 @@ def by_letter(data_source, solution_str, ground_truth, extra_info):
 
 
 def measuring(response, row):
-    """Right, with a metric by whether the target is odd, and one that is no number."""
+    """Calls every response right, with one metric that is a number and one that is not."""
     words = 3 + row["reward_model"]["ground_truth"]["target"] % 2
     return {"score": 1.0, "metrics": {"words": words, "mood": "cheerful"}}

@@ -122,13 +122,34 @@ def test_the_objective_by_its_name_in_verl(changes, expected, tmp_path):
         ("a.yaml", "a: [1, {", "a.yaml: "),
         ("a.json", "{", "a.json: "),
         ("a.sh", "A=$((9**9**9)) B=${B:-${B:-${B:-x}}} data.n=${A}", "no settings"),
-        ("a.yaml", "num_generations: 0\nmax_steps: 5\nbeta: .nan", "a.yaml: config"),
+        ("a.sh", "A=xx\n" + "A=$A$A\n" * 60, "variables make a line of more than"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_one_line(name, text, message, tmp_path):
     with pytest.raises(UserError, match=message) as error:
         values(tmp_path, name, text)
     assert "\n" not in str(error.value)
+
+
+def test_values_that_no_config_may_have_are_in_the_receipt(tmp_path):
+    text = "num_generations: 0\nmax_steps: 5\nbeta: .nan\neval_steps: 100\nsave_steps: 0.1\n"
+    found = values(tmp_path, "a.yaml", text + "mystery: |-\n  two\n  lines\n")
+    assert found.values["steps"] == 5 and "eval.every" not in found.values
+    for key in ("rollout.group_size", "objective.kl_coef", "eval.every", "checkpoint.every"):
+        assert any(line.startswith(f"config.{key} = ") for line in found.missing)
+    assert "mystery = two lines: not known here" in found.missing
+    from_dict(nested(found.values))
+
+
+@pytest.mark.parametrize(
+    ("changes", "prompts", "updates"),
+    [({}, 1, None), ({"steps_per_generation": 6, "gradient_accumulation_steps": 2}, 6, 3)],
+)
+def test_the_step_of_trl_in_prompts_and_updates(changes, prompts, updates, tmp_path):
+    """By default 8 rows of one device in groups of 8; else six batches of 8, two an update."""
+    found = values(tmp_path, "trl.json", json.dumps({"beta": 0.0, "epsilon": 0.2, **changes}))
+    assert found.values["rollout.prompts_per_step"] == prompts
+    assert found.values.get("objective.mini_batches") == updates
 
 
 def test_a_variable_from_outside_stays(tmp_path):
