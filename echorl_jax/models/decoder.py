@@ -130,11 +130,16 @@ class Decoder:
         return constrain(x, "batch", "length", "feature") if x.ndim == 3 else x
 
     def encode_images(self, params: PyTree, patches: "Patches") -> Array:
-        """Features ``[F, D]`` of the images' merged patches, in the order of the patches."""
+        """Features ``[F, D]`` of the images' merged patches, in the order of the patches.
+
+        Raises:
+          ModelError: the model has no vision tower.
+        """
         from echorl_jax.models.vision import encode
 
         config = self.config.vision
-        assert config is not None
+        if config is None:
+            raise ModelError(f"{self.config.model_type} has no vision tower")
         graphs = _graphs(*self._structure)
         modules = {name: graphs[f"vision/{name}"] for name in _TOWER}
         remat = self.remat != "none"

@@ -68,10 +68,10 @@ def window_patches(config: VisionConfig, images: Sequence[Image], windows: int) 
     pixels = np.zeros((*shape, config.patch_values), np.float32)
     place = np.full((*shape, 2), -1, np.int32)
     for index, (values, grid) in enumerate(images):
-        if window_count(config, grid) > windows or values.shape[0] != grid[0] * grid[1]:
-            raise ModelError(
-                f"an image of {grid} patches has {values.shape[0]} of at most {windows}"
-            )
+        if values.shape[0] != grid[0] * grid[1]:
+            raise ModelError(f"image {index + 1} has {values.shape[0]} patches, its grid is {grid}")
+        if (count := window_count(config, grid)) > windows:
+            raise ModelError(f"image {index + 1} has {count} windows, more than {windows}")
         slots = token_slots(config, grid)[:, None] * merged + np.arange(merged)
         row, column = np.divmod(np.arange(slots.shape[0]), merged_grid(config, grid)[1])
         inner_row, inner_column = np.divmod(np.arange(merged), config.merge)

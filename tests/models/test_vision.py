@@ -140,6 +140,17 @@ def test_image_tokens_that_do_not_fit_the_images_are_refused(loaded):
         image_tokens(vision, tokens, grids, windows=8)
 
 
+def test_images_that_do_not_fit_are_named(loaded):
+    vision, (image, *_) = loaded[0].config.vision, images_of("two")
+    with pytest.raises(ModelError, match=r"image 2 has 39 patches, its grid is \(10, 4\)"):
+        window_patches(vision, [image, Image(image.pixels[:-1], image.grid)], 8)
+    with pytest.raises(ModelError, match="image 1 has 3 windows, more than 2"):
+        window_patches(vision, [image], 2)
+    text = dataclasses.replace(loaded[0].config, model_type="qwen2", vision=None)
+    with pytest.raises(ModelError, match="qwen2 has no vision tower"):
+        dataclasses.replace(loaded[0], config=text).encode_images({}, None)
+
+
 def test_training_refuses_a_model_whose_images_it_would_not_see(loaded, tmp_path):
     model, params = loaded
     save_model(tmp_path / "vl", model, params)
