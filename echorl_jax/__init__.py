@@ -5,8 +5,9 @@
     clips = echo.mine_echo_clips(token_entropy, step_ids, correct, group, ...)
     loss = echo.echo_loss(logprobs, clips).mean()
 
-All public names of ``core``, ``types``, ``models``, ``rollout``, ``parallel`` and ``rewards`` are
-here too. A module is loaded when one of its names is first used: importing the package is free.
+``dir(echorl_jax)`` lists the method and what a trainer of your own needs around it. The other
+public names of ``core``, ``types``, ``models``, ``rollout``, ``parallel``, ``rewards`` and ``data``
+are here too. A module is loaded when one of its names is first used: importing the package is free.
 """
 
 import importlib.util
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from echorl_jax.core import *  # noqa: F403
+    from echorl_jax.data import *  # noqa: F403
     from echorl_jax.models import *  # noqa: F403
     from echorl_jax.parallel import *  # noqa: F403
     from echorl_jax.rewards import *  # noqa: F403
@@ -22,7 +24,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("core", "types", "models", "rollout", "parallel", "rewards")
+_MODULES = ("core", "types", "models", "rollout", "parallel", "rewards", "data")
+# The public names outside ``core`` and ``types`` that dir() lists.
+_AROUND = (
+    "generate",
+    "load_adapter",
+    "load_grader",
+    "load_model",
+    "load_tokenizer",
+    "make_mesh",
+    "newline_delimiters",
+    "save_adapter",
+    "save_model",
+    "score",
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -37,5 +52,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    public = (importlib.import_module(f"{__name__}.{module}").__all__ for module in _MODULES)
-    return sorted({"__version__", *(name for names in public for name in names)})
+    core, types = (importlib.import_module(f"{__name__}.{name}") for name in ("core", "types"))
+    return sorted({"__version__", *core.__all__, *types.__all__, *_AROUND})

@@ -276,8 +276,9 @@ class EchoConfig:
     delimiter_ids: tuple[int, ...] = ()
     # The step that ends the clip: max (highest entropy, the paper), min, random, first or last;
     # full takes the whole rollout that holds the highest entropy, longest and shortest a whole
-    # success by its tokens; random_length cuts random successes to the lengths that max finds.
-    select: Select = "max"
+    # success by its tokens; random_length cuts random successes to the lengths that max finds; a
+    # custom rule is package.module:function (docs/method.md).
+    select: Select | str = "max"
     # Clips per prompt, K.
     top_k: Annotated[int, at_least(1)] = 1
     # Only a step whose entropy is above this quantile of the policy's step entropies over recent
@@ -393,6 +394,8 @@ class LogConfig:
     profile_steps: Annotated[tuple[int, ...], STEPS] = ()
     # Write report.html at the end.
     report: bool = True
+    # Functions for custom metrics, package.module:function, with commas between (docs/analysis.md).
+    metrics: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -162,8 +162,11 @@ def _convert(key: str, value: Any, kind: Any) -> Any:
     original = value.text if isinstance(value, _Typed) else value
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
-        if original is None or (isinstance(value, _Typed) and value.text.lower() == "none"):
+        none = original is None or (isinstance(value, _Typed) and value.text.lower() == "none")
+        if none and type(None) in args:
             return None
+        if str in args and isinstance(original, str) and ":" in original:  # an import path
+            return original
         return _convert(key, value, args[0])
     if isinstance(value, _Typed):
         value = _parse(value.text, kind)

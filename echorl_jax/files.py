@@ -20,6 +20,17 @@ NAME = ".lock"
 BOOT = Path("/proc/sys/kernel/random/boot_id")
 # A network file system frees the lock of a lost machine within this time (seconds).
 FREED_WITHIN_S = 100.0
+# Models that come with the package.
+BUILTIN = {"builtin:countdown": Path(__file__).parent / "assets" / "countdown"}
+
+
+def model_path(path: str) -> str:
+    """The directory of a model that comes with the package, else the path itself.
+
+    >>> model_path("runs/1/export")
+    'runs/1/export'
+    """
+    return str(BUILTIN[path]) if path in BUILTIN else os.path.expanduser(path)
 
 
 @contextmanager

@@ -19,12 +19,15 @@ axes are words: ``data``, ``fsdp``, ``tensor``.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING, Any, TypeVar, dataclass_transform
+import functools
+import inspect
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast, dataclass_transform, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Float32, Int32
+from jaxtyping import Bool, Float32, Int32, jaxtyped
 
 __all__ = ["EchoClips", "Graded", "LossTerm", "Metrics", "Rollouts", "StepData", "TrainBatch"]
 
@@ -38,6 +41,40 @@ else:
 # A NumPy array on the host, where the pytrees below pass through it between jitted programs.
 HostArray = Any
 _T = TypeVar("_T")
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def named_shapes(function: _F) -> _F:
+    """Checks the arrays of every call against the annotations, and names the one that differs.
+
+    Raises:
+      ValueError: an argument of another shape or kind, at the call.
+    """
+    signature = inspect.signature(function)
+    # A union of array types is checked by its members: typing's unions ask for the class alone.
+    kinds = {name: get_args(kind) or (kind,) for name, kind in function.__annotations__.items()}
+    arrays = {name: kind for name, kind in kinds.items() if hasattr(kind[0], "dim_str")}
+
+    @functools.wraps(function)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        with jaxtyped("context"):
+            for name, value in given.items():
+                if name in arrays and not isinstance(value, arrays[name]):
+                    kind = arrays[name][0]
+                    wanted = f"{kind.__name__.partition('[')[0].lower()} [{kind.dim_str.strip()}]"
+                    others = ", ".join(f"{n} {_kind(v)}" for n, v in given.items() if n in arrays)
+                    raise ValueError(f"{function.__name__}: {name} must be {wanted}; got {others}")
+        return function(*args, **kwargs)
+
+    return cast(_F, checked)
+
+
+def _kind(value: Any) -> str:
+    """Type and shape of an array, such as ``float32 [4, 6]``; the type of another value."""
+    if not hasattr(value, "dtype"):
+        return type(value).__name__
+    return f"{value.dtype} {list(value.shape)}"
 
 
 @dataclass_transform(frozen_default=True)

@@ -1,10 +1,12 @@
-"""An objective and a grader of one's own, named in a config by import path.
+"""A custom objective, grader, clip rule and metric, named in a config by import path.
 
 With this file on the Python path:
 
     echorl train --config=configs/countdown.py --workdir=runs/mine \
         --config.objective.name=custom_objective:half_baseline \
-        --config.data.grader=custom_objective:ends_with_answer
+        --config.data.grader=custom_objective:ends_with_answer \
+        --config.echo.select=custom_objective:surprising_and_long \
+        --config.log.metrics=custom_objective:repeated_tokens
 
 An objective is data: how a rollout is scored (``half_baseline``), or each of its tokens
 (``by_surprise``), what a token costs, how the costs add up. EchoRL is added to it like to any
@@ -12,6 +14,7 @@ other.
 """
 
 import jax.numpy as jnp
+import numpy as np
 
 from echorl_jax.core import Objective, group_advantages
 from echorl_jax.rewards import Verdict
@@ -46,3 +49,15 @@ def ends_with_answer(response, row):
     """(str, row) -> Verdict: right if the response's last word is the row's answer."""
     correct = response.split()[-1:] == [str(row["reward_model"]["ground_truth"])]
     return Verdict(score=float(correct), correct=correct, reason="last word")
+
+
+def surprising_and_long(step_entropy, step_ids, *, step_tokens):
+    """-> [N, num_steps]: the clip ends at the step with the largest sum of token entropies."""
+    return step_entropy * step_tokens.astype(jnp.float32)
+
+
+def repeated_tokens(rollouts):
+    """-> share of tokens that are equal to the one before, logged as ``custom/repeated_tokens``."""
+    ids, length = rollouts.completion_ids, rollouts.completion_length
+    inside = np.arange(1, ids.shape[1])[None, :] < length[:, None]
+    return ((ids[:, 1:] == ids[:, :-1]) & inside).sum() / max(inside.sum(), 1)

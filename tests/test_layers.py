@@ -8,6 +8,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "echorl_jax"
 LAYERS = {
     "choices": 0,
+    "custom": 0,
     "errors": 0,
     "files": 0,
     "precision": 0,

@@ -13,11 +13,13 @@ from echorl_jax.core.advantages import (
     zero_variance_advantages,
 )
 from echorl_jax.core.clips import (
+    ClipRule,
     active_coef,
     clip_weights,
     clips_above,
     echo_loss,
     echo_weights,
+    load_clip_rule,
     mine_echo_clips,
 )
 from echorl_jax.core.divergences import (
@@ -64,6 +66,7 @@ from echorl_jax.core.selection import (
 from echorl_jax.core.steps import hint_probability, joined_steps, step_entropy, step_ids
 
 __all__ = [
+    "ClipRule",
     "LOSS_TERMS",
     "OBJECTIVES",
     "Objective",
@@ -97,6 +100,7 @@ __all__ = [
     "kl_cov_loss",
     "kl_cov_selection",
     "kl_penalty",
+    "load_clip_rule",
     "load_objective",
     "logprobs_and_entropy",
     "maxrl_advantages",

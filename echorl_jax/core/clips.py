@@ -1,5 +1,6 @@
 """EchoClips: the choice of prefixes of verified successes, and the loss that learns them again."""
 
+from collections.abc import Callable
 from typing import get_args
 
 import jax
@@ -9,10 +10,27 @@ from jaxtyping import Bool, Float, Int
 
 from echorl_jax.choices import Normalise, Select, When
 from echorl_jax.core.steps import step_entropy
+from echorl_jax.custom import accepted, load_custom
 from echorl_jax.types import AnyArray as Array
-from echorl_jax.types import Echo, EchoClips, LossTerm
+from echorl_jax.types import Echo, EchoClips, LossTerm, named_shapes
+
+# A custom choice of the step that ends a clip: (step_entropy, step_ids, ...) -> score.
+ClipRule = Callable[..., Float[Array, "N num_steps"]]
 
 
+def load_clip_rule(select: str) -> Select | ClipRule:
+    """What ``echo.select`` names: a built-in word as it is, or ``package.module:function``.
+
+    Raises:
+      UserError: there is no such function.
+
+    >>> load_clip_rule("max")
+    'max'
+    """
+    return load_custom(select, "the clip rule") if ":" in select else select  # type: ignore
+
+
+@named_shapes
 def mine_echo_clips(
     token_entropy: Float[Array, "N T"],
     step_ids: Int[Array, "N T"],
@@ -22,7 +40,7 @@ def mine_echo_clips(
     num_groups: int,
     num_steps: int,
     on_policy: Bool[Array, " N"] | None = None,
-    select: Select = "max",
+    select: Select | ClipRule = "max",
     top_k: int = 1,
     min_step_tokens: int = 1,
     when: When = "any_success",
@@ -45,6 +63,13 @@ def mine_echo_clips(
     depend on the prompt and on a row's place among the rows of its prompt. Nothing here is
     differentiated.
 
+    A function as ``select`` is a custom rule: ``rule(step_entropy, step_ids)`` gives a score
+    ``[N, num_steps]``, float, and the candidate steps of highest score win as those of highest
+    entropy do. A score of -inf or NaN takes a step out. Of ``step_tokens`` (``[N, num_steps]``
+    int32, 0 where there is no step), ``token_entropy``, ``correct``, ``group`` and ``key`` the rule
+    gets those that its parameters name; ``step_entropy`` is ``[N, num_steps]``, ``step_ids`` is
+    ``[N, T]`` and below ``num_steps``.
+
     Args:
       token_entropy: ``[N, T]``, in nats.
       step_ids: ``[N, T]`` int32 from :func:`step_ids`, -1 where masked.
@@ -64,8 +89,8 @@ def mine_echo_clips(
       Clips ``[P, K]``, best first; where not ``valid``, all other fields are 0.
 
     Raises:
-      ValueError: on an unknown ``select`` or ``when``, ``top_k`` below 1, or a random ``select``
-        without a key.
+      ValueError: on an argument of another shape or kind, an unknown ``select`` or ``when``,
+        ``top_k`` below 1, a random ``select`` without a key, or a rule's score of another shape.
 
     >>> entropy = jnp.array([[0.1, 0.9, 0.2], [0.5, 0.5, 0.5], [3.0, 3.0, 3.0]])
     >>> ids = jnp.array([[0, 1, 2], [0, 0, 0], [0, 0, 0]])
@@ -74,22 +99,36 @@ def mine_echo_clips(
     >>> clips.row.item(), clips.step.item(), clips.length.item()
     (0, 1, 2)
     """
-    if select not in get_args(Select) or when not in get_args(When) or top_k < 1:
+    known = callable(select) or select in get_args(Select)
+    if not known or when not in get_args(When) or top_k < 1:
         raise ValueError(f"unknown {select=} or {when=}, or {top_k=} below 1")
-    if select.startswith("random") and key is None:
+    if select in ("random", "random_length") and key is None:
         raise ValueError(f"{select=} needs a key")
     own = jnp.ones_like(correct) if on_policy is None else on_policy
     entropy, count = step_entropy(lax.stop_gradient(token_entropy), step_ids, num_steps)
     eligible = correct & own & _group_allows(correct, group, num_groups, when)[group]
     candidate = eligible[:, None] & (count >= max(1, min_step_tokens))
     steps = jnp.minimum(step_ids, num_steps - 1)
+    given = None
+    if callable(select):
+        given = _custom_score(
+            select,
+            (entropy, steps),
+            step_tokens=count,
+            token_entropy=token_entropy,
+            correct=correct,
+            group=group,
+            key=key,
+        )
+    elif select == "random":
+        given = _row_draws(key, group, num_groups, num_steps)
     score, column = _scores(
         entropy,
         candidate,
         count,
-        "max" if select == "random_length" else select,
+        "max" if select == "random_length" or callable(select) else select,
         min(top_k, num_steps),
-        _row_draws(key, group, num_groups, num_steps) if select == "random" else None,
+        given,
     )
     row, place, valid = _best_of_group(score, group, num_groups, top_k)
     step = jnp.where(valid, column[row, place], 0)
@@ -101,6 +140,21 @@ def mine_echo_clips(
         step = jnp.where(valid, _nearest_step(steps, candidate, row, target), 0)
     clips = EchoClips(row, _lengths(steps, row, step), step, entropy[row, step], valid)
     return _kept(clips, valid)
+
+
+def _custom_score(
+    rule: ClipRule, arrays: tuple[Array, Array], **offered: Array | None
+) -> Float[Array, "N num_steps"]:
+    """The rule's score of every step; -inf where it is NaN."""
+    entropy, _ = arrays
+    score = rule(*arrays, **accepted(rule, offered))
+    if jnp.shape(score) != entropy.shape:
+        raise ValueError(
+            f"the clip rule {getattr(rule, '__name__', rule)} must give a score "
+            f"{list(entropy.shape)}, [N, num_steps], got {list(jnp.shape(score))}"
+        )
+    score = lax.stop_gradient(jnp.asarray(score).astype(jnp.float32))
+    return jnp.where(jnp.isnan(score), -jnp.inf, score)
 
 
 def clips_above(clips: EchoClips, min_entropy: Array | float) -> EchoClips:
@@ -192,12 +246,14 @@ def _scores(
     count: Int[Array, "N num_steps"],
     select: Select,
     per_row: int,
-    drawn: Float[Array, "N num_steps"] | None,
+    given: Float[Array, "N num_steps"] | None,
 ) -> tuple[Float[Array, "N C"], Int[Array, "N C"]]:
-    """Each row's candidates as (score, step), ``[N, C]``, best first; -inf is no candidate."""
-    if select in ("max", "min", "random"):
-        value = {"max": entropy, "min": -entropy}.get(select, drawn)
-        assert value is not None
+    """Each row's candidates as (score, step), ``[N, C]``, best first; -inf is no candidate.
+
+    ``given`` scores, where there are some, take the place of the entropy.
+    """
+    if given is not None or select in ("max", "min"):
+        value = given if given is not None else entropy if select == "max" else -entropy
         score, step = lax.top_k(jnp.where(candidate, value, -jnp.inf), per_row)
         return score, step
     steps = lax.broadcasted_iota(jnp.int32, entropy.shape, 1)
@@ -231,6 +287,7 @@ def _best_of_group(
     return index // columns, index % columns, valid
 
 
+@named_shapes
 def clip_weights(
     clips: EchoClips, shape: tuple[int, int], *, normalise: Normalise = "prompts_with_clip"
 ) -> Float[Array, "N T"]:
@@ -263,6 +320,7 @@ def clip_weights(
     )
 
 
+@named_shapes
 def echo_loss(
     logprobs: Float[Array, "N T"], clips: EchoClips, *, normalise: Normalise = "prompts_with_clip"
 ) -> LossTerm:
@@ -325,6 +383,7 @@ def active_coef(
     return jnp.where(inside, jnp.float32(coef), jnp.float32(0.0))
 
 
+@named_shapes
 def echo_weights(
     token_entropy: Float[Array, "N T"],
     step_ids: Int[Array, "N T"],
@@ -334,7 +393,7 @@ def echo_weights(
     num_groups: int,
     num_steps: int,
     on_policy: Bool[Array, " N"] | None = None,
-    select: Select = "max",
+    select: Select | ClipRule = "max",
     top_k: int = 1,
     min_step_tokens: int = 1,
     when: When = "any_success",

@@ -1,7 +1,6 @@
 """The table of objectives, their advantages, and objectives from outside the package."""
 
 import dataclasses
-import importlib
 from typing import Any
 
 import jax
@@ -11,6 +10,7 @@ from echorl_jax.choices import ImportanceWeight
 from echorl_jax.core import advantages as adv
 from echorl_jax.core import pieces, selection
 from echorl_jax.core.pieces import Objective
+from echorl_jax.custom import load_custom
 from echorl_jax.errors import nearest
 from echorl_jax.types import Array, StepData, TrainBatch
 
@@ -191,7 +191,7 @@ def load_objective(name: str, **settings: Any) -> Objective:
     >>> load_objective("dapo", epsilon_high=0.3, aggregation=None).epsilon_high
     0.3
     """
-    objective = _imported(name) if ":" in name else OBJECTIVES.get(name)
+    objective = load_custom(name, "objective") if ":" in name else OBJECTIVES.get(name)
     if not isinstance(objective, Objective):
         raise ValueError(f"no objective {name!r}{_hint(name, OBJECTIVES)}")
     fields = [field.name for field in dataclasses.fields(objective)]
@@ -242,19 +242,6 @@ def _used_by_parts(objective: Objective) -> set[str]:
     except Exception:
         return set(_PARTS)
     return used
-
-
-def _imported(path: str) -> Any:
-    module, _, attribute = path.partition(":")
-    try:
-        return vars(importlib.import_module(module)).get(attribute)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"no module {error.name!r} for the objective {path!r}") from error
-    # The module is the user's program: anything can go wrong in it.
-    except (Exception, SystemExit) as error:
-        raise ValueError(
-            f"cannot import {module!r} for the objective {path!r}: {error!r}"
-        ) from error
 
 
 def _hint(name: str, known: Any) -> str:

@@ -6,8 +6,10 @@ from jax import lax
 from jaxtyping import Bool, Float, Int, Shaped
 
 from echorl_jax.types import AnyArray as Array
+from echorl_jax.types import named_shapes
 
 
+@named_shapes
 def step_ids(
     tokens: Int[Array, "N T"], mask: Shaped[Array, "N T"], is_delimiter: Bool[Array, " V"]
 ) -> Int[Array, "N T"]:
@@ -36,9 +38,6 @@ def step_ids(
     >>> step_ids(jnp.array([[7, 9, 9, 7, 9, 7]]), jnp.ones((1, 6)), jnp.arange(10) == 9).tolist()
     [[0, 0, 0, 1, 1, 2]]
     """
-    if tokens.ndim != 2 or tokens.shape != mask.shape or is_delimiter.ndim != 1:
-        shapes = tokens.shape, mask.shape, is_delimiter.shape
-        raise ValueError(f"expected tokens [N, T], mask [N, T], is_delimiter [V], got {shapes}")
     real = mask.astype(jnp.bool_)
     known = (tokens >= 0) & (tokens < is_delimiter.shape[0])
     delimiter = real & known & is_delimiter[jnp.where(known, tokens, 0)]
@@ -51,6 +50,7 @@ def step_ids(
     return jnp.where(real, jnp.maximum(starts - 1, 0), -1)
 
 
+@named_shapes
 def step_entropy(
     token_entropy: Float[Array, "N T"], step_ids: Int[Array, "N T"], num_steps: int
 ) -> tuple[Float[Array, "N num_steps"], Int[Array, "N num_steps"]]:
@@ -73,11 +73,8 @@ def step_entropy(
     >>> mean.tolist(), count.tolist()
     ([[1.5, 6.0, 0.0]], [[2, 1, 0]])
     """
-    if token_entropy.ndim != 2 or token_entropy.shape != step_ids.shape or num_steps < 1:
-        shapes = token_entropy.shape, step_ids.shape
-        raise ValueError(
-            f"expected two [N, T] arrays and num_steps > 0, got {shapes}, {num_steps=}"
-        )
+    if num_steps < 1:
+        raise ValueError(f"{num_steps=} must be above 0")
     # Masked tokens go to one segment more, which is cut off.
     segment = jnp.where(step_ids < 0, num_steps, jnp.minimum(step_ids, num_steps - 1))
     value = jnp.where(step_ids < 0, 0.0, token_entropy.astype(jnp.float32))

@@ -15,6 +15,7 @@ import numpy as np
 
 from echorl_jax.data.rows import DataError
 from echorl_jax.errors import one_line
+from echorl_jax.files import BUILTIN, model_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -198,16 +199,6 @@ TEMPLATES: dict[str, Callable[["PreTrainedTokenizerBase", Messages], str]] = {
 
 
 MOST_LAYERS = 4096
-BUILTIN = {"builtin:countdown": Path(__file__).parent.parent / "assets" / "countdown"}
-
-
-def model_path(path: str) -> str:
-    """The directory of a model that comes with the package, else the path itself.
-
-    >>> model_path("runs/1/export")
-    'runs/1/export'
-    """
-    return str(BUILTIN[path]) if path in BUILTIN else os.path.expanduser(path)
 
 
 def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":

@@ -1,7 +1,6 @@
 """Engines: what samples completions. ``rollout.engine`` takes another one by its import path."""
 
 import dataclasses
-import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -10,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from echorl_jax.config import Config, ConfigError
+from echorl_jax.custom import load_custom
 from echorl_jax.data import Prompt
 from echorl_jax.errors import one_line
 from echorl_jax.models import Decoder
@@ -192,10 +192,10 @@ def make_engine(
 
 
 def _custom_engine(path: str, **settings: Any) -> Engine:
-    module, _, name = path.partition(":")
+    factory = load_custom(path, "config.rollout.engine =")
     try:
-        engine = getattr(importlib.import_module(module), name)(**settings)
-    # The module is the user's program: anything can go wrong in it.
+        engine = factory(**settings)
+    # The factory is the user's program: anything can go wrong in it.
     except (Exception, SystemExit) as error:
         raise ConfigError(f"config.rollout.engine = {path!r}: {one_line(error)}") from error
     members = ("sample", "warm_up", "close", "entropies")

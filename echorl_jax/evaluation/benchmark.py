@@ -22,7 +22,7 @@ from echorl_jax.data import (
     require_embedded_rows,
     require_vocabulary,
 )
-from echorl_jax.data.tokens import keep_date, model_path
+from echorl_jax.data.tokens import keep_date
 from echorl_jax.environment import MOST_SAMPLES, JaxEngine, end_tokens
 from echorl_jax.errors import UserError, writing
 from echorl_jax.evaluation.evaluate import Attempt, attempt_prompts
@@ -37,7 +37,7 @@ from echorl_jax.evaluation.generations import (
 from echorl_jax.evaluation.presets import Pass, passes, preset
 from echorl_jax.evaluation.progress import EvaluationProgress
 from echorl_jax.evaluation.table import SourceResult, print_results, summarise
-from echorl_jax.files import cut_torn_line, replace_json, sole_writer
+from echorl_jax.files import cut_torn_line, model_path, replace_json, sole_writer
 from echorl_jax.models import load_model, require_text
 from echorl_jax.parallel import is_first, make_mesh, on_first, require_same, texts_from_shares
 from echorl_jax.rewards import GraderPool

@@ -19,8 +19,8 @@ from echorl_jax.data import (
     require_embedded_rows,
     require_vocabulary,
 )
-from echorl_jax.data.tokens import model_path
 from echorl_jax.evaluation.contamination import find_overlap
+from echorl_jax.files import model_path
 from echorl_jax.models import read_config
 from echorl_jax.rewards import GRADERS, GraderPool, grading_failed
 from echorl_jax.rewards.mathematics import second_spelling

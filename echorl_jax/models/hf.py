@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from echorl_jax.choices import Kernel, Remat
-from echorl_jax.files import replace_json
+from echorl_jax.files import model_path, replace_json
 from echorl_jax.models.config import ModelError
 from echorl_jax.models.decoder import Decoder
 from echorl_jax.models.hf_config import read_config, to_hf
@@ -85,8 +85,8 @@ def load_model(
     """Reads a Hugging Face directory.
 
     Args:
-      path: directory with ``config.json`` and safetensors, or a repository id (needs the extra
-        ``[hf]`` and a network).
+      path: directory with ``config.json`` and safetensors, ``builtin:countdown``, or a repository
+        id (needs the extra ``[hf]`` and a network).
       dtype: of activations and matrix products.
       mesh: where the weights go; the first device unless given.
       param_dtype: of the weights, which may be stored in another type; "int8" for kernels of
@@ -175,7 +175,8 @@ def save_model(
 
 
 def _directory(path: str | Path) -> Path:
-    """A local directory, or the local copy of a repository."""
+    """The directory of a model of the package, a local one, or the local copy of a repository."""
+    path = model_path(str(path))
     if Path(path).is_dir():
         return Path(path)
     try:

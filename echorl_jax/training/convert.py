@@ -9,9 +9,8 @@ from jax.sharding import SingleDeviceSharding
 
 from echorl_jax.config_file import from_dict
 from echorl_jax.data import load_tokenizer
-from echorl_jax.data.tokens import model_path
 from echorl_jax.errors import UserError, writing
-from echorl_jax.files import read_json, replace_directory
+from echorl_jax.files import model_path, read_json, replace_directory
 from echorl_jax.models import (
     load_decoder,
     load_model,
@@ -119,7 +118,7 @@ def _from_workdir(workdir: Path, out: Path, step: str, *, merge: bool) -> str:
         config = from_dict(read_json(file))
     except (OSError, UserError) as error:
         raise UserError(f"{file}: {str(error).removeprefix(f'{file}: ')}") from error
-    base = load_decoder(model_path(config.model.path), **model_options(config))
+    base = load_decoder(config.model.path, **model_options(config))
     decoder = configured_model(config, base)
     here = SingleDeviceSharding(jax.local_devices()[0])
     like = jax.tree.map(

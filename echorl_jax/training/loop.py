@@ -18,9 +18,15 @@ from echorl_jax.config import Config
 from echorl_jax.training.batch import join_assembled, make_batches
 from echorl_jax.training.experience import collect
 from echorl_jax.training.logs import timed
-from echorl_jax.training.metrics import record_samples, step_metrics, throughput_metrics
+from echorl_jax.training.metrics import (
+    custom_metrics,
+    record_samples,
+    step_metrics,
+    throughput_metrics,
+)
 from echorl_jax.training.optimizer import TrainState
 from echorl_jax.training.run import open_run
+from echorl_jax.training.setup import metric_paths
 from echorl_jax.training.update import token_entropies, update, update_metrics
 from echorl_jax.training.warmup import warm_up
 
@@ -112,6 +118,7 @@ def train(
                 **run.history.update(experience, batch),
                 **update_metrics(updates),
                 **throughput_metrics(setup, experience, used),
+                **custom_metrics(metric_paths(config), experience, batch),
             }
             if not run.end_step(step, state, metrics):
                 break

@@ -1,13 +1,15 @@
 """Metrics of a step under their public keys, and sampled groups as JSON lines."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from echorl_jax.config import Config
+from echorl_jax.custom import accepted, load_custom
+from echorl_jax.errors import UserError, one_line
 from echorl_jax.files import write_jsonl
 from echorl_jax.parallel import is_first
 from echorl_jax.rewards import grading_failed, mean_metrics
@@ -68,6 +70,32 @@ def verdict_metrics(experience: Experience) -> dict[str, float]:
     """``reward/<name>/mean`` of each metric of the grader, over the policy's rows that have it."""
     own = experience.groups.metrics[experience.groups.on_policy]
     return {f"reward/{name}/mean": mean for name, mean in mean_metrics(own).items()}
+
+
+def custom_metrics(
+    paths: Sequence[str], experience: Experience, made: Assembled
+) -> dict[str, float]:
+    """``custom/<name>`` of the functions in ``log.metrics``.
+
+    A function gets those of ``rollouts``, ``graded``, ``batch``, ``clips``, ``step_ids``,
+    ``step_entropy`` and ``step_tokens`` (NumPy, N rows) that its parameters name. It returns a
+    number, logged under the function's name, or a mapping from names to numbers.
+
+    Raises:
+      UserError: a function that fails, or returns something else.
+    """
+    offered = {"rollouts": experience.rollouts, "graded": experience.graded, **vars(made)}
+    metrics: dict[str, float] = {}
+    for path in paths:
+        function = load_custom(path, "config.log.metrics =")
+        try:
+            found = function(**accepted(function, offered))
+            named = found if isinstance(found, Mapping) else {path.rpartition(":")[2]: found}
+            metrics |= {f"custom/{name}": float(value) for name, value in named.items()}
+        # The function is the user's program: anything can go wrong in it.
+        except Exception as error:
+            raise UserError(f"config.log.metrics = {path!r}: {one_line(error)}") from error
+    return metrics
 
 
 def collapsed_fraction(rewards: HostArray, judged: HostArray) -> float:

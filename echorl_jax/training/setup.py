@@ -1,20 +1,29 @@
 """Everything static about a run or a plan: config, mesh, model, tokenizer, optimizer."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from echorl_jax.choices import LINEARS
 from echorl_jax.config import Config, ConfigError
-from echorl_jax.core import Objective, importance_level, load_objective
+from echorl_jax.core import (
+    Objective,
+    importance_level,
+    load_clip_rule,
+    load_objective,
+    mine_echo_clips,
+)
+from echorl_jax.custom import load_custom
 from echorl_jax.data import load_tokenizer, newline_delimiters, require_vocabulary
-from echorl_jax.data.tokens import model_path
 from echorl_jax.environment import end_tokens
+from echorl_jax.errors import one_line
 from echorl_jax.models import (
     Decoder,
     Lora,
@@ -160,6 +169,7 @@ def make_setup(config: Config, *, devices: Sequence[Any] | None = None) -> tuple
       UserError: an objective, model directory, tokenizer or mesh that does not work, in one line.
     """
     objective = configured_objective(config)
+    require_custom(config)
     sizes = config.mesh
     mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor, devices=devices)
     tokenizer = load_tokenizer(config.model.path)
@@ -176,7 +186,7 @@ def load_policy(config: Config, mesh: Mesh | None) -> tuple[Decoder, PyTree]:
     Raises:
       ModelError: a directory of the model or of an adapter that cannot be used.
     """
-    path, options = model_path(config.model.path), model_options(config)
+    path, options = config.model.path, model_options(config)
     key, settings = jax.random.key(config.seed), config.lora
     require_text(path)
     if config.model.init == "pretrained":
@@ -280,6 +290,33 @@ def configured_objective(config: Config) -> Objective:
             f"{objective.expert_rows} expert row(s) in each group"
         )
     return objective
+
+
+def require_custom(config: Config) -> None:
+    """Refuses a clip rule or metric that cannot be imported, or a rule that fails on arrays.
+
+    Raises:
+      ConfigError: names the key.
+    """
+    for path in metric_paths(config):
+        load_custom(path, "config.log.metrics =")
+    rule = load_clip_rule(config.echo.select)
+    if callable(rule):
+        rows, steps, flags = jnp.zeros((2, 3)), jnp.zeros((2, 3), jnp.int32), jnp.zeros(2, bool)
+        sizes = {"num_groups": 1, "num_steps": 3, "select": rule, "key": jax.random.key(0)}
+        try:
+            jax.eval_shape(
+                functools.partial(mine_echo_clips, **sizes), rows, steps, flags, steps[:, 0]
+            )
+        # The rule is the user's program: anything can go wrong in it.
+        except Exception as error:
+            path = config.echo.select
+            raise ConfigError(f"config.echo.select = {path!r}: {one_line(error)}") from error
+
+
+def metric_paths(config: Config) -> list[str]:
+    """The import paths of custom metrics."""
+    return [path.strip() for path in config.log.metrics.split(",") if path.strip()]
 
 
 def step_delimiters(config: Config, tokenizer: Any, vocab_size: int) -> np.ndarray:

@@ -265,6 +265,89 @@ def test_wrong_settings_are_refused(wrong):
         )
 
 
+ENTROPY = jnp.array([[0.1, 0.9, 0.9, 0.2], [0.5, 0.5, 0.5, 0.5], [3.0, 3.0, 3.0, 3.0]])
+IDS = jnp.array([[0, 1, 1, 2], [0, 0, 0, 1], [0, 0, 0, 0]])
+CORRECT, GROUP = jnp.array([True, True, False]), jnp.zeros(3, jnp.int32)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("token_entropy", ENTROPY[0], "float [N T]"),
+        ("token_entropy", ENTROPY > 1, "float [N T]"),
+        ("step_ids", IDS[:2], "int [N T]"),
+        ("step_ids", IDS[:, :3], "int [N T]"),
+        ("correct", jnp.array([1.0, 1.0, 0.0]), "bool [N]"),
+        ("correct", [True, True, False], "bool [N]"),
+        ("group", GROUP[:, None], "int [N]"),
+        ("group", jnp.zeros(1, jnp.int32), "int [N]"),
+        ("on_policy", jnp.ones(2, bool), "bool [N]"),
+    ],
+)
+def test_an_array_of_another_shape_or_kind_is_named(name, value, wanted):
+    arrays = dict(token_entropy=ENTROPY, step_ids=IDS, correct=CORRECT, group=GROUP)
+    with pytest.raises(ValueError) as error:
+        core.mine_echo_clips(**{**arrays, name: value}, num_groups=1, num_steps=3)
+    assert f"mine_echo_clips: {name} must be {wanted}" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_friends_of_mine_echo_clips_name_their_argument_too():
+    clips = core.mine_echo_clips(ENTROPY, IDS, CORRECT, GROUP, num_groups=1, num_steps=3)
+    with pytest.raises(ValueError, match=r"echo_loss: logprobs must be float \[N T\]; got .*\[4\]"):
+        core.echo_loss(jnp.zeros(4), clips)
+    with pytest.raises(ValueError, match=r"step_ids: is_delimiter must be bool \[V\]"):
+        core.step_ids(IDS, IDS >= 0, jnp.array([9]))
+    with pytest.raises(ValueError, match=r"step_entropy: step_ids must be int \[N T\]"):
+        core.step_entropy(ENTROPY, IDS[:1], 3)
+
+
+def longest_steps(step_entropy, step_ids, *, step_tokens):
+    return step_tokens.astype(jnp.float32)
+
+
+def test_a_custom_rule_ends_clips_at_the_steps_of_highest_score():
+    # Steps have 1, 2, 1 and 3, 1 tokens; row 2 is wrong, so its step of 4 tokens does not compete.
+    clips = mine(ENTROPY, IDS, CORRECT, GROUP, num_groups=1, num_steps=3, select=longest_steps)
+    assert (clips.row.item(), clips.step.item(), clips.length.item()) == (1, 0, 3)
+    assert clips.entropy.item() == 0.5
+
+    def not_the_first_row(step_entropy, step_ids, group, key):
+        assert step_ids.shape == IDS.shape and group.shape == GROUP.shape and key is None
+        nothing = jnp.array([jnp.nan, -jnp.inf, 0.0])[:, None]
+        return jnp.where(jnp.arange(3)[:, None] < 1, nothing, step_entropy)
+
+    clips = mine(
+        ENTROPY, IDS, CORRECT, GROUP, num_groups=1, num_steps=3, select=not_the_first_row, top_k=3
+    )
+    # Steps of equal entropy, in order; the steps scored NaN are left out.
+    assert clips.row[clips.valid].tolist() == [1, 1] and clips.step[clips.valid].tolist() == [0, 1]
+
+
+@settings(deadline=None, max_examples=20)
+@given(cases())
+def test_the_entropy_as_a_custom_rule_is_the_rule_max(case):
+    ids = core.step_ids(case["tokens"], case["mask"], case["is_delimiter"])
+    arrays = case["entropy"], ids, case["correct"], case["group"]
+    sizes = dict(num_groups=PROMPTS, num_steps=STEPS, on_policy=case["on_policy"], top_k=2)
+    custom = mine(*arrays, **sizes, select=by_entropy)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, custom, mine(*arrays, **sizes)))
+
+
+def by_entropy(step_entropy, step_ids):
+    return step_entropy
+
+
+def test_a_score_of_another_shape_is_named():
+    def one_per_row(step_entropy, step_ids):
+        return step_entropy[:, 0]
+
+    with pytest.raises(ValueError, match=r"one_per_row must give a score \[3, 5\], .* got \[3\]"):
+        core.mine_echo_clips(
+            ENTROPY, IDS, CORRECT, GROUP, num_groups=1, num_steps=5, select=one_per_row
+        )
+
+
 def test_the_documented_options_for_vapos_positive_nll_are_its_term():
     """0.1 times the mean over all tokens of all correct rows; each is a clip exactly once."""
     options = re.findall(r"--config\.(echo\.\w+)=(\w[\w.]*)", (ROOT / "docs/method.md").read_text())

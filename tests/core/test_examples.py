@@ -4,12 +4,14 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from echorl_jax import core
+from echorl_jax.custom import load_custom
 from echorl_jax.types import StepData
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -92,3 +94,24 @@ def test_custom_grader_by_import_path_in_a_process_of_its_own():
         env={"PYTHONPATH": f"{EXAMPLES}:{EXAMPLES.parent}", "JAX_PLATFORMS": "cpu"},
     )
     assert done.stdout.split() == ["True", "False"]
+
+
+def test_custom_clip_rule_and_metric_of_the_example(monkeypatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    entropy = jnp.array([[0.1, 0.9, 0.4, 0.4, 0.4]])
+    # Sums: 0.1, 0.9 and 1.2, so the clip is the whole row.
+    clips = core.mine_echo_clips(
+        entropy,
+        jnp.array([[0, 1, 2, 2, 2]]),
+        jnp.array([True]),
+        jnp.array([0]),
+        num_groups=1,
+        num_steps=3,
+        select=core.load_clip_rule("custom_objective:surprising_and_long"),
+    )
+    assert clips.length.item() == 5
+    rollouts = SimpleNamespace(
+        completion_ids=np.array([[7, 7, 7, 1], [5, 6, 6, 6]]), completion_length=np.array([3, 2])
+    )
+    repeated = load_custom("custom_objective:repeated_tokens", "metric")
+    assert repeated(rollouts) == 2 / 3  # 7 7 7 has two pairs, 5 6 one that differs

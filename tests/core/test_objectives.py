@@ -138,7 +138,7 @@ def test_unknown_estimator_and_bound_are_refused():
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("import no_such_library", "no module 'no_such_library'"),
+        ("import no_such_library", "No module named 'no_such_library'"),
         ("from math import no_such_name", "ImportError"),
         ("def push(:", "SyntaxError"),
         ("1 / 0", "ZeroDivisionError"),

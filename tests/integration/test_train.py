@@ -12,6 +12,7 @@ import pytest
 
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.data import load_tokenizer
+from echorl_jax.errors import UserError
 from echorl_jax.files import read_steps
 from echorl_jax.models import load_decoder, load_model
 from echorl_jax.tools.report.page import write_report
@@ -226,3 +227,52 @@ def test_a_narrow_cache_is_seen_in_the_gap_and_accepted(tmp_path: Path) -> None:
 def test_a_workdir_of_another_config_is_refused(whole_run: Path) -> None:
     with pytest.raises(ConfigError, match="config.rollout.group_size = 4, not 2"):
         train(everything(rollout={"group_size": 2}), whole_run)
+
+
+def test_a_custom_clip_rule_and_metric_run_as_built_in_ones_do(
+    uninterrupted: tuple[TrainState, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_rules.py").write_text(
+        "def entropy(step_entropy, step_ids):\n    return step_entropy\n\n"
+        "def right(graded):\n    return graded.correct.mean()\n\n"
+        "def clips(clips, step_tokens):\n"
+        "    return {'valid': clips.valid.sum(), 'steps': (step_tokens > 0).sum()}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    config = small_config(
+        steps=3,
+        echo={"select": "own_rules:entropy"},
+        log={"metrics": "own_rules:right, own_rules:clips"},
+    )
+    expected, before = uninterrupted
+    state = train(config, tmp_path / "run")
+    assert same(state.params, expected.params)  # the rule is that of select = "max"
+    lines = steady(tmp_path / "run")
+    assert [{k: v for k, v in line.items() if "custom/" not in k} for line in lines] == steady(
+        before
+    )
+    for line in lines:
+        assert np.isclose(line["custom/right"], line["reward/correct"])
+        assert line["custom/valid"] == line["echo/clips"] and line["custom/steps"] >= 16
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "path", "reason"),
+    [
+        ("echo", "select", "no_such_rules:best", "No module named 'no_such_rules'"),
+        ("echo", "select", "math:ceil", "config.echo.select = 'math:ceil'"),
+        ("log", "metrics", "math:no_such_function", "no_such_function"),
+    ],
+)
+def test_a_custom_rule_or_metric_that_does_not_work_is_one_line_at_the_start(
+    tmp_path: Path, section: str, key: str, path: str, reason: str
+) -> None:
+    with pytest.raises(UserError) as error:
+        train(small_config(**{section: {key: path}}), tmp_path / "run")
+    assert path in str(error.value) and reason in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_custom_metric_that_fails_in_a_step_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="config.log.metrics = 'math:ceil': TypeError"):
+        train(small_config(steps=1, log={"metrics": "math:ceil"}), tmp_path / "run")

@@ -10,7 +10,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from echorl_jax.config import Config, ConfigError
-from echorl_jax.data.tokens import model_path
+from echorl_jax.files import model_path
 from echorl_jax.models import Decoder
 from echorl_jax.models.published import architecture
 from echorl_jax.parallel import AXES, ShardingError, make_mesh

@@ -87,6 +87,7 @@ SECTIONS: dict[str, Sequence[Curve]] = {
             "Held-out metrics", "eval/*/mean", "The grader's, means over attempts.", smooth=False
         ),
         Curve("Metrics in training", "reward/*/mean", "The grader's; no reward sees them."),
+        Curve("Custom metrics", "custom/*", "Those of log.metrics."),
         Curve("Supervised loss", "loss/nll", "On demonstrations or hints, in nats."),
         Curve(
             "Success in training", "reward/correct", "Share of right rollouts in a step.", "share"

@@ -19,7 +19,6 @@ from echorl_jax.data import (
     require_embedded,
     require_vocabulary,
 )
-from echorl_jax.data.tokens import model_path
 from echorl_jax.environment import JaxEngine, end_tokens
 from echorl_jax.errors import UserError
 from echorl_jax.evaluation.evaluate import attempt_prompts
@@ -104,7 +103,7 @@ class Policy:
             raise UserError("--temperature must be above 0 and --batch at least 1")
         path, ids = str(options.model), options.delimiter_ids
         tokenizer = load_tokenizer(path)
-        model, params = load_model(model_path(path), dtype=options.dtype, remat="none")
+        model, params = load_model(path, dtype=options.dtype, remat="none")
         size = model.config.vocab_size
         require_vocabulary(tokenizer, size)
         if max(ids, default=0) >= size:
