@@ -386,9 +386,18 @@ class LogConfig:
     samples_groups: Annotated[int, at_least(1)] = 4
     # Write TensorBoard events.
     tensorboard: bool = True
-    # Also send the metrics to this Weights & Biases project (extra [wandb]; WANDB_MODE=offline
-    # keeps them in the workdir); "" sends nothing.
+    # Also send metrics, config and samples to this Weights & Biases project (WANDB_MODE=offline
+    # keeps them in the workdir; needs the package wandb); "" sends nothing.
     wandb_project: str = ""
+    # Also send them to this MLflow experiment, at MLFLOW_TRACKING_URI or else in mlruns/ of the
+    # workdir (needs the package mlflow-skinny or mlflow); "" sends nothing.
+    mlflow_experiment: str = ""
+    # The run's name at both trackers; "" takes the name of the workdir.
+    run_name: str = ""
+    # The group of runs that it belongs to there, such as the seeds of one setting; "" is none.
+    group: str = ""
+    # Tags of the run there, with commas between.
+    tags: str = ""
     # Steps that the JAX profiler traces (the device, XLA and the run's phases, no Python calls),
     # each into profile/ of the workdir, for TensorBoard or Perfetto.
     profile_steps: Annotated[tuple[int, ...], STEPS] = ()

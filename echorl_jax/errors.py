@@ -2,10 +2,12 @@
 
 import difflib
 import errno
+import importlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
 # Characters of an error in one line.
 MOST = 300
@@ -52,6 +54,18 @@ def storage_reason(error: BaseException) -> str | None:
             return f"{cause.strerror} ({cause.filename})" if cause.filename else cause.strerror
         cause = cause.__cause__ or cause.__context__
     return next((reason for reason in map(os.strerror, STORAGE) if reason in str(error)), None)
+
+
+def require_package(module: str, requirement: str, wanted_by: str) -> ModuleType:
+    """Imports a package that a plain installation does not have.
+
+    Raises:
+      UserError: it is not installed; with the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{wanted_by} needs a package: pip install '{requirement}'") from error
 
 
 @contextmanager

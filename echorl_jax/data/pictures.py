@@ -101,7 +101,7 @@ def _opened(entry: Any, number: int, folder: Path) -> "Picture":
     try:
         import PIL.Image
     except ImportError:
-        raise UserError("pictures need Pillow: pip install 'echorl-jax[vision]'") from None
+        raise UserError("pictures need a package: pip install 'pillow>=11'") from None
     if isinstance(entry, Mapping):
         entry = entry.get("bytes") or entry.get("path")
     try:

@@ -8,18 +8,16 @@ TFDS is read through array_record, without TensorFlow: a data set must have been
 import bisect
 import dataclasses
 import hashlib
-import importlib
 import itertools
 import pkgutil
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, overload
 
 from echorl_jax.data.checked_rows import CheckedRows, check_rows, read_file
 from echorl_jax.data.rows import LETTERS, DataError, Row
-from echorl_jax.errors import nearest
+from echorl_jax.errors import nearest, require_package
 
 # The function that reads the options of each kind of generated rows.
 GENERATED = {
@@ -48,9 +46,9 @@ def read_tfds(name: str, options: Mapping[str, str], *, skip_bad: bool) -> Check
     """Reads a prepared TFDS data set; options are ``split`` and ``data_dir``.
 
     Raises:
-      DataError: TFDS is not installed, the data set is not prepared there, or a bad row.
+      UserError: TFDS is not installed, the data set is not prepared there, or a bad row.
     """
-    tfds = load_optional("tensorflow_datasets", "tensorflow-datasets")
+    tfds = require_package("tensorflow_datasets", "tensorflow-datasets", f"tfds:{name}")
     split = options.get("split", "train")
     label = f"tfds:{name}, split {split}"
     try:
@@ -84,9 +82,9 @@ def read_hf(name: str, options: Mapping[str, str], *, skip_bad: bool) -> Checked
     """Reads a Hugging Face data set; options are ``split`` and ``name``, the configuration.
 
     Raises:
-      DataError: ``datasets`` is not installed, there is no such data set, or a bad row.
+      UserError: ``datasets`` is not installed, there is no such data set, or a bad row.
     """
-    datasets = load_optional("datasets", "datasets")
+    datasets = require_package("datasets", "datasets", f"hf:{name}")
     split = options.get("split", "train")
     label = f"hf:{name}, split {split}"
     try:
@@ -95,20 +93,6 @@ def read_hf(name: str, options: Mapping[str, str], *, skip_bad: bool) -> Checked
         raise DataError(f"{label}: cannot be read: {_first_line(error)}") from error
     stem = name.rstrip("/").rpartition("/")[2]
     return check_rows(_Converted(source, plain_row), label=label, name=stem, skip_bad=skip_bad)
-
-
-def load_optional(module: str, package: str) -> ModuleType:
-    """Imports a package that is not among the requirements.
-
-    Raises:
-      DataError: it is not installed.
-    """
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise DataError(
-            f"this source needs the package {package}: pip install {package}"
-        ) from error
 
 
 def _plain(value: Any) -> Any:

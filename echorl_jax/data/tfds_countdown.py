@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from echorl_jax.data.countdown_rows import CountdownRows
-from echorl_jax.data.sources import load_optional
+from echorl_jax.errors import require_package
 
 ROWS = {"train": 8192, "eval": 1024}
 
@@ -20,9 +20,9 @@ def builder_class() -> type[Any]:
     """The builder; made on demand, because TFDS is optional.
 
     Raises:
-      DataError: TFDS is not installed.
+      UserError: TFDS is not installed.
     """
-    tfds = load_optional("tensorflow_datasets", "tensorflow-datasets")
+    tfds = require_package("tensorflow_datasets", "tensorflow-datasets", "tfds:")
 
     class EchorlCountdown(tfds.core.GeneratorBasedBuilder):
         """Three numbers of 1 to 29, a target up to 400, and a solution of one step a line."""

@@ -189,7 +189,7 @@ def _directory(path: str | Path) -> Path:
     except ImportError:
         raise ModelError(
             f"{path} is not a directory; repository ids need huggingface_hub: "
-            "pip install 'echorl-jax[hf]'"
+            "pip install 'huggingface_hub>=0.30'"
         ) from None
     patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
     try:

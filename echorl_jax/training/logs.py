@@ -1,4 +1,4 @@
-"""The log of a run: metrics.jsonl, TensorBoard, Weights & Biases, and progress on stderr."""
+"""The log of a run: metrics.jsonl, TensorBoard, trackers, and progress on stderr."""
 
 import functools
 import json
@@ -6,20 +6,19 @@ import math
 import os
 import sys
 import time
-import uuid
 from asyncio import base_events
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 from rich.table import Table
 
-from echorl_jax.config import ConfigError
 from echorl_jax.evaluation.progress import Bar
 from echorl_jax.files import read_steps, replace_text
 from echorl_jax.parallel import is_first
+from echorl_jax.training.trackers import Sender
 
 if TYPE_CHECKING:
     from sys import UnraisableHookArgs
@@ -39,11 +38,9 @@ class RunLog:
         first_step: int,
         total_steps: int,
         tensorboard: bool,
-        wandb_project: str = "",
+        senders: Sequence[Sender] = (),
     ):
         writes = is_first()
-        online = bool(wandb_project) and writes
-        self._wandb = _open_wandb(wandb_project, workdir) if online else None
         self._path = path = workdir / "metrics.jsonl"
         self._lines = path.read_text().count("\n") if writes and path.exists() else 0
         self._file = path.open("a") if writes else None
@@ -51,6 +48,9 @@ class RunLog:
         self._events = _Events(workdir / "tensorboard", first_step) if events else None
         self._total = total_steps
         self._bar = Bar("step", total_steps, at_once=True)
+        self._senders = senders
+        for sender in senders:
+            sender.send()
 
     def __enter__(self) -> "RunLog":
         self._bar.__enter__()
@@ -58,8 +58,6 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._bar.__exit__()
-        if self._wandb:
-            self._wandb.finish()
         for file in filter(None, (self._events, self._file)):
             try:
                 file.close()
@@ -76,7 +74,7 @@ class RunLog:
         self._file.write(json.dumps({**values, "step": step}) + "\n")
         self._file.flush()
         self._lines += 1
-        self._publish(step, metrics, shown=metrics)
+        self._publish(values, metrics, shown=metrics)
 
     def lacks(self, key: str) -> bool:
         """True if the last line has no such key; False without a line or on another process."""
@@ -89,11 +87,11 @@ class RunLog:
             return
         *lines, last = read_steps(self._path)
         self._file.close()
-        text = "".join(json.dumps(line) + "\n" for line in [*lines, {**last, **metrics}])
-        replace_text(self._path, text)
+        line = {**last, **metrics}
+        replace_text(self._path, "".join(json.dumps(one) + "\n" for one in [*lines, line]))
         self._file = self._path.open("a")
         known = {name: value for name, value in last.items() if value is not None}
-        self._publish(last["step"], metrics, shown={**known, **metrics})
+        self._publish(line, metrics, shown={**known, **metrics})
 
     def secure(self) -> int:
         """Waits until all lines are on the disk; returns their number, 0 on other processes."""
@@ -115,12 +113,15 @@ class RunLog:
         else:
             self.say("\n".join([title, *(f"  {name:<9} {text}" for name, text in rows)]))
 
-    def _publish(self, step: int, new: dict[str, float], *, shown: dict[str, float]) -> None:
-        """Sends new metrics to TensorBoard and Weights & Biases, and shows all of the step's."""
+    def _publish(
+        self, line: dict[str, Any], new: dict[str, float], *, shown: dict[str, float]
+    ) -> None:
+        """Sends a step's new metrics to TensorBoard and to the trackers, and shows all of them."""
+        step = int(line["step"])
         if self._events:
             self._events.write(new, step)
-        if self._wandb:
-            self._wandb.log({k: v for k, v in new.items() if k != "step"}, step=step)
+        for sender in self._senders:
+            sender.send({**line, "step": step})
         self._show(step, shown)
 
     def _show(self, step: int, metrics: dict[str, float]) -> None:
@@ -139,25 +140,6 @@ def timed(times: dict[str, float], name: str) -> Iterator[None]:
     with jax.profiler.TraceAnnotation(name):
         yield
     times[name] = times.get(name, 0.0) + time.perf_counter() - start
-
-
-def _open_wandb(project: str, workdir: Path):
-    """Starts a Weights & Biases run, or continues that of a resumed workdir.
-
-    Raises:
-      ConfigError: the package is not installed.
-    """
-    try:
-        import wandb  # pyright: ignore[reportMissingImports]
-    except ImportError as error:
-        raise ConfigError(
-            f"config.log.wandb_project = {project!r}: wandb is not installed; "
-            "pip install 'echorl-jax[wandb]', or leave the key empty"
-        ) from error
-    id_file = workdir / "wandb_run"
-    if not id_file.exists():
-        replace_text(id_file, uuid.uuid4().hex)
-    return wandb.init(project=project, dir=str(workdir), id=id_file.read_text(), resume="allow")
 
 
 class _Events:

@@ -34,6 +34,7 @@ from echorl_jax.training.inputs import compare_inputs, read_inputs, weights_dige
 from echorl_jax.training.logs import RunLog
 from echorl_jax.training.optimizer import TrainState, init_state
 from echorl_jax.training.setup import Setup, configured_objective, make_setup
+from echorl_jax.training.trackers import Sender, require_trackers, trackers
 from echorl_jax.training.warmup import CompileCounter, keep_compiled
 from echorl_jax.training.workdir import ASIDE, last_step, open_workdir, require_new, rewind
 from echorl_jax.types import Array, PyTree
@@ -218,6 +219,7 @@ def open_run(
       UserError: config, data, model or workdir that cannot be used, or is in use by another run.
       RunStopped: a file cannot be written, such as on a full disk.
     """
+    require_trackers(config)
     faults = Faults.parse(config.debug.inject, Path(workdir))
     if config.checkpoint.resume == "none":
         require_new(workdir)
@@ -229,6 +231,7 @@ def open_run(
         open_workdir(workdir, config) as (directory, steps_before),
         writing(directory),
         keep_compiled(directory, config.checkpoint.compiled),
+        trackers(directory, config) as senders,
     ):
         compiles = CompileCounter()
         setup, params = make_setup(config, devices=devices)
@@ -253,7 +256,7 @@ def open_run(
             _warn_of_other_steps(config, objective, steps_before)
         _rewind(directory, restored)
         setup = _with_slots(setup)
-        grader, log = _grader(config, faults), _log(directory, config, int(state.step))
+        grader, log = _grader(config, faults), _log(directory, config, int(state.step), senders)
         with (
             _file_errors(directory, checkpoints),
             grader,
@@ -340,13 +343,13 @@ def _grader(config: Config, faults: Faults) -> GraderPool:
     )
 
 
-def _log(directory: Path, config: Config, first_step: int) -> RunLog:
+def _log(directory: Path, config: Config, first_step: int, senders: Sequence[Sender]) -> RunLog:
     return RunLog(
         directory,
         first_step=first_step,
         total_steps=config.steps,
         tensorboard=config.log.tensorboard,
-        wandb_project=config.log.wandb_project,
+        senders=senders,
     )
 
 

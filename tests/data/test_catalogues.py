@@ -11,6 +11,7 @@ from echorl_jax.data import DataError, expert_text, load_rows
 from echorl_jax.data.rows import BadRow, normalise_row
 from echorl_jax.data.sources import plain_row
 from echorl_jax.data.tfds_countdown import examples
+from echorl_jax.errors import UserError
 from echorl_jax.rewards import load_grader
 
 READ = """
@@ -30,7 +31,7 @@ print(json.dumps([len(rows), rows[0], "tensorflow" in sys.modules]))
 )
 def test_a_missing_package_is_named(module, spec, package, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(DataError, match=f"needs the package {package}: pip install {package}"):
+    with pytest.raises(UserError, match=f"^{spec} needs a package: pip install '{package}'$"):
         load_rows(spec)
 
 

@@ -7,11 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from echorl_jax.config import ConfigError
 from echorl_jax.environment.engines import slot_limits
 from echorl_jax.files import read_steps
 from echorl_jax.training import loop
-from echorl_jax.training.logs import RunLog
 from echorl_jax.training.sft import train_supervised
 from echorl_jax.training.warmup import CompileCounter
 from tests.integration.conftest import small_config
@@ -106,17 +104,3 @@ def test_a_late_compile_surprises_once() -> None:
     with patient.expected():
         jax.jit(lambda x: x * 5 + 1)(np.float32(2))
     assert not patient.surprised()
-
-
-def test_wandb_is_an_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = {"first_step": 0, "total_steps": 1, "tensorboard": False, "wandb_project": "p"}
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        with pytest.raises(ConfigError, match=r"config.log.wandb_project.*echorl-jax\[wandb\]"):
-            RunLog(tmp_path, **settings)
-        return
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    with RunLog(tmp_path, **settings) as log:
-        log.write({"step": 1, "reward/mean": 0.5})
-    assert list(tmp_path.rglob("*.wandb"))

@@ -140,7 +140,7 @@ def find_target(topology: str, *, formula: bool = False) -> Target:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
             f"--topology={topology}: libtpu does not describe it ({reason}); it has to be "
-            "installed (pip install 'echorl-jax[tpu]') and to know that shape"
+            f"installed (pip install 'jax[tpu]=={jax.__version__}') and to know that shape"
         ) from error
     return Target(chip, count, devices, "splash")
 
