@@ -6,6 +6,7 @@ config_file.py. Nothing here imports JAX, so that ``--help`` and wrong keys answ
 
 import dataclasses
 import itertools
+import json
 import typing
 from collections.abc import Callable, Iterator
 from operator import attrgetter
@@ -70,6 +71,16 @@ TARGETS = Bound(
     f"all-linear, or names of {', '.join(LINEARS)} with commas between",
     lambda text: text == "all-linear" or set(text.split(",")) <= set(LINEARS),
 )
+
+
+def _is_json_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+JSON_OBJECT = Bound('a JSON object, such as {"name": 1}', _is_json_object)
 RESUME = Bound(
     "auto, none, or the step of a checkpoint",
     lambda text: text in ("auto", "none") or (text.isdecimal() and len(text) < 11),
@@ -129,9 +140,14 @@ class DataConfig:
     retire_above: Annotated[float | None, POSITIVE_SHARE] = None
     # A broken row stops the run with its file and number, or is skipped and counted.
     on_bad_row: Literal["error", "skip"] = "error"
-    # The grader: auto (by the row's data source), math, choice, countdown, reduce, or
-    # "package.module:function".
+    # The grader: auto (by the row's data source), math, choice, countdown, reduce,
+    # "package.module:function" or "FILE.py:function". Several are a list with weights, such as
+    # "math@0.9, mine.py:format@0.1": the reward is the weighted sum, and success is the verdict of
+    # the first, or of the one with a star before it (docs/graders.md).
     grader: str = "auto"
+    # Keyword arguments of the grader functions, as a JSON object; each function gets those that it
+    # has parameters for.
+    grader_kwargs: Annotated[str, JSON_OBJECT] = "{}"
     # Limit for one verdict (seconds); a hang costs that one item.
     grader_timeout_s: Annotated[float, above(0)] = 10.0
     # Grading processes. 0 grades choice, countdown and reduce, whose costs are bounded, here;
@@ -175,8 +191,8 @@ class RolloutConfig:
 class ObjectiveConfig:
     # Name in OBJECTIVES, or "package.module:objective".
     name: str = "grpo"
-    # Verified success: None takes the grader's verdict (of a plain score: 1 or more),
-    # a number any score from there on.
+    # Verified success: None takes the grader's verdict (of a plain score: 1 or more), a number any
+    # score from there on; of a list of graders it is the score of the one that decides, unweighted.
     success_threshold: float | None = None
     # Clip range below and above 1; None takes the objective's own.
     epsilon_low: Annotated[float | None, at_least(0)] = None

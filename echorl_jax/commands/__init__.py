@@ -4,6 +4,7 @@ Heavy imports are inside ``run``, so that ``--help`` is quick.
 """
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -19,10 +20,13 @@ from echorl_jax.cluster import (
     follow_supervisor,
     supervise,
 )
-from echorl_jax.config import LARGEST, Config
+from echorl_jax.config import JSON_OBJECT, LARGEST, Config
 
 MODEL = "Hugging Face directory, repository id or builtin:countdown"
-GRADERS = "auto (default), math, choice, countdown, reduce or package.module:function"
+GRADERS = (
+    "auto (default), math, choice, countdown, reduce, package.module:function or FILE.py:function; "
+    "several as a list with weights, 'math@0.9, mine.py:format@0.1'"
+)
 DTYPES = ("bfloat16", "float32")
 
 
@@ -45,6 +49,28 @@ def add_compare(parser: argparse.ArgumentParser, use: str) -> None:
     parser.add_argument(
         "--compare", action="append", default=[], type=Path, metavar="DIR", help=text
     )
+
+
+def add_grader(parser: argparse.ArgumentParser, default: str | None) -> None:
+    """Declares the options of a grader."""
+    parser.add_argument("--grader", default=default, help=GRADERS)
+    parser.add_argument("--grader_kwargs", type=json_object, help="its arguments, a JSON object")
+    parser.add_argument(
+        "--success_threshold",
+        type=float,
+        help="scores from here on are right (default: the grader's verdict; of a plain score, 1)",
+    )
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The ``type`` of an option that is a JSON object.
+
+    >>> json_object('{"tolerance": 0.1}')
+    {'tolerance': 0.1}
+    """
+    if not JSON_OBJECT.holds(text):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}: must be {JSON_OBJECT.words}")
+    return json.loads(text)
 
 
 def whole(least: int = 0) -> Callable[[str], int]:

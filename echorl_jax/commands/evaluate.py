@@ -21,7 +21,7 @@ import dataclasses
 from pathlib import Path
 
 from echorl_jax.cluster import Limits
-from echorl_jax.commands import DTYPES, GRADERS, MODEL, number, take_place, whole
+from echorl_jax.commands import DTYPES, MODEL, add_grader, number, take_place, whole
 from echorl_jax.config import MeshConfig
 
 
@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--data", required=True, metavar="FILE[,FILE]", help="rows, as config.data.eval")
     add("--out", required=True, type=Path, metavar="DIR", help="directory of the results")
     add("--preset", default="", help="settings by name: paper")
-    add("--grader", help=GRADERS)
+    add_grader(parser, None)
     add("--samples", metavar="K|PATTERN=K,...", help="attempts per row (default 1)")
     add("--temperature", type=number, help="default: greedy for one sample, else 0.6")
     add("--greedy", action="store_true", default=None, help="one greedy attempt per row as well")

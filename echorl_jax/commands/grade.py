@@ -14,7 +14,7 @@ examples:
 import argparse
 from pathlib import Path
 
-from echorl_jax.commands import GRADERS, number, whole
+from echorl_jax.commands import add_grader, number, whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--answer_key", help="key of the gold answer (default: answer or ground_truth)"
     )
-    parser.add_argument("--grader", default="auto", help=GRADERS)
+    add_grader(parser, "auto")
     parser.add_argument("--verdict_key", help="key of another judge's true or false, to compare")
     workers, limit = "grading processes (default 2)", "seconds for one verdict (default 10)"
     parser.add_argument("--workers", type=whole(), default=2, help=workers)
@@ -43,6 +43,8 @@ def run(arguments: argparse.Namespace) -> int:
         answer_key=arguments.answer_key,
         verdict_key=arguments.verdict_key,
         grader=arguments.grader,
+        kwargs=arguments.grader_kwargs,
+        success_threshold=arguments.success_threshold,
         workers=arguments.workers,
         timeout_s=arguments.timeout_s,
     )

@@ -56,6 +56,8 @@ class Benchmark:
     data: str
     adapter: str | None = None  # PEFT directory; None is none
     grader: str = "auto"
+    grader_kwargs: Mapping[str, Any] | None = None
+    success_threshold: float | None = None
     samples: str = "1"
     temperature: float | None = None  # None: greedy for one sample, else 0.6
     greedy: bool = False
@@ -264,7 +266,12 @@ def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: i
     if warning and is_first():
         print(f"echorl: {warning}", file=sys.stderr)
     with (
-        GraderPool(options.grader, workers=options.workers) as grader,
+        GraderPool(
+            options.grader,
+            kwargs=options.grader_kwargs,
+            success_threshold=options.success_threshold,
+            workers=options.workers,
+        ) as grader,
         (file if is_first() else Path(os.devnull)).open("a", encoding="utf-8") as lines,
         EvaluationProgress(work.attempts, done=done) as shown,
     ):

@@ -22,7 +22,7 @@ from echorl_jax.data import (
 from echorl_jax.evaluation.contamination import find_overlap
 from echorl_jax.files import model_path
 from echorl_jax.models import read_config
-from echorl_jax.rewards import GRADERS, GraderPool, grading_failed
+from echorl_jax.rewards import GRADERS, GraderPool, grading_failed, mean_metrics
 from echorl_jax.rewards.mathematics import second_spelling
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 COMPARED = 200_000
 # Rows that are named of each kind of finding.
 NAMED = 10
+# Characters that are shown of the end of a text.
+SHOWN = 80
 # A verdict that takes longer would make an accelerator wait (seconds).
 SLOW_S = 1.0
 # A problem that is nearly in both sets counts as wrong from this share of its n-grams on.
@@ -54,11 +56,8 @@ def check(config: Config, *, rows: int, show: int) -> bool:
     needed = objective.supervised or objective.expert_rows > 0
     learns_from_experts = needed or objective.hints
     wrong, sets = list[str](), dict[str, Rows]()
-    with GraderPool(
-        config.data.grader,
-        workers=config.data.grader_workers,
-        timeout_s=config.data.grader_timeout_s,
-    ) as grader:
+    with GraderPool.of(config) as grader:
+        known = all(entry.path in GRADERS for entry in grader.entries if entry.decides)
         for name, spec in (("train", config.data.train), ("eval", config.data.eval)):
             if not spec:
                 continue
@@ -84,9 +83,9 @@ def check(config: Config, *, rows: int, show: int) -> bool:
             if name == "train" and learns_from_experts:
                 if not _check_experts(config, tokenizer, seen) and needed:
                     wrong.append(f"{name}: {config.objective.name} needs expert texts")
-            if not _check_grader(grader, seen):
+            if not _check_grader(grader, seen, config.objective.success_threshold):
                 wrong.append(f"{name}: grader and gold answers disagree")
-            if not _check_spellings(grader, seen) and config.data.grader in GRADERS:
+            if not _check_spellings(grader, seen) and known:
                 wrong.append(f"{name}: gold answers are right in one spelling only")
             for ids in prompts[:show]:
                 print(f"  prompt of {len(ids)} tokens: {tokenizer.decode(ids)!r}")
@@ -121,7 +120,9 @@ def _check_lengths(prompts: Sequence[Sequence[int]], longest: int) -> bool:
     return over < len(lengths)
 
 
-def _check_grader(grader: GraderPool, rows: Sequence[Mapping[str, Any]]) -> bool:
+def _check_grader(
+    grader: GraderPool, rows: Sequence[Mapping[str, Any]], threshold: float | None
+) -> bool:
     """Gold answers must be right, those of the next row wrong (unless they happen to fit)."""
     gold = [(_gold(row), row) for row in rows]
     known = [(text, row) for text, row in gold if text is not None]
@@ -142,11 +143,24 @@ def _check_grader(grader: GraderPool, rows: Sequence[Mapping[str, Any]]) -> bool
     )
     if unjudged:
         print(f"  grader: {unjudged} gold answers not judged, it returned None for them")
-    refused = [(v, text) for v, text in zip(right, texts, strict=True) if v.correct is False]
-    for verdict, text in refused[:NAMED]:
-        print(f"  gold answer refused: {verdict.reason}: {text[:80]!r}")
+    for name, score in mean_metrics(verdict.metrics for verdict in right).items():
+        print(f"  grader: {name} is {score:g} on average for gold answers")
+    refused = [
+        (verdict, text, row["reward_model"]["ground_truth"])
+        for verdict, (text, row) in zip(right, known, strict=True)
+        if verdict.correct is False
+    ]
+    for verdict, text, truth in refused[:NAMED]:
+        end = repr(text) if len(text) <= SHOWN else f"...{text[-SHOWN:]!r}"
+        print(f"  gold answer refused: {verdict.reason}: {end} for {str(truth)[:SHOWN]!r}")
     if len(refused) > NAMED:
         print(f"  gold answer refused: {len(refused) - NAMED} more")
+    if any(verdict.score for verdict, _, _ in refused):
+        least = "1" if threshold is None else f"objective.success_threshold = {threshold:g}"
+        print(
+            f"  grader: a plain score below {least} is no success, whatever reward it gives; "
+            "set config.objective.success_threshold to the least score of a success"
+        )
     failed = [verdict for verdict in (*right, *shifted) if grading_failed(verdict.reason)]
     if failed:
         print(f"  grader: {len(failed)} verdicts failed, the first: {failed[0].reason}")
@@ -168,7 +182,7 @@ def _check_spellings(grader: GraderPool, rows: Sequence[Mapping[str, Any]]) -> b
         print(f"  grader: {accepted} of {len(known)} right in a second spelling")
     for text, row in refused[:NAMED]:
         gold = row["reward_model"]["ground_truth"]
-        print(f"  second spelling refused: {text[:80]!r} for {gold[:80]!r}")
+        print(f"  second spelling refused: {text[:SHOWN]!r} for {gold[:SHOWN]!r}")
     return not refused
 
 

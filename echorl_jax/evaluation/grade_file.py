@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -92,6 +92,8 @@ def grade_file(
     workers: int,
     timeout_s: float,
     verdict_key: str | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    success_threshold: float | None = None,
 ) -> str:
     """Writes each object again with the fields of its verdict; returns the summary.
 
@@ -104,6 +106,7 @@ def grade_file(
         the first of ``ANSWERS`` that a line has. A line with a ``reward_model`` keeps that.
       verdict_key: field with another judge's verdict, true or false; it is written as ``expected``
         and compared.
+      grader, kwargs, success_threshold, workers, timeout_s: see ``GraderPool``.
 
     Raises:
       UserError: the file, or the first line that is not such an object.
@@ -116,7 +119,13 @@ def grade_file(
     tally = _Tally()
     with (
         writing(out or Path("standard output")),
-        GraderPool(grader, workers=workers, timeout_s=timeout_s) as pool,
+        GraderPool(
+            grader,
+            kwargs=kwargs,
+            success_threshold=success_threshold,
+            workers=workers,
+            timeout_s=timeout_s,
+        ) as pool,
         _opened(out) as target,
     ):
         for numbered in _chunks(path, response_key, answer_key, verdict_key):

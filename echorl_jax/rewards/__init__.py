@@ -8,6 +8,7 @@ from echorl_jax.rewards.loading import (
     judge,
     load_grader,
     mean_metrics,
+    metric_values,
 )
 from echorl_jax.rewards.pool import GraderPool, PoolError
 
@@ -21,4 +22,5 @@ __all__ = [
     "judge",
     "load_grader",
     "mean_metrics",
+    "metric_values",
 ]

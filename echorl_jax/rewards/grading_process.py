@@ -71,10 +71,10 @@ FAULTS: Mapping[str, Callable[[], NoReturn]] = {"hang": _hang, "crash": _crash, 
 
 def serve(connection: Connection) -> None:
     """Reads the set-up, says that it is ready, then answers each (response, row) with a verdict."""
-    search_path, name, memory_mb, faults = connection.recv()
+    search_path, spec, settings, memory_mb, faults = connection.recv()
     sys.path[:] = search_path
     try:
-        grader = load_grader(name)
+        grader = load_grader(spec, **settings)
         if faults:
             grader = misbehave(grader, faults)
         _limit_memory(memory_mb)

@@ -1,13 +1,19 @@
-"""Verdicts, and graders by name or written for other libraries."""
+"""Verdicts, and graders by name or written for other libraries, alone or as a weighted list."""
 
+import collections
 import dataclasses
+import functools
 import importlib
+import importlib.util
 import inspect
 import itertools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
 
 from echorl_jax.config import ConfigError
 from echorl_jax.errors import nearest
@@ -134,16 +140,25 @@ def _finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def metric_values(verdicts: Iterable[Mapping[str, float]]) -> dict[str, list[float]]:
+    """The values of each metric in the verdicts that have it, by name, in the names' order.
+
+    >>> metric_values([{"steps": 3.0}, {"steps": 5.0, "share": 0.5}, {}])
+    {'share': [0.5], 'steps': [3.0, 5.0]}
+    """
+    values: dict[str, list[float]] = {}
+    for name, value in itertools.chain.from_iterable(each.items() for each in verdicts):
+        values.setdefault(name, []).append(value)
+    return dict(sorted(values.items()))
+
+
 def mean_metrics(verdicts: Iterable[Mapping[str, float]]) -> dict[str, float]:
     """The mean of each metric over the verdicts that have it, by name.
 
     >>> mean_metrics([{"steps": 3.0}, {"steps": 5.0, "share": 0.5}, {}])
     {'share': 0.5, 'steps': 4.0}
     """
-    values: dict[str, list[float]] = {}
-    for name, value in itertools.chain.from_iterable(each.items() for each in verdicts):
-        values.setdefault(name, []).append(value)
-    return {name: math.fsum(values[name]) / len(values[name]) for name in sorted(values)}
+    return {name: math.fsum(each) / len(each) for name, each in metric_values(verdicts).items()}
 
 
 def _number(value: Any) -> float:
@@ -170,80 +185,252 @@ BOUNDED = ("choice", "countdown", "reduce")
 VERL_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 
-def load_grader(name: str) -> Grader:
-    """Finds a grader by its name in :data:`GRADERS` or as ``package.module:function``.
+# The verdicts on responses to one row.
+Judges = Callable[[Sequence[str], Mapping[str, Any]], list[Verdict]]
 
-    Three kinds of function are taken, told apart by the names of their parameters: ``(response,
-    row)``, verl's ``(data_source, solution_str, ground_truth, extra_info)`` and TRL's ``(prompts,
+
+class Entry(NamedTuple):
+    """One grader of a list."""
+
+    path: str  # a name in GRADERS, package.module:function, or FILE.py:function
+    name: str  # in metrics
+    weight: float
+    decides: bool  # its verdict says whether a response is a success
+
+
+def parse_graders(spec: str) -> tuple[Entry, ...]:
+    """Reads a list of graders: ``[*]GRADER[@WEIGHT], ...``.
+
+    The weight is 1 unless given. A star marks the entry whose verdict counts as success, else it is
+    the first; of several marked ones it is the first that judges the response.
+
+    Raises:
+      ConfigError: an entry that is empty or there twice, or a weight that is no finite number.
+
+    >>> for entry in parse_graders("rules.py:format@0.2, *math"):
+    ...     print(entry.name, entry.weight, entry.decides)
+    format 0.2 False
+    math 1.0 True
+    """
+    texts = [text.strip() for text in spec.split(",")]
+    starred = any(text.startswith("*") for text in texts)
+    entries = []
+    for text in texts:
+        path, at, weight = text.removeprefix("*").strip().partition("@")
+        number = _finite_text(weight) if at else 1.0
+        if not path or number is None:
+            raise ConfigError(
+                f"grader {spec!r}: {text!r} is not GRADER or GRADER@WEIGHT, with a finite weight"
+            )
+        path = path.strip()
+        decides = text.startswith("*") if starred else not entries
+        entries.append(Entry(path, path.rpartition(":")[2], number, decides))
+    names = collections.Counter(entry.name for entry in entries)
+    entries = [
+        entry._replace(name=_metric_name(entry.path if names[entry.name] > 1 else entry.name))
+        for entry in entries
+    ]
+    if len({entry.name for entry in entries}) < len(entries):
+        raise ConfigError(f"grader {spec!r}: two entries are the same")
+    return tuple(entries)
+
+
+def _finite_text(text: str) -> float | None:
+    try:
+        return _finite(float(text))
+    except ValueError:
+        return None
+
+
+def _metric_name(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_.-]+", ".", text.replace(".py:", "."))[-40:].lstrip(".")
+
+
+class LoadedGrader:
+    """A list of graders as one: the score is the weighted sum of the scores.
+
+    An entry that returns None adds nothing. A response that no deciding entry judges has no
+    verdict, and one on which an entry fails is wrong. Of several entries each score is a metric.
+
+    Args:
+      entries: the list.
+      judges: the function of each entry.
+      success_threshold: scores of deciding entries from here on are successes; None takes their
+        verdicts.
+    """
+
+    def __init__(
+        self,
+        entries: Sequence[Entry],
+        judges: Sequence[Judges],
+        success_threshold: float | None = None,
+    ) -> None:
+        self.entries = entries
+        self._judges = judges
+        self._success_threshold = success_threshold
+
+    def __call__(self, response: str, row: Mapping[str, Any]) -> Verdict:
+        """The verdict on one response."""
+        return self.judge_all([response], row)[0]
+
+    def judge_all(self, responses: Sequence[str], row: Mapping[str, Any]) -> list[Verdict]:
+        """The verdicts on several responses to one row."""
+        found = [judges(responses, row) for judges in self._judges]
+        return [self._sum(verdicts) for verdicts in zip(*found, strict=True)]
+
+    def _sum(self, verdicts: Sequence[Verdict]) -> Verdict:
+        failed = next((v for v in verdicts if grading_failed(v.reason)), None)
+        if failed is not None:
+            return failed
+        pairs = list(zip(self.entries, verdicts, strict=True))
+        scores = {
+            entry.name: verdict.score for entry, verdict in pairs if verdict.score is not None
+        }
+        # The scores come first: the last of too many metrics are dropped.
+        metrics: dict[str, float] = dict(scores) if len(pairs) > 1 else {}
+        for name, value in itertools.chain(*(verdict.metrics.items() for verdict in verdicts)):
+            metrics.setdefault(name, value)
+        texts = [f"{entry.name}: {verdict.reason}" for entry, verdict in pairs]
+        reason = "; ".join(texts) if len(pairs) > 1 else verdicts[0].reason
+        deciding = [(e.name, v.correct) for e, v in pairs if e.decides and e.name in scores]
+        if not deciding:
+            return as_verdict(Verdict(None, None, reason, metrics))
+        (name, right), least = deciding[0], self._success_threshold
+        if least is not None:
+            right = scores[name] >= least
+        terms = [entry.weight * scores.get(entry.name, 0.0) for entry in self.entries]
+        return _guarded(lambda: Verdict(sum(terms), right, reason, metrics))
+
+
+def load_grader(
+    spec: str,
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    success_threshold: float | None = None,
+) -> LoadedGrader:
+    """Loads a grader, or a list of them with weights (:func:`parse_graders`).
+
+    Each is a name in :data:`GRADERS`, ``package.module:function`` or ``FILE.py:function``. Three
+    kinds of function are taken, told apart by the names of their parameters: ``(response, row)``,
+    verl's ``(data_source, solution_str, ground_truth, extra_info)`` and TRL's ``(prompts,
     completions, **columns)``. Besides a :class:`Verdict` they may return a number, a mapping with
     ``score``, or None for a response that they do not judge; TRL's return a list of one.
 
-    Raises:
-      ConfigError: an unknown name, a module that cannot be imported, or something that is not such
-        a function.
+    Args:
+      kwargs: arguments by keyword; each function gets those that it has parameters for.
+      success_threshold: see :class:`LoadedGrader`.
 
-    >>> load_grader("countdown").__name__
-    'grade'
+    Raises:
+      ConfigError: an unknown name, a module that cannot be imported, something that is not such a
+        function, or an argument that no function takes.
+
+    >>> row = {"reward_model": {"ground_truth": {"numbers": [2, 3], "target": 6}}}
+    >>> load_grader("countdown@2")("2*3=6", row).score
+    2.0
     """
-    function = _import(GRADERS.get(name, name))
+    entries, offered = parse_graders(spec), dict(kwargs or {})
+    functions = [_function(entry.path) for entry in entries]
+    taken = [_accepted(parameters, offered) for _, parameters in functions]
+    if unused := offered.keys() - set(itertools.chain(*taken)):
+        raise ConfigError(f"grader {spec}: no function takes the argument {min(unused)!r}")
+    judges = [
+        _judges(entry.path, *function, given)
+        for entry, function, given in zip(entries, functions, taken, strict=True)
+    ]
+    return LoadedGrader(entries, judges, success_threshold)
+
+
+Parameters = Mapping[str, inspect.Parameter]
+
+
+def _function(path: str) -> tuple[Callable[..., Any], Parameters]:
+    function = _import(GRADERS.get(path, path))
     try:
         parameters = inspect.signature(function).parameters
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"grader {name}: not a function") from error
+        raise ConfigError(f"grader {path}: not a function") from error
     if inspect.iscoroutinefunction(function):
-        raise ConfigError(f"grader {name}: async functions are not supported")
+        raise ConfigError(f"grader {path}: async functions are not supported")
+    return function, parameters
+
+
+def _judges(
+    path: str, function: Callable[..., Any], parameters: Parameters, kwargs: Mapping[str, Any]
+) -> Judges:
     if "solution_str" in parameters:
-        return _from_verl(function, parameters)
-    if "completions" in parameters:
-        return _from_trl(function, parameters)
-    if name in GRADERS:
-        return function
-    try:
-        inspect.signature(function).bind("response", {})
-    except TypeError:
-        raise ConfigError(f"grader {name}: expected a function of (response, row)") from None
-    return lambda response, row: as_verdict(function(response, row))
+        function = _from_verl(function, parameters, kwargs)
+    elif "completions" in parameters:
+        function = _from_trl(function, parameters, kwargs)
+    else:
+        function = functools.partial(function, **kwargs)
+        try:
+            inspect.signature(function).bind("response", {})
+        except TypeError:
+            raise ConfigError(f"grader {path}: expected a function of (response, row)") from None
+    return lambda responses, row: [judge(function, response, row) for response in responses]
 
 
 def _import(path: str) -> Callable[..., Any]:
-    module_name, colon, attribute = path.partition(":")
+    name, colon, attribute = path.rpartition(":")
     if not colon or not attribute:
         close = nearest(path, GRADERS)
         hint = f"; did you mean {close}?" if close else ""
         known = ", ".join(GRADERS)
-        raise ConfigError(f"grader {path!r}: one of {known}, or package.module:function{hint}")
+        raise ConfigError(
+            f"grader {path!r}: one of {known}, package.module:function or FILE.py:function{hint}"
+        )
     try:
-        module = importlib.import_module(module_name)
+        module = _load_file(name) if name.endswith(".py") else importlib.import_module(name)
     except (Exception, SystemExit) as error:
-        raise ConfigError(f"grader {path}: cannot import {module_name}: {error!r}") from error
+        raise ConfigError(f"grader {path}: cannot import {name}: {error!r}") from error
     if attribute not in vars(module):
-        raise ConfigError(f"grader {path}: {module_name} has no {attribute}")
+        raise ConfigError(f"grader {path}: {name} has no {attribute}")
     return vars(module)[attribute]
 
 
-def _accepted(
-    parameters: Mapping[str, inspect.Parameter], offered: Mapping[str, Any]
-) -> dict[str, Any]:
+def _load_file(name: str) -> ModuleType:
+    """The module of a Python file, which is loaded once and finds modules in its own folder."""
+    file = Path(name).expanduser().resolve()
+    if str(file) not in sys.modules:
+        spec = importlib.util.spec_from_file_location(str(file), file)
+        assert spec is not None and spec.loader is not None  # a name that ends in .py has them
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[str(file)] = module
+        if str(file.parent) not in sys.path:
+            sys.path.append(str(file.parent))
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[str(file)]
+            raise
+    return sys.modules[str(file)]
+
+
+def _accepted(parameters: Parameters, offered: Mapping[str, Any]) -> dict[str, Any]:
     """The offered arguments that a function takes."""
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return dict(offered)
     return {name: value for name, value in offered.items() if name in parameters}
 
 
-def _from_verl(function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]) -> Grader:
-    def grade(response: str, row: Mapping[str, Any]) -> Verdict:
+def _from_verl(
+    function: Callable[..., Any], parameters: Parameters, kwargs: Mapping[str, Any]
+) -> Callable[..., Any]:
+    def grade(response: str, row: Mapping[str, Any]) -> Any:
         truth = row["reward_model"]["ground_truth"]
         values = (row["data_source"], response, truth, row.get("extra_info", {}))
         offered: dict[str, Any] = dict(zip(VERL_ARGUMENTS, values, strict=True))
-        return as_verdict(function(**_accepted(parameters, offered)))
+        return function(**{**_accepted(parameters, offered), **kwargs})
 
     return grade
 
 
-def _from_trl(function: Callable[..., Any], parameters: Mapping[str, inspect.Parameter]) -> Grader:
+def _from_trl(
+    function: Callable[..., Any], parameters: Parameters, kwargs: Mapping[str, Any]
+) -> Callable[..., Any]:
     """Each row is a batch of one: columns are lists of one value."""
 
-    def grade(response: str, row: Mapping[str, Any]) -> Verdict:
+    def grade(response: str, row: Mapping[str, Any]) -> Any:
         columns = {name: [value] for name, value in row.items() if name != "prompt"}
         columns.setdefault("ground_truth", [row["reward_model"]["ground_truth"]])
         # A prompt that was plain text has a plain completion; chat messages have a message.
@@ -252,17 +439,21 @@ def _from_trl(function: Callable[..., Any], parameters: Mapping[str, inspect.Par
         else:
             message = {"role": "assistant", "content": response}
             pair = {"prompts": [row["prompt"]], "completions": [[message]]}
-        scores = function(**_accepted(parameters, {**columns, **pair}))
+        scores = function(**{**_accepted(parameters, {**columns, **pair}), **kwargs})
         if len(scores) != 1:
             raise ValueError(f"the grader returned {len(scores)} scores for one response")
-        return as_verdict(scores[0])
+        return scores[0]
 
     return grade
 
 
-def judge(grader: Grader, response: str, row: Mapping[str, Any]) -> Verdict:
+def judge(grader: Callable[..., Any], response: str, row: Mapping[str, Any]) -> Verdict:
     """Applies a grader to one response; whatever it raises becomes a verdict that says so."""
+    return _guarded(lambda: grader(response, row))
+
+
+def _guarded(work: Callable[[], Any]) -> Verdict:
     try:
-        return as_verdict(grader(response, row))
+        return as_verdict(work())
     except (Exception, SystemExit) as error:
         return Verdict.wrong(f"{RAISED} {type(error).__name__}: {error}")

@@ -24,7 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
-from echorl_jax.rewards.loading import BOUNDED, DIED, HUNG, Verdict, judge, load_grader
+from echorl_jax.config import Config
+from echorl_jax.rewards.loading import BOUNDED, DIED, HUNG, Entry, Verdict, judge, load_grader
 
 # A process is replaced after this many verdicts, so that what leaks in a grader stays small.
 MAX_ITEMS = 2000
@@ -77,7 +78,13 @@ class Worker:
     that does not read nor one that stops in the middle of an answer holds up the thread.
     """
 
-    def __init__(self, name: str, memory_mb: int, faults: Mapping[str, float]) -> None:
+    def __init__(
+        self,
+        spec: str,
+        settings: Mapping[str, Any],
+        memory_mb: int,
+        faults: Mapping[str, float],
+    ) -> None:
         self.ready = False
         self.done = 0
         self._socket, theirs = socket.socketpair()
@@ -94,7 +101,8 @@ class Worker:
                 env=env,
                 start_new_session=True,
             )
-        self._send(pickle.dumps((sys.path, name, memory_mb, dict(faults))), START_LIMIT_S)
+        setup = (sys.path, spec, settings, memory_mb, faults)
+        self._send(pickle.dumps(setup), START_LIMIT_S)
 
     def exchange(self, message: bytes | None, limit_s: float) -> Any:
         """Sends a message, if any, and returns the answer.
@@ -259,7 +267,8 @@ class GraderPool:
     raised.
 
     Args:
-      name: as :func:`load_grader` takes it.
+      spec: one grader or several, as :func:`load_grader` takes them.
+      kwargs, success_threshold: see :func:`load_grader`.
       workers: processes. 0 grades in this process where the grader's costs are bounded by its code
         (``BOUNDED``), and in one process otherwise: responses are written by a policy.
       timeout_s: limit for one verdict (seconds).
@@ -267,7 +276,7 @@ class GraderPool:
       faults: "hang", "crash" or "leak" -> share of the items that do so, on purpose.
 
     Raises:
-      ConfigError: there is no such grader.
+      ConfigError: see :func:`load_grader`.
 
     >>> with GraderPool("countdown", workers=0) as pool:
     ...     row = {"reward_model": {"ground_truth": {"numbers": [2, 3], "target": 6}}}
@@ -277,20 +286,41 @@ class GraderPool:
 
     def __init__(
         self,
-        name: str,
+        spec: str,
         *,
+        kwargs: Mapping[str, Any] | None = None,
+        success_threshold: float | None = None,
         workers: int = 2,
         timeout_s: float = 10.0,
         memory_mb: int = 2048,
         faults: Mapping[str, float] | None = None,
     ) -> None:
-        self._grader = load_grader(name)
+        settings = {"kwargs": dict(kwargs or {}), "success_threshold": success_threshold}
+        self._grader = load_grader(spec, **settings)
         self._closed = False
         self._dispatcher: Dispatcher | None = None
-        if workers or name not in BOUNDED:
-            start = functools.partial(Worker, name, memory_mb, dict(faults or {}))
+        if workers or not all(entry.path in BOUNDED for entry in self.entries):
+            start = functools.partial(Worker, spec, settings, memory_mb, dict(faults or {}))
             self._dispatcher = Dispatcher(start, workers=max(workers, 1), timeout_s=timeout_s)
         atexit.register(self.close)
+
+    @classmethod
+    def of(cls, config: Config, *, faults: Mapping[str, float] | None = None) -> "GraderPool":
+        """The pool that a run's config describes."""
+        data = config.data
+        return cls(
+            data.grader,
+            kwargs=json.loads(data.grader_kwargs),
+            success_threshold=config.objective.success_threshold,
+            workers=data.grader_workers,
+            timeout_s=data.grader_timeout_s,
+            faults=faults,
+        )
+
+    @property
+    def entries(self) -> Sequence[Entry]:
+        """The graders of the list."""
+        return self._grader.entries
 
     def __enter__(self) -> "GraderPool":
         return self

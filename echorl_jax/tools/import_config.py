@@ -443,8 +443,23 @@ def _overlong(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _verl_grader(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     function = given.get("custom_reward_function.name", "compute_score")
-    module = str(value).removesuffix(".py").strip("./").replace("/", ".")
-    return {"data.grader": f"{module}:{function}"}
+    return {"data.grader": f"{value}:{function}"}
+
+
+def _trl_graders(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Functions by their dotted names, each with its weight; TRL's accuracy is our math."""
+    names = _listed(value).split(",")
+    weights = _listed(given.get("reward_weights") or [1.0] * len(names)).split(",")
+    if len(weights) != len(names):
+        raise Refused(f"{len(names)} functions but {len(weights)} weights")
+    entries = []
+    for name, weight in zip(names, weights, strict=True):
+        module, _, function = name.rpartition(".")
+        if not module and name != "accuracy_reward":
+            raise Refused("set config.data.grader, see docs/graders.md")
+        path = f"{module}:{function}" if module else "math"
+        entries.append(path if float(weight) == 1 else f"{path}@{weight}")
+    return {"data.grader": ", ".join(entries)}
 
 
 def _trl_prompts(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -511,13 +526,6 @@ def _wandb(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"log.wandb_project": str(given.get("wandb_project", "echorl"))}
 
 
-def _refused(reason: str) -> Rule:
-    def rule(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-        raise Refused(reason)
-
-    return rule
-
-
 _FILES = {"data.train_files": "data.train", "data.val_files": "data.eval"}
 _TYPES = {"bfloat16": "bfloat16", "float32": "float32", "auto": None, True: "bfloat16", False: None}
 # How values are converted, where the name alone does not say it.
@@ -555,7 +563,8 @@ _RULES: dict[str, Rule] = {
     "max_steps": _steps,
     "num_train_epochs": _epochs,
     "dataset_name": _data_source,
-    "reward_funcs": _refused("set config.data.grader, see docs/graders.md"),
+    "reward_funcs": _trl_graders,
+    "reward_weights": _nothing,
     "generation_batch_size": _trl_prompts,
     "gradient_accumulation_steps": _trl_accumulation,
     "per_device_train_batch_size": _nothing,

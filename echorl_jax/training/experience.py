@@ -199,11 +199,7 @@ def with_verdicts(
     judged: HostArray = np.array([verdict.judged for verdict in verdicts], bool)
     given = [0.0 if verdict.score is None else verdict.score for verdict in verdicts]
     scores: HostArray = np.array(given, np.float32)
-    threshold = setup.config.objective.success_threshold
-    if threshold is None:
-        correct = [verdict.correct for verdict in verdicts]
-    else:
-        correct = [v.score is not None and v.score >= threshold for v in verdicts]
+    correct = [verdict.correct for verdict in verdicts]
     longest = setup.config.rollout.max_new_tokens
     buffer_tokens = int(setup.objective.overlong_buffer * longest)
     if buffer_tokens:

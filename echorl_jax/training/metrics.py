@@ -1,6 +1,7 @@
 """Metrics of a step under their public keys, and sampled groups as JSON lines."""
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from echorl_jax.custom import accepted, load_custom
 from echorl_jax.errors import UserError, one_line
 from echorl_jax.files import write_jsonl
 from echorl_jax.parallel import is_first
-from echorl_jax.rewards import grading_failed, mean_metrics
+from echorl_jax.rewards import grading_failed, metric_values
 from echorl_jax.training.batch import Assembled
 from echorl_jax.training.experience import Experience
 from echorl_jax.training.setup import Setup
@@ -67,9 +68,16 @@ def reward_metrics(experience: Experience) -> dict[str, float]:
 
 
 def verdict_metrics(experience: Experience) -> dict[str, float]:
-    """``reward/<name>/mean`` of each metric of the grader, over the policy's rows that have it."""
+    """Mean and sample deviation of each metric of the grader, over the policy's rows that have it.
+
+    The scores of a list of graders are among them, unweighted.
+    """
     own = experience.groups.metrics[experience.groups.on_policy]
-    return {f"reward/{name}/mean": mean for name, mean in mean_metrics(own).items()}
+    found: dict[str, float] = {}
+    for name, values in metric_values(own).items():
+        found[f"reward/{name}/mean"] = statistics.fmean(values)
+        found[f"reward/{name}/std"] = statistics.stdev(values) if len(values) > 1 else 0.0
+    return found
 
 
 def custom_metrics(

@@ -256,7 +256,8 @@ def open_run(
             _warn_of_other_steps(config, objective, steps_before)
         _rewind(directory, restored)
         setup = _with_slots(setup)
-        grader, log = _grader(config, faults), _log(directory, config, int(state.step), senders)
+        grader = GraderPool.of(config, faults=faults.rewards)
+        log = _log(directory, config, int(state.step), senders)
         with (
             _file_errors(directory, checkpoints),
             grader,
@@ -331,15 +332,6 @@ def _prompt_stream(
         template=setup.config.data.template,
         seed=setup.config.seed,
         retired=history.retired,
-    )
-
-
-def _grader(config: Config, faults: Faults) -> GraderPool:
-    return GraderPool(
-        config.data.grader,
-        workers=config.data.grader_workers,
-        timeout_s=config.data.grader_timeout_s,
-        faults=faults.rewards,
     )
 
 

@@ -192,3 +192,36 @@ def test_golds_are_tried_in_a_second_spelling(
     assert check(path, unjudged) == 1
     assert "gold answers not judged, it returned None for them" in capsys.readouterr().out
     assert r"second spelling refused: '4.5 \\times 10^{33}' for '4.5e33'" in printed
+
+
+RULES = """
+def partly(response, row):
+    return 0.8 if row["reward_model"]["ground_truth"] in response else 0.0
+
+def form(response, row):
+    return float("boxed" in response)
+"""
+
+
+def test_a_plain_score_below_one_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """With a threshold the same score is a success; the end of a long text is shown."""
+    (tmp_path / "rules.py").write_text(RULES)
+    long = {"role": "assistant", "content": f"{'words ' * 30}so it is 1"}
+    rows = [{**row, "target": [long]} if i == 0 else row for i, row in enumerate(SUMS)]
+    path = write(tmp_path / "plain.jsonl", rows)
+    grader = (
+        f"--config.data.grader={tmp_path / 'rules.py'}:partly, {tmp_path / 'rules.py'}:form@0.1"
+    )
+    assert check(path, grader) == 1
+    printed = capsys.readouterr().out
+    assert "gold answer refused: partly: scored 0.8; form: scored 0: ...'" in printed
+    assert "words so it is 1' for '1'" in printed
+    assert "a plain score below 1 is no success" in printed
+    assert "grader: form is 0.666667 on average for gold answers" in printed
+    assert check(path, grader, "--config.objective.success_threshold=0.8") == 0
+    assert "below 1" not in capsys.readouterr().out
+    assert check(path, grader, "--config.objective.success_threshold=0.9") == 1
+    printed = capsys.readouterr().out
+    assert "below objective.success_threshold = 0.9 is no success" in printed

@@ -62,6 +62,11 @@ def obey(response, row):
     return Verdict(0.5, True, f"{response} {row.get('number')}")
 
 
+def nearly(response, row):
+    """A plain score below 1."""
+    return 0.9
+
+
 def slow(response, row):
     """Right, after a while."""
     time.sleep(0.3)

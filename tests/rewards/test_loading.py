@@ -1,8 +1,11 @@
 """Graders by name and with other libraries' signatures."""
 
 import itertools
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -24,6 +27,16 @@ ROW = {
 def test_a_users_function_is_found_by_its_path():
     verdict = load_grader("hostile_graders:obey")("fine", {"number": 3})
     assert verdict == Verdict(0.5, True, "fine 3")
+
+
+def test_success_is_the_graders_verdict_unless_a_score_is_asked_for():
+    """One function calls 0.5 right, the other 0.9 wrong, being below 1."""
+    for least, own, plain in [(None, True, False), (0.6, False, True), (1.0, False, False)]:
+        grader = load_grader("hostile_graders:obey", success_threshold=least)
+        assert grader("fine", {}).correct == own
+        grader = load_grader("hostile_graders:nearly", success_threshold=least)
+        assert grader("fine", {}).correct == plain and grader("fine", {}).score == 0.9
+    assert load_grader("hostile_graders:obey", success_threshold=0.0)("none", {}).correct is None
 
 
 def test_a_verl_function_gets_verl_arguments():
@@ -57,7 +70,12 @@ def test_none_is_no_verdict(name, response):
         ("hostile_graders:NOT_A_FUNCTION", "not a function"),
         ("hostile_graders:wrong_signature", r"expected a function of \(response, row\)"),
         ("hostile_graders:trl_async", "async functions are not supported"),
-        ("hostile_graders:", "or package.module:function"),
+        ("hostile_graders:", "package.module:function or FILE.py:function"),
+        ("no_such_file.py:grade", "cannot import no_such_file.py: FileNotFoundError"),
+        ("math@much", "'math@much' is not GRADER or GRADER@WEIGHT"),
+        ("math@nan", "with a finite weight"),
+        ("math,,choice", "'' is not GRADER"),
+        ("math, math@2", "two entries are the same"),
     ],
 )
 def test_a_grader_that_cannot_be_used_is_one_clear_line(name, message, tmp_path, monkeypatch):
@@ -145,6 +163,120 @@ def test_an_interrupt_is_not_caught():
 
     with pytest.raises(KeyboardInterrupt):
         judge(interrupted, "", {})
+
+
+RULES = """
+from helper import MARK
+
+def answer(response, row):
+    if "crash" in response:
+        raise KeyError("no answer")
+    if "?" in response:
+        return None
+    return {"score": float("4" in response), "metrics": {"digits": sum(map(str.isdigit, response))}}
+
+def form(data_source, solution_str, ground_truth, mark=MARK):
+    return 0.5 if mark in solution_str else 0.0
+
+def short(completions, limit, **columns):
+    return [None if not c[0]["content"] else len(c[0]["content"]) <= limit for c in completions]
+"""
+
+
+@pytest.fixture
+def rules(tmp_path):
+    """The path of a file of graders; a module beside it is found too."""
+    (tmp_path / "helper.py").write_text("MARK = '#'\n")
+    (tmp_path / "rules.py").write_text(RULES)
+    return tmp_path / "rules.py"
+
+
+@pytest.mark.parametrize(
+    ("response", "score", "correct"),
+    [
+        ("# 4", 0.9 * 1 + 0.2 * 0.5, True),
+        ("4", 0.9, True),
+        ("#", 0.1, False),  # a reward, but no success
+        ("#?", None, None),  # the deciding function does not judge it
+    ],
+)
+def test_a_list_of_graders_gives_the_weighted_sum_and_the_first_ones_verdict(
+    rules, response, score, correct
+):
+    grader = load_grader(f"{rules}:answer@0.9, {rules}:form@0.2")
+    verdict = grader(response, ROW)
+    assert verdict.score == pytest.approx(score) and verdict.correct == correct
+    own = {"form": 0.5 if "#" in response else 0.0}
+    if correct is not None:
+        own |= {"answer": float("4" in response), "digits": float("4" in response)}
+    assert verdict.metrics == own
+
+
+def test_a_star_marks_the_grader_that_decides(rules):
+    grader = load_grader(f"{rules}:form@0.2, *{rules}:answer")
+    assert grader("# 4", ROW).correct and not grader("# 5", ROW).correct
+    assert grader("# 4", ROW).reason == "form: scored 0.5; answer: scored 1"
+    # Of several marked ones it is the first that judges the response.
+    grader = load_grader(f"*{rules}:answer, *{rules}:form@0.2", success_threshold=0.5)
+    assert [grader(text, ROW).correct for text in ("4", "#", "#?", "?")] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+
+
+def test_a_threshold_is_for_the_unweighted_score_of_the_grader_that_decides(rules):
+    spec = f"{rules}:form@10, {rules}:answer"
+    assert not load_grader(spec)("#", ROW).correct
+    assert load_grader(spec, success_threshold=0.5)("#", ROW).correct
+    assert not load_grader(spec, success_threshold=0.6)("#", ROW).correct
+
+
+def test_a_list_fails_where_one_of_it_fails(rules):
+    verdict = load_grader(f"{rules}:form, {rules}:answer")("# crash", ROW)
+    assert verdict == Verdict(0.0, False, "the grader raised KeyError: 'no answer'")
+
+
+def test_a_sum_that_overflows_is_a_failure(rules):
+    verdict = load_grader(f"{rules}:form@1e308, {rules}:answer@1.7e308")("# 4", ROW)
+    assert grading_failed(verdict.reason) and verdict.score == 0
+
+
+def test_arguments_reach_the_functions_that_take_them(rules):
+    spec = f"{rules}:answer, {rules}:form, {rules}:short"
+    with pytest.raises(ConfigError, match="no function takes the argument 'width'"):
+        load_grader(f"{rules}:answer", kwargs={"width": 1})
+    grader = load_grader(spec, kwargs={"mark": "!", "limit": 3})
+    assert grader("4!", ROW).metrics == {"answer": 1.0, "form": 0.5, "short": 1.0, "digits": 1.0}
+    assert grader("4 # 4", ROW).metrics == {"answer": 1.0, "form": 0, "short": 0, "digits": 2.0}
+    assert "short" not in grader("", ROW).metrics  # None adds nothing
+
+
+def test_functions_of_one_name_are_told_apart(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.py").write_text(f"def score(response, row): return {ord(name)}\n")
+    spec = f"{tmp_path / 'a.py'}:score, {tmp_path / 'b.py'}:score@-1"
+    verdict = load_grader(spec)("", ROW)
+    assert verdict.score == -1.0 and sorted(verdict.metrics.values()) == [97.0, 98.0]
+    first, second = sorted(verdict.metrics)
+    assert first.endswith("a.score") and second.endswith("b.score")
+
+
+def test_files_in_the_current_folder_are_graders_of_the_program(rules):
+    """Through the program and a grading process, as a user starts them."""
+    lines = rules.parent / "lines.jsonl"
+    lines.write_text('{"response": "# 4", "answer": "4"}\n{"response": "#", "answer": "4"}\n')
+    run = subprocess.run(
+        [sys.executable, "-m", "echorl_jax", "grade", "lines.jsonl", "--workers=1"]
+        + ["--grader=rules.py:answer@0.9, rules:form@0.2", '--grader_kwargs={"mark": "#"}'],
+        cwd=rules.parent,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+    )
+    verdicts = [json.loads(line) for line in run.stdout.splitlines()[:2]]
+    assert [(v["score"], v["correct"]) for v in verdicts] == [(1.0, True), (0.1, False)], run.stderr
 
 
 def test_graders_start_without_jax():

@@ -282,7 +282,7 @@ def test_workers_of_a_killed_pool_end_without_output():
     worker = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.PIPE)
     theirs.close()
     with Connection(ours.detach()) as connection:
-        connection.send((sys.path, "hostile_graders:obey", 100, ""))
+        connection.send((sys.path, "hostile_graders:obey", {}, 100, ""))
         assert connection.poll(60)  # it is ready, which stays unread
     assert worker.communicate(timeout=60)[1] == b""
     assert worker.returncode == 0

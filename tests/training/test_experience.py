@@ -175,18 +175,8 @@ def test_trees_of_numpy_stay_numpy() -> None:
         assert all(isinstance(leaf, np.ndarray) for leaf in leaves)
 
 
-def verdicts_as_graded(threshold: float | None) -> list[bool]:
-    config = small_config(objective={"success_threshold": threshold})
-    setup: Any = SimpleNamespace(config=config, objective=OBJECTIVES["grpo"])
-    verdicts = [Verdict(0.9, True, ""), Verdict(1.0, False, ""), Verdict(0.5, False, "")]
-    given = experience([[1, 0, 0]])
-    graded = with_verdicts(setup, given.prompts, given.rollouts, np.ones(3, bool), verdicts)
-    return graded.graded.correct.tolist()
-
-
-@pytest.mark.parametrize("threshold", [None, 0.0])
-def test_an_unjudged_row_has_no_reward_and_no_punishment(threshold: float | None) -> None:
-    config = small_config(objective={"success_threshold": threshold}, rollout={"max_new_tokens": T})
+def test_an_unjudged_row_has_no_reward_and_no_punishment() -> None:
+    config = small_config(rollout={"max_new_tokens": T})
     dapo = dataclasses.replace(OBJECTIVES["dapo"], overlong_buffer=0.5)
     setup: Any = SimpleNamespace(config=config, objective=dapo)
     verdicts = [Verdict(1.0, True, ""), Verdict(None, None, "not judged")]
@@ -195,12 +185,6 @@ def test_an_unjudged_row_has_no_reward_and_no_punishment(threshold: float | None
     graded = found.graded
     assert graded.rewards.tolist() == [0.0, 0.0] and graded.with_verdict.tolist() == [True, False]
     assert graded.correct.tolist() == [True, False]
-
-
-def test_success_is_the_graders_verdict_unless_a_score_is_asked_for() -> None:
-    assert verdicts_as_graded(None) == [True, False, False]
-    assert verdicts_as_graded(0.6) == [True, True, False]
-    assert verdicts_as_graded(1.0) == [False, True, False]
 
 
 def test_metrics_that_were_dropped_are_told_in_one_line() -> None:

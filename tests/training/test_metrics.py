@@ -135,6 +135,8 @@ def test_an_experts_rows_are_not_the_policys_results():
     assert found["group/all_failure_fraction"] == found["group/all_success_fraction"] == 0.5
     # Rows 0, 1, 3 and 4 are the policy's.
     assert found["reward/steps/mean"] == 2.0
+    # Of 0, 1, 3 and 4: (4 + 1 + 1 + 4) / 3.
+    assert found["reward/steps/std"] == pytest.approx((10 / 3) ** 0.5)
     assert found["completion/length_mean"] == 3 and found["completion/truncated_fraction"] == 0.5
     assert found["entropy/token_mean"] == 0.5
 
