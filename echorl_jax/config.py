@@ -293,7 +293,7 @@ class EchoConfig:
     # The step that ends the clip: max (highest entropy, the paper), min, random, first or last;
     # full takes the whole rollout that holds the highest entropy, longest and shortest a whole
     # success by its tokens; random_length cuts random successes to the lengths that max finds; a
-    # custom rule is package.module:function (docs/method.md).
+    # custom rule is package.module:function or FILE.py:function (docs/method.md).
     select: Select | str = "max"
     # Clips per prompt, K.
     top_k: Annotated[int, at_least(1)] = 1

@@ -1,41 +1,71 @@
 """Custom functions by import path."""
 
 import importlib
+import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from echorl_jax.errors import UserError, one_line
+from echorl_jax.config import ConfigError
+from echorl_jax.errors import one_line
 
 
 def load_custom(path: str, what: str) -> Any:
-    """The object that ``package.module:name`` names.
+    """The object that ``package.module:name`` or ``FILE.py:name`` names.
 
     Args:
       path: the import path.
       what: the use of the object, for the error.
 
     Raises:
-      UserError: no such module or name, or a module that fails when it is imported.
+      ConfigError: no such module, file or name, or a module that fails when it is imported.
 
     >>> load_custom("math:ceil", "rounding")(0.5)
     1
     """
-    module, _, name = path.partition(":")
+    name, _, attribute = path.rpartition(":")
+    if not name or not attribute:
+        raise ConfigError(f"{what} {path!r}: must be package.module:function or FILE.py:function")
     try:
-        return getattr(importlib.import_module(module), name)
+        module = _load_file(name) if name.endswith(".py") else importlib.import_module(name)
     # The module is the user's program: anything can go wrong in it.
     except (Exception, SystemExit) as error:
-        raise UserError(f"{what} {path!r}: {one_line(error)}") from error
+        raise ConfigError(f"{what} {path!r}: cannot import {name}: {one_line(error)}") from error
+    if not hasattr(module, attribute):
+        raise ConfigError(f"{what} {path!r}: {name} has no {attribute}")
+    return getattr(module, attribute)
 
 
-def accepted(function: Callable[..., Any], offered: Mapping[str, Any]) -> dict[str, Any]:
-    """The offered arguments that the function's parameters name.
+def _load_file(name: str) -> ModuleType:
+    """The module of a Python file, which is loaded once and finds modules in its own folder."""
+    file = Path(name).expanduser().resolve()
+    if str(file) not in sys.modules:
+        spec = importlib.util.spec_from_file_location(str(file), file)
+        assert spec is not None and spec.loader is not None  # a name that ends in .py has them
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[str(file)] = module
+        if str(file.parent) not in sys.path:
+            sys.path.append(str(file.parent))
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[str(file)]
+            raise
+    return sys.modules[str(file)]
 
-    >>> accepted(lambda graded, step=0: graded, {"graded": 1, "clips": 2})
+
+def accepted(
+    parameters: Mapping[str, inspect.Parameter], offered: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The offered arguments that a function with these parameters takes.
+
+    >>> parameters = inspect.signature(lambda graded, step=0: graded).parameters
+    >>> accepted(parameters, {"graded": 1, "clips": 2})
     {'graded': 1}
     """
-    parameters = inspect.signature(function).parameters
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return dict(offered)
     return {name: value for name, value in offered.items() if name in parameters}

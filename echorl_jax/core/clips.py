@@ -1,5 +1,6 @@
 """EchoClips: the choice of prefixes of verified successes, and the loss that learns them again."""
 
+import inspect
 from collections.abc import Callable
 from typing import get_args
 
@@ -147,7 +148,7 @@ def _custom_score(
 ) -> Float[Array, "N num_steps"]:
     """The rule's score of every step; -inf where it is NaN."""
     entropy, _ = arrays
-    score = rule(*arrays, **accepted(rule, offered))
+    score = rule(*arrays, **accepted(inspect.signature(rule).parameters, offered))
     if jnp.shape(score) != entropy.shape:
         raise ValueError(
             f"the clip rule {getattr(rule, '__name__', rule)} must give a score "

@@ -3,19 +3,15 @@
 import collections
 import dataclasses
 import functools
-import importlib
-import importlib.util
 import inspect
 import itertools
 import math
 import re
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 from echorl_jax.config import ConfigError
+from echorl_jax.custom import accepted, load_custom
 from echorl_jax.errors import nearest
 
 # Reasons are for people and travel between processes: one line, cut to this many characters.
@@ -330,7 +326,7 @@ def load_grader(
     """
     entries, offered = parse_graders(spec), dict(kwargs or {})
     functions = [_function(entry.path) for entry in entries]
-    taken = [_accepted(parameters, offered) for _, parameters in functions]
+    taken = [accepted(parameters, offered) for _, parameters in functions]
     if unused := offered.keys() - set(itertools.chain(*taken)):
         raise ConfigError(f"grader {spec}: no function takes the argument {min(unused)!r}")
     judges = [
@@ -379,38 +375,7 @@ def _import(path: str) -> Callable[..., Any]:
         raise ConfigError(
             f"grader {path!r}: one of {known}, package.module:function or FILE.py:function{hint}"
         )
-    try:
-        module = _load_file(name) if name.endswith(".py") else importlib.import_module(name)
-    except (Exception, SystemExit) as error:
-        raise ConfigError(f"grader {path}: cannot import {name}: {error!r}") from error
-    if attribute not in vars(module):
-        raise ConfigError(f"grader {path}: {name} has no {attribute}")
-    return vars(module)[attribute]
-
-
-def _load_file(name: str) -> ModuleType:
-    """The module of a Python file, which is loaded once and finds modules in its own folder."""
-    file = Path(name).expanduser().resolve()
-    if str(file) not in sys.modules:
-        spec = importlib.util.spec_from_file_location(str(file), file)
-        assert spec is not None and spec.loader is not None  # a name that ends in .py has them
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[str(file)] = module
-        if str(file.parent) not in sys.path:
-            sys.path.append(str(file.parent))
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[str(file)]
-            raise
-    return sys.modules[str(file)]
-
-
-def _accepted(parameters: Parameters, offered: Mapping[str, Any]) -> dict[str, Any]:
-    """The offered arguments that a function takes."""
-    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
-        return dict(offered)
-    return {name: value for name, value in offered.items() if name in parameters}
+    return load_custom(path, "grader")
 
 
 def _from_verl(
@@ -420,7 +385,7 @@ def _from_verl(
         truth = row["reward_model"]["ground_truth"]
         values = (row["data_source"], response, truth, row.get("extra_info", {}))
         offered: dict[str, Any] = dict(zip(VERL_ARGUMENTS, values, strict=True))
-        return function(**{**_accepted(parameters, offered), **kwargs})
+        return function(**{**accepted(parameters, offered), **kwargs})
 
     return grade
 
@@ -439,7 +404,7 @@ def _from_trl(
         else:
             message = {"role": "assistant", "content": response}
             pair = {"prompts": [row["prompt"]], "completions": [[message]]}
-        scores = function(**{**_accepted(parameters, {**columns, **pair}), **kwargs})
+        scores = function(**{**accepted(parameters, {**columns, **pair}), **kwargs})
         if len(scores) != 1:
             raise ValueError(f"the grader returned {len(scores)} scores for one response")
         return scores[0]

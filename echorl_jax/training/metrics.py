@@ -1,5 +1,6 @@
 """Metrics of a step under their public keys, and sampled groups as JSON lines."""
 
+import inspect
 import json
 import statistics
 from collections.abc import Mapping, Sequence
@@ -97,7 +98,7 @@ def custom_metrics(
     for path in paths:
         function = load_custom(path, "config.log.metrics =")
         try:
-            found = function(**accepted(function, offered))
+            found = function(**accepted(inspect.signature(function).parameters, offered))
             named = found if isinstance(found, Mapping) else {path.rpartition(":")[2]: found}
             metrics |= {f"custom/{name}": float(value) for name, value in named.items()}
         # The function is the user's program: anything can go wrong in it.

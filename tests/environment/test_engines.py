@@ -76,7 +76,7 @@ def test_recorded_rollouts_without_entropies_train_as_sampled_ones(
         ("no_such_module:engine", "no_such_module"),
         ("builtins:dict", "no sample, warm_up, close"),
         ("tests.environment.replay_engine:leaves_python", "7"),
-        ("engine", "engine"),
+        ("engine", "must be package.module:function"),
     ],
 )
 def test_an_engine_that_cannot_be_made_is_one_line(path: str, line: str) -> None:
