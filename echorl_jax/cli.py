@@ -26,6 +26,7 @@ from echorl_jax.errors import (
 )
 
 COMMANDS = {
+    "quickstart": "trains a tiny model on CPU, with nothing to download or to set",
     "train": "reinforcement learning with verifiable rewards, EchoRL on top; resumes by itself",
     "sft": "supervised training on expert trajectories, or from scratch",
     "evaluate": "pass@1, avg@k and pass@k of a model over benchmark files",
@@ -174,6 +175,6 @@ def _overview() -> str:
             *lines,
             "",
             "First run, a few minutes on a laptop CPU:",
-            "  echorl train --config=configs/countdown.py --workdir=runs/first",
+            "  echorl quickstart",
         ]
     )

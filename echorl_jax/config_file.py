@@ -17,6 +17,8 @@ from echorl_jax.config import LARGEST, Config, ConfigError, validate
 from echorl_jax.errors import nearest
 from echorl_jax.files import read_json
 
+# The files under configs/, which an installed package has too.
+CONFIGS = Path(__file__).parent / "assets" / "configs"
 # Keys of configs that were saved before these had their present names.
 RENAMED = {"optim.max_bad_updates": "max_bad_steps"}
 
@@ -59,7 +61,8 @@ def load_config(spec: str, overrides: Mapping[str, str] | None = None) -> Config
 
     Args:
       spec: ``FILE.py`` or ``FILE.py:ARGUMENT``; the file's ``get_config`` is called with the
-        argument, if there is one. A ``.json`` file is that of a run's workdir.
+        argument, if there is one. A ``.json`` file is that of a run's workdir. Where there is no
+        such ``configs/FILE.py``, that of this package is meant.
       overrides: dotted key to text, as typed on the command line.
 
     Raises:
@@ -101,6 +104,9 @@ class _Typed:
 def _run_file(spec: str) -> dict[str, Any]:
     path, colon, argument = spec.partition(".py:")
     file = Path(path + ".py" if colon else path)
+    shipped = CONFIGS / file.name
+    if file.parent == Path("configs") and not _is_file(file) and _is_file(shipped):
+        file = shipped
     if not _is_file(file):
         near = _hint(file.name, [p.name for p in file.parent.glob("*.py")])
         raise ConfigError(f"config file {file} does not exist{near}")

@@ -136,6 +136,20 @@ def test_a_broken_file_is_named(tmp_path: Path, text: str, expected: str) -> Non
     assert expected in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_config_of_this_package_is_found_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("configs/countdown.py") == load_config(COUNTDOWN)
+    with pytest.raises(ConfigError, match="config file configs/none_such.py does not exist"):
+        load_config("configs/none_such.py")
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "countdown.py").write_text(
+        "from echorl_jax.config_file import default_config as get_config\n"
+    )
+    assert load_config("configs/countdown.py") == Config()  # a file that is there comes first
+
+
 def test_a_missing_file_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match="did you mean countdown.py"):
         load_config(str(ROOT / "configs" / "countdwn.py"))
