@@ -231,6 +231,9 @@ class ObjectiveConfig:
     # The deviation that divides a group's advantages: the group's, the batch's (Lite PPO), or the
     # batch's after group means are taken off (ScaleRL).
     std_of: Spread | None = None
+    # Each score of a list of graders (and the overlong punishment) is normalised in its group by
+    # itself, and their weighted sum over the batch (GDPO).
+    normalise_each: bool | None = None
     # Virtual rewards added to a group with equal rewards, K (avspo).
     virtual_rewards: Annotated[int | None, at_least(0)] = None
     # Advantage of a correct row, and what a wrong one loses (psr, nsr, w_reinforce, topr).

@@ -136,6 +136,10 @@ class StepData:
     # success rates of groups in earlier steps, NaN where there is none; only for
     # objectives that weigh prompts by them
     past_rates: Float32[Array, " W"] | None = None
+    # each of several rewards, NaN where it does not apply, and their weights; only for
+    # objectives that normalise each
+    reward_parts: Float32[Array, "N R"] | None = None
+    reward_weights: Float32[Array, " R"] | None = None
 
     @classmethod
     def plain(cls, *, rewards: Any, group: Any, num_groups: int, **fields: Any) -> "StepData":

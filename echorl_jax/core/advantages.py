@@ -4,13 +4,21 @@ Rewards are float32. ``group`` is the prompt of each row, in ``[0, num_groups)``
 ``num_groups`` is P, static under jit. Advantages are float32.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Bool, Float, Int, Num
 
 from echorl_jax.choices import Spread
-from echorl_jax.core.groups import centred, checked, collapsed_groups, group_means
+from echorl_jax.core.groups import (
+    centred,
+    checked,
+    collapsed_groups,
+    group_means,
+    judged_groups,
+)
 from echorl_jax.types import Array
 
 
@@ -81,6 +89,56 @@ def group_advantages(
             scores,
         )
     return scores
+
+
+def decoupled_advantages(
+    reward_parts: Float[Array, "N R"],
+    weights: Float[Array, " R"],
+    group: Int[Array, " N"],
+    *,
+    num_groups: int,
+    counted: Bool[Array, " N"] | None = None,
+    eps: float = 1e-6,
+    **settings: Any,
+) -> Float[Array, " N"]:
+    """Normalises each reward by itself before they are added up (GDPO).
+
+    A_i = S_i / (std(S) + eps), S_i = sum_k w_k A_ik: A_ik is :func:`group_advantages` of reward k,
+    and the deviation is over the batch. S has mean 0, since each A_k has, so that none is taken
+    off: rows of groups where every reward is equal stay at exactly 0. Rewards in the sum differ by
+    more than their total: with two of them, (1, 0) and (0, 1) are not the same.
+    Source: arXiv 2601.05242, section 3.
+
+    Args:
+      reward_parts: ``[N, R]``, NaN where a reward does not apply to a row, which has no part in
+        that reward's group then and gets nothing from it.
+      weights: ``[R]``, w.
+      counted: ``[N]`` bool, the rows of the batch's deviation; None takes all.
+      eps: added to deviations.
+      **settings: of :func:`group_advantages`.
+
+    >>> parts, group = jnp.array([[1.0, 0.0], [0.0, 0.0], [1.0, 1.0]]), jnp.zeros(3, jnp.int32)
+    >>> weights = jnp.array([1.0, 0.5])
+    >>> print(decoupled_advantages(parts, weights, group, num_groups=1).round(2))
+    [ 0.22 -1.09  0.87]
+    """
+
+    def normalised(rewards: Array) -> Array:
+        given = jnp.isfinite(rewards)
+        own = judged_groups(group, given, num_groups=num_groups)
+        scores = group_advantages(
+            jnp.where(given, rewards, 0.0),
+            own,
+            num_groups=num_groups + 1,
+            counted=given if counted is None else given & counted,
+            eps=eps,
+            **settings,
+        )
+        return jnp.where(own < num_groups, scores, 0.0)
+
+    total = jax.vmap(normalised, in_axes=1, out_axes=1)(reward_parts) @ weights
+    rows = jnp.ones_like(total) if counted is None else counted.astype(jnp.float32)
+    return total / (_deviation(total, total, rows, "batch_centred") + eps)
 
 
 def _deviation(apart: Array, rewards: Array, weights: Array, std_of: Spread) -> Array:

@@ -28,7 +28,7 @@ _PARTS = {
     *("tau_negative", "trust_bound", "trust_divergence", "ratio_cap", "hold_coef", "hold_delta"),
     *("second_moment", "order_statistic", "order_samples", "order_amount", "shaping"),
     *("selected_fraction", "covariance_low", "covariance_high", "kl_cov_coef"),
-    *("epsilon_low", "epsilon_high", "dual_clip"),
+    *("epsilon_low", "epsilon_high", "dual_clip", "normalise_each"),
 }
 
 _GRPO = Objective(

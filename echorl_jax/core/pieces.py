@@ -6,6 +6,7 @@ estimator needs from the step or the batch, and its settings from the objective.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -28,17 +29,23 @@ from echorl_jax.types import Array, StepData, TrainBatch
 
 
 def by_group(step: StepData, objective: "Objective") -> Array:
-    """:func:`group_advantages` with the objective's baseline and deviation."""
-    return adv.group_advantages(
-        step.rewards,
-        step.group,
-        num_groups=step.num_groups,
-        on_policy=step.on_policy if objective.baseline == "on_policy" else None,
-        divide_by_std=objective.divide_by_std,
-        std_of=objective.std_of,
-        counted=step.lengths > 0,
-        virtual_rewards=objective.virtual_rewards,
-    )
+    """:func:`group_advantages` with the objective's baseline and deviation, perhaps for each reward
+    (:func:`decoupled_advantages`).
+    """
+    settings: dict[str, Any] = {
+        "num_groups": step.num_groups,
+        "on_policy": step.on_policy if objective.baseline == "on_policy" else None,
+        "divide_by_std": objective.divide_by_std,
+        "std_of": objective.std_of,
+        "counted": step.lengths > 0,
+        "virtual_rewards": objective.virtual_rewards,
+    }
+    if not objective.normalise_each:
+        return adv.group_advantages(step.rewards, step.group, **settings)
+    parts, weights = step.reward_parts, step.reward_weights
+    if parts is None or weights is None:
+        parts, weights = step.rewards[:, None], jnp.ones(1)
+    return adv.decoupled_advantages(parts, weights, step.group, **settings)
 
 
 def leave_one_out(step: StepData, objective: "Objective") -> Array:
@@ -308,6 +315,8 @@ class Objective:
     # Divide a group's advantages by a deviation, and by which.
     divide_by_std: bool = True
     std_of: Spread = "group"
+    # Normalise each of several rewards by itself, then their weighted sum over the batch (GDPO).
+    normalise_each: bool = False
     # Earlier steps whose success rates the advantages see, in step.past_rates; 0 is none.
     rate_steps: int = 0
     # Equal rewards that are added to a group whose rewards are all equal (AVSPO).

@@ -42,9 +42,10 @@ class GradedTexts:
 class Grading:
     """Verdicts on completions that are handed in as they are written, in any order and any pieces.
 
-    Each is decoded without special tokens and judged against its row while the caller goes on. Each
-    of several processes does this for its share of them; all get all verdicts, in the order of
-    ``rows``: the same, whenever what was handed in.
+    Each is decoded without special tokens and judged against its row while the caller goes on; with
+    a grader of groups, each group once it is whole. Each of several processes does this for its
+    share of them; all get all verdicts, in the order of ``rows``: the same, whenever what was
+    handed in.
 
     Args:
       rows: what each completion is judged against, N.
@@ -52,6 +53,7 @@ class Grading:
       grader: judges; a bad item costs only itself.
       all_texts: decode other processes' completions too.
       prefixes: tokens before each completion that belong to what is judged, such as a hint.
+      group_size: so many rows after each other are those of one prompt.
     """
 
     def __init__(
@@ -62,12 +64,17 @@ class Grading:
         grader: GraderPool,
         all_texts: bool = False,
         prefixes: Sequence[Sequence[int]] | None = None,
+        group_size: int = 1,
     ) -> None:
         self._rows = rows
+        self._unit = group_size if grader.grouped else 1  # rows that are judged together
+        self._tokens: dict[int, list[int]] = {}  # of rows whose unit is not whole yet
         self._prefixes = prefixes or [()] * len(rows)
         self._tokenizer = tokenizer
         self._grader = grader
-        self._decoded = range(len(rows)) if all_texts else _own(len(rows))
+        share = own_share(len(rows) // self._unit)
+        self._own = range(len(rows))[share.start * self._unit : share.stop * self._unit]
+        self._decoded = range(len(rows)) if all_texts else self._own
         self._texts = [""] * len(rows)
         self._parts: list[tuple[Sequence[int], Future[list[Verdict]]]] = []
 
@@ -81,18 +88,31 @@ class Grading:
         wanted = {i: ids for i, ids in zip(places, completions, strict=True) if i in self._decoded}
         if not wanted:  # a tokenizer may decode no rows as one empty text
             return
-        own = [i for i in wanted if i in _own(len(self._rows))]
+        own = [i for i in wanted if i in self._own]
         try:
             ids = [[*self._prefixes[i], *tokens.tolist()] for i, tokens in wanted.items()]
             texts = self._tokenizer.batch_decode(ids, skip_special_tokens=True)
-            for place, text in zip(wanted, texts, strict=True):
+            for place, text, tokens in zip(wanted, texts, ids, strict=True):
                 self._texts[place] = text
-            judged = [dict(self._rows[i]) for i in own]
-            self._parts.append((own, self._grader.submit([self._texts[i] for i in own], judged)))
+                self._tokens[place] = tokens
+            own = self._whole_units(own)
+            verdicts = self._grader.submit(
+                [self._texts[i] for i in own],
+                [dict(self._rows[i]) for i in own],
+                [self._tokens.pop(i) for i in own],
+                group_size=self._unit,
+            )
+            self._parts.append((own, verdicts))
         except Exception as error:  # the other processes learn of it where they look for verdicts
             failed: Future[list[Verdict]] = Future()
             failed.set_exception(error)
             self._parts.append((own, failed))
+
+    def _whole_units(self, rows: Sequence[int]) -> list[int]:
+        """All rows of the units that are whole with these rows."""
+        units = dict.fromkeys(row // self._unit for row in rows)
+        found = [range(unit * self._unit, (unit + 1) * self._unit) for unit in units]
+        return [row for unit in found if all(i in self._tokens for i in unit) for row in unit]
 
     def result(self) -> GradedTexts:
         """Waits for the verdicts; all processes call this in the same order.
@@ -102,18 +122,14 @@ class Grading:
             is raised on all, so that none waits for another's verdicts.
         """
         own = _if_all_have(self._own_verdicts)
-        verdicts = _from_all_processes(own, len(self._rows))
+        verdicts = _from_all_processes(own, len(self._rows), unit=self._unit)
         return GradedTexts(tuple(self._texts), tuple(verdicts))
 
     def _own_verdicts(self) -> list[Verdict]:
         found: dict[int, Verdict] = {}
         for places, verdicts in self._parts:
             found.update(zip(places, verdicts.result(), strict=True))
-        return [found[i] for i in _own(len(self._rows))]
-
-
-def _own(count: int) -> range:
-    return range(count)[own_share(count)]
+        return [found[i] for i in self._own]
 
 
 def _if_all_have(work: Callable[[], list[Verdict]]) -> list[Verdict]:
@@ -132,8 +148,11 @@ def _if_all_have(work: Callable[[], list[Verdict]]) -> list[Verdict]:
     return verdicts
 
 
-def _from_all_processes(own: Sequence[Verdict], count: int) -> list[Verdict]:
-    """The verdicts on all ``count`` rows, of which this process has given its share."""
+def _from_all_processes(own: Sequence[Verdict], rows: int, *, unit: int = 1) -> list[Verdict]:
+    """The verdicts on all rows, of which this process has given its share of whole units."""
+    # Shares of rows are those of units where every process has the same number of units.
+    processes = jax.process_count()
+    count = processes * -(-(rows // unit) // processes) * unit
     # A score is finite, so NaN can stand for None.
     scores = np.array([verdict.score for verdict in own], np.float64)
     correct = np.array([verdict.correct for verdict in own], bool)
@@ -147,10 +166,10 @@ def _from_all_processes(own: Sequence[Verdict], count: int) -> list[Verdict]:
         if np.isnan(score)
         else Verdict(float(score), bool(right), reason, json.loads(text))
         for score, right, reason, text in zip(
-            np.ascontiguousarray(words).view(np.float64)[:, 0],
-            from_shares(correct, count),
-            reasons,
-            metrics,
+            np.ascontiguousarray(words).view(np.float64)[:rows, 0],
+            from_shares(correct, count)[:rows],
+            reasons[:rows],
+            metrics[:rows],
             strict=True,
         )
     ]
@@ -287,6 +306,7 @@ def sample_and_grade(
         grader=grader,
         prefixes=[prompt.ids[len(prompt.ids) - prompt.hint_tokens :] for prompt in graded],
         all_texts=all_texts,
+        group_size=group,
     )
     occupancy = 1.0
 

@@ -83,7 +83,8 @@ def check(config: Config, *, rows: int, show: int) -> bool:
             if name == "train" and learns_from_experts:
                 if not _check_experts(config, tokenizer, seen) and needed:
                     wrong.append(f"{name}: {config.objective.name} needs expert texts")
-            if not _check_grader(grader, seen, config.objective.success_threshold):
+            least = config.objective.success_threshold
+            if not _check_grader(grader, seen, least, tokenizer):
                 wrong.append(f"{name}: grader and gold answers disagree")
             if not _check_spellings(grader, seen) and known:
                 wrong.append(f"{name}: gold answers are right in one spelling only")
@@ -121,7 +122,10 @@ def _check_lengths(prompts: Sequence[Sequence[int]], longest: int) -> bool:
 
 
 def _check_grader(
-    grader: GraderPool, rows: Sequence[Mapping[str, Any]], threshold: float | None
+    grader: GraderPool,
+    rows: Sequence[Mapping[str, Any]],
+    threshold: float | None,
+    tokenizer: "PreTrainedTokenizerBase",
 ) -> bool:
     """Gold answers must be right, those of the next row wrong (unless they happen to fit)."""
     gold = [(_gold(row), row) for row in rows]
@@ -131,8 +135,9 @@ def _check_grader(
         return True
     texts, judged = [text for text, _ in known], [row for _, row in known]
     start = time.perf_counter()
-    right = grader.grade(texts, judged)
-    shifted = grader.grade(texts[1:] + texts[:1], judged)
+    ids = [tokenizer.encode(text, add_special_tokens=False) for text in texts]
+    right = grader.grade(texts, judged, ids)
+    shifted = grader.grade(texts[1:] + texts[:1], judged, ids[1:] + ids[:1])
     mean_s = (time.perf_counter() - start) / (2 * len(known))
     accepted = sum(bool(verdict.correct) for verdict in right)
     confused = sum(bool(verdict.correct) for verdict in shifted)

@@ -17,32 +17,26 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
-from echorl_jax.rewards.loading import Grader, clean_reason, judge, load_grader
+from echorl_jax.rewards.loading import RAISED, Verdict, clean_reason, load_grader
 
 # So long that any time limit comes first (seconds).
 FOREVER = 1e6
 LEAK_BYTES = 2**26
 
 
-def misbehave(grader: Grader, shares: Mapping[str, float]) -> Grader:
-    """The grader, except that a share of the responses makes its process hang, crash or leak.
+def misbehave(response: str, row: Mapping[str, Any], shares: Mapping[str, float]) -> None:
+    """Makes this process hang, crash or leak for a share of the responses.
 
     Which ones follows from the response and its row, so that a repeated run has the same.
 
     Args:
-      grader: judges the others.
       shares: "hang", "crash" or "leak" -> share of the items, in [0, 1].
     """
-
-    def grade(response: str, row: Mapping[str, Any]) -> Any:
-        place = fate(response, row)
-        for kind, share in shares.items():
-            if place < share:
-                FAULTS[kind]()
-            place -= share
-        return grader(response, row)
-
-    return grade
+    place = fate(response, row)
+    for kind, share in shares.items():
+        if place < share:
+            FAULTS[kind]()
+        place -= share
 
 
 def fate(response: str, row: Mapping[str, Any]) -> float:
@@ -70,13 +64,11 @@ FAULTS: Mapping[str, Callable[[], NoReturn]] = {"hang": _hang, "crash": _crash, 
 
 
 def serve(connection: Connection) -> None:
-    """Reads the set-up, says that it is ready, then answers each (response, row) with a verdict."""
+    """Reads the set-up, says that it is ready, then answers each item with its verdicts."""
     search_path, spec, settings, memory_mb, faults = connection.recv()
     sys.path[:] = search_path
     try:
         grader = load_grader(spec, **settings)
-        if faults:
-            grader = misbehave(grader, faults)
         _limit_memory(memory_mb)
     except Exception as error:
         connection.send_bytes(json.dumps({"failed": clean_reason(str(error))}).encode())
@@ -84,9 +76,14 @@ def serve(connection: Connection) -> None:
     connection.send_bytes(json.dumps({"ready": True}).encode())
     with suppress(EOFError, ConnectionError):  # the pool has gone, killed perhaps
         while True:
-            response, row = connection.recv()
-            verdict = judge(grader, response, row)
-            answer = [verdict.score, verdict.correct, verdict.reason, verdict.metrics]
+            responses, row, tokens = connection.recv()
+            try:
+                for response in responses:
+                    misbehave(response, row, faults)
+                verdicts = grader.judge_all(responses, row, tokens)
+            except MemoryError:
+                verdicts = [Verdict.wrong(f"{RAISED} MemoryError")] * len(responses)
+            answer = [[v.score, v.correct, v.reason, v.metrics] for v in verdicts]
             connection.send_bytes(json.dumps(answer).encode())
 
 

@@ -181,8 +181,9 @@ BOUNDED = ("choice", "countdown", "reduce")
 VERL_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 
 
-# The verdicts on responses to one row.
-Judges = Callable[[Sequence[str], Mapping[str, Any]], list[Verdict]]
+# The verdicts on responses to one row, whose tokens may be given.
+Tokens = Sequence[Sequence[int]]
+Judges = Callable[[Sequence[str], Mapping[str, Any], Tokens | None], list[Verdict]]
 
 
 class Entry(NamedTuple):
@@ -228,6 +229,8 @@ def parse_graders(spec: str) -> tuple[Entry, ...]:
     ]
     if len({entry.name for entry in entries}) < len(entries):
         raise ConfigError(f"grader {spec!r}: two entries are the same")
+    if len(entries) > MAX_METRICS:
+        raise ConfigError(f"grader {spec!r}: at most {MAX_METRICS} entries")
     return tuple(entries)
 
 
@@ -253,6 +256,7 @@ class LoadedGrader:
       judges: the function of each entry.
       success_threshold: scores of deciding entries from here on are successes; None takes their
         verdicts.
+      grouped: whether an entry takes the responses of a whole group.
     """
 
     def __init__(
@@ -260,8 +264,11 @@ class LoadedGrader:
         entries: Sequence[Entry],
         judges: Sequence[Judges],
         success_threshold: float | None = None,
+        *,
+        grouped: bool = False,
     ) -> None:
         self.entries = entries
+        self.grouped = grouped
         self._judges = judges
         self._success_threshold = success_threshold
 
@@ -269,9 +276,15 @@ class LoadedGrader:
         """The verdict on one response."""
         return self.judge_all([response], row)[0]
 
-    def judge_all(self, responses: Sequence[str], row: Mapping[str, Any]) -> list[Verdict]:
-        """The verdicts on several responses to one row."""
-        found = [judges(responses, row) for judges in self._judges]
+    def judge_all(
+        self, responses: Sequence[str], row: Mapping[str, Any], tokens: Tokens | None = None
+    ) -> list[Verdict]:
+        """The verdicts on several responses to one row, such as a whole group.
+
+        Args:
+          tokens: of each response, for functions that take ``completion_ids``.
+        """
+        found = [judges(responses, row, tokens) for judges in self._judges]
         return [self._sum(verdicts) for verdicts in zip(*found, strict=True)]
 
     def _sum(self, verdicts: Sequence[Verdict]) -> Verdict:
@@ -309,8 +322,9 @@ def load_grader(
     Each is a name in :data:`GRADERS`, ``package.module:function`` or ``FILE.py:function``. Three
     kinds of function are taken, told apart by the names of their parameters: ``(response, row)``,
     verl's ``(data_source, solution_str, ground_truth, extra_info)`` and TRL's ``(prompts,
-    completions, **columns)``. Besides a :class:`Verdict` they may return a number, a mapping with
-    ``score``, or None for a response that they do not judge; TRL's return a list of one.
+    completions, completion_ids, **columns)``, with lists over a whole group. They may be async.
+    Besides a :class:`Verdict` they may return a number, a mapping with ``score``, or None for a
+    response that they do not judge; TRL's return a list of these.
 
     Args:
       kwargs: arguments by keyword; each function gets those that it has parameters for.
@@ -326,88 +340,105 @@ def load_grader(
     """
     entries, offered = parse_graders(spec), dict(kwargs or {})
     functions = [_function(entry.path) for entry in entries]
-    taken = [accepted(parameters, offered) for _, parameters in functions]
+    taken = [accepted(inspect.signature(each).parameters, offered) for each in functions]
     if unused := offered.keys() - set(itertools.chain(*taken)):
         raise ConfigError(f"grader {spec}: no function takes the argument {min(unused)!r}")
     judges = [
-        _judges(entry.path, *function, given)
+        _judges(entry.path, function, given)
         for entry, function, given in zip(entries, functions, taken, strict=True)
     ]
-    return LoadedGrader(entries, judges, success_threshold)
+    grouped = any("completions" in inspect.signature(each).parameters for each in functions)
+    return LoadedGrader(entries, judges, success_threshold, grouped=grouped)
 
 
-Parameters = Mapping[str, inspect.Parameter]
-
-
-def _function(path: str) -> tuple[Callable[..., Any], Parameters]:
-    function = _import(GRADERS.get(path, path))
-    try:
-        parameters = inspect.signature(function).parameters
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"grader {path}: not a function") from error
-    if inspect.iscoroutinefunction(function):
-        raise ConfigError(f"grader {path}: async functions are not supported")
-    return function, parameters
-
-
-def _judges(
-    path: str, function: Callable[..., Any], parameters: Parameters, kwargs: Mapping[str, Any]
-) -> Judges:
-    if "solution_str" in parameters:
-        function = _from_verl(function, parameters, kwargs)
-    elif "completions" in parameters:
-        function = _from_trl(function, parameters, kwargs)
-    else:
-        function = functools.partial(function, **kwargs)
-        try:
-            inspect.signature(function).bind("response", {})
-        except TypeError:
-            raise ConfigError(f"grader {path}: expected a function of (response, row)") from None
-    return lambda responses, row: [judge(function, response, row) for response in responses]
-
-
-def _import(path: str) -> Callable[..., Any]:
-    name, colon, attribute = path.rpartition(":")
-    if not colon or not attribute:
+def _function(path: str) -> Callable[..., Any]:
+    """The function at a path; an async one is run to its end."""
+    if ":" not in path and path not in GRADERS:
         close = nearest(path, GRADERS)
         hint = f"; did you mean {close}?" if close else ""
         known = ", ".join(GRADERS)
         raise ConfigError(
             f"grader {path!r}: one of {known}, package.module:function or FILE.py:function{hint}"
         )
-    return load_custom(path, "grader")
+    function = load_custom(GRADERS.get(path, path), "grader")
+    try:
+        inspect.signature(function)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"grader {path}: not a function") from error
+    if not inspect.iscoroutinefunction(function):
+        return function
+
+    @functools.wraps(function)
+    def wait(*args: Any, **kwargs: Any) -> Any:
+        return _event_loop().run(function(*args, **kwargs))
+
+    return wait
 
 
-def _from_verl(
-    function: Callable[..., Any], parameters: Parameters, kwargs: Mapping[str, Any]
-) -> Callable[..., Any]:
+@functools.cache
+def _event_loop() -> Any:
+    """One loop for all calls, since clients of servers stay bound to a loop."""
+    import asyncio  # few graders need it
+
+    return asyncio.Runner()
+
+
+def _judges(path: str, function: Callable[..., Any], kwargs: Mapping[str, Any]) -> Judges:
+    parameters = inspect.signature(function).parameters
+    if "completions" in parameters:
+        return _from_trl(function, kwargs)
+    if "solution_str" in parameters:
+        one = _from_verl(functools.partial(function, **kwargs))
+    else:
+        one = functools.partial(function, **kwargs)
+        try:
+            inspect.signature(one).bind("response", {})
+        except TypeError:
+            raise ConfigError(f"grader {path}: expected a function of (response, row)") from None
+    return lambda responses, row, _: [judge(one, response, row) for response in responses]
+
+
+def _from_verl(function: Callable[..., Any]) -> Callable[..., Any]:
+    parameters = inspect.signature(function).parameters
+
     def grade(response: str, row: Mapping[str, Any]) -> Any:
         truth = row["reward_model"]["ground_truth"]
         values = (row["data_source"], response, truth, row.get("extra_info", {}))
-        offered: dict[str, Any] = dict(zip(VERL_ARGUMENTS, values, strict=True))
-        return function(**{**accepted(parameters, offered), **kwargs})
+        return function(**accepted(parameters, dict(zip(VERL_ARGUMENTS, values, strict=True))))
 
     return grade
 
 
-def _from_trl(
-    function: Callable[..., Any], parameters: Parameters, kwargs: Mapping[str, Any]
-) -> Callable[..., Any]:
-    """Each row is a batch of one: columns are lists of one value."""
+def _from_trl(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> Judges:
+    """A group is a batch: columns are lists of the row's value, once for each response."""
+    parameters = inspect.signature(function).parameters
 
-    def grade(response: str, row: Mapping[str, Any]) -> Any:
-        columns = {name: [value] for name, value in row.items() if name != "prompt"}
-        columns.setdefault("ground_truth", [row["reward_model"]["ground_truth"]])
+    def scores(responses: Sequence[str], row: Mapping[str, Any], tokens: Tokens | None) -> list:
+        count = len(responses)
+        columns = {name: [value] * count for name, value in row.items() if name != "prompt"}
+        columns.setdefault("ground_truth", [row["reward_model"]["ground_truth"]] * count)
+        if tokens is not None:
+            columns["completion_ids"] = [list(ids) for ids in tokens]
         # A prompt that was plain text has a plain completion; chat messages have a message.
         if row.get("extra_info", {}).get("prompt_format") == "text":
-            pair = {"prompts": [row["prompt"][0]["content"]], "completions": [response]}
+            columns["prompts"] = [row["prompt"][0]["content"]] * count
+            columns["completions"] = list(responses)
         else:
-            message = {"role": "assistant", "content": response}
-            pair = {"prompts": [row["prompt"]], "completions": [[message]]}
-        scores = function(**{**accepted(parameters, {**columns, **pair}), **kwargs})
-        if len(scores) != 1:
-            raise ValueError(f"the grader returned {len(scores)} scores for one response")
-        return scores[0]
+            columns["prompts"] = [row["prompt"]] * count
+            columns["completions"] = [[{"role": "assistant", "content": r}] for r in responses]
+        found = list(function(**{**accepted(parameters, columns), **kwargs}))
+        if len(found) != count:
+            raise ValueError(f"the grader returned {len(found)} scores for {count} response(s)")
+        return found
+
+    def grade(
+        responses: Sequence[str], row: Mapping[str, Any], tokens: Tokens | None
+    ) -> list[Verdict]:
+        try:
+            found = scores(responses, row, tokens)
+        except (Exception, SystemExit) as error:
+            return [_failure(error)] * len(responses)
+        return [_guarded(lambda score=score: score) for score in found]
 
     return grade
 
@@ -421,4 +452,8 @@ def _guarded(work: Callable[[], Any]) -> Verdict:
     try:
         return as_verdict(work())
     except (Exception, SystemExit) as error:
-        return Verdict.wrong(f"{RAISED} {type(error).__name__}: {error}")
+        return _failure(error)
+
+
+def _failure(error: BaseException) -> Verdict:
+    return Verdict.wrong(f"{RAISED} {type(error).__name__}: {error}")

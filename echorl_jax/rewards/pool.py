@@ -1,6 +1,7 @@
 """Grades many responses in guarded processes: nothing a policy writes can stop or harm the run.
 
-The processes take responses from one queue, one at a time, and a thread serves each process over a
+The processes take responses from one queue, one at a time (whole groups where a function judges
+groups), and a thread serves each process over a
 socket: the pool knows which response a process failed on, kills a process that is over its time at
 once, and starts its replacement while the others go on. The processes are plain commands, not
 ``multiprocessing``: no state of this process is forked, and the user's script runs only once.
@@ -9,6 +10,7 @@ once, and starts its replacement while the others go on. The processes are plain
 import atexit
 import contextlib
 import functools
+import itertools
 import json
 import os
 import pickle
@@ -25,7 +27,7 @@ from concurrent.futures import Future, InvalidStateError
 from typing import Any
 
 from echorl_jax.config import Config
-from echorl_jax.rewards.loading import BOUNDED, DIED, HUNG, Entry, Verdict, judge, load_grader
+from echorl_jax.rewards.loading import BOUNDED, DIED, HUNG, Entry, Tokens, Verdict, load_grader
 
 # A process is replaced after this many verdicts, so that what leaks in a grader stays small.
 MAX_ITEMS = 2000
@@ -38,7 +40,8 @@ MAX_ANSWER_BYTES = 1 << 16
 # Rows carry whole expert trajectories that no grader reads.
 UNSENT = ("target",)
 
-Item = tuple[str, Mapping[str, Any]]
+# Responses to one row, their row, and their tokens.
+Item = tuple[Sequence[str], Mapping[str, Any], Tokens | None]
 
 
 class PoolError(RuntimeError):
@@ -51,12 +54,12 @@ class Submission:
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = items
         self.future: Future[list[Verdict]] = Future()
-        self._verdicts: dict[int, Verdict] = {}
+        self._verdicts: dict[int, list[Verdict]] = {}
         self._finish_if_complete()
 
-    def settle(self, place: int, verdict: Verdict) -> None:
-        """Notes the verdict on the item of that number."""
-        self._verdicts[place] = verdict
+    def settle(self, place: int, verdicts: list[Verdict]) -> None:
+        """Notes the verdicts on the item of that number."""
+        self._verdicts[place] = verdicts
         self._finish_if_complete()
 
     def fail(self, error: Exception) -> None:
@@ -68,7 +71,8 @@ class Submission:
     def _finish_if_complete(self) -> None:
         if len(self._verdicts) == len(self.items):
             with contextlib.suppress(InvalidStateError):
-                self.future.set_result([self._verdicts[i] for i in range(len(self.items))])
+                ordered = (self._verdicts[i] for i in range(len(self.items)))
+                self.future.set_result(list(itertools.chain(*ordered)))
 
 
 class Worker:
@@ -104,8 +108,8 @@ class Worker:
         setup = (sys.path, spec, settings, memory_mb, faults)
         self._send(pickle.dumps(setup), START_LIMIT_S)
 
-    def exchange(self, message: bytes | None, limit_s: float) -> Any:
-        """Sends a message, if any, and returns the answer.
+    def exchange(self, message: bytes | None, limit_s: float, verdicts: int = 1) -> Any:
+        """Sends a message, if any, and returns the answer, of so many verdicts.
 
         Raises:
           TimeoutError: both together took longer than ``limit_s``.
@@ -115,7 +119,7 @@ class Worker:
         if message is not None:
             self._send(message, limit_s)
         (size,) = struct.unpack("!i", self._receive(4, deadline))
-        if not 0 <= size <= MAX_ANSWER_BYTES:
+        if not 0 <= size <= MAX_ANSWER_BYTES * verdicts:
             raise ValueError(f"an answer of {size} bytes")
         return json.loads(self._receive(size, deadline))
 
@@ -211,25 +215,29 @@ class Dispatcher:
                 submission.fail(error)
         self._workers[place].stop()
 
-    def _judge(self, place: int, response: str, row: Mapping[str, Any]) -> Verdict:
+    def _judge(
+        self, place: int, responses: Sequence[str], row: Mapping[str, Any], tokens: Tokens | None
+    ) -> list[Verdict]:
         sent = {name: value for name, value in row.items() if name not in UNSENT}
-        message = pickle.dumps((response, sent))
+        message, count = pickle.dumps((responses, sent, tokens)), len(responses)
+        limit_s = self._timeout_s * count
         # A process may have been killed while it was idle: only a second death is the item's fault.
         for _ in range(2):
             worker = self._ready(place)
             try:
-                verdict = Verdict(*worker.exchange(message, self._timeout_s))
+                answer = worker.exchange(message, limit_s, count)
+                verdicts = [Verdict(*fields) for fields in answer]
             except TimeoutError:
                 self._replace(place)
-                return Verdict.wrong(f"{HUNG} {self._timeout_s:g} s")
+                return [Verdict.wrong(f"{HUNG} {limit_s:g} s")] * count
             except (OSError, EOFError, ValueError):
                 self._replace(place)
                 continue
-            worker.done += 1
+            worker.done += count
             if worker.done >= MAX_ITEMS:
                 self._replace(place)
-            return verdict
-        return Verdict.wrong(DIED)
+            return verdicts
+        return [Verdict.wrong(DIED)] * count
 
     def _ready(self, place: int) -> Worker:
         """The process of that number, once it has loaded its grader."""
@@ -271,7 +279,7 @@ class GraderPool:
       kwargs, success_threshold: see :func:`load_grader`.
       workers: processes. 0 grades in this process where the grader's costs are bounded by its code
         (``BOUNDED``), and in one process otherwise: responses are written by a policy.
-      timeout_s: limit for one verdict (seconds).
+      timeout_s: limit for one verdict (seconds); a group has as many times that as responses.
       memory_mb: memory that a verdict may add to a process (MiB); not enforced outside Linux.
       faults: "hang", "crash" or "leak" -> share of the items that do so, on purpose.
 
@@ -322,6 +330,11 @@ class GraderPool:
         """The graders of the list."""
         return self._grader.entries
 
+    @property
+    def grouped(self) -> bool:
+        """True if a function takes the responses of a group together, and their tokens."""
+        return self._grader.grouped
+
     def __enter__(self) -> "GraderPool":
         return self
 
@@ -335,13 +348,18 @@ class GraderPool:
         if self._dispatcher is not None:
             self._dispatcher.close()
 
-    def grade(self, responses: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    def grade(
+        self,
+        responses: Sequence[str],
+        rows: Sequence[Mapping[str, Any]],
+        tokens: Tokens | None = None,
+    ) -> list[Verdict]:
         """One verdict for each response, in their order. ``rows`` is as long as ``responses``.
 
         Raises:
           PoolError: the grading processes cannot be started, or the pool is closed.
         """
-        verdicts = self.submit(responses, rows)
+        verdicts = self.submit(responses, rows, tokens)
         try:
             return verdicts.result()
         except BaseException:
@@ -350,7 +368,12 @@ class GraderPool:
             raise
 
     def submit(
-        self, responses: Sequence[str], rows: Sequence[Mapping[str, Any]]
+        self,
+        responses: Sequence[str],
+        rows: Sequence[Mapping[str, Any]],
+        tokens: Tokens | None = None,
+        *,
+        group_size: int = 1,
     ) -> Future[list[Verdict]]:
         """Starts :meth:`grade` in the background, to overlap with work on the accelerator.
 
@@ -358,16 +381,24 @@ class GraderPool:
         queue, so a slow response holds up nothing but itself. Its time limit runs from when a
         process gets it. Without processes it grades at once.
 
+        Args:
+          tokens: of the responses, for functions that take ``completion_ids``.
+          group_size: so many responses in a row answer one row and are judged together.
+
         Raises:
           PoolError: the pool is closed.
         """
         if self._closed:
             raise PoolError("the grading pool is closed")
-        items = list(zip(responses, rows, strict=True))
-        submission = Submission(items)
+        if len(responses) != len(rows):
+            raise ValueError(f"{len(responses)} responses for {len(rows)} rows")
+        parts = [slice(i, i + group_size) for i in range(0, len(rows), group_size)]
+        submission = Submission(
+            [(responses[p], rows[p.start], None if tokens is None else tokens[p]) for p in parts]
+        )
         if self._dispatcher is not None:
             self._dispatcher.add(submission)
         else:
-            for place, (response, row) in enumerate(items):
-                submission.settle(place, judge(self._grader, response, row))
+            for place, item in enumerate(submission.items):
+                submission.settle(place, self._grader.judge_all(*item))
         return submission.future

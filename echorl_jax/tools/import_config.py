@@ -565,6 +565,9 @@ _RULES: dict[str, Rule] = {
     "dataset_name": _data_source,
     "reward_funcs": _trl_graders,
     "reward_weights": _nothing,
+    "multi_objective_aggregation": _chosen(
+        "objective.normalise_each", {"sum_then_normalize": None, "normalize_then_sum": True}
+    ),
     "generation_batch_size": _trl_prompts,
     "gradient_accumulation_steps": _trl_accumulation,
     "per_device_train_batch_size": _nothing,

@@ -22,7 +22,7 @@ from echorl_jax.core import (
     step_ids,
 )
 from echorl_jax.rollout import join_rows
-from echorl_jax.training.experience import Experience
+from echorl_jax.training.experience import Experience, reward_weights
 from echorl_jax.training.setup import Setup
 from echorl_jax.types import (
     Array,
@@ -75,6 +75,7 @@ def make_batches(
             experience.graded,
             experience.groups.in_policy.reshape(-1),
             past_rates,
+            _flat_parts(setup, experience) if objective.normalise_each else None,
             objective=objective,
         )
     )
@@ -105,11 +106,17 @@ def make_batches(
     return made, float(coef)
 
 
+def _flat_parts(setup: Setup, experience: Experience) -> tuple[HostArray, HostArray]:
+    weights = reward_weights(setup)
+    return experience.groups.reward_parts.reshape(-1, len(weights)), weights
+
+
 def step_advantages(
     rollouts: Rollouts,
     graded: Graded,
     in_policy: HostArray,
     past_rates: HostArray | None = None,
+    reward_parts: tuple[HostArray, HostArray] | None = None,
     *,
     objective: Objective,
 ) -> Array:
@@ -122,6 +129,7 @@ def step_advantages(
       rollouts: as sampled, N rows.
       in_policy: bool ``[N]``, rows of the policy loss.
       past_rates: f32 ``[W]``, see ``StepData``.
+      reward_parts: f32 ``[N, R]`` and their weights ``[R]``, see ``StepData``.
     """
     group, groups = jnp.asarray(rollouts.group), rollouts.prompt_ids.shape[0]
     kept = judged = jnp.asarray(graded.with_verdict)
@@ -142,6 +150,8 @@ def step_advantages(
         num_groups=groups,
         group_size=len(graded.correct) // rollouts.prompt_ids.shape[0],
         past_rates=past_rates,
+        reward_parts=None if reward_parts is None else reward_parts[0],
+        reward_weights=None if reward_parts is None else reward_parts[1],
     )
     found = _advantages(step, objective=objective)
     return jnp.where(kept if found.ndim == 1 else kept[:, None], found, 0.0)

@@ -10,7 +10,7 @@ from echorl_jax.core import judged_groups, mixed_groups, overlong_punishment
 from echorl_jax.data import Prompt, add_hint
 from echorl_jax.environment import Engine, sample_and_grade
 from echorl_jax.rewards import GraderPool, Verdict, grading_failed
-from echorl_jax.rewards.loading import DROPPED, MAX_METRICS
+from echorl_jax.rewards.loading import DROPPED, MAX_METRICS, parse_graders
 from echorl_jax.training.logs import timed
 from echorl_jax.training.setup import Setup
 from echorl_jax.types import Array, Graded, HostArray, PyTree, Rollouts, pytree
@@ -35,6 +35,8 @@ class Groups:
     in_echo: HostArray  # bool [P, G], rows that may give clips
     reasons: HostArray  # str [P, G], of the verdicts
     metrics: HostArray  # dict [P, G], further named numbers of the verdicts
+    # f32 [P, G, R], each reward, NaN where it does not apply; R = 0 where the sum is normalised
+    reward_parts: HostArray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -200,16 +202,26 @@ def with_verdicts(
     given = [0.0 if verdict.score is None else verdict.score for verdict in verdicts]
     scores: HostArray = np.array(given, np.float32)
     correct = [verdict.correct for verdict in verdicts]
+    parts: list[HostArray] = (
+        [scores[:, None]] if setup.objective.normalise_each else [np.zeros((len(scores), 0))]
+    )
+    entries = parse_graders(setup.config.data.grader)
+    if setup.objective.normalise_each and len(entries) > 1:
+        parts = [_scores([entry.name for entry in entries], verdicts)]
     longest = setup.config.rollout.max_new_tokens
     buffer_tokens = int(setup.objective.overlong_buffer * longest)
     if buffer_tokens:
         punishment = overlong_punishment(
             rollouts.completion_length, max_tokens=longest, buffer_tokens=buffer_tokens
         )
-        scores = scores + np.where(on_policy & judged, punishment, 0.0).astype(np.float32)
+        punishment = np.where(on_policy & judged, punishment, 0.0).astype(np.float32)
+        scores = scores + punishment
+        if setup.objective.normalise_each:
+            parts.append(punishment[:, None])
 
     def grouped(values: HostArray) -> HostArray:
-        return np.reshape(values, (len(prompts), -1, *np.shape(values)[1:]))
+        size = len(verdicts) // len(prompts)
+        return np.reshape(values, (len(prompts), size, *np.shape(values)[1:]))
 
     groups = Groups(
         prompt_ids=rollouts.prompt_ids,
@@ -227,26 +239,50 @@ def with_verdicts(
         in_echo=grouped(judged),
         reasons=grouped(np.array([verdict.reason for verdict in verdicts], object)),
         metrics=grouped(np.array([verdict.metrics for verdict in verdicts], object)),
+        reward_parts=grouped(np.concatenate(parts, axis=1).astype(np.float32)),
     )
     return Experience(tuple(prompts), groups)
 
 
+def _scores(names: Sequence[str], verdicts: Sequence[Verdict]) -> HostArray:
+    """The scores of a list of graders ``[N, R]``: NaN for none, 0 where grading failed."""
+    return np.array(
+        [
+            [0.0 if grading_failed(v.reason) else v.metrics.get(name, np.nan) for name in names]
+            for v in verdicts
+        ]
+    )
+
+
+def reward_weights(setup: Setup) -> HostArray:
+    """The weights ``[R]`` f32 of the rewards in ``Groups.reward_parts``."""
+    entries = parse_graders(setup.config.data.grader)
+    weights = [entry.weight for entry in entries] if len(entries) > 1 else [1.0]
+    if int(setup.objective.overlong_buffer * setup.config.rollout.max_new_tokens):
+        weights.append(1.0)
+    return np.array(weights, np.float32)
+
+
 def _without_overflow(experience: Experience, step: int, warn: Callable[[str], None]) -> Experience:
     """Sets all rewards of a group to 0 if their deviation overflows float32, and names the row."""
-    rewards = experience.groups.rewards  # [P, G]
+    rewards, parts = experience.groups.rewards, experience.groups.reward_parts  # [P, G(, R)]
     # The sum of squared differences is at most that of all rows at twice the largest reward.
     limit = np.sqrt(np.finfo(np.float32).max / (4 * rewards.size))
-    largest = np.abs(rewards).max(axis=1)
+    sizes = np.abs(np.concatenate([rewards[..., None], np.nan_to_num(parts)], axis=2))
+    largest = sizes.max(axis=(1, 2))
     for group in np.flatnonzero(largest > limit).tolist():
         warn(
             f"warning: step {step}: a reward of {largest[group]:.3g} for row "
             f"{experience.prompts[group].index} of data.train is beyond {limit:.1g}, where the "
             "deviation of a group overflows float32: the rewards of its group count as 0"
         )
-    rewards = np.where((largest > limit)[:, None], np.float32(0), rewards)
-    return dataclasses.replace(
-        experience, groups=dataclasses.replace(experience.groups, rewards=rewards)
+    kept = largest <= limit
+    groups = dataclasses.replace(
+        experience.groups,
+        rewards=np.where(kept[:, None], rewards, np.float32(0)),
+        reward_parts=np.where(kept[:, None, None], parts, np.float32(0)),
     )
+    return dataclasses.replace(experience, groups=groups)
 
 
 def mixed(experience: Experience) -> HostArray:

@@ -190,6 +190,58 @@ def test_a_baseline_that_does_nothing_is_refused(name):
         core.load_objective(name, baseline="on_policy")
 
 
+def decoupled(parts, group, weights, **settings):
+    objective = dataclasses.replace(core.OBJECTIVES["grpo"], normalise_each=True, **settings)
+    parts, weights = jnp.asarray(parts, jnp.float32), jnp.asarray(weights, jnp.float32)
+    step = StepData.plain(
+        rewards=jnp.nan_to_num(parts) @ weights,
+        group=jnp.asarray(group),
+        num_groups=max(group) + 1,
+        reward_parts=parts,
+        reward_weights=weights,
+    )
+    return np.asarray(core.compute_advantages(step, objective))
+
+
+def test_each_reward_is_normalised_in_its_group_and_the_sum_over_the_batch():
+    """Against the formula of arXiv 2601.05242 in NumPy, with rewards that do not apply left out."""
+    rng = np.random.default_rng(3)
+    parts, weights = rng.random((12, 3)), np.array([1.0, 0.2, -0.5])
+    parts[[1, 2, 7], [1, 1, 2]] = np.nan
+    each = np.zeros((12, 3))
+    for start in (0, 4, 8):
+        rows = parts[start : start + 4]
+        spread = np.nanstd(rows, axis=0, ddof=1)
+        each[start : start + 4] = np.nan_to_num((rows - np.nanmean(rows, axis=0)) / (spread + 1e-6))
+    total = each @ weights
+    expected = (total - total.mean()) / (total.std(ddof=1) + 1e-6)
+    found = decoupled(parts, [0] * 4 + [1] * 4 + [2] * 4, weights)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_rewards_of_one_sum_are_told_apart():
+    """The first two rows have one sum, and by GRPO one score."""
+    parts = [[1, 0], [0, 1], [0, 1], [0, 1], [0, 0]]
+    grpo = estimate("grpo", np.sum(parts, axis=1), [0] * 5)
+    assert grpo[0] == grpo[1]
+    ours = decoupled(parts, [0] * 5, [1, 1])
+    assert ours[0] > ours[1] + 0.1  # the first reward is the rarer one
+
+
+def test_groups_with_nothing_to_compare_stay_at_zero_beside_others():
+    """Equal rewards, and a reward that applies to one row of its group."""
+    parts = [[0.1, 0.7]] * 3 + [[np.nan, 0.2], [0.4, 0.2], [np.nan, 0.2]] + [[1, 0], [0, 1], [1, 0]]
+    found = decoupled(parts, [0] * 3 + [1] * 3 + [2] * 3, [0.9, 0.1])
+    assert not found[:6].any() and found[6:].all()
+
+
+def test_one_reward_is_normalised_twice():
+    rewards, group = [1.0, 0.0, 1.0, 0.0, 0.0, 1.0], [0, 0, 0, 1, 1, 1]
+    grpo = np.asarray(estimate("grpo", rewards, group, num_groups=2))
+    found = decoupled(np.array(rewards)[:, None], group, [3.0])
+    np.testing.assert_allclose(found, grpo / grpo.std(ddof=1), rtol=1e-5)
+
+
 def test_expert_is_scored_against_the_policys_rows():
     own = jnp.array([True, True, True, False])
     group = jnp.zeros(4, jnp.int32)

@@ -113,6 +113,21 @@ def test_an_unjudged_completion_stays_unjudged(sampler: dict[str, Any]) -> None:
     assert verdicts == (Verdict(None, None, "not judged"), Verdict(1.0, True, "scored 1"))
 
 
+def test_a_group_is_judged_once_it_is_whole(sampler: dict[str, Any]) -> None:
+    """Rows come one by one and in no order; fillers behind the last group are ignored."""
+    lengths = [4, 2, 3, 1, 5, 5]
+    rows = [
+        {"prompt": [], "number": n // 3, "reward_model": {"ground_truth": ""}} for n in range(6)
+    ]
+    with GraderPool("tests.rewards.hostile_graders:trl_shortest", workers=1) as grader:
+        grading = Grading(rows, tokenizer=sampler["tokenizer"], grader=grader, group_size=3)
+        for place in (5, 1, 7, 0, 3, 6, 2, 4):
+            length = lengths[place] if place < 6 else 1
+            grading.take([place], [np.full(length, 5, np.int32)])
+        verdicts = grading.result().verdicts
+    assert [verdict.correct for verdict in verdicts] == [n in (1, 3) for n in range(6)]
+
+
 def test_fillers_are_nobodys_and_a_missing_row_is_not_made_up(sampler: dict[str, Any]) -> None:
     tokenizer = sampler["tokenizer"]
     tokens = np.array(tokenizer.encode("1+2=3", add_special_tokens=False), np.int32)

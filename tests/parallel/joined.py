@@ -123,7 +123,21 @@ def verdicts() -> dict:
         "verdicts": [[v.score, v.correct, v.reason] for v in graded.verdicts],
         "unjudged": [[v.score, v.correct, v.reason, v.metrics] for v in exchanged],
         "decoded": [bool(text) for text in graded.responses],
+        "groups": by_groups(),
     }
+
+
+def by_groups() -> list[bool | None]:
+    """Three groups of two, each judged as a whole: right is the shorter one."""
+    rows = [
+        {"number": n // 2, "prompt": [], "reward_model": {"ground_truth": ""}} for n in range(6)
+    ]
+    with GraderPool("tests.rewards.hostile_graders:trl_shortest", workers=1) as grader:
+        tokenizer = load_tokenizer("builtin:countdown")
+        grading = Grading(rows, tokenizer=tokenizer, grader=grader, group_size=2)
+        for place, length in enumerate([1, 2, 4, 3, 2, 5]):
+            grading.take([place], [np.full(length, 5, np.int32)])
+        return [verdict.correct for verdict in grading.result().verdicts]
 
 
 def grade(grader: GraderPool) -> GradedTexts:

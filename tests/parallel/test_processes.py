@@ -81,6 +81,8 @@ def test_each_grades_its_share_and_all_know_all(
         metrics = {f"{i}".rjust(40, "x"): -(0.1**300) / 3 for i in range(17)}
         expected = [[None, None, "not judged", {"a": 0.1}], [0.1, True, "", metrics]] * 2
         assert found["verdicts"]["unjudged"] == expected
+    for found in (alone, *pair):
+        assert found["verdicts"]["groups"] == [True, False, False, True, True, False]
     assert [found["verdicts"]["decoded"] for found in pair] == [
         [True] * 3 + [False] * 3,
         [False] * 3 + [True] * 3,

@@ -1,5 +1,6 @@
 """Graders that misbehave on command, and graders with the signatures of other libraries."""
 
+import asyncio
 import os
 import signal
 import sys
@@ -99,8 +100,16 @@ def trl_even(completions, **_):
 
 
 async def trl_async(completions, **_):
-    """Not supported."""
-    return [1.0 for _ in completions]
+    """Waits as for a server; one of the group fails."""
+    await asyncio.sleep(0.01)
+    return [float("nan") if c[0]["content"] == "nan" else 1.0 for c in completions]
+
+
+def trl_shortest(prompts, completions, completion_ids, number, **_):
+    """Right is the response of the group with the fewest tokens."""
+    assert len(prompts) == len(completions) == len(number) and len(set(number)) == 1
+    lengths = [len(ids) for ids in completion_ids]
+    return [float(place == lengths.index(min(lengths))) for place in range(len(lengths))]
 
 
 def wrong_signature(response):

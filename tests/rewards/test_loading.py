@@ -53,6 +53,24 @@ def test_a_trl_function_gets_trl_arguments(info):
     assert not grader("2", {**ROW, "extra_info": info, "level": "hard"}).correct
 
 
+def test_a_trl_function_gets_the_whole_group_with_its_tokens():
+    grader = load_grader("hostile_graders:trl_shortest@0.5, hostile_graders:obey")
+    row = {**ROW, "number": 1}
+    verdicts = grader.judge_all(["a b", "a", "raise"], row, [[1, 2], [3], [4, 5]])
+    assert grader.grouped and [v.score for v in verdicts] == [0.5, 1.0, 0.0]
+    assert [v.correct for v in verdicts] == [False, True, False]
+    assert verdicts[2].reason.startswith("the grader raised ValueError")
+    # One response is a group of one; without tokens the function cannot be called.
+    assert grader("a", row).reason.startswith("the grader raised TypeError")
+
+
+def test_an_async_function_is_awaited_and_one_bad_score_costs_that_response():
+    grader = load_grader("hostile_graders:trl_async")
+    verdicts = grader.judge_all(["1", "nan", "2"], ROW)
+    assert [v.score for v in verdicts] == [1.0, 0.0, 1.0]
+    assert verdicts[1].reason == "the grader raised ValueError: the grader's score is nan"
+
+
 @pytest.mark.parametrize(("name", "response"), [("trl_none", "2"), ("obey", "none")])
 def test_none_is_no_verdict(name, response):
     verdict = judge(load_grader(f"hostile_graders:{name}"), response, ROW)
@@ -64,14 +82,14 @@ def test_none_is_no_verdict(name, response):
     ("name", "message"),
     [
         ("countdwn", "did you mean countdown?"),
-        ("no_such_module:grade", "cannot import no_such_module"),
+        ("no_such_module:grade", "grader 'no_such_module:grade': .*No module named"),
         ("leaves_at_import:grade", "cannot import leaves_at_import: SystemExit"),
         ("hostile_graders:missing", "hostile_graders has no missing"),
         ("hostile_graders:NOT_A_FUNCTION", "not a function"),
         ("hostile_graders:wrong_signature", r"expected a function of \(response, row\)"),
-        ("hostile_graders:trl_async", "async functions are not supported"),
-        ("hostile_graders:", "package.module:function or FILE.py:function"),
-        ("no_such_file.py:grade", "cannot import no_such_file.py: FileNotFoundError"),
+        ("hostile_graders:", "must be package.module:function or FILE.py:function"),
+        ("hostile_graders", "package.module:function or FILE.py:function"),
+        ("no_such_file.py:grade", "grader 'no_such_file.py:grade': .*No such file"),
         ("math@much", "'math@much' is not GRADER or GRADER@WEIGHT"),
         ("math@nan", "with a finite weight"),
         ("math,,choice", "'' is not GRADER"),

@@ -22,6 +22,7 @@ from echorl_jax.training.experience import (
     deal,
     join_rounds,
     mixed,
+    reward_weights,
     with_verdicts,
 )
 from echorl_jax.types import TrainBatch
@@ -59,6 +60,7 @@ def experience(correct: list[list[int | None]], *, width: int = 4) -> Experience
             judged=judged,
             reasons=rows.astype(str).astype(object),
             metrics=np.full(rows.shape, {}, object),
+            reward_parts=np.zeros((*rows.shape, 0), np.float32),
         ),
         seconds={"rollout": 1.0},
     )
@@ -185,6 +187,27 @@ def test_an_unjudged_row_has_no_reward_and_no_punishment() -> None:
     graded = found.graded
     assert graded.rewards.tolist() == [0.0, 0.0] and graded.with_verdict.tolist() == [True, False]
     assert graded.correct.tolist() == [True, False]
+
+
+def test_each_reward_of_a_list_is_kept_where_each_is_normalised() -> None:
+    """The punishment at the limit is one more reward; an error is 0 in each."""
+    config = small_config(
+        data={"grader": "a.py:right@2, b.py:short@0.5"}, rollout={"max_new_tokens": T}
+    )
+    gdpo = dataclasses.replace(OBJECTIVES["dapo"], overlong_buffer=0.5, normalise_each=True)
+    setup: Any = SimpleNamespace(config=config, objective=gdpo)
+    verdicts = [
+        Verdict(2.5, True, "", {"right": 1.0, "short": 1.0, "words": 7.0}),
+        Verdict(0.0, False, "", {"right": 0.0}),
+        Verdict(0.0, False, "the grader raised ValueError: no"),
+    ]
+    given = experience([[1, 0, 0]])
+    found = with_verdicts(setup, given.prompts, given.rollouts, np.ones(3, bool), verdicts)
+    np.testing.assert_array_equal(
+        found.groups.reward_parts[0], [[1, 1, -1], [0, np.nan, -1], [0, 0, -1]]
+    )
+    assert found.groups.rewards.tolist() == [[1.5, -1.0, -1.0]]
+    assert reward_weights(setup).tolist() == [2.0, 0.5, 1.0]
 
 
 def test_metrics_that_were_dropped_are_told_in_one_line() -> None:

@@ -41,6 +41,7 @@ def experience(
         in_echo=everything,
         reasons=nothing,
         metrics=nothing,
+        reward_parts=np.zeros((*nothing.shape, 0), np.float32),
     )
     return Experience(tuple(Prompt([1], {}, place) for place in index), groups)
 

@@ -117,6 +117,7 @@ def two_groups(
         "metrics": np.array([{"steps": float(row)} for row in range(5)] + [{}], object),
     }
     groups |= {name: np.reshape(value, (2, 3)) for name, value in per_row.items()}
+    groups["reward_parts"] = np.zeros((2, 3, 0), np.float32)
     experience = Experience(
         prompts=(),
         groups=Groups(
