@@ -25,9 +25,8 @@ from jax.sharding import SingleDeviceSharding
 from echorl_jax.models import Decoder, DecoderConfig
 from echorl_jax.models.published import architecture
 from echorl_jax.rollout import Sampling, make_request
-from echorl_jax.rollout.cache import empty_cache
+from echorl_jax.rollout.cache import BLOCK, empty_cache
 from echorl_jax.rollout.decode import forward
-from echorl_jax.rollout.prefill import BLOCK
 from echorl_jax.rollout.slots import Queue, first_slots
 from echorl_jax.tools.plan.chips import Chip
 from echorl_jax.tools.plan.plan import find_target

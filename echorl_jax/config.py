@@ -175,6 +175,10 @@ class RolloutConfig:
     # Rows decoded at once; 0 takes all rows of a step if they fit beside weights, optimizer and
     # prompts, else as many as do. Samples do not depend on it.
     slots: Annotated[int, at_least(0)] = 0
+    # Mean length of completions (tokens), from which slots and pages are chosen where completions
+    # are long; 0 takes slots for a quarter of max_new_tokens, and the memory that they may take for
+    # pages. Samples do not depend on it.
+    expected_tokens: Annotated[int, at_least(0)] = 0
     # Type of the sampler's keys and values; None takes the model's. int8 halves the memory of
     # bfloat16 and rounds log-probabilities (docs/performance.md).
     kv_dtype: KVDtype | None = None

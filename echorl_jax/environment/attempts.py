@@ -252,6 +252,7 @@ class Attempts:
     rollouts: Rollouts  # NumPy, rows in groups
     on_policy: HostArray  # bool [N], False for experts' rows
     slot_occupancy: float  # useful tokens / decoded tokens
+    restarted_rows: int  # rows that began again because the sampler's pages ran out
     grading: Grading
 
     def verdicts(self) -> GradedTexts:
@@ -308,11 +309,11 @@ def sample_and_grade(
         all_texts=all_texts,
         group_size=group,
     )
-    occupancy = 1.0
+    occupancy, restarted = 1.0, 0
 
     def watch(now: Progress) -> None:
-        nonlocal occupancy
-        occupancy = now.occupancy
+        nonlocal occupancy, restarted
+        occupancy, restarted = now.occupancy, now.restarted
         if progress is not None:
             progress(now)
 
@@ -341,4 +342,4 @@ def sample_and_grade(
     on_policy = np.ones(sampled, bool)
     if experts is not None:
         rollouts, on_policy = append_experts(rollouts, experts, count=expert_rows)
-    return Attempts(rollouts, on_policy, occupancy, grading)
+    return Attempts(rollouts, on_policy, occupancy, restarted, grading)

@@ -170,12 +170,18 @@ def slot_limits(rows: int, slots: int, *, shards: int, longest: int) -> list[int
 
 
 def make_engine(
-    config: Config, *, model: Decoder, tokenizer: Any, mesh: Mesh, slots: int
+    config: Config,
+    *,
+    model: Decoder,
+    tokenizer: Any,
+    mesh: Mesh,
+    slots: int,
+    page_tokens: int = 0,
 ) -> Engine:
     """The engine of a run: our sampler, or what ``config.rollout.engine`` names.
 
     A custom engine is made by calling ``package.module:factory`` with the keyword arguments of this
-    function but ``slots``.
+    function but ``slots`` and ``page_tokens``.
 
     Raises:
       ConfigError: the import path does not work, or the factory fails; the line says how.
@@ -185,7 +191,13 @@ def make_engine(
         return _custom_engine(path, config=config, model=model, tokenizer=tokenizer, mesh=mesh)
     return JaxEngine(
         model,
-        Resources(slots=slots, kv_dtype=config.rollout.kv_dtype, mesh=mesh),
+        Resources(
+            slots=slots,
+            page_tokens=page_tokens,
+            expected_tokens=config.rollout.expected_tokens,
+            kv_dtype=config.rollout.kv_dtype,
+            mesh=mesh,
+        ),
         prompt_tokens=config.data.max_prompt_tokens,
         one_length=config.optim.compile_ahead,
     )

@@ -10,16 +10,42 @@ arXiv 1805.02867). Query heads that share a key head stay grouped: a block is re
 them and never repeated in memory.
 """
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from echorl_jax.choices import KVDtype
-from echorl_jax.parallel import constrain
+from echorl_jax.parallel import Platform, constrain, mesh_in_force, partition_spec
 from echorl_jax.precision import wide_einsum
-from echorl_jax.types import Array, pytree
+from echorl_jax.rollout.request import greatest_divisor
+from echorl_jax.types import Array, PyTree, pytree
 
+# Positions in a block of the cache. A TPU always computes with 128 lanes, and each block has a
+# fixed cost; on CPU a block has to stay in the processor's caches (docs/performance.md), on GPU
+# three blocks have to fit into the shared memory of a multiprocessor.
+BLOCK = {"cpu": 64, "gpu": 64, "tpu": 128}
+# Positions in a block of completions with several CPU workers: they start no threads per block, so
+# short blocks waste less.
+WORKER_BLOCK = 32
 KV_BYTES = {"float32": 4, "bfloat16": 2, "int8": 1}
+
+
+def block_sizes(
+    prompt_tokens: int, length: int, *, platform: Platform, cpu_workers: int = 1
+) -> tuple[int, int]:
+    """Positions in a block of the prompts' cache and of the completions'.
+
+    >>> block_sizes(192, 96, platform="tpu"), block_sizes(192, 96, platform="gpu")
+    ((96, 96), (64, 64))
+    """
+    most = BLOCK[platform]
+    if platform == "gpu":  # its kernel needs powers of two
+        no_shorter = 1 << (length - 1).bit_length()
+        return min(most, prompt_tokens & -prompt_tokens), min(most, max(16, no_shorter))
+    most_of_ring = most if cpu_workers == 1 else WORKER_BLOCK
+    return greatest_divisor(prompt_tokens, most=most), min(length, most_of_ring)
 
 
 @pytree
@@ -114,14 +140,23 @@ def as_blocks(new: Cache, *, axis: int, block: int) -> Cache:
     return Cache(jnp.swapaxes(blocks.k, -1, -2), blocks.v, blocks.k_scale, blocks.v_scale)
 
 
-def read_block(cache: Cache, layer: Array, index: Array) -> Cache:
-    """Block ``index`` of ``layer``, without the two leading axes."""
+def read_block(
+    cache: Cache, layer: Array, index: Array | int, first: Array | int = 0, rows: int = 0
+) -> Cache:
+    """Block ``index`` of ``layer``, without the two leading axes; ``rows`` rows from ``first`` on,
+    or all.
+    """
 
     def read(x: Array) -> Array:
-        at = (layer, index) + (0,) * (x.ndim - 2)
-        return lax.dynamic_slice(x, at, (1, 1, *x.shape[2:]))[0, 0]
+        at = (layer, index, first) + (0,) * (x.ndim - 3)
+        return lax.dynamic_slice(x, at, (1, 1, rows or x.shape[2], *x.shape[3:]))[0, 0]
 
     return jax.tree.map(read, cache)
+
+
+def gather_block(cache: Cache, layer: Array, index: Array | int, rows: Array) -> Cache:
+    """Block ``index`` of ``layer`` for the given rows i32 ``[M]``."""
+    return jax.tree.map(lambda x: x[layer, index, rows], cache)
 
 
 def write_column(cache: Cache, new: Cache, column: Array) -> Cache:
@@ -177,11 +212,6 @@ def copy_row(cache: Cache, source: Cache, row: Array, source_row: Array) -> Cach
     return jax.tree.map(copy, cache, source)
 
 
-def gather_rows(source: Cache, rows: Array) -> Cache:
-    """Copies rows i32 ``[M]`` of a replicated cache into one that is split over the devices."""
-    return place(jax.tree.map(lambda x: x[:, :, rows], source), "batch")
-
-
 def pick_rows(cache: Cache, rows: Array) -> Cache:
     """Selects rows of each part of a split cache; no row moves between parts.
 
@@ -199,6 +229,40 @@ def pick_rows(cache: Cache, rows: Array) -> Cache:
         return picked.reshape(*x.shape[:2], rows.size, *x.shape[3:])
 
     return place(jax.tree.map(pick, cache), "batch")
+
+
+# Logical axes of the leading dimensions of caches whose rows are split, or replicated.
+SPLIT_ROWS = (None, None, "batch", "kv_heads")
+WHOLE_ROWS = (None, None, None, "kv_heads")
+
+
+def in_parts(
+    function: Callable[..., PyTree],
+    arguments: Sequence[PyTree],
+    axes: Sequence[tuple[str | None, ...]],
+    *,
+    like: int,
+) -> PyTree:
+    """Calls ``function`` on each device with its part of the arguments.
+
+    Args:
+      function: of the arguments; its result is split like argument ``like``.
+      arguments: arrays, or trees of arrays of one kind.
+      axes: for each argument the logical axes of its leading dimensions.
+      like: index of an argument.
+    """
+    mesh = mesh_in_force()
+    if mesh is None or mesh.size == 1:
+        return function(*arguments)
+
+    def specs(tree: PyTree, names: tuple[str | None, ...]) -> PyTree:
+        return jax.tree.map(lambda x: partition_spec(names, x.shape[: len(names)], mesh), tree)
+
+    split = tuple(map(specs, arguments, axes))
+    call = jax.shard_map(
+        function, mesh=mesh, in_specs=split, out_specs=split[like], check_vma=False
+    )
+    return call(*arguments)
 
 
 # Score of a masked key: exp of its distance to any real score is exactly 0.
@@ -273,6 +337,34 @@ def combine(one: Partial, other: Partial) -> Partial:
     return Partial(
         mixed=one.mixed * first[..., None] + other.mixed * second[..., None],
         mass=one.mass * first + other.mass * second,
+        top=top,
+    )
+
+
+def merge_pages(partial: Partial, q: Array, pages: Cache, owner: Array, valid: Array) -> Partial:
+    """Adds pages, each to the row that it belongs to.
+
+    Args:
+      partial: attention so far, to a key at least.
+      q: ``[M, KV, R, K]``.
+      pages: C pages, as a block of C rows.
+      owner: i32 ``[C]``; M for a page of no row.
+      valid: bool, broadcasts to ``[C, KV, R, block]``.
+    """
+    rows = q.shape[0]
+    mine = owner[None, :] == jnp.arange(rows)[:, None]  # [M, C]
+    at = jnp.minimum(owner, rows - 1)
+    seen = merge_block(no_attention(q[at]), q[at], pages, valid)
+    highest = jnp.where(mine[:, :, None, None], seen.top[None], NEVER).max(1)
+    top = jnp.maximum(partial.top, highest)
+    weight = jnp.exp(jnp.minimum(seen.top - top[at], 0.0))
+    shrink = jnp.exp(partial.top - top)
+    one_hot = mine.astype(jnp.float32)
+    mixed = wide_einsum("mc,chrk->mhrk", one_hot, seen.mixed * weight[..., None])
+    mass = wide_einsum("mc,chr->mhr", one_hot, seen.mass * weight)
+    return Partial(
+        mixed=partial.mixed * shrink[..., None] + mixed,
+        mass=partial.mass * shrink + mass,
         top=top,
     )
 

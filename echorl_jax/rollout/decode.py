@@ -5,8 +5,6 @@ so few slots are busy that a program with fewer slots is faster.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +15,15 @@ from echorl_jax.models import Decoder
 from echorl_jax.parallel import Platform, constrain
 from echorl_jax.precision import wide_einsum
 from echorl_jax.rollout import kernel
-from echorl_jax.rollout.cache import (
-    Cache,
-    Partial,
-    combine,
-    encode,
-    finish_attention,
-    merge_block,
-    no_attention,
-    read_block,
-    self_attention,
-    write_column,
-)
+from echorl_jax.rollout.attention import attend, seen_by
+from echorl_jax.rollout.cache import Cache, encode, write_column
 from echorl_jax.rollout.request import Sampling
 from echorl_jax.rollout.sampling import sample, token_uniforms
 from echorl_jax.rollout.slots import (
     Queue,
     Slots,
     append,
+    flush,
     needed,
     prefix_tokens,
     refill,
@@ -72,9 +61,10 @@ class Status:
 
     active: Array  # i32 [], busy slots
     needed: Array  # i32 [], fewest slots that hold the busy ones
-    next_row: Array  # i32 [], first row that no slot has taken
+    waiting: Array  # i32 [], rows that need a slot
     steps: Array  # i32 [], in this call
-    tokens: Array  # i32 [], in this call: busy slots summed over steps
+    tokens: Array  # i32 [], in this call: busy slots summed over steps, less those of dropped rows
+    restarted: Array  # i32 [], rows that have had to begin again
 
 
 @pytree
@@ -124,7 +114,7 @@ def decode(
     def go_on(carry: tuple[Slots, _Step, Array, Array]) -> Array:
         slots, _, steps, _ = carry
         size = needed(slots.row < queue.rows, shards=spec.shards)
-        work_left = (slots.next_row < queue.request.count) | (size > shrink_at)
+        work_left = (slots.waiting(queue) > 0) | (size > shrink_at)
         return (steps < spec.steps) & work_left
 
     ahead = None if spec.refill else _uniforms_ahead(queue, slots, spec.steps)
@@ -132,8 +122,6 @@ def decode(
     def body(carry: tuple[Slots, _Step, Array, Array]) -> tuple[Slots, _Step, Array, Array]:
         slots, log, steps, tokens = carry
         if spec.refill:
-            # Refill before reading: without EOS, XLA cannot order this write after the reads of
-            # the prompts, and copies all prompts in every step.
             slots = refill(queue, slots)
         busy = (slots.row < queue.rows).sum(dtype=jnp.int32)
         if ahead is None:
@@ -146,7 +134,7 @@ def decode(
         )
         return slots, log, steps + 1, tokens + busy
 
-    zero = jnp.zeros((), jnp.int32)
+    zero, dropped = jnp.zeros((), jnp.int32), slots.dropped
     size = spec.steps, slots.row.shape[0]
     integers, numbers = jnp.zeros(size, jnp.int32), jnp.zeros(size, jnp.float32)
     idle, running = jnp.full(size, queue.rows, jnp.int32), jnp.zeros(size, bool)
@@ -156,9 +144,10 @@ def decode(
     status = Status(
         active=busy.sum(dtype=jnp.int32),
         needed=needed(busy, shards=spec.shards),
-        next_row=slots.next_row,
+        waiting=slots.waiting(queue),
         steps=steps,
-        tokens=tokens,
+        tokens=tokens - (slots.dropped - dropped),
+        restarted=slots.restarted,
     )
     return slots, _collect(output, log), status
 
@@ -186,16 +175,18 @@ def _decode_step(
     spec: DecodeSpec,
 ) -> tuple[Slots, _Step]:
     """Writes one token in every slot; slots whose rows have ended become idle."""
-    logits, new = forward(model, params, queue, slots, platform=spec.platform)
+    longest = spec.sampling.max_new_tokens
+    logits, new = forward(model, params, queue, slots, platform=spec.platform, longest=longest)
     drawn = sample(logits, uniforms, spec.sampling, prefix=prefix_tokens(queue, slots))
     drawn = jax.tree.map(lambda x: constrain(x, None), drawn)  # replicated from here on
     row, position = slots.row, slots.position
     ring = write_column(slots.ring, new, slots.step % slots.ring.length)
     slots = dataclasses.replace(slots, ring=ring)
     slots, ended, stopped = append(queue, slots, drawn.token, spec.sampling)
-    return retire(queue, slots, ended), _Step(
-        drawn.token, drawn.logprob, drawn.entropy, row, position, stopped
-    )
+    slots = retire(queue, slots, ended)
+    if slots.pool is not None:
+        slots = flush(queue, slots)
+    return slots, _Step(drawn.token, drawn.logprob, drawn.entropy, row, position, stopped)
 
 
 def _collect(output: Output, log: _Step) -> Output:
@@ -214,13 +205,14 @@ def _collect(output: Output, log: _Step) -> Output:
     )
 
 
-# (q, k, v, layer, window) -> attention [M, KV, R, K] of a layer's queries [M, KV, R, K] to the keys
-# and values [M, KV, K] of the row's current position and to both caches.
-Attend = Callable[[Array, Array, Array, Array, Array | None], Array]
-
-
 def forward(
-    model: Decoder, params: PyTree, queue: Queue, slots: Slots, *, platform: Platform
+    model: Decoder,
+    params: PyTree,
+    queue: Queue,
+    slots: Slots,
+    *,
+    platform: Platform,
+    longest: int = 0,
 ) -> tuple[Array, Cache]:
     """Logits after each slot's latest token, and the keys and values to add to the ring.
 
@@ -232,13 +224,14 @@ def forward(
       queue: the rows to write.
       slots: M.
       platform: the target of the compilation; on ``gpu`` a kernel reads the caches where it fits.
+      longest: T, which only the kernel needs.
 
     Returns:
       Logits f32 ``[M, V]``; keys and values ``[L, M, KV, K]``.
     """
     by_kernel = platform == "gpu" and kernel.fits(model.config.head_dim)
-    attend = (_by_kernel if by_kernel else _by_blocks)(queue, slots)
-    tables = model.rotary((slots.cached + slots.position)[:, None])
+    seen = seen_by(queue, slots, longest=longest if by_kernel else 0)
+    tables = model.rotary((seen.cached + seen.written)[:, None])
     window = jnp.asarray(windows(model)) if any(model.config.windows) else None
 
     def layer(x: Array, scanned: tuple[PyTree, Array]) -> tuple[Array, Cache]:
@@ -246,7 +239,12 @@ def forward(
         q, k, v = model.qkv(weights, x, tables)
         rows, _, heads, width = q.shape
         q, k, v = q.reshape(rows, k.shape[2], -1, width), k[:, 0], v[:, 0]
-        out = attend(q, k, v, index, None if window is None else window[index])
+        out = attend(
+            *(q, k, v, queue, slots, seen),
+            layer=index,
+            window=None if window is None else window[index],
+            by_kernel=by_kernel,
+        )
         out = out.reshape(rows, 1, heads, width).astype(x.dtype)
         return model.finish_layer(weights, x, out), encode(k, v, like=slots.ring)
 
@@ -259,115 +257,3 @@ def forward(
         # head [D, V] across its rows: 2 to 5 times slower, and not implemented for bf16 operands.
         logits = lax.optimization_barrier(logits)
     return constrain(logits, "batch", "vocab"), new
-
-
-def _by_kernel(queue: Queue, slots: Slots) -> Attend:
-    """Attention in which each row reads only the columns of the caches that it has filled."""
-    ring, prompt, row = slots.ring, slots.prompt, None
-    if prompt is None:
-        prompt = queue.store
-        row = jnp.arange(slots.row.shape[0]) // (slots.row.shape[0] // prompt.v.shape[2])
-
-    def attend(q: Array, k: Array, v: Array, layer: Array, window: Array | None) -> Array:
-        written, unseen = slots.position, jnp.zeros_like(slots.cached)
-        if window is not None:
-            written = jnp.minimum(written, window - 1)
-            unseen = jnp.clip(slots.cached + slots.position - window + 1, 0, slots.cached)
-        latest = kernel.Span((slots.step - written) % ring.length, written)
-        early = kernel.Span(unseen, slots.cached - unseen, row)
-        return kernel.attend(q, k, v, layer, (prompt, ring), (early, latest))
-
-    return attend
-
-
-def _by_blocks(queue: Queue, slots: Slots) -> Attend:
-    """Attention in which all rows read as many blocks as the longest row has filled."""
-    # With a slot for each row, the slots of a group are adjacent and share the store's prompt.
-    prompt, filled = slots.prompt, slots.cached
-    if prompt is None:
-        prompt, filled = queue.store, queue.cached
-    prompt_blocks = -(-filled.max() // prompt.block) if prompt.blocks > 1 else 1
-    ring_blocks = _filled_blocks(slots) if slots.ring.blocks > 1 else 1
-    positions = slots.cached + slots.position
-
-    def attend(q: Array, k: Array, v: Array, layer: Array, window: Array | None) -> Array:
-        partial = self_attention(q, k, v)
-        partial = _attend_ring(partial, q, slots, layer, window, ring_blocks)
-        read = functools.partial(read_block, prompt, layer)
-        partial = _attend_prompt(partial, q, read, filled, positions, window, prompt_blocks)
-        return finish_attention(partial)
-
-    return attend
-
-
-def _filled_blocks(slots: Slots) -> Array:
-    """Blocks of the ring in use, counted back from the current one."""
-    ring = slots.ring
-    before = jnp.maximum(slots.position.max() - slots.step % ring.block, 0)  # in earlier blocks
-    return jnp.minimum(1 - (-before // ring.block), ring.blocks)
-
-
-def _attend_ring(
-    partial: Partial,
-    q: Array,
-    slots: Slots,
-    layer: Array,
-    window: Array | None,
-    blocks: Array | int,
-) -> Partial:
-    """Merges the tokens of the completion. A column's age is its distance to the current one."""
-    ring = slots.ring
-    step = slots.step % ring.length
-    oldest = slots.position if window is None else jnp.minimum(slots.position, window - 1)
-
-    def merge(back: Array, partial: Partial) -> Partial:
-        index = (step // ring.block - back) % ring.blocks
-        age = (step - index * ring.block - jnp.arange(ring.block)) % ring.length
-        valid = (age >= 1)[None, :] & (age[None, :] <= oldest[:, None])
-        block = read_block(ring, layer, index)
-        return merge_block(partial, q, block, valid[:, None, None])
-
-    return lax.fori_loop(0, blocks, merge, partial)
-
-
-def _attend_prompt(
-    partial: Partial,
-    q: Array,
-    read: Callable[[Array], Cache],
-    filled: Array,
-    positions: Array,
-    window: Array | None,
-    blocks: Array | int,
-) -> Partial:
-    """Merges the prompts without their last tokens, which are in the ring.
-
-    Args:
-      partial: attention to the completion.
-      q: ``[M, KV, R, K]``.
-      read: returns a block by index, with C rows; row c serves M / C adjacent slots.
-      filled: i32 ``[C]``, filled positions.
-      positions: i32 ``[M]``, of the queries.
-      window: see :func:`windows`.
-      blocks: number of blocks to read.
-    """
-    rows, heads, group, width = q.shape
-    count = filled.shape[0]
-    split = count, rows // count, heads, group
-    shared = q.reshape(*split, width).swapaxes(1, 2).reshape(count, heads, -1, width)
-    at = jnp.repeat(positions, group).reshape(count, -1)
-
-    def merge(index: Array, partial: Partial) -> Partial:
-        block = read(index)
-        column = index * block.v.shape[2] + jnp.arange(block.v.shape[2])
-        valid = (column[None, :] < filled[:, None])[:, None, None]
-        if window is not None:
-            valid &= (at[:, :, None] - column[None, None, :] < window)[:, None]
-        return merge_block(partial, shared, block, valid)
-
-    seen = lax.fori_loop(0, blocks, merge, no_attention(shared))
-
-    def apart(x: Array) -> Array:
-        x = x.reshape(count, heads, rows // count, group, *x.shape[3:]).swapaxes(1, 2)
-        return x.reshape(rows, heads, group, *x.shape[4:])
-
-    return combine(partial, jax.tree.map(apart, seen))

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from echorl_jax.choices import KVDtype
 from echorl_jax.models import Decoder, ModelError
 from echorl_jax.parallel import constrain, place_whole, platform_of, smallest
+from echorl_jax.rollout.cache import block_sizes
 from echorl_jax.rollout.decode import DecodeSpec, Output
 from echorl_jax.rollout.host import (
     Finished,
@@ -24,8 +25,9 @@ from echorl_jax.rollout.host import (
     run_workers,
     worker_slots,
 )
-from echorl_jax.rollout.memory import cache_dtype, choose_slots
-from echorl_jax.rollout.prefill import PrefillSpec, begin_call, block_sizes
+from echorl_jax.rollout.memory import cache_dtype, choose_capacity
+from echorl_jax.rollout.pages import whole_pages
+from echorl_jax.rollout.prefill import PrefillSpec, begin_call
 from echorl_jax.rollout.request import (
     Request,
     Resources,
@@ -59,6 +61,8 @@ def generate(
     row_ids: Sequence[int] | None = None,
     prefixes: Sequence[Sequence[int]] | None = None,
     slots: int = 0,
+    page_tokens: int = 0,
+    expected_tokens: int = 0,
     cpu_workers: int = 0,
     kv_dtype: KVDtype | None = None,
     pad_id: int = 0,
@@ -94,6 +98,10 @@ def generate(
       prefixes: N token lists that the completions begin with. They count as completion, with
         log-probabilities and entropies; a completion ends at an EOS or stop sequence in its prefix.
       slots: rows decoded at once; 0 takes all rows, or as many as memory allows.
+      page_tokens: positions that long completions share on each device; 0 takes pages only where
+        T positions for each slot do not fit, as many as rows of the expected length need or memory
+        allows. Where they run out, the youngest rows begin again later.
+      expected_tokens: mean length of completions, for choosing slots and pages; 0 takes T / 4.
       cpu_workers: decode loops that run side by side on CPU, each with its share of rows and slots;
         0 takes one for each core if the model is small or T large, otherwise one. A mesh of several
         devices has one. Several are started from threads, where JAX's context managers other than
@@ -142,7 +150,16 @@ def generate(
         request,
         key,
         sampling=sampling,
-        resources=Resources(slots, cpu_workers, kv_dtype, mesh, steps_per_poll, pad_id),
+        resources=Resources(
+            slots=slots,
+            page_tokens=page_tokens,
+            expected_tokens=expected_tokens,
+            cpu_workers=cpu_workers,
+            kv_dtype=kv_dtype,
+            mesh=mesh,
+            steps_per_poll=steps_per_poll,
+            pad_id=pad_id,
+        ),
         progress=progress,
         finished=finished,
     )
@@ -172,7 +189,7 @@ def sample_request(
     request, resources = _fit(model, request, sampling, resources)
     mesh, count = resources.mesh, resources.cpu_workers
     prefill_spec = _prefill_spec(request, sampling, resources)
-    refill = request.rows // count > resources.slots
+    refill = prefill_spec.pages > 0 or request.rows // count > resources.slots
     decode_spec = _decode_spec(sampling, resources, refill=refill)
     key = _key_on_device(key, mesh)
     with mesh_context(mesh):
@@ -215,7 +232,7 @@ def _check_context(model: Decoder, request: Request, sampling: Sampling) -> None
 def _fit(
     model: Decoder, request: Request, sampling: Sampling, resources: Resources
 ) -> tuple[Request, Resources]:
-    """Pads the request, and chooses the workers, the slots of each and the type of the cache."""
+    """Pads the request, and chooses the workers, slots and pages of each and the cache's type."""
     mesh, shards = resources.mesh, resources.shards
     kv_dtype = cache_dtype(model, resources.kv_dtype)
     workers = min(resources.cpu_workers, request.prompts) or choose_cpu_workers(
@@ -227,31 +244,49 @@ def _fit(
         mesh=mesh,
     )
     request = request.padded(bucket(request.prompts, multiple=shards * workers))
-    slots = resources.slots
-    if not slots:
-        slots = choose_slots(
-            model,
-            rows=request.rows,
-            prompt_tokens=request.tokens.shape[1],
-            max_new_tokens=sampling.max_new_tokens,
-            kv_dtype=kv_dtype,
-            mesh=mesh,
-        )
-        if mesh is not None and mesh.is_multi_process:
-            slots = smallest(slots)  # hosts may differ in memory, but run one program
-    slots = worker_slots(request.rows, slots, workers=workers, shards=shards)
+    _, block = _blocks(request, sampling, resources, workers)
+    capacity = choose_capacity(
+        model,
+        rows=request.rows,
+        max_new_tokens=sampling.max_new_tokens,
+        block=block,
+        slots=resources.slots,
+        page_tokens=resources.page_tokens,
+        expected_tokens=resources.expected_tokens,
+        kv_dtype=kv_dtype,
+        mesh=mesh,
+    )
+    slots, tokens = capacity.slots, capacity.page_tokens
+    if resources.slots and not resources.page_tokens:
+        tokens = 0  # slots that were asked for hold T positions each
+    elif not resources.slots and mesh is not None and mesh.is_multi_process:
+        # Hosts may differ in memory, but run one program.
+        slots, tokens = smallest(slots), smallest(tokens)
+    if tokens:
+        tokens = -(-tokens // workers)
+        tokens = whole_pages(tokens, sampling.max_new_tokens, block)
     return request, dataclasses.replace(
-        resources, cpu_workers=workers, slots=slots, kv_dtype=kv_dtype
+        resources,
+        cpu_workers=workers,
+        slots=worker_slots(request.rows, slots, workers=workers, shards=shards),
+        page_tokens=tokens,
+        kv_dtype=kv_dtype,
+    )
+
+
+def _blocks(
+    request: Request, sampling: Sampling, resources: Resources, workers: int
+) -> tuple[int, int]:
+    return block_sizes(
+        request.tokens.shape[1],
+        sampling.max_new_tokens,
+        platform=platform_of(resources.mesh),
+        cpu_workers=workers,
     )
 
 
 def _prefill_spec(request: Request, sampling: Sampling, resources: Resources) -> PrefillSpec:
-    block, ring_block = block_sizes(
-        request.tokens.shape[1],
-        sampling.max_new_tokens,
-        platform=platform_of(resources.mesh),
-        cpu_workers=resources.cpu_workers,
-    )
+    block, ring_block = _blocks(request, sampling, resources, resources.cpu_workers)
     assert resources.kv_dtype is not None
     return PrefillSpec(
         slots=resources.slots,
@@ -259,6 +294,7 @@ def _prefill_spec(request: Request, sampling: Sampling, resources: Resources) ->
         stop_window=sampling.stop_window,
         block=block,
         ring_block=ring_block,
+        pages=resources.page_tokens // ring_block * resources.shards,
         pad_id=resources.pad_id,
         kv_dtype=resources.kv_dtype,
         shards=resources.shards,
@@ -366,7 +402,7 @@ def lower_decode(
         prefill.out_info,
         prefilled.output_shardings,
     )
-    refill = queue.rows > slots.row.shape[0]
+    refill = slots.pool is not None or queue.rows > slots.row.shape[0]
     spec = _decode_spec(sampling, resources, refill=refill)
     whole = NamedSharding(mesh, PartitionSpec())
     shrink_at = jax.ShapeDtypeStruct((), jnp.int32, sharding=whole)

@@ -51,6 +51,7 @@ class Progress:
     seconds: float
     slots: int  # slots of the programs that ran last
     occupancy: float  # tokens so far / tokens computed so far, idle slots included
+    restarted: int = 0  # rows that had to begin again because pages ran out
 
     @property
     def tokens_per_second(self) -> float:
@@ -184,6 +185,7 @@ class Worker:
         alone: bool,
     ) -> None:
         self.rows, self.rows_done, self.tokens, self.computed = finished.rows, 0, 0, 0
+        self.restarted = 0
         self._begin, self._spec, self._finished, self._alone = begin, spec, finished, alone
         self._state: tuple[Queue, Slots, Output] | None = None
         self._slot_counts = slot_counts(slots, smallest=max(FEWEST_SLOTS, spec.shards))
@@ -227,16 +229,19 @@ class Worker:
         self._finished.fetch(ended, self.output)
         self.tokens += int(status.tokens)
         self.computed += int(status.steps) * self.slots
-        self.rows_done = int(status.next_row) - int(status.active)
-        if status.next_row < self.rows:
+        self.restarted = int(status.restarted)
+        self.rows_done = self.rows - int(status.waiting) - int(status.active)
+        if status.waiting:
             return True
         # One level at a time: there is a program for each move between neighbouring levels.
         while 0 < status.active and status.needed <= self._shrink_at:
             self._level += 1
-            self._spec = dataclasses.replace(self._spec, refill=False)
             queue, slots, output = self._state
+            # Rows may have to leave their slots as long as there are pages.
+            self._spec = dataclasses.replace(self._spec, refill=slots.pool is not None)
+            pool, slots = slots.pool, dataclasses.replace(slots, pool=None)  # it stays in place
             slots = _compact(queue, slots, size=self.slots, shards=self._spec.shards)
-            self._state = queue, slots, output
+            self._state = queue, dataclasses.replace(slots, pool=pool), output
         return bool(status.active)
 
     def report(self) -> None:
@@ -346,4 +351,5 @@ def _progress(workers: Sequence[Worker], seconds: float) -> Progress:
         seconds=seconds,
         slots=sum(worker.slots for worker in workers),
         occupancy=tokens / max(1, sum(worker.computed for worker in workers)),
+        restarted=sum(worker.restarted for worker in workers),
     )

@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.sharding import PartitionSpec
 
-from echorl_jax.parallel import mesh_in_force, partition_spec
 from echorl_jax.precision import wide_einsum
 from echorl_jax.rollout.cache import NEVER, Cache, Partial
 from echorl_jax.types import Array, pytree
@@ -44,9 +42,8 @@ class Span:
 
     start: Array  # i32 [M], in [0, length)
     count: Array  # i32 [M], up to the length
-    # i32 [M], row of a replicated cache that each row reads. None: the same row, in a cache of M
-    # rows that is split like the queries.
-    row: Array | None = None
+    row: Array | None = None  # i32 [M], row of the cache that each row reads; None: the same
+    table: Array | None = None  # i32 [M, n], rows of a cache of one block that follow each other
 
 
 def fits(head_dim: int) -> bool:
@@ -75,36 +72,11 @@ def attend(
     Returns:
       ``[M, KV, R, K]``, in q's type or f32.
     """
-    layer = jnp.full(1, layer, jnp.int32)
-    mesh = mesh_in_force()
-    if mesh is None or mesh.size == 1:
-        return _attend(q, k, v, layer, caches, spans)
-    rows, heads, *_ = partition_spec(("batch", "kv_heads", None, None), q.shape, mesh)
-    split = PartitionSpec(rows, heads)
-    places = tuple(
-        PartitionSpec(None, None, rows if span.row is None else None, heads) for span in spans
-    )
-    return jax.shard_map(
-        _attend,
-        mesh=mesh,
-        in_specs=(split, split, split, PartitionSpec(), places, PartitionSpec(rows)),
-        out_specs=split,
-        check_vma=False,
-    )(q, k, v, layer, caches, spans)
-
-
-def _attend(
-    q: Array,
-    k: Array,
-    v: Array,
-    layer: Array,
-    caches: tuple[Cache, ...],
-    spans: tuple[Span, ...],
-) -> Array:
-    """The kernel over the rows and heads of one device."""
     assert triton is not None
     rows, heads, group, width = q.shape
-    parts = max(1, min(max(cache.blocks for cache in caches), PROGRAMS // (rows * heads)))
+    layer = jnp.full(1, layer, jnp.int32)
+    most = max(_blocks(cache, span) for cache, span in zip(caches, spans, strict=True))
+    parts = max(1, min(most, PROGRAMS // (rows * heads)))
     block = max(cache.block for cache in caches)
     stages = max(1, min(4, IN_FLIGHT // (2 * block * width * q.dtype.itemsize)))
     shape = (parts, rows, heads, group)
@@ -123,6 +95,11 @@ def _attend(
         return out[0]
     weight = jax.nn.softmax(log_mass, axis=0)
     return (out * weight[..., None]).sum(0)
+
+
+def _blocks(cache: Any, span: Span) -> int:
+    """Blocks that a row of the cache has, or the table."""
+    return cache.v.shape[1] if span.table is None else span.table.shape[1]
 
 
 def _kernel(
@@ -155,9 +132,8 @@ def _kernel(
         top=jnp.where(part == 0, own * q.shape[1] ** -0.5, 2 * NEVER),
     )
     for cache, span in zip(caches, spans, strict=True):
-        place = row if span.row is None else span.row[row]
-        columns = span.start[row], span.count[row]
-        partial = _walk(partial, q, cache, (layer_ref[0], place, head), columns, (part, parts))
+        place = layer_ref[0], row, head
+        partial = _walk(partial, q, cache, span, place, (part, parts))
     mass = jnp.maximum(partial.mass, jnp.finfo(jnp.float32).tiny)  # a part may have no key
     out_ref[part, row, head, query, :] = (partial.mixed / mass[:, None]).astype(out_ref.dtype)
     log_mass_ref[part, row, head, query] = partial.top + jnp.log(mass)
@@ -167,8 +143,8 @@ def _walk(
     partial: Partial,
     q: Array,
     cache: Any,
+    span: Any,
     place: tuple[Array, Array, Array],
-    columns: tuple[Array, Array],
     share: tuple[Array, int],
 ) -> Partial:
     """Adds the keys of one span.
@@ -177,17 +153,22 @@ def _walk(
       partial: attention so far, without the axes of rows and heads.
       q: ``[queries, K]``.
       cache: references to a cache.
+      span: references to the span of each row.
       place: layer, row and key head.
-      columns: the first one and their number.
       share: the index of the part and the number of parts.
     """
-    (layer, row, head), (start, count), (part, parts) = place, columns, share
-    _, blocks, _, _, block, _ = cache.v.shape
+    (layer, row, head), (part, parts) = place, share
+    start, count = span.start[row], span.count[row]
+    blocks, block = _blocks(cache, span), cache.v.shape[4]
+    source = row if span.row is None else span.row[row]
 
     def merge(step: Array, partial: Partial) -> Partial:
         index = start // block + part + step * parts
         index = jnp.where(index >= blocks, index - blocks, index)
-        at = layer, index, row, head
+        if span.table is None:
+            at = layer, index, source, head
+        else:
+            at = layer, 0, span.table[row, index], head
         distance = index * block + lax.iota(jnp.int32, block) - start
         distance = jnp.where(distance < 0, distance + blocks * block, distance)
         keys, values = (x[*at, :, :].astype(q.dtype) for x in (cache.k, cache.v))

@@ -1,6 +1,7 @@
 """The memory of a call by formula, and the number of slots that fits."""
 
 import dataclasses
+import math
 import os
 
 import jax
@@ -9,11 +10,18 @@ from jax.sharding import AbstractMesh, Mesh
 from echorl_jax.models import Decoder, base_params
 from echorl_jax.parallel import Platform, local_bytes
 from echorl_jax.rollout.cache import KV_BYTES, KVDtype
-from echorl_jax.rollout.request import bucket_below
+from echorl_jax.rollout.pages import RESERVE, is_paged, whole_pages
+from echorl_jax.rollout.request import slots_below
 
 # Share of a device's memory that slots may take by default. Training needs the rest for weights,
 # optimizer state and the activations of the update.
 SLOT_SHARE = 0.4
+# Tokens that the rows in the slots have written on average, as a multiple of the mean length: long
+# rows stay longer. It is 1 for exponential lengths, 1.36 for log-normal ones with sigma 1.
+LIVE = 1.25
+# Share of these for which there have to be pages where memory decides: at first all rows are young,
+# and later slots stay idle (benchmarks/paging.py).
+COVERED = 0.6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +30,7 @@ class RolloutMemory:
 
     weights: int  # in the layout for sampling and the compute dtype
     prompts: int  # keys and values of all prompts, on every device that rows are split over
-    slots: int  # keys and values of completions being written and of copied prompts
+    slots: int  # keys and values of completions being written
     outputs: int  # tokens, log-probabilities and entropies of all rows
     logits: int  # logits of one decode step, and the arrays that sampling makes of them
 
@@ -43,6 +51,8 @@ def rollout_memory(
     group_size: int,
     prompt_tokens: int,
     max_new_tokens: int,
+    page_tokens: int = 0,
+    block: int = 0,
     kv_dtype: KVDtype | None = None,
     mesh: Mesh | AbstractMesh | None = None,
 ) -> RolloutMemory:
@@ -50,7 +60,7 @@ def rollout_memory(
 
     Cache bytes per position and layer are ``2 * kv_heads * head_dim * bytes`` (int8: 1 byte, and 4
     for the scale of each head). A prompt holds ``prompt_tokens`` positions, a slot
-    ``max_new_tokens``, and a copy of its row's prompt where there are fewer slots than rows.
+    ``max_new_tokens``, or one block where completions are paged.
 
     Args:
       model: the decoder.
@@ -59,6 +69,8 @@ def rollout_memory(
       group_size: G.
       prompt_tokens: S, as padded.
       max_new_tokens: T.
+      page_tokens: positions of the pages on each device; 0 without pages.
+      block: positions in a page.
       kv_dtype: type of the cache; the model's unless given.
       mesh: where it runs; one device unless given.
     """
@@ -69,32 +81,53 @@ def rollout_memory(
     per_position = position_bytes(model, kv_dtype, tensor)
     vocab = config.vocab_size // tensor if config.vocab_size % tensor == 0 else config.vocab_size
     local_slots = -(-slots // rows)
-    copied = prompt_tokens if slots < prompts * group_size else 0
+    of_slots = local_slots * (block if page_tokens else max_new_tokens)
     return RolloutMemory(
         weights=weight_bytes(model, mesh),
         prompts=prompts * prompt_tokens * per_position,
-        slots=local_slots * (copied + max_new_tokens) * per_position,
+        slots=(of_slots + page_tokens) * per_position,
         outputs=prompts * group_size * max_new_tokens * 12,
         logits=3 * local_slots * vocab * 4,
     )
 
 
-def choose_slots(
+@dataclasses.dataclass(frozen=True)
+class Capacity:
+    """How many rows are written at once, and into what."""
+
+    slots: int  # M
+    page_tokens: int  # positions of the pages on each device; 0: each slot holds T positions
+
+
+def choose_capacity(
     model: Decoder,
     *,
     rows: int,
-    prompt_tokens: int,
     max_new_tokens: int,
+    block: int,
+    slots: int = 0,
+    page_tokens: int = 0,
+    expected_tokens: int = 0,
     kv_dtype: KVDtype | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     slot_bytes: int | None = None,
-) -> int:
-    """A slot for each row if they fit into memory, else the largest allowed number that fits.
+) -> Capacity:
+    """A slot for each row if they fit into memory, else as many as do, a multiple of 8 per device.
+
+    Where long completions do not all fit, they are paged: then a slot takes a block and pages by
+    the expected length, and there are pages for one row of T.
 
     Args:
+      model: the decoder.
       rows: N.
-      slot_bytes: limit for slots on each device; 0.4 of its memory unless given.
-      model, prompt_tokens, max_new_tokens, kv_dtype, mesh: as in :func:`rollout_memory`.
+      max_new_tokens: T.
+      block: positions in a page.
+      slots: M if it is given.
+      page_tokens: positions of the pages if they are given.
+      expected_tokens: mean length of completions; slots are for a quarter of T unless given.
+      kv_dtype: type of the cache; the model's unless given.
+      mesh: where it runs; one device unless given.
+      slot_bytes: limit for slots and pages on each device; 0.4 of its memory unless given.
 
     Raises:
       ValueError: not even one slot for each device fits.
@@ -102,15 +135,34 @@ def choose_slots(
     axes = dict(mesh.shape) if mesh is not None else {}
     shards = axes.get("data", 1) * axes.get("fsdp", 1)
     budget = int(SLOT_SHARE * device_bytes()) if slot_bytes is None else slot_bytes
-    # With a slot for each row, prompts are copied only at the end, when rows move to fewer slots.
-    each = position_bytes(model, kv_dtype, axes.get("tensor", 1)) * (prompt_tokens + max_new_tokens)
-    fit = budget // each * shards
-    if fit < shards:
-        raise ValueError(
-            f"one slot of {prompt_tokens} + {max_new_tokens} tokens takes {each / 1e9:.2f} GB, "
-            f"more than the {budget / 1e9:.2f} GB that slots may take on each device"
-        )
-    return rows if fit >= rows else bucket_below(fit, multiple=shards)
+    per_position = position_bytes(model, kv_dtype, axes.get("tensor", 1))
+    # Where the ring has room for all rows, it needs fewer operations.
+    in_ring = budget // per_position // max_new_tokens * shards
+    scarce = page_tokens > 0 or in_ring < min(slots or rows, rows)
+    paged = scarce and is_paged(max_new_tokens, block)
+    expected = math.ceil(LIVE * (expected_tokens or max_new_tokens / 4))
+    live = min(max(expected, block), max_new_tokens)
+    once = max_new_tokens + block if paged else 0  # the pages of one row of T
+    each = block + math.ceil(COVERED * live) if paged else max_new_tokens
+    fit = max(0, budget // per_position - once) // each * shards
+    if not slots:
+        if fit < shards:
+            least = (once + each) * per_position
+            raise ValueError(
+                f"one slot of {max_new_tokens} tokens takes {least / 1e9:.2f} GB, more than the "
+                f"{budget / 1e9:.2f} GB that slots may take on each device"
+            )
+        slots = rows if fit >= rows else slots_below(fit, multiple=shards)
+    slots = min(slots, rows)
+    if not paged:
+        return Capacity(slots, 0)
+    # Pages for the rows of all slots, of any length where none is expected; with slots that were
+    # asked for at least one row's.
+    local = -(-slots // shards)
+    free = budget // per_position - local * block
+    of_slot = live if expected_tokens else max_new_tokens
+    wanted = min(once + math.ceil(local * of_slot / (1 - RESERVE)), max(once, free))
+    return Capacity(slots, whole_pages(page_tokens or wanted, max_new_tokens, block))
 
 
 def device_bytes() -> int:

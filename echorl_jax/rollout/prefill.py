@@ -10,7 +10,7 @@ from jax import lax
 
 from echorl_jax.choices import KVDtype
 from echorl_jax.models import Decoder
-from echorl_jax.parallel import Platform, constrain
+from echorl_jax.parallel import constrain
 from echorl_jax.rollout.cache import (
     Cache,
     Partial,
@@ -31,13 +31,6 @@ from echorl_jax.rollout.slots import Queue, Slots, first_slots
 from echorl_jax.rollout.weights import over_layers, windows
 from echorl_jax.types import Array, PyTree
 
-# Positions in a block of the cache. A TPU always computes with 128 lanes, and each block has a
-# fixed cost; on CPU a block has to stay in the processor's caches (docs/performance.md), on GPU
-# three blocks have to fit into the shared memory of a multiprocessor.
-BLOCK = {"cpu": 64, "gpu": 64, "tpu": 128}
-# Positions in a block of completions with several CPU workers: they start no threads per block, so
-# short blocks waste less.
-WORKER_BLOCK = 32
 # Limits of one prefill piece: positions, and prompts times positions.
 PREFILL_CHUNK = 512
 PREFILL_TOKENS = 8192
@@ -52,25 +45,10 @@ class PrefillSpec:
     stop_window: int  # W
     block: int  # positions in a block of the prompts' cache
     ring_block: int  # positions in a block of the completions' cache
+    pages: int  # of all parts; 0: the ring holds whole completions
     pad_id: int
     kv_dtype: KVDtype
     shards: int
-
-
-def block_sizes(
-    prompt_tokens: int, length: int, *, platform: Platform, cpu_workers: int = 1
-) -> tuple[int, int]:
-    """Positions in a block of the prompts' cache and of the completions'.
-
-    >>> block_sizes(192, 96, platform="tpu"), block_sizes(192, 96, platform="gpu")
-    ((96, 96), (64, 64))
-    """
-    most = BLOCK[platform]
-    if platform == "gpu":  # its kernel needs powers of two
-        no_shorter = 1 << (length - 1).bit_length()
-        return min(most, prompt_tokens & -prompt_tokens), min(most, max(16, no_shorter))
-    most_of_ring = most if cpu_workers == 1 else WORKER_BLOCK
-    return greatest_divisor(prompt_tokens, most=most), min(length, most_of_ring)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "spec"))
@@ -105,9 +83,16 @@ def begin_call(
         last_token=jnp.take_along_axis(request.tokens, cached[:, None], axis=1)[:, 0],
         store=place(store, None),
     )
-    ring_blocks = -(-spec.length // spec.ring_block)
-    ring = cache(blocks=ring_blocks, rows=spec.slots, block=spec.ring_block)
-    slots = first_slots(queue, slots=spec.slots, stop_window=spec.stop_window, ring=ring)
+    completions = functools.partial(cache, block=spec.ring_block)
+    ring_blocks = 1 if spec.pages else -(-spec.length // spec.ring_block)
+    slots = first_slots(
+        queue,
+        slots=spec.slots,
+        stop_window=spec.stop_window,
+        ring=completions(blocks=ring_blocks, rows=spec.slots),
+        pool=completions(blocks=1, rows=spec.pages) if spec.pages else None,
+        parts=spec.shards,
+    )
     return queue, slots, empty_output(request.rows, spec.length, spec.pad_id)
 
 

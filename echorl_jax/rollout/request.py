@@ -104,6 +104,8 @@ class Resources:
     mesh: Mesh | None = None
     steps_per_poll: int = 128
     pad_id: int = 0
+    page_tokens: int = 0
+    expected_tokens: int = 0
 
     @property
     def shards(self) -> int:
@@ -114,7 +116,8 @@ class Resources:
         """Raises ValueError, with the name of the setting, for a value out of range."""
         if jax.config.values["jax_enable_x64"]:
             raise ValueError("jax_enable_x64 is on: the sampler counts and computes in 32 bits")
-        for name, least in (("slots", 0), ("cpu_workers", 0), ("steps_per_poll", 1)):
+        counts = ("slots", "cpu_workers", "page_tokens", "expected_tokens")
+        for name, least in (*((name, 0) for name in counts), ("steps_per_poll", 1)):
             if (value := vars(self)[name]) < least:
                 raise ValueError(f"{name}={value}: must be at least {least}")
         if self.cpu_workers > 1 and self.mesh is not None and self.mesh.size > 1:
@@ -296,16 +299,15 @@ def bucket(size: int, *, multiple: int = 1) -> int:
     return multiple * (three_quarters if three_quarters >= units else power)
 
 
-def bucket_below(size: int, *, multiple: int = 1) -> int:
-    """The largest allowed size of at most ``size``, and at least ``multiple``.
+def slots_below(size: int, *, multiple: int = 1) -> int:
+    """The largest number of slots of at most ``size``: ``multiple`` times a multiple of 8 if that
+    fits, so that it can be halved for the last rows.
 
-    >>> bucket_below(100), bucket_below(70, multiple=16), bucket_below(3, multiple=8)
-    (96, 64, 8)
+    >>> slots_below(60), slots_below(60, multiple=4), slots_below(6)
+    (56, 32, 6)
     """
-    units = max(1, size // multiple)
-    power = 1 << (units.bit_length() - 1)
-    half_more = power // 2 * 3
-    return multiple * (half_more if power > 1 and half_more <= units else power)
+    units = size // multiple
+    return multiple * (units // 8 * 8 or units)
 
 
 def slot_counts(slots: int, *, smallest: int) -> tuple[int, ...]:

@@ -2,7 +2,8 @@
 
 The cache of the completions is a ring. In every decode step all slots write the same column, so the
 write is one slice and needs no scatter. A slot whose row has t tokens reads the t latest columns,
-so a slot that takes a new row does not read the columns of the previous one.
+so a slot that takes a new row does not read the columns of the previous one. The ring holds as many
+columns as the longest completion, or one block whose earlier contents are in ``pages.py``.
 
 Decisions depend on replicated arrays only, so that every device and process takes the same ones.
 """
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from echorl_jax.parallel import constrain
-from echorl_jax.rollout.cache import Cache, copy_row, gather_rows, pick_rows
+from echorl_jax.rollout.cache import Cache, pick_rows
+from echorl_jax.rollout.pages import Pages, move, no_moves, no_pages, plan_flush, room
 from echorl_jax.rollout.request import Request, Sampling
 from echorl_jax.types import Array, pytree
 
@@ -51,11 +53,24 @@ class Slots:
     position: Array  # i32 [M], tokens of the row so far, and columns of `ring` that it reads
     token: Array  # i32 [M], latest token: the next input
     recent: Array  # i32 [M, W], latest tokens, for stop sequences; -1 where none
-    cached: Array  # i32 [M], filled positions of `prompt`
-    prompt: Cache | None  # M rows; None while slot i holds row i: then the queue's store is read
     ring: Cache  # M rows
+    pool: Cache | None  # Q pages; None: the ring holds whole completions
+    pages: Pages | None
     step: Array  # i32 [], decode steps so far; modulo the ring's length the next column to write
     next_row: Array  # i32 [], first row that no slot has taken
+    requeued: Array  # i32 [M], rows that had to leave their slots; the last one begins again first
+    requeued_count: Array  # i32 []
+    restarted: Array  # i32 [], rows that have left their slots so far
+    dropped: Array  # i32 [], tokens that they had
+
+    @property
+    def parts(self) -> int:
+        """Parts that the pages are split into; 1 without pages."""
+        return 1 if self.pages is None else self.pages.used.shape[0]
+
+    def waiting(self, queue: Queue) -> Array:
+        """i32 [], rows that need a slot."""
+        return queue.request.count - self.next_row + self.requeued_count
 
 
 def _whole(slots: Slots) -> Slots:
@@ -66,33 +81,55 @@ def _whole(slots: Slots) -> Slots:
         position=constrain(slots.position, None),
         token=constrain(slots.token, None),
         recent=constrain(slots.recent, None, None),
-        cached=constrain(slots.cached, None),
     )
 
 
-def first_slots(queue: Queue, *, slots: int, stop_window: int, ring: Cache) -> Slots:
-    """Gives the first rows to M ``slots``; with a slot for each row prompts are not copied.
+def first_slots(
+    queue: Queue,
+    *,
+    slots: int,
+    stop_window: int,
+    ring: Cache,
+    pool: Cache | None = None,
+    parts: int = 1,
+) -> Slots:
+    """Gives the first rows to M ``slots``.
 
     Args:
       queue: the rows to write.
       slots: M.
       stop_window: W.
       ring: an empty cache of M rows.
+      pool: Q empty pages of one block like the ring's, if that holds one block only.
+      parts: parts that slots and pages are split into.
     """
-    row = jnp.arange(slots, dtype=jnp.int32)
-    group = queue.group[jnp.minimum(row, queue.rows - 1)]
-    first = Slots(
-        row=jnp.where(row < queue.request.count, row, queue.rows),
-        position=jnp.zeros(slots, jnp.int32),
-        token=queue.last_token[group],
+    none, zero = jnp.zeros(slots, jnp.int32), jnp.zeros((), jnp.int32)
+    idle = Slots(
+        row=jnp.full(slots, queue.rows, jnp.int32),
+        position=none,
+        token=none,
         recent=jnp.full((slots, stop_window), -1, jnp.int32),
-        cached=queue.cached[group],
-        prompt=None if slots == queue.rows else gather_rows(queue.store, group),
         ring=ring,
-        step=jnp.zeros((), jnp.int32),
-        next_row=jnp.minimum(slots, queue.request.count).astype(jnp.int32),
+        pool=pool,
+        pages=None if pool is None else no_pages(pool.v.shape[2], parts=parts),
+        step=zero,
+        next_row=zero,
+        requeued=none,
+        requeued_count=zero,
+        restarted=zero,
+        dropped=zero,
     )
-    return _whole(first)
+    return refill(queue, idle)
+
+
+def group_of(queue: Queue, slots: Slots) -> Array:
+    """i32 ``[M]``, prompt of each slot's row; any prompt for idle slots."""
+    return queue.group[jnp.minimum(slots.row, queue.rows - 1)]
+
+
+def cached_of(queue: Queue, slots: Slots) -> Array:
+    """i32 ``[M]``, positions of each slot's prompt in the store; 0 for idle slots."""
+    return jnp.where(slots.row < queue.rows, queue.cached[group_of(queue, slots)], 0)
 
 
 def prefix_tokens(queue: Queue, slots: Slots) -> Array | None:
@@ -139,34 +176,60 @@ def retire(queue: Queue, slots: Slots, ended: Array) -> Slots:
         slots,
         row=jnp.where(ended, queue.rows, slots.row),
         position=jnp.where(ended, 0, slots.position),
-        cached=jnp.where(ended, 0, slots.cached),
     )
     return _whole(idle)
 
 
 def refill(queue: Queue, slots: Slots) -> Slots:
-    """Gives the next rows of the queue to idle slots, in order of slots."""
-    idle = slots.row >= queue.rows
-    candidate = slots.next_row + jnp.cumsum(idle) - 1
-    takes = idle & (candidate < queue.request.count)
-    group = queue.group[jnp.where(takes, candidate, 0)]
-    takers = jnp.nonzero(takes, size=takes.shape[0], fill_value=0)[0]
+    """Gives waiting rows to idle slots, in order of slots: first those that begin again."""
+    takes = slots.row >= queue.rows
+    if slots.pages is not None:
+        parts = takes.reshape(slots.parts, -1)
+        free = room(slots.pages, slots.row.reshape(parts.shape), ~parts)
+        takes = (parts & (jnp.cumsum(parts, axis=1) <= free[:, None])).reshape(-1)
+    number = jnp.cumsum(takes, dtype=jnp.int32) - 1
+    takes &= number < slots.waiting(queue)
+    again = slots.requeued_count - 1 - number
+    new = slots.next_row + number - slots.requeued_count
+    row = jnp.where(again >= 0, slots.requeued[jnp.maximum(again, 0)], new)
+    group = queue.group[jnp.where(takes, row, 0)]
     taken = takes.sum(dtype=jnp.int32)
-
-    def copy(index: Array, prompt: Cache) -> Cache:
-        slot = takers[index]
-        return copy_row(prompt, queue.store, slot, group[slot])
-
+    left = jnp.maximum(slots.requeued_count - taken, 0)
     filled = dataclasses.replace(
         slots,
-        row=jnp.where(takes, candidate, slots.row),
+        row=jnp.where(takes, row, slots.row),
         token=jnp.where(takes, queue.last_token[group], slots.token),
         recent=jnp.where(takes[:, None], -1, slots.recent),
-        cached=jnp.where(takes, queue.cached[group], slots.cached),
-        prompt=lax.fori_loop(0, taken, copy, slots.prompt),
-        next_row=slots.next_row + taken,
+        next_row=slots.next_row + taken - (slots.requeued_count - left),
+        requeued_count=left,
     )
     return _whole(filled)
+
+
+def flush(queue: Queue, slots: Slots) -> Slots:
+    """Turns the full block of the ring into pages; where they run out, rows leave their slots."""
+    assert slots.pool is not None and slots.pages is not None
+    pages, block = slots.pages, slots.ring.length
+    row, position = (x.reshape(slots.parts, -1) for x in (slots.row, slots.position))
+    planned, moves, leaves = lax.cond(
+        slots.step % block == 0,
+        lambda: plan_flush(pages, row, position, idle=queue.rows, block=block),
+        lambda: (pages, no_moves(pages, row.size), jnp.zeros(row.shape, bool)),
+    )
+    leaves = leaves.reshape(-1)
+    place = slots.requeued_count + jnp.cumsum(leaves) - 1
+    count = leaves.sum(dtype=jnp.int32)
+    requeued = slots.requeued.at[jnp.where(leaves, place, row.size)].set(slots.row, mode="drop")
+    flushed = dataclasses.replace(
+        slots,
+        pool=move(slots.pool, slots.ring, moves),
+        pages=planned,
+        requeued=requeued,
+        requeued_count=slots.requeued_count + count,
+        restarted=slots.restarted + count,
+        dropped=slots.dropped + jnp.where(leaves, slots.position, 0).sum(dtype=jnp.int32),
+    )
+    return retire(queue, flushed, leaves)
 
 
 def needed(busy: Array, *, shards: int) -> Array:
@@ -175,30 +238,32 @@ def needed(busy: Array, *, shards: int) -> Array:
 
 
 def compact(queue: Queue, slots: Slots, *, size: int, shards: int) -> Slots:
-    """Moves the busy slots into ``size`` slots, which idle ones fill up.
+    """Moves the busy slots into ``size`` slots, which idle ones fill up. Pages stay in their place.
 
     Args:
-      queue: the rows to write.
+      queue: the rows to write; none of them waits.
       slots: ``needed`` is at most ``size``.
       size: the new M, a multiple of ``shards``.
       shards: parts that the slots are split into; no cache row moves between parts.
     """
     parts = (slots.row >= queue.rows).reshape(shards, -1)
-    rows = jnp.argsort(parts, axis=1, stable=True)[:, : size // shards]
-    order = (rows + jnp.arange(shards)[:, None] * parts.shape[1]).reshape(-1)
-    row = slots.row[order]
-    if slots.prompt is None:
-        prompt = gather_rows(queue.store, queue.group[jnp.minimum(row, queue.rows - 1)])
-    else:
-        prompt = pick_rows(slots.prompt, rows)
+    order = jnp.argsort(parts, axis=1, stable=True)
+    rows = order[:, : size // shards]
+    flat = (rows + jnp.arange(shards)[:, None] * parts.shape[1]).reshape(-1)
+    pages = slots.pages
+    if pages is not None:
+        place = jnp.argsort(order, axis=1).astype(jnp.int32)  # new number of each slot
+        slot = jnp.take_along_axis(place, pages.slot, axis=1)
+        # An idle slot may be gone: its pages are dead, whatever slot they name.
+        pages = dataclasses.replace(pages, slot=jnp.minimum(slot, size // shards - 1))
     fewer = dataclasses.replace(
         slots,
-        row=row,
-        position=slots.position[order],
-        token=slots.token[order],
-        recent=slots.recent[order],
-        cached=slots.cached[order],
-        prompt=prompt,
+        row=slots.row[flat],
+        position=slots.position[flat],
+        token=slots.token[flat],
+        recent=slots.recent[flat],
         ring=pick_rows(slots.ring, rows),
+        pages=pages,
+        requeued=slots.requeued[:size],
     )
     return _whole(fewer)

@@ -9,7 +9,8 @@ from jax.sharding import AbstractMesh, Mesh
 from echorl_jax.config import ConfigError
 from echorl_jax.models import Decoder, split_params
 from echorl_jax.parallel import local_bytes
-from echorl_jax.rollout import RolloutMemory, choose_slots, rollout_memory
+from echorl_jax.rollout import RolloutMemory, choose_capacity, rollout_memory
+from echorl_jax.rollout.cache import block_sizes
 from echorl_jax.rollout.memory import shares_weights
 from echorl_jax.training.setup import Setup
 from echorl_jax.types import PyTree
@@ -98,14 +99,23 @@ def sampling_memory(setup: Setup) -> RolloutMemory:
         group_size=setup.sampled_group_size,
         prompt_tokens=setup.config.data.max_prompt_tokens,
         max_new_tokens=rollout.max_new_tokens,
+        page_tokens=setup.page_tokens,
+        block=_page(setup),
         kv_dtype=rollout.kv_dtype,
         mesh=setup.mesh,
     )
 
 
+def _page(setup: Setup) -> int:
+    """Positions in a page of completions."""
+    config = setup.config
+    prompt, longest = config.data.max_prompt_tokens, config.rollout.max_new_tokens
+    return block_sizes(prompt, longest, platform=setup.platform)[1]
+
+
 def with_slots(setup: Setup, *, device_bytes: int) -> Setup:
-    """The setup with ``config.rollout.slots``; for 0 with a slot for each row of a round if they
-    fit beside the persistent memory, else with as many as do.
+    """The setup with ``config.rollout.slots`` and pages for them; for 0 with a slot for each row of
+    a round if they fit beside the persistent memory, else with as many as do.
 
     Args:
       setup: with any number of slots.
@@ -114,19 +124,19 @@ def with_slots(setup: Setup, *, device_bytes: int) -> Setup:
     Raises:
       ConfigError: not even one slot for each device fits.
     """
-    config, rollout = setup.config, setup.config.rollout
-    if rollout.slots:
-        return dataclasses.replace(setup, slots=rollout.slots)
+    rollout = setup.config.rollout
     persistent = persistent_memory(setup)
-    least = sampling_memory(dataclasses.replace(setup, slots=setup.shards))
+    least = sampling_memory(dataclasses.replace(setup, slots=setup.shards, page_tokens=0))
     used = persistent.always + persistent.sampler + least.prompts + least.outputs + least.logits
     room = int(USABLE * device_bytes) - used
     try:
-        slots = choose_slots(
+        capacity = choose_capacity(
             setup.model,
             rows=setup.sampled_rows,
-            prompt_tokens=config.data.max_prompt_tokens,
             max_new_tokens=rollout.max_new_tokens,
+            block=_page(setup),
+            slots=rollout.slots,
+            expected_tokens=rollout.expected_tokens,
             kv_dtype=rollout.kv_dtype,
             mesh=setup.mesh,
             slot_bytes=max(0, int(_SLOT_SHARE * room)),
@@ -137,7 +147,7 @@ def with_slots(setup: Setup, *, device_bytes: int) -> Setup:
             f"optimizer and prompts take {used / 1e9:.2f} of {device_bytes / 1e9:.2f} GB; "
             "`echorl plan` says what to change"
         ) from error
-    return dataclasses.replace(setup, slots=slots)
+    return dataclasses.replace(setup, slots=capacity.slots, page_tokens=capacity.page_tokens)
 
 
 def title(setup: Setup, params: PyTree) -> str:

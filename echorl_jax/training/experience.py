@@ -47,6 +47,7 @@ class Experience:
     groups: Groups
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
     slot_occupancy: float = 1.0  # useful tokens / decoded tokens
+    restarted_rows: int = 0  # rows that began again because the sampler's pages ran out
     rounds: int = 1
 
     @property
@@ -154,7 +155,10 @@ def collect(
             reached("grading", step)
         graded = with_verdicts(setup, prompts, attempts.rollouts, attempts.on_policy, verdicts)
         graded = dataclasses.replace(
-            graded, seconds=seconds, slot_occupancy=attempts.slot_occupancy
+            graded,
+            seconds=seconds,
+            slot_occupancy=attempts.slot_occupancy,
+            restarted_rows=attempts.restarted_rows,
         )
         rounds.append(_without_overflow(graded, step, warn))
         if not objective.dynamic_sampling:
@@ -326,6 +330,7 @@ def join_rounds(rounds: Sequence[Experience]) -> Experience:
         groups=jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts),
         seconds={name: sum(each.seconds[name] for each in rounds) for name in rounds[0].seconds},
         slot_occupancy=sum(each.slot_occupancy for each in rounds) / len(rounds),
+        restarted_rows=sum(each.restarted_rows for each in rounds),
         rounds=len(rounds),
     )
 

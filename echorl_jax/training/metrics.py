@@ -166,9 +166,13 @@ def clip_metrics(clips: EchoClips) -> dict[str, float]:
 
 
 def sampling_metrics(experience: Experience, *, hints: bool) -> dict[str, float]:
-    """Metrics of the sampler, and of hints in prompts."""
+    """Metrics of the sampler and of hints in prompts.
+
+    A row restarts when the pages of completions run out (``rollout.expected_tokens`` too small).
+    """
     metrics = {
         "rollout/slot_occupancy": experience.slot_occupancy,
+        "rollout/restarted_rows": experience.restarted_rows,
         "rollout/rounds": experience.rounds,
     }
     if hints:

@@ -375,6 +375,7 @@ def _engine(setup: Setup) -> Engine:
         tokenizer=setup.tokenizer,
         mesh=setup.mesh,
         slots=setup.slots,
+        page_tokens=setup.page_tokens,
     )
 
 
@@ -392,7 +393,8 @@ def _with_slots(setup: Setup) -> Setup:
     if setup.objective.supervised:
         return setup
     setup = with_slots(setup, device_bytes=device_bytes())
-    return dataclasses.replace(setup, slots=smallest(setup.slots))
+    fewest, least = smallest(setup.slots), smallest(setup.page_tokens)
+    return dataclasses.replace(setup, slots=fewest, page_tokens=least)
 
 
 @contextmanager

@@ -55,6 +55,7 @@ class Setup:
     optimizer: optax.GradientTransformation  # at learning rate 1, see make_optimizer
     schedule: optax.Schedule  # learning rate by training step, counted from 0
     slots: int  # rows decoded at once
+    page_tokens: int = dataclasses.field(default=0, kw_only=True)  # see rollout.Capacity
     # A transformers tokenizer; None in a plan, which reads no text.
     tokenizer: Any = dataclasses.field(default=None, compare=False)
     # bool [V], tokens that end a reasoning step; None in a plan.

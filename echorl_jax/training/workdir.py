@@ -31,7 +31,7 @@ from echorl_jax.parallel import is_first, wait_for_all
 MAY_CHANGE = (
     *("steps", "mesh", "checkpoint", "eval", "log", "debug"),
     *("model.remat", "model.attention", "data.eval", "data.grader_workers"),
-    *("rollout.slots", "rollout.check_every", "rollout.max_logprob_gap"),
+    *("rollout.slots", "rollout.expected_tokens", "rollout.check_every", "rollout.max_logprob_gap"),
     *("optim.micro_batch_tokens", "optim.max_bad_steps", "optim.compile_ahead"),
     "optim.sft_packing",
     *RENAMED,

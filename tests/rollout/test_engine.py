@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 
 from echorl_jax.models import init_params
-from echorl_jax.rollout import generate, host, prefill, score_rollouts
+from echorl_jax.rollout import cache, generate, host, score_rollouts
 from tests.rollout.conftest import (
     EOS,
     PROMPTS,
@@ -239,7 +239,7 @@ def test_slots_stay_busy_with_long_tailed_lengths(model, params, workers):
 def test_samples_do_not_depend_on_the_platform(model, params, monkeypatch, slots):
     """These heads are too small for the kernel, so blocks are read in a loop on GPU too."""
     settings = {"group_size": 2, "max_new_tokens": 40, "eos_ids": EOS, "slots": slots}
-    monkeypatch.setattr(prefill, "BLOCK", dict.fromkeys(("cpu", "gpu", "tpu"), 16))
+    monkeypatch.setattr(cache, "BLOCK", dict.fromkeys(("cpu", "gpu", "tpu"), 16))
     expected = generate(model, params, PROMPTS, KEY, **settings)
     for platform in ("gpu", "tpu"):
         monkeypatch.setattr(jax, "default_backend", lambda name=platform: name)

@@ -118,7 +118,12 @@ def lower_program(
             top_p=rollout.top_p,
             eos_ids=setup.model.config.eos_ids,
         ).checked(setup.model.config.vocab_size)
-        resources = Resources(slots=setup.slots, kv_dtype=rollout.kv_dtype, mesh=mesh)
+        resources = Resources(
+            slots=setup.slots,
+            page_tokens=setup.page_tokens,
+            kv_dtype=rollout.kv_dtype,
+            mesh=mesh,
+        )
         if prefilled is not None:
             return lower_decode(setup.model, sampling, resources, *prefilled)
         prompts, tokens = rollout.prompts_per_step, config.data.max_prompt_tokens
@@ -234,8 +239,9 @@ def estimate(setup: Setup) -> list[Memory]:
     of another type than that of the products are converted layer by layer.
     """
     rollout, (rows, width) = sampling_memory(setup), setup.micro_batch
-    # While the number of slots shrinks, the old slots and the new copy both exist.
-    shrink = sampling_memory(dataclasses.replace(setup, slots=max(setup.slots // 2, 1))).slots
+    # While the number of slots shrinks, the old slots and the new copy both exist; pages stay.
+    half = max(setup.slots // 2, setup.shards)
+    shrink = rollout.slots - sampling_memory(dataclasses.replace(setup, slots=half)).slots
     fields = 6 + bool(setup.objective.hints) + bool(setup.objective.kl_coef)
     terms = {
         "prefill": (rollout.outputs, rollout.logits),

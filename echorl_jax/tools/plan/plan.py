@@ -186,11 +186,10 @@ def plan_setup(config: Config, target: Target) -> Setup:
     model = configured_model(config, base)
     objective, mesh = configured_objective(config), _mesh(config, target)
     setup = static_setup(config, mesh, model, objective, platform=target.chip.platform)
-    slots = setup.shards
     # If one slot per device does not fit, the plan shows how much too large it is.
     with suppress(ConfigError):
-        slots = with_slots(setup, device_bytes=target.chip.memory_bytes).slots
-    return dataclasses.replace(setup, slots=max(slots // setup.shards, 1) * setup.shards)
+        setup = with_slots(setup, device_bytes=target.chip.memory_bytes)
+    return dataclasses.replace(setup, slots=max(setup.slots // setup.shards, 1) * setup.shards)
 
 
 def _mesh(config: Config, target: Target) -> Mesh | AbstractMesh:

@@ -163,18 +163,28 @@ def step_phases(setup: Setup, lengths: Lengths) -> list[Phase]:
     return [phase for phase in phases if phase.name != "score" or score]
 
 
+def busy_slots(setup: Setup, lengths: Lengths) -> float:
+    """Slots that can be busy at once: all, or those whose rows, half written, fill the pages."""
+    if not setup.page_tokens:
+        return setup.slots
+    fit = setup.shards * setup.page_tokens / max(lengths.completion / 2, 1.0)
+    return min(setup.slots, fit)
+
+
 def decode_steps(setup: Setup, lengths: Lengths) -> float:
-    """Decode steps in a training step, all slots busy: N rows of c tokens take N c / M."""
-    return setup.sampled_rows * lengths.completion / setup.slots
+    """Decode steps in a training step: N rows of c tokens in M busy slots take N c / M."""
+    return setup.sampled_rows * lengths.completion / busy_slots(setup, lengths)
 
 
 def _decode(setup: Setup, lengths: Lengths) -> Phase:
+    # Rows of a group lie side by side in the ring, with a slot for each row.
+    together = setup.slots >= setup.sampled_rows and not setup.page_tokens
     cost = decode_step_cost(
         setup.model,
-        slots=setup.slots,
+        slots=round(busy_slots(setup, lengths)),
         prompt_tokens=lengths.prompt,
         completion_tokens=lengths.completion / 2,
-        group_size=setup.sampled_group_size if setup.slots >= setup.sampled_rows else 1,
+        group_size=setup.sampled_group_size if together else 1,
         kv_dtype=setup.config.rollout.kv_dtype,
     )
     steps, chips = decode_steps(setup, lengths), setup.mesh.size
@@ -230,7 +240,8 @@ def exchanges(setup: Setup, lengths: Lengths) -> list[Exchange]:
     parts, passes, epochs = setup.mini_batches, setup.scoring_passes, config.objective.epochs
     micro = parts * math.ceil(tokens / parts / math.prod(setup.micro_batch))
     reduce = 2 * gathered(weights / mesh["fsdp"], mesh["data"])
-    decode = _layers(setup, setup.slots / shards) * decode_steps(setup, lengths)
+    busy = busy_slots(setup, lengths)
+    decode = _layers(setup, busy / shards) * decode_steps(setup, lengths)
     times = 3 if setup.model.remat == "layer" else 2
     sampling = [
         Exchange("weights", "fsdp", gather),
