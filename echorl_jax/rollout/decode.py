@@ -121,6 +121,10 @@ def decode(
 
     def body(carry: tuple[Slots, _Step, Array, Array]) -> tuple[Slots, _Step, Array, Array]:
         slots, log, steps, tokens = carry
+        # Pages are written before they are read: with no EOS, nothing would tell XLA that a later
+        # write comes after the reads, and it would copy the pool in every step.
+        if slots.pool is not None:
+            slots = flush(queue, slots)
         if spec.refill:
             slots = refill(queue, slots)
         busy = (slots.row < queue.rows).sum(dtype=jnp.int32)
@@ -184,8 +188,6 @@ def _decode_step(
     slots = dataclasses.replace(slots, ring=ring)
     slots, ended, stopped = append(queue, slots, drawn.token, spec.sampling)
     slots = retire(queue, slots, ended)
-    if slots.pool is not None:
-        slots = flush(queue, slots)
     return slots, _Step(drawn.token, drawn.logprob, drawn.entropy, row, position, stopped)
 
 

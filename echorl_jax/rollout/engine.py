@@ -98,9 +98,9 @@ def generate(
       prefixes: N token lists that the completions begin with. They count as completion, with
         log-probabilities and entropies; a completion ends at an EOS or stop sequence in its prefix.
       slots: rows decoded at once; 0 takes all rows, or as many as memory allows.
-      page_tokens: positions that long completions share on each device; 0 takes pages only where
-        T positions for each slot do not fit, as many as rows of the expected length need or memory
-        allows. Where they run out, the youngest rows begin again later.
+      page_tokens: positions that long completions share on each device; 0 takes as many as rows of
+        the expected length need or memory allows, and none where T positions for each slot fit
+        (unless on CPU) or ``slots`` is given. Where they run out, the youngest rows begin again.
       expected_tokens: mean length of completions, for choosing slots and pages; 0 takes T / 4.
       cpu_workers: decode loops that run side by side on CPU, each with its share of rows and slots;
         0 takes one for each core if the model is small or T large, otherwise one. A mesh of several
@@ -255,6 +255,7 @@ def _fit(
         expected_tokens=resources.expected_tokens,
         kv_dtype=kv_dtype,
         mesh=mesh,
+        reads_longest=platform_of(mesh) == "cpu",
     )
     slots, tokens = capacity.slots, capacity.page_tokens
     if resources.slots and not resources.page_tokens:

@@ -111,11 +111,13 @@ def choose_capacity(
     kv_dtype: KVDtype | None = None,
     mesh: Mesh | AbstractMesh | None = None,
     slot_bytes: int | None = None,
+    reads_longest: bool = False,
 ) -> Capacity:
     """A slot for each row if they fit into memory, else as many as do, a multiple of 8 per device.
 
-    Where long completions do not all fit, they are paged: then a slot takes a block and pages by
-    the expected length, and there are pages for one row of T.
+    Long completions are paged where they do not all fit, or where the ring would be read up to the
+    longest row: then a slot takes a block and pages by the expected length, and there are pages for
+    one row of T.
 
     Args:
       model: the decoder.
@@ -128,6 +130,7 @@ def choose_capacity(
       kv_dtype: type of the cache; the model's unless given.
       mesh: where it runs; one device unless given.
       slot_bytes: limit for slots and pages on each device; 0.4 of its memory unless given.
+      reads_longest: whether a step reads all slots of the ring up to the longest row, as on CPU.
 
     Raises:
       ValueError: not even one slot for each device fits.
@@ -136,10 +139,9 @@ def choose_capacity(
     shards = axes.get("data", 1) * axes.get("fsdp", 1)
     budget = int(SLOT_SHARE * device_bytes()) if slot_bytes is None else slot_bytes
     per_position = position_bytes(model, kv_dtype, axes.get("tensor", 1))
-    # Where the ring has room for all rows, it needs fewer operations.
     in_ring = budget // per_position // max_new_tokens * shards
-    scarce = page_tokens > 0 or in_ring < min(slots or rows, rows)
-    paged = scarce and is_paged(max_new_tokens, block)
+    wanted = page_tokens > 0 or reads_longest or in_ring < min(slots or rows, rows)
+    paged = wanted and is_paged(max_new_tokens, block)
     expected = math.ceil(LIVE * (expected_tokens or max_new_tokens / 4))
     live = min(max(expected, block), max_new_tokens)
     once = max_new_tokens + block if paged else 0  # the pages of one row of T
@@ -161,8 +163,8 @@ def choose_capacity(
     local = -(-slots // shards)
     free = budget // per_position - local * block
     of_slot = live if expected_tokens else max_new_tokens
-    wanted = min(once + math.ceil(local * of_slot / (1 - RESERVE)), max(once, free))
-    return Capacity(slots, whole_pages(page_tokens or wanted, max_new_tokens, block))
+    needed = min(once + math.ceil(local * of_slot / (1 - RESERVE)), max(once, free))
+    return Capacity(slots, whole_pages(page_tokens or needed, max_new_tokens, block))
 
 
 def device_bytes() -> int:

@@ -21,8 +21,8 @@ from echorl_jax.parallel import constrain
 from echorl_jax.rollout.cache import SPLIT_ROWS, Cache, copy_row, in_parts
 from echorl_jax.types import Array, pytree
 
-# Completions of at least this many blocks may be paged. Shorter ones stay in the ring, where
-# reading up to the longest row costs less than adding pages up.
+# Completions of at least this many blocks may be paged. In shorter ones, reading up to the longest
+# row costs less than adding pages up.
 PAGED_BLOCKS = 8
 # Share of the pages that no new row may take: rows that are being written grow into them.
 RESERVE = 1 / 20

@@ -212,7 +212,7 @@ def flush(queue: Queue, slots: Slots) -> Slots:
     pages, block = slots.pages, slots.ring.length
     row, position = (x.reshape(slots.parts, -1) for x in (slots.row, slots.position))
     planned, moves, leaves = lax.cond(
-        slots.step % block == 0,
+        (slots.step % block == 0) & (slots.step > 0),
         lambda: plan_flush(pages, row, position, idle=queue.rows, block=block),
         lambda: (pages, no_moves(pages, row.size), jnp.zeros(row.shape, bool)),
     )

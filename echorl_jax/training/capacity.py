@@ -140,6 +140,7 @@ def with_slots(setup: Setup, *, device_bytes: int) -> Setup:
             kv_dtype=rollout.kv_dtype,
             mesh=setup.mesh,
             slot_bytes=max(0, int(_SLOT_SHARE * room)),
+            reads_longest=setup.platform == "cpu",
         )
     except ValueError as error:
         raise ConfigError(

@@ -125,6 +125,10 @@ def test_slots_and_pages_are_those_of_the_expected_length(model):
     # With slots that were asked for, what is left is for pages, but one row always finds its own.
     slots, pages = capacity(5 * whole, slots=512)
     assert slots == 512 and pages == 4096
+    # The ring, unless it is read up to the longest row: then pages for rows of any length.
+    assert capacity(10**7) == (512, 0)
+    slots, pages = capacity(10**7, reads_longest=True)
+    assert slots == 512 and pages == 2048 * -(-(whole + 512 * 2048 * 20 // 19) // 2048)
 
 
 def test_memory_does_not_change_samples(model, params, monkeypatch):

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from echorl_jax.models import init_params
+from echorl_jax.models import init_adapters, init_params, with_adapters
+from echorl_jax.models.config import Lora
 from echorl_jax.parallel import make_mesh
 from echorl_jax.rollout import (
     Resources,
@@ -119,6 +120,18 @@ def test_windows_cut_pages(small_pages):
     check_scores(windowed, params, PROMPTS, rollouts)
 
 
+def test_adapters_write_pages(model, params, base, small_pages):
+    lora = Lora.uniform(model.config, ("q", "k", "v", "down"), rank=2, alpha=8.0, rslora=False)
+    adapters = init_adapters(model, lora, jax.random.key(5), init="gaussian")
+    adapters = jax.tree.map(lambda x: jnp.where(x == 0, 0.1, x), adapters)  # b begins as zeros
+    adapted = with_adapters(model, params, lora, adapters)
+    settings = {**SETTINGS, "row_limits": LIMITS, "slots": 7}
+    rollouts = generate(*adapted, PROMPTS, KEY, **settings, page_tokens=44)
+    check_equal(rollouts, generate(*adapted, PROMPTS, KEY, **settings))
+    check_scores(*adapted, PROMPTS, rollouts)
+    assert completions(rollouts) != completions(base)
+
+
 def test_full_blocks_become_pages_in_front():
     """Two parts of 8 pages, blocks of 4. In the first, slot 1 has taken another row than the one
     whose pages are 1 and 3, so page 4 moves to the gap at 1, and new pages follow from 3 on.
@@ -160,9 +173,11 @@ def test_a_part_takes_rows_while_they_find_a_page_each():
     assert pages.room(used, full, full < 99).tolist() == [4, 0]
 
 
-def test_a_decode_step_copies_no_pages(model):
+@pytest.mark.parametrize("eos_ids", [EOS, ()], ids=str)
+def test_a_decode_step_copies_no_pages(model, eos_ids):
+    """Without EOS nothing orders a write of pages after the reads of the same step."""
     mesh = make_mesh(devices=jax.devices()[:1])
-    sampling = Sampling(4, 2048, eos_ids=EOS)
+    sampling = Sampling(4, 2048, eos_ids=eos_ids)
     resources = Resources(slots=8, page_tokens=2**16, mesh=mesh)
     prefill = engine.lower_prefill(model, sampling, resources, prompts=8, prompt_tokens=16)
     decode = engine.lower_decode(model, sampling, resources, prefill, prefill.compile())
