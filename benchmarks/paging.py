@@ -83,6 +83,7 @@ class Slots:
         self.steps, self.seconds, self.live, self.reserved = 0, 0.0, 0.0, 0.0
         self.useful, self.read, self.restarted = 0.0, 0.0, 0
         self.sizes = slot_counts(slots, smallest=max(FEWEST_SLOTS, self.parts))
+        self.levels = len(self.sizes)
 
     @property
     def busy(self) -> np.ndarray:
@@ -113,7 +114,7 @@ class Slots:
         live = np.where(self.busy, at + self.case.prompt, 0).sum(1)
         self.seconds += steps * self.case.seconds(self.row.shape[1], live.max(), reads.max())
         self.steps += steps
-        if self.waiting:  # the last rows leave memory idle, whatever it is divided into
+        if len(self.sizes) == self.levels:  # the last rows leave memory idle, however it is divided
             self.live += steps * np.where(self.busy, at, 0).sum()
             self.reserved += steps * reserved
         self.useful += steps * live.sum()
