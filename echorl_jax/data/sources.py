@@ -45,14 +45,21 @@ class _Converted(Sequence[Mapping[str, Any]]):
 def read_tfds(name: str, options: Mapping[str, str], *, skip_bad: bool) -> CheckedRows:
     """Reads a prepared TFDS data set; options are ``split`` and ``data_dir``.
 
+    ``echorl_countdown`` is prepared when it is first read.
+
     Raises:
-      UserError: TFDS is not installed, the data set is not prepared there, or a bad row.
+      UserError: the data set is not prepared there, or a bad row.
     """
-    tfds = require_package("tensorflow_datasets", "tensorflow-datasets", f"tfds:{name}")
-    split = options.get("split", "train")
+    import tensorflow_datasets as tfds  # takes a second, and few runs read such a source
+
+    split, data_dir = options.get("split", "train"), options.get("data_dir")
     label = f"tfds:{name}, split {split}"
     try:
-        builder = tfds.builder(name, data_dir=options.get("data_dir"))
+        if name == "echorl_countdown":
+            from echorl_jax.data import tfds_countdown
+
+            tfds_countdown.prepare(data_dir)
+        builder: Any = tfds.builder(name, data_dir=data_dir)
         source = builder.as_data_source(split=split)
     # TFDS raises a dozen kinds of error here, most of them for a missing or unprepared data set.
     except Exception as error:

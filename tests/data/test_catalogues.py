@@ -1,9 +1,10 @@
 """Data sets by name: TFDS and Hugging Face."""
 
 import json
-import os
 import subprocess
 import sys
+import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -22,17 +23,21 @@ print(json.dumps([len(rows), rows[0], "tensorflow" in sys.modules]))
 """
 
 
-@pytest.mark.parametrize(
-    ("module", "spec", "package"),
-    [
-        ("tensorflow_datasets", "tfds:gsm8k", "tensorflow-datasets"),
-        ("datasets", "hf:a/b", "datasets"),
-    ],
-)
-def test_a_missing_package_is_named(module, spec, package, monkeypatch):
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=f"^{spec} needs a package: pip install '{package}'$"):
-        load_rows(spec)
+def test_a_missing_package_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match="^hf:a/b needs a package: pip install 'datasets'$"):
+        load_rows("hf:a/b")
+
+
+def test_tfds_comes_with_a_plain_installation_and_is_imported_for_its_sources_alone():
+    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    assert any(line.startswith("tensorflow-datasets") for line in project["dependencies"])
+    assert not any(line.startswith("tensorflow>") for line in project["dependencies"])
+    code = (
+        "import sys; from echorl_jax.data import load_rows; load_rows('countdown:count=2')\n"
+        "assert 'tensorflow_datasets' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_examples_are_the_generators_problems():
@@ -48,15 +53,17 @@ def test_bytes_that_are_not_utf8_make_only_their_column_unusable():
 
 
 @pytest.mark.slow
-def test_a_prepared_data_set_is_read_by_another_process_without_tensorflow(tmp_path):
-    pytest.importorskip("tensorflow_datasets")
-    run = {"check": True, "text": True, "stdout": subprocess.PIPE, "env": dict(os.environ)}
-    module = "echorl_jax.data.tfds_countdown"
-    subprocess.run([sys.executable, "-m", module, f"--data_dir={tmp_path}"], **run)
+def test_our_data_set_is_prepared_once_and_read_without_tensorflow(tmp_path):
     spec = f"tfds:echorl_countdown?split=eval&data_dir={tmp_path}"
-    count, row, tensorflow = json.loads(
-        subprocess.run([sys.executable, "-c", READ, spec], **run).stdout
-    )
+    found, written = [], []
+    for _ in range(2):
+        command = [sys.executable, "-c", READ, spec]
+        read = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE)
+        found.append(json.loads(read.stdout.splitlines()[-1]))
+        files = tmp_path.rglob("*.array_record*")
+        written.append({file: file.stat().st_mtime_ns for file in files})
+    assert found[0] == found[1] and written[0] == written[1] != {}
+    count, row, tensorflow = found[0]
     assert count == 1024 and not tensorflow
     assert row["data_source"] == "countdown"
     truth = row["reward_model"]["ground_truth"]
@@ -87,7 +94,6 @@ Builder(data_dir=out, config="ARC-Challenge", file_format="array_record").downlo
 
 @pytest.mark.slow
 def test_columns_of_published_tfds_sets(tmp_path):
-    pytest.importorskip("tensorflow_datasets")
     run = {"check": True, "text": True, "stdout": subprocess.PIPE}
     subprocess.run([sys.executable, "-c", PREPARE, str(tmp_path)], **run)
     rows = {}
