@@ -7,6 +7,7 @@ config_file.py. Nothing here imports JAX, so that ``--help`` and wrong keys answ
 import dataclasses
 import itertools
 import json
+import re
 import typing
 from collections.abc import Callable, Iterator
 from operator import attrgetter
@@ -85,12 +86,17 @@ RESUME = Bound(
     "auto, none, or the step of a checkpoint",
     lambda text: text in ("auto", "none") or (text.isdecimal() and len(text) < 11),
 )
+REPOSITORY = Bound(
+    'OWNER/NAME, or ""', lambda text: not text or re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     # Hugging Face directory, repository id, or "builtin:countdown", the tiny model in this package.
     path: str = "builtin:countdown"
+    # Branch, tag or commit of a repository id; "" takes its default branch.
+    revision: str = ""
     # "pretrained" reads the weights; "random" takes architecture and tokenizer, with fresh weights.
     init: Literal["pretrained", "random"] = "pretrained"
     # Type of activations and matrix products. Master weights and optimizer state are float32.
@@ -381,8 +387,13 @@ class CheckpointConfig:
     # The checkpoint that a run goes on from: auto takes the newest one that can be read, a number
     # that of a step (later ones are set aside), none refuses a workdir that has a run.
     resume: Annotated[str, RESUME] = "auto"
-    # Write the Hugging Face directory `export/` at the end.
+    # Write the Hugging Face directory `export/` at the end, also when a signal ends the run.
     export: bool = True
+    # Steps between exports to it during the run; 0 writes none before the end.
+    export_every: Annotated[int, at_least(0)] = 0
+    # Push `export/` with a model card to this repository of the Hugging Face Hub, OWNER/NAME, after
+    # the last step and every export_every steps (a new one is private); "" pushes nothing.
+    push: Annotated[str, REPOSITORY] = ""
     # With LoRA also write the merged model there; the adapter is in `export/adapter/`.
     merge: bool = False
     # Keep compiled programs in `compiled/`: a restart begins sooner, and on GPU with the kernels
@@ -491,6 +502,9 @@ def _relations(c: Config) -> Iterator[tuple[str, bool, str]]:
     lora = c.lora.rank > 0 or bool(c.lora.adapter)
     yield "model.base_dtype", lora or c.model.base_dtype is None, "None without lora.rank"
     yield "lora.rank", not (c.lora.rank and c.lora.adapter), "0 with lora.adapter, which has ranks"
+    export = c.checkpoint.export
+    yield "checkpoint.export_every", export or not c.checkpoint.export_every, "0 without export"
+    yield "checkpoint.push", export or not c.checkpoint.push, '"" without checkpoint.export'
     yield "checkpoint.merge", lora or not c.checkpoint.merge, "false without lora.rank"
     divides = c.rollout.prompts_per_step % c.objective.mini_batches == 0
     yield "objective.mini_batches", divides, "a divisor of rollout.prompts_per_step"

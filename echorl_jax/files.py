@@ -24,13 +24,28 @@ FREED_WITHIN_S = 100.0
 BUILTIN = {"builtin:countdown": Path(__file__).parent / "assets" / "countdown"}
 
 
-def model_path(path: str) -> str:
+def model_path(path: str, revision: str = "") -> str:
     """The directory of a model that comes with the package, else the path itself.
 
     >>> model_path("runs/1/export")
     'runs/1/export'
     """
-    return str(BUILTIN[path]) if path in BUILTIN else os.path.expanduser(path)
+    if path in BUILTIN:
+        return str(BUILTIN[path])
+    source = os.path.expanduser(path)
+    if revision and os.path.isdir(source):
+        raise UserError(f"{path} is a directory: revision {revision!r} is only for a repository id")
+    return f"{source}@{revision}" if revision else source
+
+
+def split_revision(source: str) -> tuple[str, str | None]:
+    """The repository id and the revision of :func:`model_path`'s result; None is the default one.
+
+    >>> split_revision("owner/name@v2")
+    ('owner/name', 'v2')
+    """
+    name, _, revision = source.partition("@")
+    return name, revision or None
 
 
 @contextmanager

@@ -9,6 +9,7 @@ examples:
   echorl convert --model=checkpoints/qwen --out=models/qwen-again
   echorl convert --model=runs/first --step=best --out=models/first-best
   echorl convert --model=models/qwen --adapter=runs/lora/export/adapter --out=models/merged
+  echorl convert --model=runs/first --step=best --out=models/first-best --push=me/first-best
 """
 
 import argparse
@@ -34,6 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--merge", action="store_true", help="of a workdir with LoRA: the merged model"
     )
+    parser.add_argument(
+        "--push",
+        default="",
+        metavar="OWNER/NAME",
+        help="also push it to this repository of the Hugging Face Hub; a new one is private",
+    )
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="must not exist")
 
 
@@ -42,5 +49,5 @@ def run(arguments: argparse.Namespace) -> int:
     from echorl_jax.training.convert import convert
 
     options = {name: getattr(arguments, name) for name in ("out", "step", "adapter", "merge")}
-    print(convert(arguments.model, **options))
+    print(convert(arguments.model, push_to=arguments.push, **options))
     return 0

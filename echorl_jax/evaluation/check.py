@@ -46,7 +46,7 @@ def check(config: Config, *, rows: int, show: int) -> bool:
     Raises:
       UserError: data, tokenizer or grader that cannot be used.
     """
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(model_path(config.model.path, config.model.revision))
     vocab_size = _check_model(config, tokenizer)
     try:
         experts = config.objective.expert_rows
@@ -99,7 +99,7 @@ def check(config: Config, *, rows: int, show: int) -> bool:
 
 def _check_model(config: Config, tokenizer: "PreTrainedTokenizerBase") -> int:
     """The size of the model's vocabulary; the tokenizer's where there is no ``config.json``."""
-    path = Path(model_path(config.model.path))
+    path = Path(model_path(config.model.path, config.model.revision))
     if not (path / "config.json").is_file():
         return 1 + max(tokenizer.get_vocab().values())
     shape = read_config(path)

@@ -8,6 +8,7 @@ from echorl_jax.models.hf_config import from_hf, read_config, to_hf
 from echorl_jax.models.initialise import abstract_params, init_params, merge, param_shardings
 from echorl_jax.models.lora import base_params, init_adapters, split_params, with_adapters
 from echorl_jax.models.peft import load_adapter, read_adapter, save_adapter
+from echorl_jax.models.repositories import claim_repository, local_directory, push
 
 __all__ = [
     "Decoder",
@@ -18,14 +19,17 @@ __all__ = [
     "abstract_params",
     "attend",
     "base_params",
+    "claim_repository",
     "from_hf",
     "init_adapters",
     "init_params",
     "load_adapter",
     "load_decoder",
     "load_model",
+    "local_directory",
     "merge",
     "param_shardings",
+    "push",
     "read_adapter",
     "read_config",
     "require_text",

@@ -17,7 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from echorl_jax.choices import Kernel, Remat
-from echorl_jax.files import model_path, replace_json
+from echorl_jax.files import replace_json
 from echorl_jax.models.config import ModelError
 from echorl_jax.models.decoder import Decoder
 from echorl_jax.models.hf_config import read_config, to_hf
@@ -25,6 +25,7 @@ from echorl_jax.models.hf_names import TensorName, published_names, tensor_names
 from echorl_jax.models.initialise import param_shardings, quantised
 from echorl_jax.models.lora import plain_kernel
 from echorl_jax.models.peft import load_adapter
+from echorl_jax.models.repositories import local_directory
 from echorl_jax.models.tensor_files import (
     StoredTensor,
     TensorSource,
@@ -53,7 +54,7 @@ def load_decoder(
     attention: Kernel = "auto",
 ) -> Decoder:
     """The model of a directory or repository id, without its weights."""
-    config = read_config(_directory(path))
+    config = read_config(local_directory(path))
     types = jnp.dtype(dtype).name, jnp.dtype(param_dtype).name
     return Decoder(config, *types, remat, attention)
 
@@ -64,7 +65,7 @@ def require_text(path: str | Path) -> None:
     Raises:
       ModelError: names the directory.
     """
-    if read_config(_directory(path)).vision is not None:
+    if read_config(local_directory(path)).vision is not None:
         raise ModelError(
             f"{path} has a vision tower; training and sampling with images are not supported yet, "
             "only load_model, encode_images and save_model are"
@@ -103,7 +104,7 @@ def load_model(
       ModelError: unsupported architecture, field or adapter; tensors that are missing, surplus,
         misshapen or not finite; no safetensors.
     """
-    directory = _directory(path)
+    directory = local_directory(path)
     model = load_decoder(
         directory, dtype=dtype, param_dtype=param_dtype, remat=remat, attention=attention
     )
@@ -172,33 +173,6 @@ def save_model(
     replace_json(directory / "generation_config.json", ends)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(directory))
-
-
-def _directory(path: str | Path) -> Path:
-    """The directory of a model of the package, a local one, or the local copy of a repository."""
-    path = model_path(str(path))
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import (
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
-        )
-    except ImportError:
-        raise ModelError(
-            f"{path} is not a directory; repository ids need huggingface_hub: "
-            "pip install 'huggingface_hub>=0.30'"
-        ) from None
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jinja", "*.model"]
-    try:
-        return Path(snapshot_download(str(path), allow_patterns=patterns))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"{path} is not a directory, and no repository could be downloaded: {reason}"
-        ) from None
 
 
 def _check(

@@ -17,8 +17,8 @@ from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import Objective
 from echorl_jax.data import PromptStream, Rows, load_rows, require_embedded_rows
 from echorl_jax.environment import Engine, make_engine
-from echorl_jax.errors import RunStopped, writing
-from echorl_jax.models import base_params, merge, split_params
+from echorl_jax.errors import RunStopped, UserError, writing
+from echorl_jax.models import base_params, claim_repository, merge, push, split_params
 from echorl_jax.parallel import any_process, from_first, is_first, smallest
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout import Progress
@@ -120,6 +120,9 @@ class Run:
             self._save(step, state)
         if self.evaluator.due(step) and (scores := self.evaluate(step, self.policy(state))):
             self.log.amend(scores)
+        exports = config.checkpoint.export_every
+        if exports and step % exports == 0 and step < config.steps:
+            self._export(step, state)
         if self.stopping():
             self._save(step, state)
             self.log.say(f"stopped after step {step}; the same command goes on from there")
@@ -193,13 +196,34 @@ class Run:
         return {**scores, "eval/failed": 0.0}
 
     def finish(self, state: TrainState) -> None:
-        """Waits for the last checkpoint; after the last step writes ``export/``."""
-        self.checkpoints.close()
-        config = self.setup.config
-        if config.checkpoint.export and int(state.step) == config.steps:
-            from echorl_jax.training.convert import export_model
+        """Waits for the last checkpoint and writes ``export/``, also after a stop by a signal.
 
-            export_model(self.directory, self.setup, self.policy(state))
+        Raises:
+          RunStopped: the export could not be pushed.
+        """
+        self.checkpoints.close()
+        step = int(state.step)
+        if self.setup.config.checkpoint.export and step > 0:
+            self._export(step, state)
+
+    def _export(self, step: int, state: TrainState) -> None:
+        """Writes ``export/`` and pushes it, unless a signal wants the run to end.
+
+        Before the last step a failed push costs a warning alone.
+        """
+        from echorl_jax.training.convert import export_model
+
+        exported = export_model(self.directory, self.setup, self.policy(state), step)
+        config = self.setup.config
+        last, repository = step == config.steps, config.checkpoint.push
+        if not repository or not is_first() or (self.stop.requested and not last):
+            return
+        try:
+            self.log.say(f"pushed {push(exported, repository, message=f'step {step}')}")
+        except UserError as error:
+            if last:
+                raise RunStopped(f"{error}; `echorl convert --push` tries again") from error
+            self.log.say(f"warning: step {step}: {error}")
 
 
 @contextmanager
@@ -233,6 +257,8 @@ def open_run(
         keep_compiled(directory, config.checkpoint.compiled),
         trackers(directory, config) as senders,
     ):
+        if config.checkpoint.push and is_first():
+            claim_repository(config.checkpoint.push)
         compiles = CompileCounter()
         setup, params = make_setup(config, devices=devices)
         rows = _training_rows(setup)

@@ -24,6 +24,7 @@ from echorl_jax.custom import load_custom
 from echorl_jax.data import load_tokenizer, newline_delimiters, require_vocabulary
 from echorl_jax.environment import end_tokens
 from echorl_jax.errors import one_line
+from echorl_jax.files import model_path
 from echorl_jax.models import (
     Decoder,
     Lora,
@@ -173,7 +174,7 @@ def make_setup(config: Config, *, devices: Sequence[Any] | None = None) -> tuple
     require_custom(config)
     sizes = config.mesh
     mesh = make_mesh(data=sizes.data, fsdp=sizes.fsdp, tensor=sizes.tensor, devices=devices)
-    tokenizer = load_tokenizer(config.model.path)
+    tokenizer = load_tokenizer(model_path(config.model.path, config.model.revision))
     model, params = load_policy(config, mesh)
     require_vocabulary(tokenizer, model.config.vocab_size)
     setup = static_setup(config, mesh, model, objective, platform=platform_of(mesh))
@@ -187,7 +188,7 @@ def load_policy(config: Config, mesh: Mesh | None) -> tuple[Decoder, PyTree]:
     Raises:
       ModelError: a directory of the model or of an adapter that cannot be used.
     """
-    path, options = config.model.path, model_options(config)
+    path, options = model_path(config.model.path, config.model.revision), model_options(config)
     key, settings = jax.random.key(config.seed), config.lora
     require_text(path)
     if config.model.init == "pretrained":

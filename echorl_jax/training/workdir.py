@@ -3,7 +3,9 @@
 import itertools
 import json
 import platform
+import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -191,8 +193,16 @@ def environment() -> dict[str, Any]:
         "backend": jax.default_backend(),
         "devices": [str(device) for device in jax.devices()],
         "processes": jax.process_count(),
+        "command": _command(),
         "packages": versions,
     }
+
+
+def _command() -> str:
+    """The command line of this process, as one types it."""
+    program, *arguments = sys.argv
+    typed = Path(program).name in ("echorl", "__main__.py")
+    return shlex.join([*(["echorl"] if typed else ["python", program]), *arguments])
 
 
 def deciding_keys(config: Config) -> dict[str, Any]:

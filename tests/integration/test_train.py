@@ -174,7 +174,7 @@ def test_a_signal_saves_and_stops(
     uninterrupted: tuple[TrainState, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, workdir = uninterrupted
-    config = small_config(steps=3, checkpoint={"every": 0})
+    config = small_config(steps=3, checkpoint={"every": 0, "export": True})
     record = loop.record_samples
 
     def preempted(directory: Path, step: int, *arguments: Any, **options: Any) -> None:
@@ -186,6 +186,9 @@ def test_a_signal_saves_and_stops(
         patch.setattr(loop, "record_samples", preempted)
         train(config, tmp_path / "parts")
     assert [line["step"] for line in steady(tmp_path / "parts")] == [1, 2]
+    export = tmp_path / "parts" / "export"
+    assert "step 2 of 3" in (export / "README.md").read_text()
+    load_model(export)
     assert same(whole.params, train(config, tmp_path / "parts").params)
     assert steady(workdir) == steady(tmp_path / "parts")
 
