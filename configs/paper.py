@@ -53,7 +53,8 @@ def get_config(argument: str = "") -> ConfigDict:
     config.model.dtype = "bfloat16"
     config.model.remat = "layer"  # [scripts] gradient checkpointing
 
-    # OpenR1-Math 46k as LUFFY prepared it (prompt, target, reward_model); any file of such rows.
+    # OpenR1-Math 46k as LUFFY prepared it (prompt, target, reward_model), see docs/data.md, "The
+    # paper's data"; any file of such rows.
     config.data.train = "data/openr1_math_46k.parquet"
     config.data.eval = "data/valid.parquet"
     config.data.template = "luffy"  # [scripts] system prompt with <think> and \boxed{}

@@ -6,12 +6,15 @@ import math
 import os
 import platform
 import shutil
+import socket
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import urlsplit
 
 from echorl_jax.errors import RunStopped, UserError
 
@@ -46,6 +49,24 @@ def split_revision(source: str) -> tuple[str, str | None]:
     """
     name, _, revision = source.partition("@")
     return name, revision or None
+
+
+def hub_answers() -> bool:
+    """False if nothing answers at the hub's address, where its client would try for a minute.
+
+    Behind a proxy, which may reach more than this machine does, the client has to try.
+    """
+    from huggingface_hub import constants
+
+    place = urlsplit(constants.ENDPOINT)
+    if urllib.request.getproxies():
+        return True
+    port = place.port or (443 if place.scheme == "https" else 80)
+    try:
+        socket.create_connection((place.hostname or "", port), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager

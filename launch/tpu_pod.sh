@@ -156,7 +156,11 @@ for ((i = 0; i <= restarts; i++)); do
   attempt "$@" || result=$?
   [ "$result" -ne 2 ] || fail "the run ended with a wrong option or file; its log is above"
   if [ "$result" -eq 0 ]; then
-    echo "== all steps are done"
+    if [ "$dry" = yes ]; then
+      echo "== dry run: nothing was run; once all steps are done:"
+    else
+      echo "== all steps are done"
+    fi
     [ "$delete" = no ] || tpu delete --quiet
     exit 0
   fi

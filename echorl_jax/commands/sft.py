@@ -1,7 +1,8 @@
 """Trains on expert trajectories, from given or random weights.
 
-The rows need a `target` column with the expert's messages; generated Countdown rows have one. With
---config.model.init=random the model directory gives only architecture and tokenizer.
+Rows need an expert's text: a `target` column with messages, or a `solution`; with a column `hint`
+it is `answer`. Generated rows have one. With --config.model.init=random the model directory gives
+only architecture and tokenizer.
 
 example:
   echorl sft --config=configs/countdown_sft.py --workdir=runs/sft

@@ -15,7 +15,7 @@ import numpy as np
 
 from echorl_jax.data.rows import DataError
 from echorl_jax.errors import one_line
-from echorl_jax.files import BUILTIN, model_path, split_revision
+from echorl_jax.files import BUILTIN, hub_answers, model_path, split_revision
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -232,8 +232,14 @@ def load_tokenizer(path: str) -> "PreTrainedTokenizerBase":
     _require_layers(Path(source) / "config.json")
     try:
         # Otherwise transformers asks on standard input whether to run the directory's code.
-        name, revision = (source, None) if Path(source).is_dir() else split_revision(source)
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        here = Path(source).is_dir()
+        name, revision = (source, None) if here else split_revision(source)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=revision,
+            trust_remote_code=False,
+            local_files_only=here or not hub_answers(),
+        )
         # Some files load and then fail on the first text.
         usable = len(tokenizer) > 0 and tokenizer.encode("1 + 1 = 2\n") is not None
     # The libraries raise bare exceptions for files of other versions.

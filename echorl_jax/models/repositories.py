@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from echorl_jax.errors import UserError, require_package
-from echorl_jax.files import model_path, split_revision
+from echorl_jax.files import hub_answers, model_path, split_revision
 from echorl_jax.models.config import ModelError
 
 # What is downloaded of a repository.
@@ -32,7 +32,8 @@ def local_directory(path: str | Path) -> Path:
     try:
         hub = require_package(*PACKAGE, f"{path} is not a directory, and a repository")
         with _hub_errors(f"{path} is not a directory, and no repository could be downloaded"):
-            return Path(hub.snapshot_download(name, revision=revision, allow_patterns=PATTERNS))
+            options = {"allow_patterns": PATTERNS, "local_files_only": not hub_answers()}
+            return Path(hub.snapshot_download(name, revision=revision, **options))
     except UserError as error:
         raise ModelError(str(error)) from None
 

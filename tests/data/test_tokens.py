@@ -1,6 +1,9 @@
 """The tiny tokenizer, prompts as ids, and delimiters."""
 
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import unicodedata
 from pathlib import Path
@@ -219,3 +222,29 @@ def test_a_missing_tokenizer_is_one_clear_line(path):
     with pytest.raises(DataError) as caught:
         load_tokenizer(path)
     assert str(caught.value).startswith(f"{path}: ") and "\n" not in str(caught.value)
+
+
+def test_without_a_way_to_the_hub_one_line_comes_at_once(tmp_path: Path) -> None:
+    """Nothing listens at the address: no retries, and the cache is asked."""
+    program = (
+        "import time; from echorl_jax.data import load_tokenizer\n"
+        "from echorl_jax.models import load_model\n"
+        "import transformers; start = time.monotonic()\n"
+        "for load in (load_tokenizer, load_model):\n"
+        "    try: load('owner/name')\n"
+        "    except ValueError as error: print(type(error).__name__, '\\n' in str(error))\n"
+        "print(time.monotonic() - start < 8)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        env={
+            "PATH": os.environ["PATH"],
+            "HF_ENDPOINT": "http://127.0.0.1:9",
+            "HF_HOME": str(tmp_path),
+            "JAX_PLATFORMS": "cpu",
+        },
+    )
+    assert done.stdout.split("\n")[:3] == ["DataError False", "ModelError False", "True"], done
+    assert "Retrying" not in done.stderr
