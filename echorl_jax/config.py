@@ -74,14 +74,21 @@ TARGETS = Bound(
 )
 
 
-def _is_json_object(text: str) -> bool:
+def _json(text: str) -> Any:
     try:
-        return isinstance(json.loads(text), dict)
+        return json.loads(text)
     except (ValueError, RecursionError):
-        return False
+        return None
 
 
-JSON_OBJECT = Bound('a JSON object, such as {"name": 1}', _is_json_object)
+def _are_texts(values: Any) -> bool:
+    return isinstance(values, list) and all(isinstance(text, str) and text for text in values)
+
+
+JSON_OBJECT = Bound(
+    'a JSON object, such as {"name": 1}', lambda text: isinstance(_json(text), dict)
+)
+JSON_TEXTS = Bound('a JSON list of texts, such as ["###"]', lambda text: _are_texts(_json(text)))
 RESUME = Bound(
     "auto, none, or the step of a checkpoint",
     lambda text: text in ("auto", "none") or (text.isdecimal() and len(text) < 11),
@@ -137,8 +144,14 @@ class DataConfig:
     # Held-out rows for the periodic evaluation, in the same form; "" evaluates nothing.
     eval: str = ""
     # The prompt template: "chat" is the tokenizer's chat template, "plain" the message contents
-    # as they stand; luffy, qwen-math, boxed and uft write the problem into that prompt.
+    # as they stand; luffy, qwen-math, boxed and uft write the problem into that prompt; a .jinja
+    # file is a chat template in place of the tokenizer's.
     template: str = "chat"
+    # Arguments of the chat template as a JSON object, such as {"enable_thinking": false}.
+    template_kwargs: Annotated[str, JSON_OBJECT] = "{}"
+    # The system message of every prompt in place of the rows' own, with chat, plain or a .jinja
+    # file; "" has none, None keeps the rows' own.
+    system_prompt: str | None = None
     # Prompts longer than this are left out and counted (tokens).
     max_prompt_tokens: Annotated[int, at_least(1)] = 1024
     # A prompt whose rows succeed at this rate or a higher one at a visit never returns (ScaleRL's
@@ -178,6 +191,11 @@ class RolloutConfig:
     top_k: Annotated[int, at_least(0)] = 0
     # Keep the likeliest tokens that hold this much probability.
     top_p: Annotated[float, POSITIVE_SHARE] = 1.0
+    # Tokens that end a completion besides the tokenizer's and the model's.
+    stop_ids: tuple[int, ...] = ()
+    # Texts that end a completion, as a JSON list, such as ["\n\nQuestion:"]: it ends with the token
+    # that completes one.
+    stop_strings: Annotated[str, JSON_TEXTS] = "[]"
     # Rows decoded at once; 0 takes all rows of a step if they fit beside weights, optimizer and
     # prompts, else as many as do. Samples do not depend on it.
     slots: Annotated[int, at_least(0)] = 0

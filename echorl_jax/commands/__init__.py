@@ -4,7 +4,6 @@ Heavy imports are inside ``run``, so that ``--help`` is quick.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +19,7 @@ from echorl_jax.cluster import (
     follow_supervisor,
     supervise,
 )
-from echorl_jax.config import JSON_OBJECT, LARGEST, Config
+from echorl_jax.config import JSON_OBJECT, LARGEST, Bound, Config
 
 MODEL = "Hugging Face directory, repository id or builtin:countdown"
 GRADERS = (
@@ -54,7 +53,8 @@ def add_compare(parser: argparse.ArgumentParser, use: str) -> None:
 def add_grader(parser: argparse.ArgumentParser, default: str | None) -> None:
     """Declares the options of a grader."""
     parser.add_argument("--grader", default=default, help=GRADERS)
-    parser.add_argument("--grader_kwargs", type=json_object, help="its arguments, a JSON object")
+    kwargs = "keyword arguments of the functions, a JSON object"
+    parser.add_argument("--grader_kwargs", type=bounded(JSON_OBJECT), help=kwargs)
     parser.add_argument(
         "--success_threshold",
         type=float,
@@ -62,15 +62,19 @@ def add_grader(parser: argparse.ArgumentParser, default: str | None) -> None:
     )
 
 
-def json_object(text: str) -> dict[str, Any]:
-    """The ``type`` of an option that is a JSON object.
+def bounded(bound: Bound) -> Callable[[str], str]:
+    """Makes the ``type`` of an option that is a text within a bound of the config's.
 
-    >>> json_object('{"tolerance": 0.1}')
-    {'tolerance': 0.1}
+    >>> bounded(JSON_OBJECT)('{"tolerance": 0.1}')
+    '{"tolerance": 0.1}'
     """
-    if not JSON_OBJECT.holds(text):
-        raise argparse.ArgumentTypeError(f"{text[:80]!r}: must be {JSON_OBJECT.words}")
-    return json.loads(text)
+
+    def read(text: str) -> str:
+        if not bound.holds(text):
+            raise argparse.ArgumentTypeError(f"{text[:80]!r}: must be {bound.words}")
+        return text
+
+    return read
 
 
 def whole(least: int = 0) -> Callable[[str], int]:
@@ -92,6 +96,15 @@ def whole(least: int = 0) -> Callable[[str], int]:
         return value
 
     return read
+
+
+def whole_numbers(text: str) -> tuple[int, ...]:
+    """The ``type`` of an option that is a list of whole numbers.
+
+    >>> whole_numbers("198,271")
+    (198, 271)
+    """
+    return tuple(map(whole(), text.split(",")))
 
 
 def number(text: str) -> float:

@@ -28,7 +28,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from echorl_jax.commands import DTYPES, GRADERS, MODEL, add_compare, number, whole
+from echorl_jax.commands import DTYPES, GRADERS, MODEL, add_compare, number, whole, whole_numbers
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="policy",
         help="author of the solutions that lose steps (default: the policy, its right answers)",
     )
-    add("--deletions", type=_numbers, default=(0, 1, 2), metavar="K,K", help="default 0,1,2")
+    add("--deletions", type=whole_numbers, default=(0, 1, 2), metavar="K,K", help="default 0,1,2")
     add(
         "--samples", type=whole(1), default=4, help="attempts of the policy at each row (default 4)"
     )
@@ -66,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--delimiter_ids",
-        type=_numbers,
+        type=whole_numbers,
         default=(),
         metavar="ID,ID",
         help="tokens that end a step (default: every token with a newline; the paper's Qwen2.5 "
@@ -92,7 +92,3 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"rows:   {path}")
     print(f"report: {report}")
     return 0
-
-
-def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(map(whole(), text.split(",")))

@@ -21,8 +21,17 @@ import dataclasses
 from pathlib import Path
 
 from echorl_jax.cluster import Limits
-from echorl_jax.commands import DTYPES, MODEL, add_grader, number, take_place, whole
-from echorl_jax.config import MeshConfig
+from echorl_jax.commands import (
+    DTYPES,
+    MODEL,
+    add_grader,
+    bounded,
+    number,
+    take_place,
+    whole,
+    whole_numbers,
+)
+from echorl_jax.config import JSON_OBJECT, JSON_TEXTS, MeshConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -44,8 +53,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole(1),
         help="rows with longer prompts are left out (default 2048)",
     )
+    add("--stop_ids", type=whole_numbers, help="tokens that end a completion besides the model's")
+    add("--stop_strings", type=bounded(JSON_TEXTS), help="texts that end one, as a JSON list")
     add("--limit", type=whole(), help="only the first rows (default: all)")
-    add("--template", help="chat (default), plain, luffy, qwen-math, boxed or uft")
+    add("--template", help="chat (default), plain, luffy, qwen-math, boxed, uft or a .jinja file")
+    add("--template_kwargs", type=bounded(JSON_OBJECT), help="of the chat template, a JSON object")
+    add("--system_prompt", help="in place of the rows' own; '' has none")
     add("--dtype", choices=DTYPES, help="weights and compute (default bfloat16)")
     add("--seed", type=whole(), help="of the sampling (default 0)")
     add("--batch", type=whole(1), help="completions in one call of the sampler (default 256)")

@@ -12,6 +12,7 @@ examples:
 """
 
 import argparse
+import json
 from pathlib import Path
 
 from echorl_jax.commands import add_grader, number, whole
@@ -43,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
         answer_key=arguments.answer_key,
         verdict_key=arguments.verdict_key,
         grader=arguments.grader,
-        kwargs=arguments.grader_kwargs,
+        kwargs=json.loads(arguments.grader_kwargs or "{}"),
         success_threshold=arguments.success_threshold,
         workers=arguments.workers,
         timeout_s=arguments.timeout_s,

@@ -12,6 +12,7 @@ from echorl_jax.data.sources import Rows, load_rows
 from echorl_jax.data.stream import Prompt, PromptStream
 from echorl_jax.data.tokens import (
     TEMPLATES,
+    Template,
     encode_prompt,
     load_tokenizer,
     newline_delimiters,
@@ -26,6 +27,7 @@ __all__ = [
     "Row",
     "Rows",
     "TEMPLATES",
+    "Template",
     "add_hint",
     "encode_prompt",
     "encode_target",

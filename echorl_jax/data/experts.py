@@ -10,7 +10,7 @@ import numpy as np
 from echorl_jax.core import hint_probability
 from echorl_jax.data.rows import DataError
 from echorl_jax.data.stream import Prompt
-from echorl_jax.data.tokens import encode_prompt, require_embedded
+from echorl_jax.data.tokens import Template, encode_prompt, require_embedded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -48,7 +48,7 @@ def require_embedded_rows(
     tokenizer: "PreTrainedTokenizerBase",
     rows: Iterable[Mapping[str, Any]],
     *,
-    template: str,
+    template: Template | str,
     vocab_size: int,
     experts: bool,
     source: str,

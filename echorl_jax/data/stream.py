@@ -9,7 +9,7 @@ import numpy as np
 
 from echorl_jax.data.rows import DataError, Row
 from echorl_jax.data.sources import Rows
-from echorl_jax.data.tokens import encode_prompt
+from echorl_jax.data.tokens import Template, encode_prompt
 from echorl_jax.parallel import from_shares, own_share
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class PromptStream(Iterator[list[Prompt]]):
       prompts_per_step: P.
       seed: of the order.
       max_prompt_tokens: longest prompt that is kept.
-      template: name of the prompt template.
+      template: of the prompts.
       retired: True for the place of a row that must not come again; the same on every process.
 
     Raises:
@@ -76,7 +76,7 @@ class PromptStream(Iterator[list[Prompt]]):
         prompts_per_step: int,
         seed: int,
         max_prompt_tokens: int,
-        template: str = "chat",
+        template: Template | str = "chat",
         retired: Callable[[int], bool] = lambda place: False,
     ) -> None:
         if not rows:

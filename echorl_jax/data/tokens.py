@@ -1,5 +1,6 @@
 """Tokenizers, chat templates, and prompts as token ids."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from echorl_jax.config import DataConfig
 from echorl_jax.data.rows import DataError
 from echorl_jax.errors import one_line
 from echorl_jax.files import BUILTIN, hub_answers, model_path, split_revision
@@ -84,16 +86,73 @@ for messages in conversations:
 """
 
 
-def render_prompt(tokenizer: "PreTrainedTokenizerBase", messages: Messages, template: str) -> str:
-    """The prompt's text under a template of :data:`TEMPLATES`.
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """How a row's messages become the text of a prompt."""
+
+    name: str = "chat"  # in TEMPLATES, or a file with a chat template in Jinja
+    kwargs: str = "{}"  # arguments of a chat template, a JSON object
+    system: str | None = None  # in place of the row's system message; "" has none
+
+    @classmethod
+    def of(cls, data: DataConfig) -> "Template":
+        """The template of a config."""
+        return cls(data.template, data.template_kwargs, data.system_prompt)
+
+    @property
+    def is_file(self) -> bool:
+        """True for a file with a chat template."""
+        return self.name.endswith((".jinja", ".jinja2", ".j2"))
+
+    @property
+    def is_chat(self) -> bool:
+        """True if the text is made by a chat template."""
+        return self.is_file or self.name in ("chat", "luffy")
+
+    def render(self, tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
+        """The prompt's text.
+
+        Raises:
+          DataError: an unknown name, settings that the template has no use for, or a chat template
+            that cannot be read, or that refuses the messages.
+        """
+        if not self.is_file and self.name not in TEMPLATES:
+            known = ", ".join(TEMPLATES)
+            raise DataError(f"template {self.name!r}: must be one of {known}, or a .jinja file")
+        if not self.is_chat and self.kwargs != "{}":
+            raise DataError(f"template {self.name!r} is no chat template and takes no arguments")
+        if self.system is not None:
+            if not self.is_file and self.name not in ("chat", "plain"):
+                raise DataError(f"template {self.name!r} has its own system prompt")
+            start = [{"role": "system", "content": self.system}] if self.system else []
+            messages = [*start, *_without_system(messages)]
+        return (
+            _chat(tokenizer, messages, self)
+            if self.is_file
+            else (TEMPLATES[self.name](tokenizer, messages, self))
+        )
+
+
+def keep_template(
+    tokenizer: "PreTrainedTokenizerBase", template: Template
+) -> "PreTrainedTokenizerBase":
+    """The tokenizer, to be saved with a model: a file's chat template becomes its own."""
+    if template.is_file:
+        tokenizer.chat_template = read_template(template.name)
+    return tokenizer
+
+
+@functools.cache
+def read_template(name: str) -> str:
+    """The text of a file with a chat template.
 
     Raises:
-      DataError: an unknown name, or a chat template that the tokenizer does not have or that
-        refuses the messages.
+      DataError: it cannot be read.
     """
-    if template not in TEMPLATES:
-        raise DataError(f"template {template!r}: must be one of {', '.join(TEMPLATES)}")
-    return TEMPLATES[template](tokenizer, messages)
+    try:
+        return Path(name).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"template {name}: {one_line(error)}") from error
 
 
 def keep_date(tokenizer: "PreTrainedTokenizerBase", date: datetime) -> None:
@@ -101,36 +160,36 @@ def keep_date(tokenizer: "PreTrainedTokenizerBase", date: datetime) -> None:
 
     The tokenizer's own template, which is saved with a model, stays as it is.
     """
-    if isinstance(tokenizer.chat_template, str):
-        text = DATE.sub(
-            lambda call: json.dumps(date.strftime(call["format"])), tokenizer.chat_template
-        )
-        render: Any = functools.partial(tokenizer.apply_chat_template, chat_template=text)
-        tokenizer.apply_chat_template = render
+    render: Any = tokenizer.apply_chat_template
+
+    def dated(*args: Any, chat_template: str | None = None, **kwargs: Any) -> Any:
+        text = chat_template or tokenizer.get_chat_template()
+        text = DATE.sub(lambda call: json.dumps(date.strftime(call["format"])), text)
+        return render(*args, chat_template=text, **kwargs)
+
+    tokenizer.apply_chat_template = dated
 
 
-def starts_itself(template: str) -> bool:
-    """True if a template writes the start token itself: the tokenizer must not add another."""
-    return template in ("chat", "luffy", "qwen-math")
-
-
-def _chat(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
-    if not tokenizer.chat_template:
+def _chat(tokenizer: "PreTrainedTokenizerBase", messages: Messages, template: Template) -> str:
+    if not (template.is_file or tokenizer.chat_template):
         raise DataError("the tokenizer has no chat template; take another template, say plain")
+    kwargs = json.loads(template.kwargs)
+    origin = template.name if template.is_file else "the tokenizer's chat template"
     try:
-        _try_out(
-            tokenizer.get_chat_template(), json.dumps(tokenizer.special_tokens_map, default=str)
-        )
+        chat = read_template(template.name) if template.is_file else tokenizer.get_chat_template()
+        _try_out(chat, json.dumps({**tokenizer.special_tokens_map, **kwargs}, default=str))
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=True
+            list(messages),
+            tokenize=False,
+            add_generation_prompt=True,
+            chat_template=chat,
+            **kwargs,
         )
     except DataError:
         raise
     # A template is a program of the model directory, which may raise anything.
     except Exception as error:
-        raise DataError(
-            f"the tokenizer's chat template refuses a prompt: {one_line(error)}"
-        ) from error
+        raise DataError(f"{origin} refuses a prompt: {one_line(error)}") from error
     assert isinstance(text, str)
     return text
 
@@ -153,28 +212,27 @@ def _try_out(template: str, special_tokens: str) -> None:
         )
 
 
-def _luffy(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
-    return _chat(
-        tokenizer, [{"role": "system", "content": LUFFY_SYSTEM}, *_without_system(messages)]
-    )
+def _luffy(tokenizer: "PreTrainedTokenizerBase", messages: Messages, template: Template) -> str:
+    start = {"role": "system", "content": LUFFY_SYSTEM}
+    return _chat(tokenizer, [start, *_without_system(messages)], template)
 
 
-def _qwen_math(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
+def _qwen_math(tokenizer: "PreTrainedTokenizerBase", messages: Messages, _: Template) -> str:
     turns = [{"role": "system", "content": BOXED}, *_without_system(messages)]
     lines = [f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in turns]
     return "".join([*lines, "<|im_start|>assistant\n"])
 
 
-def _boxed(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
-    return f"{_plain(tokenizer, _without_system(messages))}\n{BOXED}\n"
+def _boxed(tokenizer: "PreTrainedTokenizerBase", messages: Messages, template: Template) -> str:
+    return f"{_plain(tokenizer, _without_system(messages), template)}\n{BOXED}\n"
 
 
-def _uft(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
-    text = _plain(tokenizer, _without_system(messages))
+def _uft(tokenizer: "PreTrainedTokenizerBase", messages: Messages, template: Template) -> str:
+    text = _plain(tokenizer, _without_system(messages), template)
     return text if text.startswith(UFT_START) else f"{UFT_START}{text}{UFT_END}"
 
 
-def _plain(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
+def _plain(tokenizer: "PreTrainedTokenizerBase", messages: Messages, _: Template) -> str:
     return "".join(message["content"] for message in messages)
 
 
@@ -182,7 +240,7 @@ def _without_system(messages: Messages) -> list[dict[str, str]]:
     return [message for message in messages if message["role"] != "system"]
 
 
-TEMPLATES: dict[str, Callable[["PreTrainedTokenizerBase", Messages], str]] = {
+TEMPLATES: dict[str, Callable[["PreTrainedTokenizerBase", Messages, Template], str]] = {
     # The tokenizer's chat template.
     "chat": _chat,
     # The contents, joined.
@@ -266,18 +324,21 @@ def _require_layers(file: Path) -> None:
 
 
 def encode_prompt(
-    tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any], template: str = "chat"
+    tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any], template: Template | str = "chat"
 ) -> list[int]:
     """The token ids of a row's prompt, ready for the model to go on from.
 
-    ``template`` is a name in :data:`~echorl_jax.data.tokens.TEMPLATES`.
+    ``template`` may be the name of one without settings.
 
     Raises:
       DataError: an unknown template, or one that the tokenizer or the row cannot serve; a tokenizer
         that ends every text with an end token.
     """
-    text = render_prompt(tokenizer, row["prompt"], template)
-    ids = tokenizer.encode(text, add_special_tokens=not starts_itself(template))
+    template = Template(template) if isinstance(template, str) else template
+    text = template.render(tokenizer, row["prompt"])
+    # These write the start token themselves: the tokenizer must not add another.
+    starts_itself = template.is_chat or template.name == "qwen-math"
+    ids = tokenizer.encode(text, add_special_tokens=not starts_itself)
     if ids and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         if ids[-1:] != tokenizer.encode(text, add_special_tokens=False)[-1:]:
             raise DataError(

@@ -1,6 +1,8 @@
 """Samples completions and grades them: the one act of training and of evaluation."""
 
+import bisect
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
@@ -29,6 +31,8 @@ REASON_BYTES = 4 * MAX_REASON
 # The longest metrics of a verdict as JSON: a number has at most 24 characters, a name 40.
 METRICS_BYTES = 72 * (MAX_METRICS + 1)
 FAILURE_BYTES = 600
+# Tokens that end a row on the device because they hold a stop string.
+MOST_HOLDERS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,6 +270,92 @@ def end_tokens(tokenizer: "PreTrainedTokenizerBase", model: Decoder) -> tuple[in
     return tuple(sorted({eos, *model.config.eos_ids}))
 
 
+@functools.lru_cache(maxsize=4)
+def end_settings(
+    tokenizer: "PreTrainedTokenizerBase",
+    model: Decoder,
+    stop_ids: tuple[int, ...] = (),
+    stop_strings: tuple[str, ...] = (),
+) -> Mapping[str, Any]:
+    """The fields of ``Sampling`` that say where completions end.
+
+    The device ends a row at a token that holds a stop string, or at the string's own tokens: most
+    rows. Another spelling in tokens is found after the call (:func:`cut_rows`), so that the rule is
+    the text alone.
+
+    Raises:
+      ConfigError: a stop id is outside the model's vocabulary.
+    """
+    size = model.config.vocab_size
+    if not all(0 <= token < size for token in stop_ids):
+        raise ConfigError(f"stop_ids = {stop_ids}: the vocabulary has ids from 0 to {size - 1}")
+    holders: list[int] = []
+    if stop_strings:
+        texts = tokenizer.batch_decode([[i] for i in range(min(len(tokenizer), size))])
+        holders = [i for i, text in enumerate(texts) if any(stop in text for stop in stop_strings)]
+    spelled = (tokenizer.encode(stop, add_special_tokens=False) for stop in stop_strings)
+    # Not every tokenizer gives the text back.
+    sequences = {tuple(ids) for ids in spelled if _holds(tokenizer, ids, stop_strings)}
+    ends = {*end_tokens(tokenizer, model), *stop_ids, *holders[:MOST_HOLDERS]}
+    return {
+        "eos_ids": tuple(sorted(ends)),
+        "stop_sequences": tuple(sorted(sequences)),
+        "stop_strings": stop_strings,
+    }
+
+
+def _holds(
+    tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], stop_strings: Sequence[str]
+) -> bool:
+    text = tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)
+    return any(stop in text for stop in stop_strings)
+
+
+def length_to_stop(
+    tokenizer: "PreTrainedTokenizerBase", ids: Sequence[int], stop_strings: Sequence[str]
+) -> int | None:
+    """Tokens up to the one whose text completes a stop string; None if there is none.
+
+    >>> from echorl_jax.data import load_tokenizer
+    >>> tokenizer = load_tokenizer("builtin:countdown")
+    >>> ids = tokenizer.encode("1+2=3 4", add_special_tokens=False)
+    >>> tokenizer.decode(ids[: length_to_stop(tokenizer, ids, ["2="])])
+    '1+2='
+    """
+    if not stop_strings or not _holds(tokenizer, ids, stop_strings):
+        return None
+    lengths = range(len(ids) + 1)
+    return bisect.bisect_left(
+        lengths, True, key=lambda length: _holds(tokenizer, ids[:length], stop_strings)
+    )
+
+
+def cut_rows(rollouts: Rollouts, lengths: Mapping[int, int]) -> Rollouts:
+    """The rollouts (NumPy) without what rows hold after a stop string.
+
+    Args:
+      lengths: row -> tokens that are kept.
+    """
+    if not lengths:
+        return rollouts
+    length, truncated = rollouts.completion_length.copy(), rollouts.truncated.copy()
+    for row, kept in lengths.items():
+        length[row], truncated[row] = kept, False
+    inside = np.arange(rollouts.completion_ids.shape[1]) < length[:, None]
+
+    def kept_part(values: HostArray) -> HostArray:
+        return np.where(inside, values, np.zeros((), values.dtype))
+
+    return dataclasses.replace(
+        rollouts,
+        completion_length=length,
+        truncated=truncated,
+        completion_ids=kept_part(rollouts.completion_ids),
+        rollout_logprobs=kept_part(rollouts.rollout_logprobs),
+        token_entropy=kept_part(rollouts.token_entropy),
+    )
+
+
 def sample_and_grade(
     engine: Engine,
     params: PyTree,
@@ -318,9 +408,15 @@ def sample_and_grade(
             progress(now)
 
     reported: set[int] = set()
+    cut: dict[int, int] = {}
 
     def finished(rows: Sequence[int], completions: Sequence[HostArray]) -> None:
         reported.update(rows)
+        if sampling.stop_strings:
+            stops = sampling.stop_strings
+            found = [length_to_stop(tokenizer, ids.tolist(), stops) for ids in completions]
+            cut.update((row, end) for row, end in zip(rows, found, strict=True) if end)
+            completions = [ids[:end] for ids, end in zip(completions, found, strict=True)]
         rows = [row // sampling.group_size * group + row % sampling.group_size for row in rows]
         grading.take(rows, completions)
 
@@ -339,6 +435,7 @@ def sample_and_grade(
     rest = [row for row in range(sampled) if row not in reported]
     ids, length = rollouts.completion_ids, rollouts.completion_length
     finished(rest, [ids[row, : length[row]] for row in rest])
+    rollouts = cut_rows(rollouts, cut)
     on_policy = np.ones(sampled, bool)
     if experts is not None:
         rollouts, on_policy = append_experts(rollouts, experts, count=expert_rows)

@@ -16,6 +16,7 @@ import jax
 
 from echorl_jax.data import (
     Prompt,
+    Template,
     encode_prompt,
     load_rows,
     load_tokenizer,
@@ -23,7 +24,7 @@ from echorl_jax.data import (
     require_vocabulary,
 )
 from echorl_jax.data.tokens import keep_date
-from echorl_jax.environment import MOST_SAMPLES, JaxEngine, end_tokens
+from echorl_jax.environment import MOST_SAMPLES, JaxEngine, end_settings
 from echorl_jax.errors import UserError, writing
 from echorl_jax.evaluation.evaluate import Attempt, attempt_prompts
 from echorl_jax.evaluation.generations import (
@@ -56,7 +57,7 @@ class Benchmark:
     data: str
     adapter: str | None = None  # PEFT directory; None is none
     grader: str = "auto"
-    grader_kwargs: Mapping[str, Any] | None = None
+    grader_kwargs: str | None = None
     success_threshold: float | None = None
     samples: str = "1"
     temperature: float | None = None  # None: greedy for one sample, else 0.6
@@ -66,6 +67,10 @@ class Benchmark:
     max_prompt_tokens: int = 2048
     limit: int = 0
     template: str = "chat"
+    template_kwargs: str | None = None
+    system_prompt: str | None = None
+    stop_ids: tuple[int, ...] | None = None
+    stop_strings: str | None = None
     dtype: str = "bfloat16"
     seed: int = 0
     batch: int = 256
@@ -73,6 +78,11 @@ class Benchmark:
     workers: int = 2
     devices: int = 0
     tensor: int = 1
+
+    @property
+    def prompts(self) -> Template:
+        """How rows become prompts."""
+        return Template(self.template, self.template_kwargs or "{}", self.system_prompt)
 
     @classmethod
     def of(cls, *, preset_name: str, given: Mapping[str, Any]) -> "Benchmark":
@@ -213,7 +223,7 @@ def _prepare(options: Benchmark, started: datetime) -> _Work:
     keep_date(tokenizer, started)
     loaded = load_rows(options.data)
     rows = list(itertools.islice(loaded, options.limit or None))
-    prompts = [encode_prompt(tokenizer, row, options.template) for row in rows]
+    prompts = [encode_prompt(tokenizer, row, options.prompts) for row in rows]
     fits = [i for i, ids in enumerate(prompts) if len(ids) <= options.max_prompt_tokens]
     if not fits:
         raise UserError(f"no prompt is within --max_prompt_tokens={options.max_prompt_tokens}")
@@ -256,7 +266,7 @@ def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: i
     require_embedded_rows(
         work.tokenizer,
         [prompt.row for prompt in work.prompts],
-        template=options.template,
+        template=options.prompts,
         vocab_size=model.config.vocab_size,
         experts=False,
         source=options.data,
@@ -268,7 +278,7 @@ def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: i
     with (
         GraderPool(
             options.grader,
-            kwargs=options.grader_kwargs,
+            kwargs=json.loads(options.grader_kwargs or "{}"),
             success_threshold=options.success_threshold,
             workers=options.workers,
         ) as grader,
@@ -290,7 +300,12 @@ def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: i
                 max_new_tokens=options.max_new_tokens,
                 temperature=each.temperature,
                 top_p=options.top_p if each.temperature else 1.0,
-                eos_ids=end_tokens(work.tokenizer, model),
+                **end_settings(
+                    work.tokenizer,
+                    model,
+                    tuple(options.stop_ids or ()),
+                    tuple(json.loads(options.stop_strings or "[]")),
+                ),
             )
             for attempt in attempt_prompts(
                 engine,

@@ -1,6 +1,7 @@
 """``echorl check``: what would go wrong with a config's data, before any accelerator time."""
 
 import itertools
+import json
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -11,6 +12,7 @@ from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import load_objective
 from echorl_jax.data import (
     Rows,
+    Template,
     encode_prompt,
     encode_target,
     expert_text,
@@ -56,6 +58,7 @@ def check(config: Config, *, rows: int, show: int) -> bool:
     needed = objective.supervised or objective.expert_rows > 0
     learns_from_experts = needed or objective.hints
     wrong, sets = list[str](), dict[str, Rows]()
+    template = Template.of(config.data)
     with GraderPool.of(config) as grader:
         known = all(entry.path in GRADERS for entry in grader.entries if entry.decides)
         for name, spec in (("train", config.data.train), ("eval", config.data.eval)):
@@ -72,12 +75,12 @@ def check(config: Config, *, rows: int, show: int) -> bool:
             require_embedded_rows(
                 tokenizer,
                 seen,
-                template=config.data.template,
+                template=template,
                 vocab_size=vocab_size,
                 experts=learns_from_experts and name == "train",
                 source=f"data.{name}",
             )
-            prompts = [encode_prompt(tokenizer, row, config.data.template) for row in seen]
+            prompts = [encode_prompt(tokenizer, row, template) for row in seen]
             if not _check_lengths(prompts, config.data.max_prompt_tokens):
                 wrong.append(f"{name}: no prompt is short enough")
             if name == "train" and learns_from_experts:
@@ -88,6 +91,7 @@ def check(config: Config, *, rows: int, show: int) -> bool:
                 wrong.append(f"{name}: grader and gold answers disagree")
             if not _check_spellings(grader, seen) and known:
                 wrong.append(f"{name}: gold answers are right in one spelling only")
+            _check_stops(json.loads(config.rollout.stop_strings), seen)
             for ids in prompts[:show]:
                 print(f"  prompt of {len(ids)} tokens: {tokenizer.decode(ids)!r}")
                 print(f"    {tokenizer.convert_ids_to_tokens(ids)}")
@@ -104,6 +108,11 @@ def _check_model(config: Config, tokenizer: "PreTrainedTokenizerBase") -> int:
         return 1 + max(tokenizer.get_vocab().values())
     shape = read_config(path)
     require_vocabulary(tokenizer, shape.vocab_size)
+    if max(config.rollout.stop_ids, default=0) >= shape.vocab_size:
+        raise ConfigError(
+            f"config.rollout.stop_ids = {config.rollout.stop_ids}: the vocabulary has ids from 0 "
+            f"to {shape.vocab_size - 1}"
+        )
     lengths = config.data.max_prompt_tokens, config.rollout.max_new_tokens
     if warning := shape.warn_of_positions(*lengths):
         print(warning)
@@ -189,6 +198,14 @@ def _check_spellings(grader: GraderPool, rows: Sequence[Mapping[str, Any]]) -> b
         gold = row["reward_model"]["ground_truth"]
         print(f"  second spelling refused: {text[:SHOWN]!r} for {gold[:SHOWN]!r}")
     return not refused
+
+
+def _check_stops(stops: Sequence[str], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Names the right responses that no policy could write, for they go on after a stop string."""
+    texts = [text for row in rows if (text := _gold(row)) is not None]
+    cut = [text for text in texts if any(stop in text.removesuffix(stop) for stop in stops)]
+    if stops:
+        print(f"  stop strings: {len(cut)} of {len(texts)} gold answers go on after one")
 
 
 def _gold(row: Mapping[str, Any]) -> str | None:

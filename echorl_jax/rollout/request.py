@@ -38,6 +38,9 @@ class Sampling:
     eos_ids: tuple[int, ...] = ()
     stop_sequences: tuple[tuple[int, ...], ...] = ()  # each ends a completion and belongs to it
     banned_ids: tuple[int, ...] = ()
+    # Texts that end a completion. The sampler knows no text: the environment cuts the rows after
+    # the call, where the token sequences above did not end them.
+    stop_strings: tuple[str, ...] = ()
 
     @property
     def greedy(self) -> bool:

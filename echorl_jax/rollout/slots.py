@@ -155,9 +155,7 @@ def append(
     recent = slots.recent
     if sampling.stop_window:
         recent = jnp.concatenate([recent[:, 1:], token[:, None]], axis=1)
-    stopped = jnp.zeros(token.shape, bool)
-    for end in sampling.eos_ids:
-        stopped |= token == end
+    stopped = jnp.isin(token, jnp.array(sampling.eos_ids, jnp.int32))
     for sequence in sampling.stop_sequences:
         latest = recent[:, -len(sequence) :]
         stopped |= (latest == jnp.array([sequence], jnp.int32)).all(-1)

@@ -9,7 +9,8 @@ import orbax.checkpoint as ocp
 from jax.sharding import SingleDeviceSharding
 
 from echorl_jax.config_file import from_dict
-from echorl_jax.data import load_tokenizer
+from echorl_jax.data import Template, load_tokenizer
+from echorl_jax.data.tokens import keep_template
 from echorl_jax.errors import UserError, writing
 from echorl_jax.files import model_path, read_json, replace_directory, replace_json
 from echorl_jax.models import (
@@ -59,7 +60,8 @@ def export_model(workdir: Path, setup: Setup, params: PyTree, step: int) -> Path
         shutil.rmtree(fresh, ignore_errors=True)
     whole = setup.model.lora is None or config.checkpoint.merge
     if whole:
-        _save_like(base, fresh, setup.model, params, setup.tokenizer)
+        tokenizer = keep_template(setup.tokenizer, Template.of(config.data))
+        _save_like(base, fresh, setup.model, params, tokenizer)
     if setup.model.lora is not None:
         save_adapter(fresh / "adapter", setup.model, params, base=config.model.path)
     name = "." if whole else "adapter"
@@ -180,7 +182,8 @@ def _from_workdir(workdir: Path, out: Path, step: str, *, merge: bool) -> str:
     if decoder.lora is not None:
         _, whole = load_policy(config, None)
         params = merge_params(split_params(decoder, whole)[0], params)
-    _save_like(base, out, decoder, params, load_tokenizer(base))
+    tokenizer = keep_template(load_tokenizer(base), Template.of(config.data))
+    _save_like(base, out, decoder, params, tokenizer)
     write_card(out, workdir, config, found, base=config.model.path)
     return f"Hugging Face directory of {_count(params)} parameters after step {found}"
 

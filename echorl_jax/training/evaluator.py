@@ -9,7 +9,7 @@ from typing import TypeVar
 import jax
 from orbax.checkpoint import multihost
 
-from echorl_jax.data import Prompt, encode_prompt, load_rows, require_embedded_rows
+from echorl_jax.data import Prompt, Template, encode_prompt, load_rows, require_embedded_rows
 from echorl_jax.environment import Engine, JaxEngine
 from echorl_jax.errors import one_line
 from echorl_jax.evaluation.evaluate import attempt_prompts, score_by_source
@@ -47,12 +47,12 @@ class Evaluator:
         require_embedded_rows(
             setup.tokenizer,
             rows,
-            template=config.data.template,
+            template=Template.of(config.data),
             vocab_size=setup.model.config.vocab_size,
             experts=False,
             source="data.eval",
         )
-        ids = [encode_prompt(setup.tokenizer, row, config.data.template) for row in rows]
+        ids = [encode_prompt(setup.tokenizer, row, Template.of(config.data)) for row in rows]
         fits = [i for i in range(len(rows)) if len(ids[i]) <= config.data.max_prompt_tokens]
         # Draws are numbered by the rows that fit.
         prompts = [Prompt(ids[i], rows[i], i, number=n) for n, i in enumerate(fits)]
@@ -88,7 +88,7 @@ class Evaluator:
                 group_size=config.eval.samples,
                 max_new_tokens=config.rollout.max_new_tokens,
                 temperature=config.eval.temperature,
-                eos_ids=self.setup.eos_ids,
+                **self.setup.ends,
             ),
             tokenizer=self.setup.tokenizer,
             grader=self.grader,

@@ -15,7 +15,7 @@ import numpy as np
 from echorl_jax.cluster.supervisor import StopRequest, stop_on_signal
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import Objective
-from echorl_jax.data import PromptStream, Rows, load_rows, require_embedded_rows
+from echorl_jax.data import PromptStream, Rows, Template, load_rows, require_embedded_rows
 from echorl_jax.environment import Engine, make_engine
 from echorl_jax.errors import RunStopped, UserError, writing
 from echorl_jax.models import base_params, claim_repository, merge, push, split_params
@@ -327,7 +327,7 @@ def _training_rows(setup: Setup) -> Rows:
     require_embedded_rows(
         setup.tokenizer,
         rows,
-        template=data.template,
+        template=Template.of(data),
         vocab_size=setup.model.config.vocab_size,
         experts=objective.supervised or objective.hints or objective.expert_rows > 0,
         source="data.train",
@@ -355,7 +355,7 @@ def _prompt_stream(
         setup.tokenizer,
         prompts_per_step=prompts_per_step,
         max_prompt_tokens=setup.config.data.max_prompt_tokens,
-        template=setup.config.data.template,
+        template=Template.of(setup.config.data),
         seed=setup.config.seed,
         retired=history.retired,
     )

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +23,7 @@ from echorl_jax.core import (
 )
 from echorl_jax.custom import load_custom
 from echorl_jax.data import load_tokenizer, newline_delimiters, require_vocabulary
-from echorl_jax.environment import end_tokens
+from echorl_jax.environment import end_settings
 from echorl_jax.errors import one_line
 from echorl_jax.files import model_path
 from echorl_jax.models import (
@@ -63,9 +64,11 @@ class Setup:
     is_delimiter: HostArray = dataclasses.field(default=None, compare=False)
 
     @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Tokens that end a completion."""
-        return end_tokens(self.tokenizer, self.model)
+    def ends(self) -> Mapping[str, Any]:
+        """The fields of ``Sampling`` that say where completions end."""
+        rollout = self.config.rollout
+        stops = rollout.stop_ids, tuple(json.loads(rollout.stop_strings))
+        return end_settings(self.tokenizer, self.model, *stops)
 
     @property
     def of_reference(self) -> "Setup":
@@ -92,7 +95,7 @@ class Setup:
             temperature=rollout.temperature,
             top_k=rollout.top_k,
             top_p=rollout.top_p,
-            eos_ids=self.eos_ids,
+            **self.ends,
         )
 
     @property

@@ -2,12 +2,13 @@
 
 import resource
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from echorl_jax.data import TEMPLATES, DataError, encode_prompt, load_rows, load_tokenizer
-from echorl_jax.data.tokens import render_prompt
+from echorl_jax.data.tokens import Template, keep_date, keep_template
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 needs_files = pytest.mark.skipif(not SHARED.is_dir(), reason="no public data files")
@@ -17,6 +18,10 @@ QUESTION = [{"role": "user", "content": "1+1?"}]
 @pytest.fixture(scope="module")
 def tokenizer():
     return load_tokenizer("builtin:countdown")
+
+
+def render_prompt(tokenizer, messages, name):
+    return Template(name).render(tokenizer, messages)
 
 
 @pytest.mark.parametrize("template", TEMPLATES)
@@ -106,3 +111,65 @@ def test_a_chat_template_without_end_or_measure_is_refused_within_limits(templat
 def test_an_unknown_template_names_the_known(tokenizer):
     with pytest.raises(DataError, match="template 'chatty': must be one of chat, plain, luffy"):
         render_prompt(tokenizer, QUESTION, "chatty")
+
+
+FILE = (
+    "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+    "{{ strftime_now('%Y') }}{% if think is defined %} think={{ think }}{% endif %}"
+)
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.jinja"
+    path.write_text(FILE)
+    return str(path)
+
+
+def test_a_file_is_a_chat_template_with_arguments_a_date_and_a_system_prompt(file):
+    tokenizer = load_tokenizer("builtin:countdown")
+    keep_date(tokenizer, datetime(2021, 5, 1))
+    given = [{"role": "system", "content": "Be brief."}, *QUESTION]
+    question = QUESTION[0]["content"]
+    for template, start, end in [
+        (Template(file), "[system] Be brief.\n", "2021"),
+        (Template(file, '{"think": false}'), "[system] Be brief.\n", "2021 think=False"),
+        (Template(file, system="Think."), "[system] Think.\n", "2021"),
+        (Template(file, system=""), "", "2021"),
+    ]:
+        assert template.render(tokenizer, given) == f"{start}[user] {question}\n{end}"
+
+
+def test_arguments_reach_the_tokenizers_own_template():
+    tokenizer = load_tokenizer("builtin:countdown")
+    tokenizer.chat_template = "{{ 'on' if enable_thinking | default(true) else 'off' }}"
+    assert Template().render(tokenizer, QUESTION) == "on"
+    assert Template(kwargs='{"enable_thinking": false}').render(tokenizer, QUESTION) == "off"
+
+
+def test_the_template_of_a_file_is_saved_with_the_model(file, tmp_path):
+    tokenizer = keep_template(load_tokenizer("builtin:countdown"), Template(file))
+    tokenizer.save_pretrained(tmp_path / "model")
+    again = load_tokenizer(str(tmp_path / "model"))
+    expected = Template(file).render(tokenizer, QUESTION)
+    assert Template().render(again, QUESTION) == expected
+
+
+def test_plain_puts_the_system_prompt_first(tokenizer):
+    given = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "1+1?"}]
+    assert Template("plain", system="Sum. ").render(tokenizer, given) == "Sum. 1+1?"
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (Template("luffy", system="x"), "template 'luffy' has its own system prompt"),
+        (Template("plain", '{"a": 1}'), "'plain' is no chat template and takes no arguments"),
+        (Template("no/such.jinja"), "template no/such.jinja: .*No such file"),
+        (Template(kwargs='{"messages": 1}'), "refuses a prompt: .*messages"),
+    ],
+)
+def test_settings_that_do_not_fit_are_one_line(tokenizer, template, message):
+    with pytest.raises(DataError, match=message) as error:
+        template.render(tokenizer, QUESTION)
+    assert "\n" not in str(error.value)

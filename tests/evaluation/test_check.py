@@ -225,3 +225,26 @@ def test_a_plain_score_below_one_is_explained(
     assert check(path, grader, "--config.objective.success_threshold=0.9") == 1
     printed = capsys.readouterr().out
     assert "below objective.success_threshold = 0.9 is no success" in printed
+
+
+def test_prompts_and_stops_are_those_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    template = tmp_path / "mine.jinja"
+    template.write_text("{% for m in messages %}{{ m.role }}:{{ m.content }}|{% endfor %}{{ end }}")
+    targets = ["2.\nSo \\boxed{1}", "\\boxed{2}", "\\boxed{3}"]
+    rows = [
+        {**row, "target": [{"role": "assistant", "content": text}]}
+        for row, text in zip(SUMS, targets, strict=True)
+    ]
+    path = write(tmp_path / "plain.jsonl", rows)
+    more = ['--config.data.template_kwargs={"end": "now"}', "--show=1"]
+    more += ["--config.data.system_prompt=Sum.", '--config.rollout.stop_strings=["\\n"]']
+    words = ["check", "--config=configs/countdown.py", f"--config.data.train={path}"]
+    words += ["--config.data.eval=", "--config.eval.every=0", f"--config.data.template={template}"]
+    assert run([*words, *more]) == 0
+    printed = capsys.readouterr().out
+    assert "tokens: 'system:Sum.|user:1+0?|now'" in printed
+    assert "stop strings: 1 of 3 gold answers go on after one" in printed
+    with pytest.raises(UserError, match="config.rollout.stop_ids = .*ids from 0 to"):
+        run([*words, "--config.rollout.stop_ids=5,100000"])
