@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,18 @@ def test_workdir_has_what_is_promised(whole_run: Path) -> None:
     assert set(LISTED) <= set(lines[2])
     assert all(line["rollout/logprob_gap_max"] < 1e-3 for line in lines[1:])
     assert sum(line["echo/clips"] for line in lines[1:]) > 0
+
+
+def test_every_metric_and_field_of_samples_is_documented(whole_run: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    documented = set(re.findall(r"`([^`]+)`", page)) | {"eval/<source>/pass@2"}
+    lines = list(read_steps(whole_run / "metrics.jsonl"))
+    keys = {re.sub("^eval/[^/]+/", "eval/<source>/", key) for line in lines for key in line}
+    assert keys <= documented, keys - documented
+    sample = next(read_steps(whole_run / "samples" / "step_000001.jsonl"))
+    (group, *_) = next(read_steps(whole_run / "samples" / "ledger.jsonl"))["groups"]
+    fields = {*sample, *group}
+    assert fields <= documented, fields - documented
 
 
 def test_samples_tell_the_same_as_the_metrics(whole_run: Path) -> None:
