@@ -349,12 +349,18 @@ class EchoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
-    # Peak learning rate of AdamW.
+    # Peak learning rate. It and the keys of its course may change when a run goes on.
     learning_rate: Annotated[float, above(0)] = 1e-6
-    # Steps of linear warm-up.
+    # Steps of linear warm-up; or a share of all steps.
     warmup_steps: Annotated[int, at_least(0)] = 0
-    # After warm-up: constant, or cosine to 0 at the last step.
-    schedule: Literal["constant", "cosine"] = "constant"
+    warmup_ratio: Annotated[float, SHARE] = 0.0
+    # After warm-up: constant; linear or cosine down to the floor at the last step; or wsd
+    # (warm-up, stable, decay): constant, then linear over the last part of all steps.
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    # The floor, as a share of the peak.
+    min_lr_ratio: Annotated[float, SHARE] = 0.0
+    # The last part of wsd, as a share of all steps.
+    decay_ratio: Annotated[float, SHARE] = 0.1
     # Decoupled weight decay, on matrices only.
     weight_decay: Annotated[float, at_least(0)] = 0.0
     # Momentum decay rates.
@@ -429,6 +435,10 @@ class EvalConfig:
     samples: Annotated[int, at_least(1)] = 1
     # Sampling temperature; 0 is greedy.
     temperature: Annotated[float, ZERO_OR_NORMAL] = 0.6
+    # Keep the likeliest tokens that hold this much probability.
+    top_p: Annotated[float, POSITIVE_SHARE] = 1.0
+    # Longest completion (tokens); None takes rollout.max_new_tokens.
+    max_new_tokens: Annotated[int | None, at_least(1)] = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -475,6 +485,9 @@ class DebugConfig:
 class Config:
     # Training steps.
     steps: Annotated[int, at_least(0)] = 100
+    # Passes over the rows of data.train; above 0 it sets the steps, rounded up. Rounds of dynamic
+    # sampling read more rows, and prompts that are too long are rows too.
+    epochs: Annotated[float, at_least(0)] = 0.0
     # Seed of data order, sampling and fresh weights.
     seed: Annotated[int, at_least(0)] = 0
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
@@ -534,6 +547,8 @@ def _relations(c: Config) -> Iterator[tuple[str, bool, str]]:
     yield "echo.delimiter_ids", both, 'set exactly when echo.delimiter = "ids"'
     later = c.echo.end_step is None or c.echo.end_step >= c.echo.start_step
     yield "echo.end_step", later, "None or at least echo.start_step"
+    once = not (c.optim.warmup_steps and c.optim.warmup_ratio)
+    yield "optim.warmup_ratio", once, "0 with optim.warmup_steps"
     yield "eval.every", not c.eval.every or bool(c.data.eval), "0 without data.eval"
     unguarded = "without reward_* when data.grader_workers = 0: a hang would stop the run"
     yield "debug.inject", c.data.grader_workers > 0 or "reward_" not in c.debug.inject, unguarded

@@ -41,6 +41,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "max_grad_norm": 1.0,
         "weight_decay": 0.0,
         "lr_scheduler_type": "linear",
+        "num_train_epochs": 3.0,
     },
     "verl": {
         "data.train_batch_size": 1024,
@@ -58,6 +59,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "actor_rollout_ref.actor.use_kl_loss": False,
         "actor_rollout_ref.rollout.n": 1,
         "algorithm.adv_estimator": "gae",
+        "trainer.total_epochs": 30,
         "trainer.save_freq": -1,
         "trainer.test_freq": -1,
     },
@@ -371,7 +373,9 @@ def _steps(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _epochs(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    raise Refused("set config.steps to epochs x rows / rollout.prompts_per_step")
+    """Both projects prefer a number of steps, if there is one."""
+    steps = _get(given, "max_steps") or _get(given, "trainer.total_training_steps")
+    return {"epochs": value} if not isinstance(steps, int) or steps < 1 else {}
 
 
 def _both_bounds(high: str) -> Rule:
@@ -510,10 +514,9 @@ def _nothing(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _warmup_ratio(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    steps = _get(given, "max_steps") or 0
-    if steps < 1:
-        raise Refused("set config.optim.warmup_steps to the ratio times config.steps")
-    return {"optim.warmup_steps": round(value * steps)}
+    """A number of steps is preferred."""
+    steps = _get(given, "warmup_steps") or _get(given, f"{_ACTOR}optim.lr_warmup_steps")
+    return {"optim.warmup_ratio": value} if not isinstance(steps, int) or steps < 1 else {}
 
 
 def _data_source(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -540,6 +543,12 @@ _RULES: dict[str, Rule] = {
     "custom_reward_function.path": _verl_grader,
     "custom_reward_function.name": _nothing,
     "reward_model.overlong_buffer.len": _overlong,
+    **dict.fromkeys(
+        (f"{_ACTOR}optim.warmup_style", f"{_ACTOR}optim.lr_scheduler_type"),
+        _chosen("optim.schedule", {kind: kind for kind in ("constant", "cosine")}),
+    ),
+    f"{_ACTOR}optim.lr_warmup_steps": _every("optim.warmup_steps"),
+    f"{_ACTOR}optim.lr_warmup_steps_ratio": _warmup_ratio,
     "algorithm.adv_estimator": _estimator,
     "algorithm.norm_adv_by_std_in_grpo": _nothing,
     f"{_ACTOR}policy_loss.loss_mode": _nothing,
@@ -579,7 +588,9 @@ _RULES: dict[str, Rule] = {
     "warmup_ratio": _warmup_ratio,
     "lr_scheduler_type": _chosen(
         "optim.schedule",
-        {"constant": "constant", "constant_with_warmup": "constant"} | {"cosine": "cosine"},
+        {kind: kind for kind in ("constant", "linear", "cosine")}
+        | {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine"}
+        | {"warmup_stable_decay": "wsd"},
     ),
     "report_to": _wandb,
     "lora_target_modules": lambda v, g: {"lora.targets": _listed(v)},

@@ -86,8 +86,9 @@ class Evaluator:
             jax.random.key(config.seed + 1),
             sampling=Sampling(
                 group_size=config.eval.samples,
-                max_new_tokens=config.rollout.max_new_tokens,
+                max_new_tokens=config.eval.max_new_tokens or config.rollout.max_new_tokens,
                 temperature=config.eval.temperature,
+                top_p=config.eval.top_p if config.eval.temperature else 1.0,
                 **self.setup.ends,
             ),
             tokenizer=self.setup.tokenizer,

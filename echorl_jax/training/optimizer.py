@@ -23,17 +23,32 @@ class TrainState:
 
 @functools.cache
 def learning_rate_schedule(
-    *, peak: float, warmup_steps: int, total_steps: int, kind: str
+    *,
+    peak: float,
+    warmup_steps: int,
+    total_steps: int,
+    kind: str,
+    min_ratio: float = 0.0,
+    decay_ratio: float = 0.1,
 ) -> optax.Schedule:
-    """Linear warm-up to ``peak``, then constant or a cosine to 0 at ``total_steps``.
+    """Linear warm-up to ``peak``, then a course that reaches its floor at ``total_steps``.
 
     The first update of a warm-up of n steps uses ``peak / n``, so that it does something.
+
+    Args:
+      kind: constant; linear or cosine down to the floor; wsd: constant, then linear to the floor
+        over the last part (arXiv 2404.06395).
+      min_ratio: the floor over ``peak``.
+      decay_ratio: the last part of wsd over ``total_steps``.
     """
     rest = max(total_steps - warmup_steps, 1)
     if kind == "constant":
         after = optax.constant_schedule(peak)
+    elif kind == "cosine":
+        after = optax.cosine_decay_schedule(peak, rest, alpha=min_ratio)
     else:
-        after = optax.cosine_decay_schedule(peak, rest)
+        fall = rest if kind == "linear" else min(max(round(decay_ratio * total_steps), 1), rest)
+        after = optax.linear_schedule(peak, min_ratio * peak, fall, rest - fall)
     if not warmup_steps:
         return after
     warmup = optax.linear_schedule(peak / warmup_steps, peak, max(warmup_steps - 1, 1))

@@ -1,11 +1,13 @@
 """A run: opened new or where it stopped, its steps, and the end of each step."""
 
 import dataclasses
+import math
 import resource
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import jax
 import numpy as np
 
 from echorl_jax.cluster.supervisor import StopRequest, stop_on_signal
-from echorl_jax.config import Config, ConfigError
+from echorl_jax.config import LARGEST, Config, ConfigError
 from echorl_jax.core import Objective
 from echorl_jax.data import PromptStream, Rows, Template, load_rows, require_embedded_rows
 from echorl_jax.environment import Engine, make_engine
@@ -36,7 +38,7 @@ from echorl_jax.training.optimizer import TrainState, init_state
 from echorl_jax.training.setup import Setup, configured_objective, make_setup
 from echorl_jax.training.trackers import Sender, require_trackers, trackers
 from echorl_jax.training.warmup import CompileCounter, keep_compiled
-from echorl_jax.training.workdir import ASIDE, last_step, open_workdir, require_new, rewind
+from echorl_jax.training.workdir import ASIDE, COURSE, last_step, open_workdir, require_new, rewind
 from echorl_jax.types import Array, PyTree
 
 
@@ -226,6 +228,21 @@ class Run:
             self.log.say(f"warning: step {step}: {error}")
 
 
+def with_steps(config: Config, prompts_per_step: int) -> Config:
+    """The config with the steps that ``config.epochs`` makes of the rows; as it is for 0 epochs.
+
+    Raises:
+      ConfigError: they are more steps than a run may have.
+    """
+    if not config.epochs:
+        return config
+    rows = len(load_rows(config.data.train, on_bad_row=config.data.on_bad_row))
+    steps = math.ceil(round(config.epochs * rows / prompts_per_step, 6))
+    if steps > LARGEST:
+        raise ConfigError(f"config.epochs = {config.epochs}: {steps} steps, at most {LARGEST}")
+    return dataclasses.replace(config, steps=steps)
+
+
 @contextmanager
 def open_run(
     config: Config,
@@ -243,6 +260,7 @@ def open_run(
       UserError: config, data, model or workdir that cannot be used, or is in use by another run.
       RunStopped: a file cannot be written, such as on a full disk.
     """
+    config = with_steps(config, prompts_per_step)
     require_trackers(config)
     faults = Faults.parse(config.debug.inject, Path(workdir))
     if config.checkpoint.resume == "none":
@@ -252,7 +270,7 @@ def open_run(
         command = "echorl sft" if objective.supervised else "echorl train"
         raise ConfigError(f"config.objective.name = {config.objective.name!r}: use `{command}`")
     with (
-        open_workdir(workdir, config) as (directory, steps_before),
+        open_workdir(workdir, config) as (directory, config_before),
         writing(directory),
         keep_compiled(directory, config.checkpoint.compiled),
         trackers(directory, config) as senders,
@@ -279,7 +297,7 @@ def open_run(
             state = restored.state
             stream.set_state(restored.data_position)
             history.set_state(restored.history)
-            _warn_of_other_steps(config, objective, steps_before)
+            _warn_of_other_course(config, objective, config_before)
         _rewind(directory, restored)
         setup = _with_slots(setup)
         grader = GraderPool.of(config, faults=faults.rewards)
@@ -380,16 +398,20 @@ def _reference(setup: Setup, params: PyTree) -> PyTree | None:
     return base_params(params) if setup.model.lora else jax.jit(setup.model.cast)(params)
 
 
-def _warn_of_other_steps(config: Config, objective: Objective, before: int) -> None:
-    """Warns if ``config.steps`` changed and a schedule depends on it."""
-    courses = []
+def _warn_of_other_course(config: Config, objective: Objective, before: dict[str, Any]) -> None:
+    """Warns of a learning rate that changed, and of schedules that follow changed steps."""
+    for key in COURSE:
+        value = attrgetter(key)(config)
+        if key.startswith("optim.") and before.get(key, value) != value:
+            _warn(f"warning: from here on config.{key} = {value}, not {before[key]} as before")
+    courses, steps = [], before.get("steps", config.steps)
     if config.optim.schedule != "constant":
         courses.append(f"optim.schedule = {config.optim.schedule}")
     if objective.hints and not config.objective.hint_steps:
         courses.append("objective.hint_steps = 0")
-    if courses and before != config.steps:
+    if courses and steps != config.steps:
         _warn(
-            f"warning: config.steps = {config.steps}, not {before} as before: from here on "
+            f"warning: config.steps = {config.steps}, not {steps} as before: from here on "
             f"{' and '.join(courses)} follows the new length"
         )
 

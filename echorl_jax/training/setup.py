@@ -225,11 +225,14 @@ def static_setup(
     platform: Platform,
 ) -> Setup:
     """The setup without text: what an update, a replay or a plan needs."""
+    optim = config.optim
     schedule = learning_rate_schedule(
-        peak=config.optim.learning_rate,
-        warmup_steps=config.optim.warmup_steps,
+        peak=optim.learning_rate,
+        warmup_steps=optim.warmup_steps or round(optim.warmup_ratio * config.steps),
         total_steps=config.steps,
-        kind=config.optim.schedule,
+        kind=optim.schedule,
+        min_ratio=optim.min_lr_ratio,
+        decay_ratio=optim.decay_ratio,
     )
     optimizer = make_optimizer(
         beta1=config.optim.beta1,

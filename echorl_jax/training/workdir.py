@@ -28,13 +28,19 @@ from echorl_jax.files import (
 )
 from echorl_jax.parallel import is_first, wait_for_all
 
+# Keys of the course of a run, whose change is told.
+COURSE = (
+    *("steps", "epochs", "optim.learning_rate", "optim.warmup_steps", "optim.warmup_ratio"),
+    *("optim.schedule", "optim.min_lr_ratio", "optim.decay_ratio"),
+)
 # A run may be continued with other values of these sections and keys: they decide where, how fast
 # and how closely watched it computes, and how long, but not what.
 MAY_CHANGE = (
-    *("steps", "mesh", "checkpoint", "eval", "log", "debug"),
+    *("mesh", "checkpoint", "eval", "log", "debug"),
     *("model.remat", "model.attention", "data.eval", "data.grader_workers"),
     *("rollout.slots", "rollout.expected_tokens", "rollout.check_every", "rollout.max_logprob_gap"),
     *("optim.micro_batch_tokens", "optim.max_bad_steps", "optim.compile_ahead"),
+    *COURSE,
     "optim.sft_packing",
     *RENAMED,
 )
@@ -45,15 +51,15 @@ SEEN_WITHIN_S = 90.0
 
 
 @contextmanager
-def open_workdir(path: str | Path, config: Config) -> Iterator[tuple[Path, int]]:
+def open_workdir(path: str | Path, config: Config) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Creates the directory, or checks that it belongs to the same config; holds it until the end.
 
     Writes ``config.json`` and ``environment.json``. Of several processes the first one writes, and
     the others check that they see it.
 
     Yields:
-      The directory, and the steps that its run was to have before; those of ``config`` if it is
-      new, and on other processes than the first.
+      The directory, and the config of its run before, with dotted keys; empty if it is new, and on
+      other processes than the first.
 
     Raises:
       UserError: it holds a run of another config (names the first key that differs), is written by
@@ -61,32 +67,31 @@ def open_workdir(path: str | Path, config: Config) -> Iterator[tuple[Path, int]]
       RunStopped: it cannot be written, such as on a full disk.
     """
     workdir = Path(path)
-    file, steps = workdir / "config.json", config.steps
+    file, before = workdir / "config.json", {}
     # Processes meet for the first time here; a first one that is waiting they would not wait for.
     wait_for_all("start")
     with ExitStack() as held:
         if is_first():
-            steps = _claim(workdir, file, config, held)
+            before = _claim(workdir, file, config, held)
         wait_for_all("workdir")
         if not is_first():
             _require_shared(workdir, file, config)
-        yield workdir, steps
+        yield workdir, flatten(before)
 
 
-def _claim(workdir: Path, file: Path, config: Config, held: ExitStack) -> int:
-    steps = config.steps
+def _claim(workdir: Path, file: Path, config: Config, held: ExitStack) -> dict[str, Any]:
+    before: dict[str, Any] = {}
     try:
         with writing(workdir):
             held.enter_context(sole_writer(workdir))
             if file.exists() and _has_begun(workdir):
                 before = read_json(file)
                 _require_same(workdir, before, config)
-                steps = before.get("steps", steps)
             replace_json(file, to_dict(config))
             replace_json(workdir / "environment.json", environment())
     except (NotADirectoryError, FileExistsError) as error:
         raise ConfigError(f"workdir {workdir}: {error.strerror}") from error
-    return steps
+    return before
 
 
 def _has_begun(workdir: Path) -> bool:

@@ -73,10 +73,7 @@ def test_a_script_of_verl(tmp_path):
     assert (config.objective.overlong_buffer, config.checkpoint.every) == (0.5, 0)
     assert config.data.grader == "my/rewards.py:judge"
     assert "actor_rollout_ref.rollout.engine = new: not known here" in found.missing
-    epochs = (
-        "trainer.total_epochs = 3: set config.steps to epochs x rows / rollout.prompts_per_step"
-    )
-    assert epochs in found.missing
+    assert config.epochs == 0  # the number of steps wins in verl
 
 
 def test_a_config_of_trl(tmp_path):
@@ -84,7 +81,7 @@ def test_a_config_of_trl(tmp_path):
     config = from_dict(nested(found.values))
     # 16 x 2 rows of one device, in groups of 4.
     assert (config.rollout.prompts_per_step, config.rollout.group_size) == (8, 4)
-    assert (config.steps, config.optim.warmup_steps, config.optim.schedule) == (200, 20, "cosine")
+    assert (config.steps, config.optim.warmup_ratio, config.optim.schedule) == (200, 0.1, "cosine")
     assert (config.objective.name, config.objective.kl_coef) == ("dr_grpo", 0.04)
     assert config.objective.aggregation == "seq-mean-token-sum-norm"
     assert (config.objective.epsilon_low, config.objective.epsilon_high) == (0.2, 0.28)
@@ -182,3 +179,17 @@ def nested(flat):
         section, _, name = key.rpartition(".")
         (tree.setdefault(section, {}) if section else tree)[name] = value
     return tree
+
+
+def test_epochs_and_schedules_are_taken_over(tmp_path):
+    text = "num_generations: 4\nbeta: 0.1\nlr_scheduler_type: warmup_stable_decay\n"
+    config = from_dict(nested(values(tmp_path, "trl.yaml", text).values))
+    assert (config.epochs, config.optim.schedule) == (3.0, "wsd")  # three epochs by default
+    optim = "actor_rollout_ref.actor.optim."
+    settings = {"trainer.total_epochs": 15, "data.train_batch_size": 256, f"{optim}lr": 1e-6}
+    settings |= {f"{optim}lr_warmup_steps_ratio": 0.03, f"{optim}lr_warmup_steps": -1}
+    settings |= {f"{optim}warmup_style": "cosine", f"{optim}min_lr_ratio": 0.1}
+    found = values(tmp_path, "verl.json", json.dumps(settings))
+    config = from_dict(nested(found.values))
+    assert (config.epochs, config.optim.schedule, config.optim.warmup_ratio) == (15, "cosine", 0.03)
+    assert (config.optim.min_lr_ratio, config.optim.warmup_steps) == (0.1, 0)

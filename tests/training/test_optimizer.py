@@ -11,14 +11,19 @@ from echorl_jax.training.optimizer import learning_rate_schedule, make_optimizer
 @pytest.mark.parametrize(
     ("kind", "warmup", "expected"),
     [
+        # Of eight steps the last two fall from 1 to the floor of a quarter at step 8.
+        ("wsd", 2, [0.5, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 0.625]),
+        ("linear", 0, [1 - 0.75 * step / 8 for step in range(8)]),
         ("constant", 0, [1.0] * 8),
         ("constant", 4, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
         # After two steps of warm-up a cosine over the six that are left.
-        ("cosine", 2, [0.5, 1.0, *(0.5 * (1 + np.cos(np.pi * np.arange(6) / 6)))]),
+        ("cosine", 2, [0.5, 1.0, *(0.25 + 0.375 * (1 + np.cos(np.pi * np.arange(6) / 6)))]),
     ],
 )
 def test_schedule(kind: str, warmup: int, expected: list[float]) -> None:
-    schedule = learning_rate_schedule(peak=1.0, warmup_steps=warmup, total_steps=8, kind=kind)
+    schedule = learning_rate_schedule(
+        peak=1.0, warmup_steps=warmup, total_steps=8, kind=kind, min_ratio=0.25, decay_ratio=0.25
+    )
     assert np.allclose([float(schedule(step)) for step in range(8)], expected, atol=1e-6)
 
 

@@ -1,6 +1,7 @@
 """Opening a run again: what may have changed, and what is said about it."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from echorl_jax.config import Config, ConfigError
 from echorl_jax.data import DataError
 from echorl_jax.errors import RunStopped
 from echorl_jax.parallel import place_whole
-from echorl_jax.training.run import open_run
+from echorl_jax.training.run import open_run, with_steps
 from tests.integration.conftest import small_config
 
 
@@ -55,6 +56,35 @@ def test_other_steps_are_told_where_they_change_the_course(
         assert told in warning
     opened(again, tmp_path)
     assert "warning" not in capsys.readouterr().err
+
+
+def test_epochs_set_the_steps(tmp_path: Path) -> None:
+    """One and a half passes over 10 rows, 4 at a time: 3.75 steps. No epochs leave the steps."""
+    config = small_config(steps=7, data={"train": "countdown:count=10"})
+    assert with_steps(config, 4).steps == 7
+    config = dataclasses.replace(config, epochs=1.5)
+    assert with_steps(config, 4).steps == 4 and with_steps(config, 5).steps == 3
+    with open_run(config, tmp_path, prompts_per_step=4, devices=jax.devices()[:1]) as (run, _):
+        assert (
+            run.setup.config.steps
+            == 4
+            == json.loads((tmp_path / "config.json").read_text())["steps"]
+        )
+
+
+def test_another_learning_rate_is_told_and_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(steps=4)
+    opened(config, tmp_path)
+    optim = dataclasses.replace(config.optim, learning_rate=0.5, schedule="linear", warmup_steps=0)
+    again = dataclasses.replace(config, optim=optim)
+    with open_run(again, tmp_path, prompts_per_step=4, devices=jax.devices()[:1]) as (run, _):
+        assert [float(run.setup.schedule(step)) for step in (0, 2)] == [0.5, 0.25]
+    told = capsys.readouterr().err
+    rate = config.optim.learning_rate
+    assert f"from here on config.optim.learning_rate = 0.5, not {rate} as before" in told
+    assert "from here on config.optim.schedule = linear, not constant as before" in told
 
 
 def test_a_run_without_prompts_left_saves_and_says_so(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +16,9 @@ from echorl_jax.training.logs import RunLog
 from echorl_jax.training.workdir import open_workdir, require_new, rewind
 
 
-def opened(workdir: Path, config: Config) -> int:
-    with open_workdir(workdir, config) as (_, steps_before):
-        return steps_before
+def opened(workdir: Path, config: Config) -> dict[str, Any]:
+    with open_workdir(workdir, config) as (_, before):
+        return before
 
 
 def test_another_config_is_refused_by_its_key(tmp_path: Path) -> None:
@@ -29,7 +30,10 @@ def test_another_config_is_refused_by_its_key(tmp_path: Path) -> None:
     other = dataclasses.replace(Config(), echo=EchoConfig(coef=0.1))
     with pytest.raises(ConfigError, match="config.echo.coef = 0.001, not 0.1"):
         opened(tmp_path / "run", other)
-    assert opened(tmp_path / "run", dataclasses.replace(Config(), steps=500)) == Config().steps
+    faster = dataclasses.replace(Config().optim, learning_rate=1e-5, schedule="wsd")
+    longer = dataclasses.replace(Config(), steps=500, optim=faster)
+    before = opened(tmp_path / "run", longer)
+    assert (before["steps"], before["optim.learning_rate"]) == (Config().steps, 1e-6)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["steps"] == 500
 
 
