@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 REASON_BYTES = 4 * MAX_REASON
 # The longest metrics of a verdict as JSON: a number has at most 24 characters, a name 40.
 METRICS_BYTES = 72 * (MAX_METRICS + 1)
+# The longest answer as JSON: a character takes up to 12.
+ANSWER_BYTES = 12 * MAX_REASON + 16
 FAILURE_BYTES = 600
 # Tokens that end a row on the device because they hold a stop string.
 MOST_HOLDERS = 512
@@ -163,17 +165,17 @@ def _from_all_processes(own: Sequence[Verdict], rows: int, *, unit: int = 1) -> 
     # As whole numbers: JAX would round a 64-bit score on its way.
     words = from_shares(scores.view(np.uint32).reshape(-1, 2), count)
     reasons = texts_from_shares([verdict.reason for verdict in own], count, most_bytes=REASON_BYTES)
-    texts = [json.dumps(dict(verdict.metrics)) for verdict in own]
-    metrics = texts_from_shares(texts, count, most_bytes=METRICS_BYTES)
+    texts = [json.dumps([dict(verdict.metrics), verdict.answer]) for verdict in own]
+    others = texts_from_shares(texts, count, most_bytes=METRICS_BYTES + ANSWER_BYTES)
     return [
-        Verdict(None, None, reason, json.loads(text))
+        Verdict(None, None, reason, *json.loads(text))
         if np.isnan(score)
-        else Verdict(float(score), bool(right), reason, json.loads(text))
+        else Verdict(float(score), bool(right), reason, *json.loads(text))
         for score, right, reason, text in zip(
             np.ascontiguousarray(words).view(np.float64)[:rows, 0],
             from_shares(correct, count)[:rows],
             reasons[:rows],
-            metrics[:rows],
+            others[:rows],
             strict=True,
         )
     ]

@@ -124,6 +124,11 @@ class _Work:
     digest: str  # tells these rows and prompts from others
 
     @property
+    def temperature(self) -> float:
+        """Of the samples; 0 where every attempt is greedy."""
+        return max(each.temperature for each in self.passes)
+
+    @property
     def attempts(self) -> int:
         return sum(each.attempts for each in self.passes)
 
@@ -167,7 +172,7 @@ def run_benchmark(options: Benchmark, out: Path) -> dict[str, SourceResult]:
     ungraded = sum(grading_failed(outcome.reason) for outcome in outcomes)
     unjudged = sum(outcome.correct is None for outcome in outcomes)
     document = {
-        "options": vars(options),
+        "options": {**vars(options), "temperature": work.temperature},
         "left_out": work.left_out,
         "bad_rows": work.bad,
         "ungraded": ungraded,

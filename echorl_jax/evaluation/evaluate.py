@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -106,6 +106,8 @@ def _attempts(
         )
 
 
+# Subsets of a problem's attempts that maj@k is the mean of.
+SUBSETS = 256
 # Redraws of the units in a bootstrap.
 RESAMPLES = 2000
 
@@ -206,6 +208,71 @@ def pass_at_k(attempts: int, successes: int, k: int) -> float:
     return 1.0 - math.comb(attempts - successes, k) / math.comb(attempts, k)
 
 
+def majority_at_k(votes: Sequence[tuple[str | None, bool]], k: int) -> float:
+    """The chance that the most frequent answer of k of the attempts is right (maj@k).
+
+    Right answers are one answer, however they are spelled; an attempt without an answer does not
+    vote; of several most frequent answers each wins alike. Exact for all attempts, else a mean over
+    subsets that are always the same. Source: Wang et al. 2022, arXiv 2203.11171.
+
+    Args:
+      votes: (answer, correct) of each attempt.
+
+    Raises:
+      ValueError: ``k`` above the number of attempts.
+
+    >>> majority_at_k([("4", True), ("4.0", True), ("5", False)], 3)
+    1.0
+    """
+    if not 1 <= k <= len(votes):
+        raise ValueError(f"maj@{k} needs at least {k} attempts, not {len(votes)}")
+
+    def won(places: Iterable[int]) -> float:
+        cast = [votes[i] for i in places]
+        # No answer is an empty text: it stands for the right ones.
+        counts = Counter("" if right else said for said, right in cast if right or said)
+        first = [said for said, count in counts.items() if count == max(counts.values())]
+        return ("" in first) / max(len(first), 1)
+
+    if k == len(votes):
+        return won(range(k))
+    random = np.random.default_rng(0)
+    subsets = [random.choice(len(votes), k, replace=False) for _ in range(SUBSETS)]
+    return math.fsum(map(won, subsets)) / SUBSETS
+
+
+def majority_by_source(
+    outcomes: Iterable[tuple[str, int, bool | None, str | None]],
+) -> dict[str, dict[int, float]]:
+    """maj@k per data source for the k of pass@k from 3 on; none where no attempt has an answer.
+
+    Args:
+      outcomes: as for :func:`score_by_source`, and each attempt's answer.
+    """
+    by_source: dict[str, dict[int, list[tuple[str | None, bool]]]] = defaultdict(
+        lambda: defaultdict(list)
+    )
+    for source, problem, correct, answer in outcomes:
+        if correct is not None:
+            by_source[source][problem].append((answer, correct))
+    found = {}
+    for source, problems in by_source.items():
+        votes = list(problems.values())
+        if any(answer is not None for each in votes for answer, _ in each):
+            found[source] = {
+                k: math.fsum(majority_at_k(each, k) for each in votes if len(each) >= k)
+                / sum(len(each) >= k for each in votes)
+                for k in _ks(max(map(len, votes)))
+                if k > 2  # of two attempts no majority differs from a draw
+            }
+    return found
+
+
+def _ks(samples: int) -> list[int]:
+    """1, 2, 4, ... up to the number of samples, and that."""
+    return sorted({2**i for i in range(samples.bit_length())} | {samples})
+
+
 def score_by_source(outcomes: Iterable[tuple[str, int, bool | None]]) -> dict[str, Score]:
     """Scores per data source; none for a source without a judged attempt.
 
@@ -242,8 +309,7 @@ def length_stats(tokens: Sequence[int], truncated: Sequence[bool]) -> Lengths:
 def _score(problems: list[list[bool]]) -> Score:
     samples = max(map(len, problems))
     means = [sum(p) / len(p) for p in problems]
-    ks = sorted({2**i for i in range(samples.bit_length())} & set(range(1, samples + 1))) or [1]
-    ks = ks if ks[-1] == samples else [*ks, samples]
+    ks = _ks(samples)
     passes = {k: [pass_at_k(len(p), sum(p), k) for p in problems if len(p) >= k] for k in ks}
     mean = sum(means) / len(means)
     low, high = _interval(means)

@@ -30,6 +30,7 @@ class Outcome:
     tokens: int
     truncated: bool
     metrics: dict
+    final_answer: str | None = None
 
 
 def first_start(out: Path) -> str:
@@ -81,7 +82,7 @@ def read_outcomes(path: Path, expected: Sequence[tuple[int, int, bool]]) -> Iter
     with path.open("rb") as file:
         for number, (text, wanted) in enumerate(zip(file, expected, strict=False), start=1):
             try:
-                line = {"metrics": {}, **parse_object(text)}
+                line = {"metrics": {}, "final_answer": None, **parse_object(text)}
                 found = (line["problem"], line["sample"], line["greedy"])
                 fields = dataclasses.fields(Outcome)
                 outcome = Outcome(**{field.name: line[field.name] for field in fields})

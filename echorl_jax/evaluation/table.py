@@ -8,7 +8,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from echorl_jax.evaluation.evaluate import Lengths, Score, length_stats, score_by_source
+from echorl_jax.evaluation.evaluate import (
+    Lengths,
+    Score,
+    length_stats,
+    majority_by_source,
+    score_by_source,
+)
 from echorl_jax.evaluation.generations import Outcome
 from echorl_jax.rewards import mean_metrics
 
@@ -23,6 +29,7 @@ class SourceResult:
     sampled: Score | None
     lengths: Lengths  # of the samples; of the greedy attempts where there are none
     metrics: dict[str, float]  # means of the grader's metrics, over the same attempts
+    majority_at: dict[int, float]  # k -> maj@k of the samples
 
     @property
     def main(self) -> Score:
@@ -36,7 +43,8 @@ class SourceResult:
         greedy = dataclasses.asdict(self.greedy) if self.greedy else None
         lengths = dataclasses.asdict(self.lengths)
         score = dataclasses.asdict(self.main)
-        return {**score, "greedy": greedy, "lengths": lengths, "metrics": self.metrics}
+        others = {"lengths": lengths, "metrics": self.metrics, "majority_at": self.majority_at}
+        return {**score, "greedy": greedy, **others}
 
 
 def summarise(outcomes: Sequence[Outcome]) -> dict[str, SourceResult]:
@@ -51,6 +59,9 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, SourceResult]:
         return score_by_source((o.data_source, o.problem, o.correct) for o in own)
 
     greedy, sampled = scores(True), scores(False)
+    majority = majority_by_source(
+        (o.data_source, o.problem, o.correct, o.final_answer) for o in outcomes if not o.greedy
+    )
     results = {}
     for source in dict.fromkeys(o.data_source for o in sorted(outcomes, key=lambda o: o.problem)):
         if source not in greedy and source not in sampled:
@@ -60,7 +71,9 @@ def summarise(outcomes: Sequence[Outcome]) -> dict[str, SourceResult]:
         ]
         lengths = length_stats([o.tokens for o in own], [o.truncated for o in own])
         metrics = mean_metrics(o.metrics for o in own)
-        results[source] = SourceResult(greedy.get(source), sampled.get(source), lengths, metrics)
+        results[source] = SourceResult(
+            greedy.get(source), sampled.get(source), lengths, metrics, majority.get(source, {})
+        )
     return results
 
 
@@ -71,6 +84,9 @@ def print_results(
     if results:
         _print_table(results)
     for source, result in results.items():
+        if result.majority_at:
+            votes = ", ".join(f"maj@{k} {value:.3f}" for k, value in result.majority_at.items())
+            print(f"{source}: {votes}")
         if result.metrics:
             means = ", ".join(f"{name} {mean:.3f}" for name, mean in result.metrics.items())
             print(f"{source}: {means} (means of the grader's metrics)")

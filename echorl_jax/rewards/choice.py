@@ -97,10 +97,11 @@ def grade(response: str, row: Mapping[str, Any]) -> Verdict:
         raise ValueError("the ground truth is neither a letter nor one of the options")
     chosen = find_choice(response, options)
     if chosen == gold:
-        return Verdict.right(f"chose {gold}")
+        return Verdict(1.0, True, f"chose {gold}", answer=gold)
     if chosen is None:
         return Verdict.wrong("no option found in the response")
-    return Verdict.wrong(f"chose {chosen}, not {gold}")
+    answer = None if chosen == SEVERAL else chosen
+    return Verdict(0.0, False, f"chose {chosen}, not {gold}", answer=answer)
 
 
 def letter_of(text: str, options: Mapping[str, str]) -> str | None:

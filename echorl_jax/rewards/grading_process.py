@@ -83,7 +83,7 @@ def serve(connection: Connection) -> None:
                 verdicts = grader.judge_all(responses, row, tokens)
             except MemoryError:
                 verdicts = [Verdict.wrong(f"{RAISED} MemoryError")] * len(responses)
-            answer = [[v.score, v.correct, v.reason, v.metrics] for v in verdicts]
+            answer = [[v.score, v.correct, v.reason, v.metrics, v.answer] for v in verdicts]
             connection.send_bytes(json.dumps(answer).encode())
 
 

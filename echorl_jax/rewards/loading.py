@@ -33,13 +33,15 @@ class Verdict:
 
     Score and correctness are None where the grader does not judge the response: such a row is left
     out of the loss and of all statistics. ``metrics`` holds further named numbers, which are logged
-    and enter no loss.
+    and enter no loss. ``answer`` is what the response answers, in one spelling, for majority votes;
+    None where it answers nothing, or nothing that several responses could have in common.
     """
 
     score: float | None
     correct: bool | None
     reason: str
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    answer: str | None = dataclasses.field(default=None, repr=False, compare=False)
 
     @classmethod
     def right(cls, reason: str) -> "Verdict":
@@ -57,9 +59,12 @@ class Verdict:
         return self.score is not None
 
     def as_json(self) -> dict[str, Any]:
-        """The fields for a line of JSON; ``metrics`` only where there are some."""
+        """The fields for a line of JSON; ``metrics`` and the answer only where there are some."""
         fields = {"score": self.score, "correct": self.correct, "reason": self.reason}
-        return {**fields, "metrics": dict(self.metrics)} if self.metrics else fields
+        if self.metrics:
+            fields["metrics"] = dict(self.metrics)
+        # "answer" is the right answer in files to be graded.
+        return fields if self.answer is None else {**fields, "final_answer": self.answer}
 
 
 def grading_failed(reason: str) -> bool:
@@ -78,8 +83,8 @@ def as_verdict(result: Any) -> Verdict:
     """Accepts what graders return: a number, a truth value, a mapping, None, or a verdict.
 
     A number is the score and is correct from 1 on. A mapping has ``score`` and may have ``acc`` for
-    correctness and ``metrics``. None, as the result or as its score, leaves the response without a
-    verdict.
+    correctness, ``metrics`` and ``answer``. None, as the result or as its score, leaves the
+    response without a verdict.
 
     Raises:
       TypeError: anything else.
@@ -90,18 +95,19 @@ def as_verdict(result: Any) -> Verdict:
     """
     if isinstance(result, Verdict):
         given, correct, reason = result.score, result.correct, clean_reason(result.reason)
-        metrics = clean_metrics(result.metrics)
+        metrics, answer = clean_metrics(result.metrics), result.answer
     else:
         known: Any = result if isinstance(result, Mapping) else {}
         given, correct, reason = known.get("score", result), known.get("acc"), None
-        metrics = clean_metrics(known.get("metrics", {}))
+        metrics, answer = clean_metrics(known.get("metrics", {})), known.get("answer")
+    answer = None if answer is None else clean_reason(str(answer))
     if given is None:
-        return Verdict(None, None, "not judged" if reason is None else reason, metrics)
+        return Verdict(None, None, "not judged" if reason is None else reason, metrics, answer)
     score = _number(given)
     if not math.isfinite(score):
         raise ValueError(f"the grader's score is {score}")
     right = score >= CORRECT_SCORE if correct is None else bool(correct)
-    return Verdict(score, right, f"scored {score:g}" if reason is None else reason, metrics)
+    return Verdict(score, right, f"scored {score:g}" if reason is None else reason, metrics, answer)
 
 
 def clean_metrics(given: Any) -> dict[str, float]:
@@ -301,14 +307,13 @@ class LoadedGrader:
             metrics.setdefault(name, value)
         texts = [f"{entry.name}: {verdict.reason}" for entry, verdict in pairs]
         reason = "; ".join(texts) if len(pairs) > 1 else verdicts[0].reason
-        deciding = [(e.name, v.correct) for e, v in pairs if e.decides and e.name in scores]
+        deciding = [(e.name, v) for e, v in pairs if e.decides and e.name in scores]
         if not deciding:
             return as_verdict(Verdict(None, None, reason, metrics))
-        (name, right), least = deciding[0], self._success_threshold
-        if least is not None:
-            right = scores[name] >= least
+        (name, verdict), least = deciding[0], self._success_threshold
+        right = verdict.correct if least is None else scores[name] >= least
         terms = [entry.weight * scores.get(entry.name, 0.0) for entry in self.entries]
-        return _guarded(lambda: Verdict(sum(terms), right, reason, metrics))
+        return _guarded(lambda: Verdict(sum(terms), right, reason, metrics, verdict.answer))
 
 
 def load_grader(

@@ -5,6 +5,7 @@ Other expressions go to ``algebra``. Answers that would be too costly to evaluat
 unread; the pool's limits are for the rest.
 """
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -80,7 +81,11 @@ def grade(response: str, row: Mapping[str, Any]) -> Verdict:
     if len(answer) > MAX_ANSWER:
         return Verdict.wrong(f"an answer of more than {MAX_ANSWER} characters")
     answer = canonical(answer)
-    golds = [canonical(gold) for gold in golds]
+    verdict = _compare(answer, [canonical(gold) for gold in golds], row)
+    return dataclasses.replace(verdict, answer=key(answer) or None)
+
+
+def _compare(answer: str, golds: Sequence[str], row: Mapping[str, Any]) -> Verdict:
     if any(_same_text(gold, answer) for gold in golds):
         return Verdict.right("is the answer, word for word")
     if is_costly(answer):

@@ -12,7 +12,7 @@ from orbax.checkpoint import multihost
 from echorl_jax.data import Prompt, Template, encode_prompt, load_rows, require_embedded_rows
 from echorl_jax.environment import Engine, JaxEngine
 from echorl_jax.errors import one_line
-from echorl_jax.evaluation.evaluate import attempt_prompts, score_by_source
+from echorl_jax.evaluation.evaluate import attempt_prompts, majority_by_source, score_by_source
 from echorl_jax.parallel import texts_from_shares
 from echorl_jax.rewards import GraderPool, mean_metrics
 from echorl_jax.rollout import Progress, Resources, Sampling
@@ -70,7 +70,7 @@ class Evaluator:
         return bool(self.prompts) and (step % every == 0 or step == last)
 
     def scores(self, params: PyTree, poll: Callable[[Progress], None]) -> dict[str, float]:
-        """``eval/<source>/pass@k`` and the grader's metrics, ``eval/<source>/<name>/mean``.
+        """``eval/<source>/pass@k``, ``maj@k``, and ``<name>/mean`` of the grader's metrics.
 
         The draws are the same every time.
 
@@ -97,13 +97,16 @@ class Evaluator:
         )
         outcomes, metrics = [], defaultdict(list)
         for each in attempts:
-            outcomes.append((each.data_source, each.problem, each.verdict.correct))
+            verdict = each.verdict
+            outcomes.append((each.data_source, each.problem, verdict.correct, verdict.answer))
             metrics[each.data_source].append(each.verdict.metrics)
         scores = {
             f"eval/{source}/pass@{k}": value
-            for source, result in score_by_source(outcomes).items()
+            for source, result in score_by_source(outcome[:3] for outcome in outcomes).items()
             for k, value in result.pass_at.items()
         }
+        for source, votes in majority_by_source(outcomes).items():
+            scores |= {f"eval/{source}/maj@{k}": value for k, value in votes.items()}
         for source, found in metrics.items():
             for name, mean in mean_metrics(found).items():
                 scores[f"eval/{source}/{name}/mean"] = mean

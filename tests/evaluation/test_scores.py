@@ -4,7 +4,12 @@ from itertools import combinations
 
 import pytest
 
-from echorl_jax.evaluation.evaluate import pass_at_k, score_by_source
+from echorl_jax.evaluation.evaluate import (
+    majority_at_k,
+    majority_by_source,
+    pass_at_k,
+    score_by_source,
+)
 from echorl_jax.evaluation.generations import Outcome
 from echorl_jax.evaluation.table import print_results, summarise
 
@@ -17,6 +22,21 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_success(attempts: int) -> None
             subsets = list(combinations(outcomes, k))
             expected = sum(map(any, subsets)) / len(subsets)
             assert pass_at_k(attempts, successes, k) == pytest.approx(expected)
+
+
+def test_a_majority_is_of_answers_and_right_ones_are_one_answer() -> None:
+    a, b, c, none = ("1/2", True), ("0.5", True), ("2", False), (None, False)
+    assert majority_at_k([a, b, c, ("3", False)], 4) == 1.0
+    assert majority_at_k([c, c, a], 3) == 0.0
+    assert majority_at_k([c, c, a, b, none], 5) == 0.5  # a tie
+    assert majority_at_k([none, none, a], 3) == 1.0 and majority_at_k([none] * 3, 3) == 0.0
+    # Every subset of three of these five, by enumeration.
+    votes = [a, b, c, c, ("4", False)]
+    exact = sum(majority_at_k(list(each), 3) for each in combinations(votes, 3)) / 10
+    assert majority_at_k(votes, 3) == pytest.approx(exact, abs=0.1)
+    outcomes = [("s", 0, right, said) for said, right in votes] + [("t", 1, True, None)] * 4
+    assert majority_by_source(outcomes).keys() == {"s"}
+    assert majority_by_source(outcomes)["s"].keys() == {4, 5}
 
 
 def test_sources_are_scored_apart() -> None:

@@ -12,7 +12,7 @@ import pytest
 from hostile_graders import obey
 
 from echorl_jax.config import ConfigError
-from echorl_jax.rewards import Verdict, grading_failed, judge, load_grader
+from echorl_jax.rewards import GraderPool, Verdict, grading_failed, judge, load_grader
 from echorl_jax.rewards.loading import as_verdict
 
 ROW = {
@@ -228,6 +228,17 @@ def test_a_list_of_graders_gives_the_weighted_sum_and_the_first_ones_verdict(
     if correct is not None:
         own |= {"answer": float("4" in response), "digits": float("4" in response)}
     assert verdict.metrics == own
+
+
+def test_a_verdict_tells_the_answer_in_one_spelling():
+    row = {"reward_model": {"ground_truth": "\\frac{1}{2}"}, "prompt": [], "data_source": ""}
+    said = [load_grader("math")(text, row).answer for text in (r"\boxed{3 x}", r"\boxed{3x}", "no")]
+    assert said[0] == said[1] is not None and said[2] is None
+    choices = {"reward_model": {"ground_truth": "B"}, "options": ["four", "five"]}
+    assert load_grader("choice@2, countdown@0")("x", {}).answer is None
+    assert [load_grader("choice")(t, choices).answer for t in ("(A)", "A or B")] == ["A", None]
+    with GraderPool("math", workers=1) as pool:  # through a process
+        assert pool.grade([r"\boxed{3 x}"], [row])[0].answer == said[0]
 
 
 def test_a_star_marks_the_grader_that_decides(rules):
