@@ -4,6 +4,7 @@ Heavy imports are inside ``run``, so that ``--help`` is quick.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -57,7 +58,7 @@ def add_grader(parser: argparse.ArgumentParser, default: str | None) -> None:
     parser.add_argument("--grader_kwargs", type=bounded(JSON_OBJECT), help=kwargs)
     parser.add_argument(
         "--success_threshold",
-        type=float,
+        type=finite,
         help="scores from here on are right (default: the grader's verdict; of a plain score, 1)",
     )
 
@@ -107,17 +108,25 @@ def whole_numbers(text: str) -> tuple[int, ...]:
     return tuple(map(whole(), text.split(",")))
 
 
-def number(text: str) -> float:
-    """The ``type`` of an option that is a finite number of at least 0.
+def finite(text: str) -> float:
+    """The ``type`` of an option that is a finite number.
 
-    >>> number("1e-3")
-    0.001
+    >>> finite("-1e-3")
+    -0.001
     """
     try:
         value = float(text)
     except ValueError:
-        value = -1.0
-    if not 0 <= value <= sys.float_info.max:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text[:80]!r}: must be a finite number")
+    return value
+
+
+def number(text: str) -> float:
+    """The ``type`` of an option that is a finite number of at least 0."""
+    value = finite(text)
+    if value < 0:
         raise argparse.ArgumentTypeError(f"{text[:80]!r}: must be a finite number, 0 or above")
     return value
 

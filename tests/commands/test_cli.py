@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from echorl_jax.cli import COMMANDS, config_overrides, run
-from echorl_jax.commands import number
+from echorl_jax.commands import finite, number
 from echorl_jax.commands.train import _directory
 from echorl_jax.errors import UserError
 
@@ -75,9 +75,10 @@ def test_a_number_that_no_command_can_take_is_named(name: str, value: str) -> No
     importlib.import_module(f"echorl_jax.commands.{name}").add_arguments(parser)
     for action in parser._actions:
         reader = action.type
-        allowed = (None, Path, _directory, *([number] if value == str(2**63) else []))
+        large, any_sign = value == str(2**63), value in ("-1", str(2**63))
+        allowed = (None, Path, _directory, *[number] * large, *[finite] * any_sign)
         if action.option_strings and reader not in allowed:
-            with pytest.raises(argparse.ArgumentTypeError, match="whole number|finite number"):
+            with pytest.raises(argparse.ArgumentTypeError, match="whole number|finite number|JSON"):
                 reader(value)  # type: ignore[operator]
 
 
