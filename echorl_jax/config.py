@@ -349,6 +349,9 @@ class EchoConfig:
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig:
+    # AdamW, or Muon for the layers' matrices (one moment, with a decay of 0.95, in place of two;
+    # updates of AdamW's size) with AdamW for the rest; not with adapters.
+    optimizer: Literal["adamw", "muon"] = "adamw"
     # Peak learning rate. It and the keys of its course may change when a run goes on.
     learning_rate: Annotated[float, above(0)] = 1e-6
     # Steps of linear warm-up; or a share of all steps.
@@ -547,6 +550,7 @@ def _relations(c: Config) -> Iterator[tuple[str, bool, str]]:
     yield "echo.delimiter_ids", both, 'set exactly when echo.delimiter = "ids"'
     later = c.echo.end_step is None or c.echo.end_step >= c.echo.start_step
     yield "echo.end_step", later, "None or at least echo.start_step"
+    yield "optim.optimizer", c.optim.optimizer != "muon" or not lora, "adamw with adapters"
     once = not (c.optim.warmup_steps and c.optim.warmup_ratio)
     yield "optim.warmup_ratio", once, "0 with optim.warmup_steps"
     yield "eval.every", not c.eval.every or bool(c.data.eval), "0 without data.eval"

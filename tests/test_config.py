@@ -243,3 +243,8 @@ def test_every_option_is_read() -> None:
                     read.add(f"{section}.{node.attr}".removeprefix("config."))
     unread = [key for key, _, _ in describe_options() if key not in read]
     assert not unread, f"no code reads {unread}"
+
+
+def test_muon_needs_whole_matrices() -> None:
+    with pytest.raises(ConfigError, match="optim.optimizer = 'muon': must be adamw with adapters"):
+        load_config(COUNTDOWN, {"optim.optimizer": "muon", "lora.rank": "4"})

@@ -12,6 +12,7 @@ from echorl_jax.parallel import local_bytes
 from echorl_jax.rollout import RolloutMemory, choose_capacity, rollout_memory
 from echorl_jax.rollout.cache import block_sizes
 from echorl_jax.rollout.memory import shares_weights
+from echorl_jax.training.optimizer import orthogonalised
 from echorl_jax.training.setup import Setup
 from echorl_jax.types import PyTree
 
@@ -48,6 +49,7 @@ def persistent_memory(setup: Setup) -> PersistentMemory:
         setup.model,
         setup.mesh,
         moment_bytes=first_moment + 4,
+        saved_bytes=4 if setup.config.optim.optimizer == "muon" else 0,
         reference=setup.objective.kl_coef != 0,
         shares_weights=shares_weights(
             setup.model,
@@ -65,12 +67,14 @@ def weight_memory(
     moment_bytes: int,
     reference: bool,
     shares_weights: bool,
+    saved_bytes: int = 0,
 ) -> PersistentMemory:
     """Weights and moments on one device.
 
     Args:
       mesh: its axes.
       moment_bytes: of both moments of one parameter.
+      saved_bytes: of these, what a parameter that Muon makes orthogonal does not need.
       reference: whether a KL term keeps a copy in the compute type; adapters spare it.
       shares_weights: whether the sampler reads the master weights themselves.
     """
@@ -79,14 +83,27 @@ def weight_memory(
     trained_axes, trained_shapes = (split_params(model, tree)[1] for tree in (axes, shapes))
     trained = local_bytes(trained_axes, trained_shapes, mesh, "train")
     width = jax.tree.leaves(trained_shapes)[0].dtype.itemsize
+    shape_of = dict(jax.tree_util.tree_leaves_with_path(trained_shapes))
+    spared = local_bytes(
+        [_axes_at(trained_axes, path) for path in shape_of if orthogonalised(path)],
+        [shape for path, shape in shape_of.items() if orthogonalised(path)],
+        mesh,
+        "train",
+    )
     reference = reference and model.lora is None
     return PersistentMemory(
         master=local_bytes(axes, shapes, mesh, "train"),
         trained=trained,
-        moments=trained * moment_bytes // width,
+        moments=(trained * moment_bytes - spared * saved_bytes) // width,
         sampler=0 if shares_weights else local_bytes(axes, narrow, mesh, "rollout"),
         reference=local_bytes(axes, narrow, mesh, "train") if reference else 0,
     )
+
+
+def _axes_at(axes: PyTree, path: tuple) -> tuple[str, ...]:
+    for entry in path:
+        axes = axes[entry.key]
+    return axes
 
 
 def sampling_memory(setup: Setup) -> RolloutMemory:

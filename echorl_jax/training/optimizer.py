@@ -63,8 +63,13 @@ def make_optimizer(
     weight_decay: float,
     max_grad_norm: float,
     moment_dtype: str = "float32",
+    kind: str = "adamw",
 ) -> optax.GradientTransformation:
-    """AdamW after global-norm clipping; decay touches matrices only, not biases and norm scales.
+    """AdamW or Muon after global-norm clipping; decay touches matrices only, not biases and scales.
+
+    Muon makes the momentum of each layer's matrices orthogonal, with one moment in place of two;
+    the rest is AdamW's. Its updates have AdamW's size (a mean square of 0.2 squared), so that
+    learning rates carry over. A matrix has one input side and one output side, heads merged.
 
     ``moment_dtype`` is the type that the first moment is kept in; the second stays float32, since
     its small values would be lost.
@@ -72,19 +77,27 @@ def make_optimizer(
     Its learning rate is 1: the update multiplies by the schedule's value at the training step, so
     that several updates in a step share one rate.
 
-    Source: Loshchilov and Hutter, arXiv 1711.05101.
+    Sources: Loshchilov and Hutter, arXiv 1711.05101; Muon as in Moonlight, arXiv 2502.16982.
     """
-    return optax.chain(
-        optax.clip_by_global_norm(max_grad_norm),
-        optax.adamw(
+    rule = optax.adamw(
+        1.0,
+        b1=beta1,
+        b2=beta2,
+        mu_dtype=moment_dtype,
+        weight_decay=weight_decay,
+        mask=_is_matrix,
+    )
+    if kind == "muon":
+        muon = optax.contrib.muon(
             1.0,
-            b1=beta1,
-            b2=beta2,
             mu_dtype=moment_dtype,
             weight_decay=weight_decay,
-            mask=_is_matrix,
-        ),
-    )
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=_matrix_axes,
+        )
+        # The Adam inside optax's Muon is Nesterov's, which AdamW's is not.
+        rule = optax.partition({"muon": muon, "adamw": rule}, _labels)
+    return optax.chain(optax.clip_by_global_norm(max_grad_norm), rule)
 
 
 def init_state(params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
@@ -111,15 +124,44 @@ def abstract_state(
 def _moment_shardings(
     params: PyTree, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> PyTree:
-    """Moments lie as the parameters do; counters are whole everywhere."""
+    """A moment lies as the parameter that its path ends with; counters are whole everywhere."""
     whole = NamedSharding(mesh, PartitionSpec())
-    return optax.tree.map_params(
-        optimizer,
-        lambda _, param: param.sharding,
-        jax.eval_shape(optimizer.init, params),
-        params,
-        transform_non_params=lambda _: whole,
+    known = {path: leaf.sharding for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+
+    def sharding(path: tuple, _: jax.ShapeDtypeStruct) -> NamedSharding:
+        ends = (path[start:] for start in range(len(path)))
+        return next((known[end] for end in ends if end in known), whole)
+
+    state = jax.eval_shape(optimizer.init, params)
+    return jax.tree_util.tree_map_with_path(sharding, state)
+
+
+def orthogonalised(path: tuple) -> bool:
+    """True for the layers' matrices, the parameters that Muon has one moment for."""
+    names = [getattr(entry, "key", "") for entry in path]
+    return names[:1] == ["layers"] and names[-1] == "kernel"
+
+
+def _labels(params: PyTree) -> PyTree:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "muon" if orthogonalised(path) else "adamw", params
     )
+
+
+def _matrix_axes(params: PyTree) -> PyTree:
+    """The sides of the layers' matrices, which are stacked along axis 0; None for the rest."""
+
+    def sides(path: tuple, leaf: Array) -> optax.contrib.MuonDimensionNumbers | None:
+        if not orthogonalised(path):
+            return None
+        # [L, in, out]; queries, keys and values [L, in, heads, size]; their output [L, heads, size,
+        # out].
+        split = leaf.ndim - 1 if path[-2].key == "o" else 2
+        return optax.contrib.MuonDimensionNumbers(
+            tuple(range(1, split)), tuple(range(split, leaf.ndim))
+        )
+
+    return jax.tree_util.tree_map_with_path(sides, params)
 
 
 def _is_matrix(params: PyTree) -> PyTree:

@@ -240,6 +240,7 @@ def static_setup(
         weight_decay=config.optim.weight_decay,
         max_grad_norm=config.optim.max_grad_norm,
         moment_dtype=config.optim.moment_dtype,
+        kind=config.optim.optimizer,
     )
     slots = mesh.shape["data"] * mesh.shape["fsdp"]
     return Setup(config, mesh, platform, model, objective, optimizer, schedule, slots)

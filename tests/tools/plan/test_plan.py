@@ -58,17 +58,27 @@ def with_slots_for(
     return dataclasses.replace(setup, slots=slots)
 
 
-@pytest.mark.parametrize("moment,each", [("float32", 8), ("bfloat16", 6)])
-def test_weight_memory_equals_that_of_real_arrays(moment: str, each: int) -> None:
+@pytest.mark.parametrize(
+    "kind,moment,each",
+    [("adamw", "float32", 8), ("adamw", "bfloat16", 6), ("muon", "float32", 8)],
+)
+def test_weight_memory_equals_that_of_real_arrays(kind: str, moment: str, each: int) -> None:
     model, mesh = Decoder(ONE_LAYER, dtype="bfloat16"), make_mesh(2, 2, 2)
     params = init_params(model, jax.random.key(0), mesh=mesh)
     optimizer = make_optimizer(
-        beta1=0.9, beta2=0.99, weight_decay=0.0, max_grad_norm=1.0, moment_dtype=moment
+        beta1=0.9, beta2=0.99, weight_decay=0.0, max_grad_norm=1.0, moment_dtype=moment, kind=kind
     )
     state = init_state(params, optimizer, mesh)
-    memory = weight_memory(model, mesh, moment_bytes=each, reference=True, shares_weights=False)
+    memory = weight_memory(
+        model,
+        mesh,
+        moment_bytes=each,
+        reference=True,
+        shares_weights=False,
+        saved_bytes=4 if kind == "muon" else 0,
+    )
     assert memory.master == local_bytes(state.params)
-    counters = 8  # two step counts of AdamW at most
+    counters = 8 if kind == "adamw" else 24  # step counts; Muon has three coefficients too
     assert abs(memory.moments - local_bytes(state.opt_state)) <= counters
     copy = jax.jit(model.cast)(params)
     assert memory.reference == local_bytes(copy)
