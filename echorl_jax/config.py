@@ -137,9 +137,10 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    # Training rows: files (parquet, JSONL), "countdown:operands=3&max_number=29&..." for generated
-    # ones, "tfds:NAME?split=train" or "hf:OWNER/NAME?split=train"; a comma separates several. Rows
-    # are filtered as in "FILE?level=3-5&limit=100" and mixed as in "A@0.7,B@0.3" (docs/data.md).
+    # Training rows: files (parquet, JSON), folders or patterns with *, also on s3:// and gs://;
+    # "countdown:operands=3&max_number=29&..." for generated ones, "tfds:NAME?split=train" or
+    # "hf:OWNER/NAME?split=train"; a comma separates several. Rows are filtered as in
+    # "FILE?level=3-5&limit=100" and mixed as in "A@0.7,B@0.3" (docs/data.md).
     train: str = "countdown:"
     # Held-out rows for the periodic evaluation, in the same form; "" evaluates nothing.
     eval: str = ""

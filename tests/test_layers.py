@@ -12,6 +12,7 @@ LAYERS = {
     "errors": 0,
     "files": 0,
     "precision": 0,
+    "remote": 0,
     "types": 0,
     "xla": 0,
     "config": 0,

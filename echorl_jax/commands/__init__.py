@@ -21,6 +21,8 @@ from echorl_jax.cluster import (
     supervise,
 )
 from echorl_jax.config import JSON_OBJECT, LARGEST, Bound, Config
+from echorl_jax.errors import UserError
+from echorl_jax.remote import is_remote
 
 MODEL = "Hugging Face directory, repository id or builtin:countdown"
 GRADERS = (
@@ -47,7 +49,7 @@ def add_compare(parser: argparse.ArgumentParser, use: str) -> None:
     """Declares ``--compare``, other runs for the report."""
     text = f"another run, {use}; may be repeated"
     parser.add_argument(
-        "--compare", action="append", default=[], type=Path, metavar="DIR", help=text
+        "--compare", action="append", default=[], type=location, metavar="DIR", help=text
     )
 
 
@@ -76,6 +78,17 @@ def bounded(bound: Bound) -> Callable[[str], str]:
         return text
 
     return read
+
+
+def location(text: str) -> str:
+    """The ``type`` of an option that is a local path or an address such as ``s3://bucket/run``.
+
+    >>> location("gs://bucket/run"), location("runs/first")
+    ('gs://bucket/run', 'runs/first')
+    """
+    if not text:
+        raise argparse.ArgumentTypeError("is empty")
+    return text if is_remote(text) else str(Path(text).expanduser())
 
 
 def whole(least: int = 0) -> Callable[[str], int]:
@@ -139,12 +152,12 @@ def join(config: Config, arguments: argparse.Namespace) -> int | None:
         arguments,
         facts={"--workdir": arguments.workdir, **flatten(to_dict(config), "config.")},
         limits=Limits(config.mesh.start_timeout_s, config.mesh.lost_after_s),
-        directory=Path(arguments.workdir),
+        directory=arguments.workdir,
     )
 
 
 def take_place(
-    arguments: argparse.Namespace, *, facts: Mapping[str, Any], limits: Limits, directory: Path
+    arguments: argparse.Namespace, *, facts: Mapping[str, Any], limits: Limits, directory: str
 ) -> int | None:
     """Joins the other processes that run the same command.
 
@@ -181,12 +194,17 @@ def take_place(
     place = find_place(os.environ)
     if place is None:
         return None
+    if is_remote(directory):
+        raise UserError(
+            f"{directory}: several processes write into one folder, which must be on a file system "
+            "that all share, such as a mounted bucket; an address is for a run of one process"
+        )
     return supervise(
         place,
         [sys.executable, "-m", "echorl_jax", *arguments.command_line],
         facts={**dict(_versions()), "command": arguments.command_line[0], **facts},
         limits=limits,
-        secret=Secret.find(os.environ, directory),
+        secret=Secret.find(os.environ, Path(directory)),
     )
 
 

@@ -86,7 +86,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     names = {field.name for field in dataclasses.fields(Analysis)}
     options: dict[str, Any] = {k: v for k, v in vars(arguments).items() if k in names}
-    options |= {name: tuple(options[name]) for name in ("studies", "compare")}
+    options |= {"studies": tuple(options["studies"]), "compare": (*map(Path, options["compare"]),)}
     *rows, report = analyze(Analysis(**options))
     for path in rows:
         print(f"rows:   {path}")

@@ -18,7 +18,6 @@ examples:
 
 import argparse
 import dataclasses
-from pathlib import Path
 
 from echorl_jax.cluster import Limits
 from echorl_jax.commands import (
@@ -26,12 +25,14 @@ from echorl_jax.commands import (
     MODEL,
     add_grader,
     bounded,
+    location,
     number,
     take_place,
     whole,
     whole_numbers,
 )
 from echorl_jax.config import JSON_OBJECT, JSON_TEXTS, MeshConfig
+from echorl_jax.remote import mirrored
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, help=MODEL)
     add("--adapter", metavar="DIR", help="PEFT directory of LoRA weights on top of the model")
     add("--data", required=True, metavar="FILE[,FILE]", help="rows, as config.data.eval")
-    add("--out", required=True, type=Path, metavar="DIR", help="directory of the results")
+    add(
+        "--out",
+        required=True,
+        type=location,
+        metavar="DIR",
+        help="of the results, also s3:// or gs://",
+    )
     add("--preset", default="", help="settings by name: paper")
     add_grader(parser, None)
     add("--samples", metavar="K|PATTERN=K,...", help="attempts per row (default 1)")
@@ -81,5 +88,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     names = [field.name for field in dataclasses.fields(Benchmark)]
     given = {name: options[name] for name in names}
-    run_benchmark(Benchmark.of(preset_name=arguments.preset, given=given), arguments.out)
+    benchmark = Benchmark.of(preset_name=arguments.preset, given=given)
+    with mirrored(arguments.out, periodic=True) as mirror:
+        run_benchmark(benchmark, mirror.directory)
     return 0

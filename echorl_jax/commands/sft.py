@@ -11,11 +11,11 @@ example:
 """
 
 import argparse
-from pathlib import Path
 
 from echorl_jax.commands import join, read_config
 from echorl_jax.commands.train import add_arguments as add_arguments
 from echorl_jax.commands.train import finish
+from echorl_jax.remote import mirrored
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -25,6 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
         return code
     from echorl_jax.training.sft import train_supervised
 
-    train_supervised(config, arguments.workdir)
-    finish(Path(arguments.workdir), report=config.log.report)
+    with mirrored(arguments.workdir) as mirror:
+        train_supervised(config, mirror.directory, mirror=mirror)
+        finish(mirror, report=config.log.report)
     return 0

@@ -18,20 +18,15 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
-from echorl_jax.commands import add_config, join, read_config
+from echorl_jax.commands import add_config, join, location, read_config
+from echorl_jax.remote import Mirror, mirrored
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options; any config key may be set with ``--config.KEY=VALUE``."""
     add_config(parser)
-    workdir = "directory of the run's files"
-    parser.add_argument("--workdir", required=True, type=_directory, metavar="DIR", help=workdir)
-
-
-def _directory(text: str) -> str:
-    if not text:
-        raise argparse.ArgumentTypeError("is empty")
-    return str(Path(text).expanduser())
+    workdir = "directory of the run's files, also s3:// or gs://"
+    parser.add_argument("--workdir", required=True, type=location, metavar="DIR", help=workdir)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -41,12 +36,13 @@ def run(arguments: argparse.Namespace) -> int:
         return code
     from echorl_jax.training.loop import train
 
-    train(config, arguments.workdir)
-    finish(Path(arguments.workdir), report=config.log.report)
+    with mirrored(arguments.workdir) as mirror:
+        train(config, mirror.directory, mirror=mirror)
+        finish(mirror, report=config.log.report)
     return 0
 
 
-def finish(workdir: Path, *, report: bool) -> None:
+def finish(mirror: Mirror, *, report: bool) -> None:
     """Prints the result of the run and the paths of its files; writes the report. Once per run."""
     from echorl_jax.parallel import is_first
     from echorl_jax.tools.report.headline import headline
@@ -55,12 +51,13 @@ def finish(workdir: Path, *, report: bool) -> None:
 
     if not is_first():
         return
+    workdir = mirror.directory
     print(headline(read_run(workdir)))
-    if report:
-        print(f"report:  {write_report(workdir)}")
-    for line in _exported(workdir):
-        print(line)
-    print(f"metrics: {workdir / 'metrics.jsonl'}, samples: {workdir / 'samples'}")
+    lines = [f"report:  {write_report(workdir)}"] if report else []
+    lines += _exported(workdir)
+    lines += [f"metrics: {workdir / 'metrics.jsonl'}, samples: {workdir / 'samples'}"]
+    for line in lines:
+        print(line.replace(str(workdir), mirror.url))
 
 
 def _exported(workdir: Path) -> Iterator[str]:

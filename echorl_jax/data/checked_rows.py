@@ -1,11 +1,16 @@
-"""Rows out of parquet and JSONL files, each bad one named by file, place and column."""
+"""Rows out of parquet and JSON files, each bad one named by file, place and column."""
 
+import bisect
 import dataclasses
 import datetime
 import decimal
+import gzip
 import hashlib
+import io
+import itertools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +20,8 @@ import pyarrow.parquet as pq
 from echorl_jax.data.rows import BadRow, DataError, Row, normalise_row
 from echorl_jax.files import parse_object
 
+# Kinds of files with rows; .json holds a list of objects, or an object on each line.
+SUFFIXES = (".parquet", ".jsonl", ".json", ".jsonl.gz", ".json.gz")
 # Rows that are read from a parquet file, or become Python objects, at a time.
 BATCH = 128
 
@@ -60,6 +67,21 @@ class _TableRows(Sequence[dict[str, Any]]):
             yield from _objects(batch)
 
 
+class _JoinedRows(Sequence[Mapping[str, Any]]):
+    """Several sequences of rows, end to end."""
+
+    def __init__(self, parts: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        self._parts = parts
+        *self.starts, self._length = itertools.accumulate(map(len, parts), initial=0)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        part = bisect.bisect_right(self.starts, index) - 1
+        return self._parts[part][index - self.starts[part]]
+
+
 def _objects(rows: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
     try:
         return rows.to_pylist()
@@ -91,19 +113,28 @@ def _value(cell: pa.Scalar) -> Any:
         return None
 
 
-def read_file(path: Path, *, skip_bad: bool) -> CheckedRows:
-    """Reads a ``.parquet`` or ``.jsonl`` file.
+def read_file(path: Path, *, skip_bad: bool, label: str = "", name: str = "") -> CheckedRows:
+    """Reads a file of one of the :data:`SUFFIXES`.
+
+    Args:
+      path: of the file.
+      skip_bad: bad rows are left out.
+      label: the name of the file in messages; its path unless given.
+      name: the data source of rows that name none; the file's name unless given.
 
     Raises:
       DataError: no such file, another suffix, contents that are not of the format, no usable row,
         or (without ``skip_bad``) the first bad row.
     """
-    if path.suffix not in (".parquet", ".jsonl"):
-        raise DataError(f"{path}: unknown kind of file; rows are read from .parquet and .jsonl")
+    label = label or str(path)
+    if not path.name.endswith(SUFFIXES):
+        kinds = ", ".join(SUFFIXES)
+        raise DataError(f"{label}: unknown kind of file; rows are read from {kinds}")
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
-    if path.suffix == ".jsonl":
-        return _read_jsonl(path, skip_bad)
+        raise DataError(f"{label}: no such file")
+    stem = path.name.removesuffix(".gz").rpartition(".")[0]
+    if path.suffix != ".parquet":
+        return _read_json(path, skip_bad, label, name or stem)
     try:
         file = pq.ParquetFile(path)
         # In batches, because Arrow cannot read over 2 GiB of nested text as one array.
@@ -111,8 +142,8 @@ def read_file(path: Path, *, skip_bad: bool) -> CheckedRows:
         table = pa.Table.from_batches(batches, schema=file.schema_arrow)
     except (pa.ArrowException, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
-        raise DataError(f"{path}: not a readable parquet file: {reason}") from error
-    return check_rows(_TableRows(table), label=str(path), name=path.stem, skip_bad=skip_bad)
+        raise DataError(f"{label}: not a readable parquet file: {reason}") from error
+    return check_rows(_TableRows(table), label=label, name=name or stem, skip_bad=skip_bad)
 
 
 def check_rows(
@@ -140,23 +171,58 @@ def _json_value(value: Any) -> str:
     return str(value) if isinstance(value, plain) else type(value).__name__
 
 
-def _read_jsonl(path: Path, skip_bad: bool) -> CheckedRows:
+def _read_json(path: Path, skip_bad: bool, label: str, name: str) -> CheckedRows:
+    """A list of objects, or an object on each line; compressed if the name ends with .gz."""
+    opened = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opened(path, "rb") as file:
+            if ".json" in path.suffixes[-2:] and (rows := _json_list(file)) is not None:
+                return check_rows(rows, label=label, name=name, skip_bad=skip_bad)
+            return _read_lines(file, skip_bad, label, name)
+    except (gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise DataError(f"{label}: not a whole gzip file: {error}") from error
+
+
+def _json_list(file: io.BufferedIOBase) -> list[dict[str, Any]] | None:
+    """The objects of one JSON list; None for anything else, with the file at its start again."""
+    try:
+        content = json.load(file)
+    except (ValueError, RecursionError):
+        content = None
+    file.seek(0)
+    listed = isinstance(content, list) and all(isinstance(row, dict) for row in content)
+    return content if listed else None
+
+
+def _read_lines(lines: Iterable[bytes], skip_bad: bool, label: str, name: str) -> CheckedRows:
     rows, bad, content = [], [], hashlib.blake2b(digest_size=16)
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = parse_object(line)
-                normalise_row(row, source=path.stem)
-                rows.append(row)
-                content.update(line.strip() + b"\n")
-            except BadRow as error:
-                bad.append(_complain(f"{path}, line {number}, {error}", skip_bad))
-            except ValueError as error:
-                bad.append(_complain(f"{path}, line {number}: {error}", skip_bad))
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_object(line)
+            normalise_row(row, source=name)
+            rows.append(row)
+            content.update(line.strip() + b"\n")
+        except BadRow as error:
+            bad.append(_complain(f"{label}, line {number}, {error}", skip_bad))
+        except ValueError as error:
+            bad.append(_complain(f"{label}, line {number}: {error}", skip_bad))
     kept = range(len(rows))
-    return _usable(CheckedRows(rows, kept, path.stem, tuple(bad), content.hexdigest()), str(path))
+    return _usable(CheckedRows(rows, kept, name, tuple(bad), content.hexdigest()), label)
+
+
+def join_rows(files: Sequence[CheckedRows]) -> CheckedRows:
+    """The rows of several files of one source, end to end."""
+    if len(files) == 1:
+        return files[0]
+    raw = _JoinedRows([file.raw for file in files])
+    kept = [
+        start + place for start, file in zip(raw.starts, files, strict=True) for place in file.kept
+    ]
+    bad = tuple(line for file in files for line in file.bad)
+    content = hashlib.blake2b("".join(file.digest for file in files).encode(), digest_size=16)
+    return CheckedRows(raw, kept, files[0].name, bad, content.hexdigest())
 
 
 def _complain(message: str, skip_bad: bool) -> str:

@@ -7,17 +7,25 @@ TFDS is read through array_record, without TensorFlow: a data set must have been
 
 import bisect
 import dataclasses
+import glob
 import hashlib
 import itertools
 import pkgutil
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from echorl_jax.data.checked_rows import CheckedRows, check_rows, read_file
+from echorl_jax.data.checked_rows import (
+    SUFFIXES,
+    CheckedRows,
+    check_rows,
+    join_rows,
+    read_file,
+)
 from echorl_jax.data.rows import LETTERS, DataError, Row
 from echorl_jax.errors import nearest, require_package
+from echorl_jax.remote import find_files, is_remote, local_copy
 
 # The function that reads the options of each kind of generated rows.
 GENERATED = {
@@ -182,7 +190,8 @@ def load_rows(spec: str, *, on_bad_row: Literal["error", "skip"] = "error") -> R
 
     A spec is a comma-separated list of sources:
 
-    - ``FILE.parquet`` or ``FILE.jsonl``;
+    - a file (``.parquet``, ``.jsonl``, ``.json``, the last two also with ``.gz``), a folder of such
+      files, a pattern with ``*``, or one of these under ``s3://`` or ``gs://``;
     - ``countdown:operands=4&max_number=50&seed=2`` or ``reduce:max_operands=10``, generated; the
       options are the fields of :class:`CountdownRows` and :class:`ReduceRows`;
     - ``tfds:NAME?split=train&data_dir=DIR``, prepared as array_record files;
@@ -244,11 +253,40 @@ def _load_part(name: str, *, skip_bad: bool) -> Sequence[Row]:
     if reader:
         rows = reader.read(rest, options, skip_bad=skip_bad)
     else:
-        path = Path(place).expanduser()
-        if not path.exists():
-            raise DataError(f"{place}: no such file{_hint(path)}")
-        rows = read_file(path, skip_bad=skip_bad)
+        rows = join_rows([*_read_files(place, skip_bad=skip_bad)])
     return _filter(rows, options, name)
+
+
+def _read_files(place: str, *, skip_bad: bool) -> Iterator[CheckedRows]:
+    """The files of a path, a folder, a pattern with ``*`` or the address of one of these.
+
+    Rows of several files that name no data source get the name of the folder.
+    """
+    if is_remote(place):
+        names = find_files(place, SUFFIXES)
+        files = [(name, local_copy(name)) for name in names]
+    else:
+        files = [(str(path), path) for path in _local_files(Path(place).expanduser(), place)]
+    folder = "" if len(files) == 1 else re.sub(r"/[^/]*\*.*", "", place.rstrip("/"))
+    for label, path in files:
+        name = folder.rpartition("/")[2]
+        yield read_file(path, skip_bad=skip_bad, label=label, name=name)
+
+
+def _local_files(path: Path, place: str) -> list[Path]:
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if file.name.endswith(SUFFIXES)]
+        if not found:
+            raise DataError(f"{place}: a folder without files of rows ({', '.join(SUFFIXES)})")
+    elif "*" in place:
+        found = [Path(name) for name in glob.glob(str(path), recursive=True)]
+        if not found:
+            raise DataError(f"{place}: no such file")
+    elif not path.exists():
+        raise DataError(f"{place}: no such file{_hint(path)}")
+    else:
+        found = [path]
+    return sorted(found)
 
 
 def _parse_options(name: str, query: str, allowed: Sequence[str]) -> dict[str, str]:

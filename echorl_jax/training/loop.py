@@ -15,6 +15,7 @@ from typing import Any
 import jax
 
 from echorl_jax.config import Config
+from echorl_jax.remote import Mirror
 from echorl_jax.training.batch import join_assembled, make_batches
 from echorl_jax.training.experience import collect
 from echorl_jax.training.logs import timed
@@ -32,12 +33,17 @@ from echorl_jax.training.warmup import warm_up
 
 
 def train(
-    config: Config, workdir: str | Path, *, devices: Sequence[Any] | None = None
+    config: Config,
+    workdir: str | Path,
+    *,
+    devices: Sequence[Any] | None = None,
+    mirror: Mirror | None = None,
 ) -> TrainState:
     """Trains for ``config.steps`` steps, from the newest checkpoint in ``workdir`` if there is one.
 
     Args:
       devices: those to use; all unless given.
+      mirror: uploads ``workdir`` after each checkpoint; see :func:`echorl_jax.remote.mirrored`.
 
     Returns:
       The final state.
@@ -47,7 +53,10 @@ def train(
       RunStopped: sampler and trainer disagree, or gradients stay non-finite.
     """
     prompts = config.rollout.prompts_per_step
-    with open_run(config, workdir, prompts_per_step=prompts, devices=devices) as (run, state):
+    with open_run(config, workdir, prompts_per_step=prompts, devices=devices, mirror=mirror) as (
+        run,
+        state,
+    ):
         setup = run.setup
         if config.optim.compile_ahead and not run.stopping():
             with run.compiling():

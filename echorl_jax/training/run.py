@@ -22,6 +22,7 @@ from echorl_jax.environment import Engine, make_engine
 from echorl_jax.errors import RunStopped, UserError, writing
 from echorl_jax.models import base_params, claim_repository, merge, push, split_params
 from echorl_jax.parallel import any_process, from_first, is_first, smallest
+from echorl_jax.remote import Mirror
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rollout import Progress
 from echorl_jax.rollout.memory import device_bytes
@@ -64,6 +65,7 @@ class Run:
     reference: PyTree | None  # weights of a KL term
     first_step: int  # steps that were done when the run was opened
     inputs: Mapping[str, str]  # digests of rows, prompts and weights, and the first start
+    mirror: Mirror  # uploads the directory, if the run's place is remote
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, counted from 1; those of ``log.profile_steps`` are traced."""
@@ -112,6 +114,7 @@ class Run:
             }
         )
         self.checkpoints.raise_errors()
+        self.mirror.raise_errors()
         if config.optim.compile_ahead and self.compiles.surprised():
             self.log.say(
                 f"warning: step {step}: a program was compiled after the warm-up; compile/count "
@@ -139,6 +142,7 @@ class Run:
         return True
 
     def _save(self, step: int, state: TrainState) -> None:
+        self.mirror.wait()  # the next save deletes checkpoints
         self.checkpoints.save(
             step,
             state,
@@ -147,6 +151,7 @@ class Run:
             inputs=self.inputs,
             history=self.history.get_state(),
         )
+        self.mirror.start_upload(self.checkpoints.manager.is_saving_in_progress)
 
     def policy(self, state: TrainState) -> PyTree:
         """All parameters of the policy in training."""
@@ -251,6 +256,7 @@ def open_run(
     prompts_per_step: int,
     supervised: bool = False,
     devices: Sequence[Any] | None = None,
+    mirror: Mirror | None = None,
 ) -> Iterator[tuple[Run, TrainState]]:
     """Opens a workdir, builds what a run needs and restores the newest checkpoint, if there is one.
 
@@ -328,6 +334,7 @@ def open_run(
                 reference=reference,
                 first_step=int(state.step),
                 inputs=inputs,
+                mirror=mirror or Mirror(str(directory), directory),
             )
             _present(run, state)
             if rows.bad:

@@ -13,6 +13,7 @@ from echorl_jax.core import aggregation_weights, mean_scale
 from echorl_jax.data import Prompt
 from echorl_jax.environment import target_ids
 from echorl_jax.models import Decoder
+from echorl_jax.remote import Mirror
 from echorl_jax.training.logs import timed
 from echorl_jax.training.metrics import training_speed
 from echorl_jax.training.micro_batches import pack_rows, packed_width
@@ -25,7 +26,11 @@ from echorl_jax.types import HostArray, TrainBatch
 
 
 def train_supervised(
-    config: Config, workdir: str | Path, *, devices: Sequence[Any] | None = None
+    config: Config,
+    workdir: str | Path,
+    *,
+    devices: Sequence[Any] | None = None,
+    mirror: Mirror | None = None,
 ) -> TrainState:
     """Lowers the mean negative log-likelihood of the rows' ``target`` tokens, EOS included.
 
@@ -39,7 +44,9 @@ def train_supervised(
       RunStopped: gradients stay non-finite.
     """
     rows = config.optim.sft_rows_per_step
-    with open_run(config, workdir, prompts_per_step=rows, supervised=True, devices=devices) as (
+    with open_run(
+        config, workdir, prompts_per_step=rows, supervised=True, devices=devices, mirror=mirror
+    ) as (
         run,
         state,
     ):

@@ -27,6 +27,7 @@ from echorl_jax.files import (
     sole_writer,
 )
 from echorl_jax.parallel import is_first, wait_for_all
+from echorl_jax.remote import is_remote
 
 # Keys of the course of a run, whose change is told.
 COURSE = (
@@ -66,6 +67,8 @@ def open_workdir(path: str | Path, config: Config) -> Iterator[tuple[Path, dict[
         another run at the moment, is no directory, or is another directory for each process.
       RunStopped: it cannot be written, such as on a full disk.
     """
+    if is_remote(path):
+        raise ConfigError(f"workdir {path} is remote: open it with echorl_jax.remote.mirrored")
     workdir = Path(path)
     file, before = workdir / "config.json", {}
     # Processes meet for the first time here; a first one that is waiting they would not wait for.

@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from echorl_jax.cli import COMMANDS, config_overrides, run
-from echorl_jax.commands import finite, number
-from echorl_jax.commands.train import _directory
+from echorl_jax.commands import finite, location, number
 from echorl_jax.errors import UserError
 
 
@@ -76,7 +75,7 @@ def test_a_number_that_no_command_can_take_is_named(name: str, value: str) -> No
     for action in parser._actions:
         reader = action.type
         large, any_sign = value == str(2**63), value in ("-1", str(2**63))
-        allowed = (None, Path, _directory, *[number] * large, *[finite] * any_sign)
+        allowed = (None, Path, location, *[number] * large, *[finite] * any_sign)
         if action.option_strings and reader not in allowed:
             with pytest.raises(argparse.ArgumentTypeError, match="whole number|finite number|JSON"):
                 reader(value)  # type: ignore[operator]
