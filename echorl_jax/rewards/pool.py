@@ -392,6 +392,7 @@ class GraderPool:
             raise PoolError("the grading pool is closed")
         if len(responses) != len(rows):
             raise ValueError(f"{len(responses)} responses for {len(rows)} rows")
+        tokens = tokens if self.grouped else None  # other functions see texts alone
         parts = [slice(i, i + group_size) for i in range(0, len(rows), group_size)]
         submission = Submission(
             [(responses[p], rows[p.start], None if tokens is None else tokens[p]) for p in parts]
