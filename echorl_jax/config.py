@@ -113,6 +113,9 @@ class ModelConfig:
     base_dtype: BaseDtype | None = None
     # What the backward pass recomputes: everything in a layer, all but matrix products, or nothing.
     remat: Remat = "layer"
+    # The vision tower of a model that has one: trained with the rest, or frozen. None trains it,
+    # but not beside LoRA adapters.
+    vision: Literal["trained", "frozen"] | None = None
     # Attention kernel; "auto" takes splash on TPU, cuDNN on GPU, XLA elsewhere.
     attention: Kernel = "auto"
 
@@ -155,12 +158,18 @@ class DataConfig:
     system_prompt: str | None = None
     # Prompts longer than this are left out and counted (tokens).
     max_prompt_tokens: Annotated[int, at_least(1)] = 1024
+    # Pictures are scaled so that they have so many pixels, at least and at most: they decide how
+    # many tokens a picture has, 1 for 28 x 28 pixels of Qwen2.5-VL.
+    min_pixels: Annotated[int, at_least(1)] = 3136
+    max_pixels: Annotated[int, at_least(1)] = 1003520
+    # Prompts with more image tokens are left out and counted; there is memory for so many of each.
+    max_image_tokens: Annotated[int, at_least(1)] = 1280
     # A prompt whose rows succeed at this rate or a higher one at a visit never returns (ScaleRL's
     # no-positive-resampling, 0.9 there); None retires none.
     retire_above: Annotated[float | None, POSITIVE_SHARE] = None
     # A broken row stops the run with its file and number, or is skipped and counted.
     on_bad_row: Literal["error", "skip"] = "error"
-    # The grader: auto (by the row's data source), math, choice, countdown, reduce,
+    # The grader: auto (by the row's data source), math, choice, countdown, reduce, shapes,
     # "package.module:function" or "FILE.py:function". Several are a list with weights, such as
     # "math@0.9, mine.py:format@0.1": the reward is the weighted sum, and success is the verdict of
     # the first, or of the one with a star before it (docs/graders.md).
@@ -170,8 +179,8 @@ class DataConfig:
     grader_kwargs: Annotated[str, JSON_OBJECT] = "{}"
     # Limit for one verdict (seconds); a hang costs that one item.
     grader_timeout_s: Annotated[float, above(0)] = 10.0
-    # Grading processes. 0 grades choice, countdown and reduce, whose costs are bounded, here;
-    # every other grader gets one process.
+    # Grading processes. 0 grades choice, countdown, reduce and shapes here, whose costs are
+    # bounded; every other grader gets one process.
     grader_workers: Annotated[int, at_least(0)] = 2
 
 
@@ -541,6 +550,9 @@ def _relations(c: Config) -> Iterator[tuple[str, bool, str]]:
     yield "checkpoint.export_every", export or not c.checkpoint.export_every, "0 without export"
     yield "checkpoint.push", export or not c.checkpoint.push, '"" without checkpoint.export'
     yield "checkpoint.merge", lora or not c.checkpoint.merge, "false without lora.rank"
+    yield "data.max_pixels", c.data.max_pixels >= c.data.min_pixels, "at least data.min_pixels"
+    unadapted = not (lora and c.model.vision == "trained")
+    yield "model.vision", unadapted, "None or frozen with lora.rank or lora.adapter"
     divides = c.rollout.prompts_per_step % c.objective.mini_batches == 0
     yield "objective.mini_batches", divides, "a divisor of rollout.prompts_per_step"
     fewer = (c.objective.expert_rows or 0) < c.rollout.group_size

@@ -24,7 +24,9 @@ BOOT = Path("/proc/sys/kernel/random/boot_id")
 # A network file system frees the lock of a lost machine within this time (seconds).
 FREED_WITHIN_S = 100.0
 # Models that come with the package.
-BUILTIN = {"builtin:countdown": Path(__file__).parent / "assets" / "countdown"}
+BUILTIN = {
+    f"builtin:{name}": Path(__file__).parent / "assets" / name for name in ("countdown", "shapes")
+}
 
 
 def model_path(path: str, revision: str = "") -> str:

@@ -22,7 +22,15 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar, cast, dataclass_transform, get_args
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    NamedTuple,
+    TypeVar,
+    cast,
+    dataclass_transform,
+    get_args,
+)
 
 import jax
 import jax.numpy as jnp
@@ -211,6 +219,22 @@ class LossTerm:
 Metrics = dict[str, LossTerm]
 
 
+class Image(NamedTuple):
+    """A picture as the vision tower takes it, on the host."""
+
+    pixels: HostArray  # f32 [patches, patch_values], as the image processor orders them
+    grid: tuple[int, int]  # patches along height and width
+
+
+@pytree
+class RowImages:
+    """The images in the prompts of rows: features that stand in the places of tokens."""
+
+    features: Float32[Array, "F D"] | Any  # of all images of the step, in the compute type
+    index: Int32[Array, "B L"]  # a token's feature, -1 for a token with its own embedding
+    positions: Int32[Array, "B L 3"]  # time, height, width
+
+
 @pytree
 class TrainBatch:
     """Rows ready for the update: sequences and all that does not depend on the current policy.
@@ -242,6 +266,7 @@ class TrainBatch:
     # rows of a solved prompt; only for objectives that act on them
     solved: Bool[Array, " B"] | None = None
     segment_ids: Int32[Array, "B L"] | None = None  # several sequences packed into a row (SFT)
+    images: RowImages | None = None  # only for models with a vision tower
 
     @classmethod
     def plain(

@@ -62,6 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--stop_ids", type=whole_numbers, help="tokens that end a completion besides the model's")
     add("--stop_strings", type=bounded(JSON_TEXTS), help="texts that end one, as a JSON list")
+    add("--min_pixels", type=whole(1), help="least pixels of a picture, scaled (default 3136)")
+    add("--max_pixels", type=whole(1), help="most pixels of a picture, scaled (default 1003520)")
+    add(
+        "--max_image_tokens",
+        type=whole(1),
+        help="rows with more image tokens are left out (default 1280)",
+    )
     add("--limit", type=whole(), help="only the first rows (default: all)")
     add("--template", help="chat (default), plain, luffy, qwen-math, boxed, uft or a .jinja file")
     add("--template_kwargs", type=bounded(JSON_OBJECT), help="of the chat template, a JSON object")

@@ -1,5 +1,7 @@
 """Log-probabilities and entropies of tokens, from logits or straight from hidden states."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -7,6 +9,9 @@ from jaxtyping import Float, Int
 
 from echorl_jax.precision import wide_einsum
 from echorl_jax.types import AnyArray as Array
+
+# A logit whose probability is 0 in float32 at any temperature in use.
+_NEVER = -1e30
 
 
 def token_entropy(
@@ -65,6 +70,7 @@ def logprobs_and_entropy(
     temperature: float = 1.0,
     chunk_size: int = 512,
     data_shards: int = 1,
+    never: tuple[int, ...] = (),
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability and entropy of each token, never holding the logits of all.
 
@@ -86,6 +92,7 @@ def logprobs_and_entropy(
       temperature: divides the logits, above 0; static.
       chunk_size: tokens whose logits exist at once; static.
       data_shards: devices that B is divided over, a divisor of B; static.
+      never: tokens without probability, whose logits are left out; static.
 
     Returns:
       ``(logprobs, entropy)``, both ``[B, T]`` float32, in nats, both differentiable in ``hidden``
@@ -116,7 +123,8 @@ def logprobs_and_entropy(
     folded = rows // _fold(rows, data_shards, chunk_size), -1
     pieces = _cut(hidden.reshape(*folded, hidden.shape[2]), chunk_size)
     token_pieces = _cut(tokens.reshape(folded), chunk_size)
-    logprobs, entropy = _chunked(pieces, head, token_pieces, float(temperature), data_shards)
+    settings = float(temperature), data_shards, never
+    logprobs, entropy = _chunked(pieces, head, token_pieces, *settings)
     return _join(logprobs, rows, length), _join(entropy, rows, length)
 
 
@@ -142,16 +150,28 @@ def _join(x: Array, rows: int, length: int) -> Array:
 
 
 def _values(
-    hidden: Array, head: Array, tokens: Array, temperature: float, data_shards: int
+    hidden: Array,
+    head: Array,
+    tokens: Array,
+    temperature: float,
+    data_shards: int,
+    never: tuple[int, ...],
 ) -> tuple[Array, Array]:
-    return _forward(hidden, head, tokens, temperature, data_shards)[0]
+    return _forward(hidden, head, tokens, temperature, data_shards, never)[0]
 
 
-def _forward(hidden: Array, head: Array, tokens: Array, temperature: float, data_shards: int):
+def _forward(
+    hidden: Array,
+    head: Array,
+    tokens: Array,
+    temperature: float,
+    data_shards: int,
+    never: tuple[int, ...],
+):
     weight = head.astype(hidden.dtype)
 
     def piece(_, xs):
-        logits = _logits(xs[0], weight, temperature)
+        logits = _logits(xs[0], weight, temperature, never)
         log_total = jax.nn.logsumexp(logits, axis=-1)
         scores = _picked(logits, xs[1]) - log_total, _entropy(logits, log_total)
         return None, (*scores, log_total, logits if alone else None)
@@ -162,7 +182,7 @@ def _forward(hidden: Array, head: Array, tokens: Array, temperature: float, data
     return (logprobs, entropy), (hidden, head, tokens, entropy, log_total, logits)
 
 
-def _backward(temperature: float, data_shards: int, residuals, cotangents):
+def _backward(temperature: float, data_shards: int, never: tuple[int, ...], residuals, cotangents):
     hidden, head, tokens, entropy, log_total, logits = residuals
     weight = head.astype(hidden.dtype)
 
@@ -171,7 +191,7 @@ def _backward(temperature: float, data_shards: int, residuals, cotangents):
 
     def piece(d_head, xs):
         x, token, h, total, kept, d_logprob, d_entropy = xs
-        logits = _logits(x, weight, temperature) if kept is None else kept
+        logits = _logits(x, weight, temperature, never) if kept is None else kept
         logp = logits - total[..., None]
         slope = d_logprob[..., None] + d_entropy[..., None] * (logp + h[..., None])
         picked = jnp.where(_is_token(logp, token), d_logprob[..., None], 0.0)
@@ -192,7 +212,7 @@ def _backward(temperature: float, data_shards: int, residuals, cotangents):
     return d_hidden, d_head, None
 
 
-_chunked = jax.custom_vjp(_values, nondiff_argnums=(3, 4))
+_chunked = jax.custom_vjp(_values, nondiff_argnums=(3, 4, 5))
 _chunked.defvjp(_forward, _backward)
 
 
@@ -202,9 +222,17 @@ def _scale(logits: Array, temperature: float) -> Array:
     return logits.astype(jnp.float32) / temperature
 
 
-def _logits(x: Array, head: Array, temperature: float) -> Array:
-    logits = wide_einsum("btd,dv->btv", x, head)
-    return logits / temperature
+def _logits(x: Array, head: Array, temperature: float, never: tuple[int, ...]) -> Array:
+    return without(wide_einsum("btd,dv->btv", x, head) / temperature, never)
+
+
+def without(logits: Array, never: tuple[int, ...]) -> Array:
+    """Logits ``[..., V]`` that give the tokens ``never`` no probability; finite."""
+    if not never:
+        return logits
+    vocabulary = lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    masked = functools.reduce(jnp.logical_or, [vocabulary == token for token in never])
+    return jnp.where(masked, jnp.float32(_NEVER), logits)
 
 
 def _entropy(logits: Array, log_total: Array) -> Array:

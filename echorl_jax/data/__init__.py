@@ -9,11 +9,12 @@ from echorl_jax.data.experts import (
 )
 from echorl_jax.data.rows import DataError, Row
 from echorl_jax.data.sources import Rows, load_rows
-from echorl_jax.data.stream import Prompt, PromptStream
+from echorl_jax.data.stream import Prompt, PromptStream, number_prompts
 from echorl_jax.data.tokens import (
     TEMPLATES,
     Template,
     encode_prompt,
+    encode_rows,
     load_tokenizer,
     newline_delimiters,
     require_embedded,
@@ -30,12 +31,14 @@ __all__ = [
     "Template",
     "add_hint",
     "encode_prompt",
+    "encode_rows",
     "encode_target",
     "expert_text",
     "hint_segments",
     "load_rows",
     "load_tokenizer",
     "newline_delimiters",
+    "number_prompts",
     "require_embedded",
     "require_embedded_rows",
     "require_vocabulary",

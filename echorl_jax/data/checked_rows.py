@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from echorl_jax.data.pictures import located
 from echorl_jax.data.rows import BadRow, DataError, Row, normalise_row
 from echorl_jax.files import parse_object
 
@@ -42,12 +43,21 @@ class CheckedRows(Sequence[Row]):
     bad: tuple[str, ...] = ()
     # Tells the usable rows from others.
     digest: str = ""
+    # Where paths of pictures begin.
+    folder: Path = Path()
 
     def __len__(self) -> int:
         return len(self.kept)
 
     def __getitem__(self, index: int) -> Row:
-        return normalise_row(self.raw[self.kept[index]], source=self.name)
+        return _normal(self.raw[self.kept[index]], self.name, self.folder)
+
+
+def _normal(raw: Mapping[str, Any], source: str, folder: Path) -> Row:
+    row = normalise_row(raw, source=source)
+    if images := located(row, folder):
+        row = {**row, "images": images, "image": None}
+    return row
 
 
 class _TableRows(Sequence[dict[str, Any]]):
@@ -143,11 +153,19 @@ def read_file(path: Path, *, skip_bad: bool, label: str = "", name: str = "") ->
     except (pa.ArrowException, OSError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise DataError(f"{label}: not a readable parquet file: {reason}") from error
-    return check_rows(_TableRows(table), label=label, name=name or stem, skip_bad=skip_bad)
+    folder = path.parent
+    return check_rows(
+        _TableRows(table), label=label, name=name or stem, skip_bad=skip_bad, folder=folder
+    )
 
 
 def check_rows(
-    raw: Sequence[Mapping[str, Any]], *, label: str, name: str, skip_bad: bool
+    raw: Sequence[Mapping[str, Any]],
+    *,
+    label: str,
+    name: str,
+    skip_bad: bool,
+    folder: Path = Path(),
 ) -> CheckedRows:
     """Reads every row once to find the bad ones. ``label`` names the source in messages.
 
@@ -157,12 +175,12 @@ def check_rows(
     kept, bad, content = [], [], hashlib.blake2b(digest_size=16)
     for place, row in enumerate(raw):
         try:
-            normalise_row(row, source=name)
+            _normal(row, name, folder)
             kept.append(place)
             content.update(json.dumps(row, default=_json_value, skipkeys=True).encode())
         except BadRow as error:
             bad.append(_complain(f"{label}, row {place}, {error}", skip_bad))
-    return _usable(CheckedRows(raw, kept, name, tuple(bad), content.hexdigest()), label)
+    return _usable(CheckedRows(raw, kept, name, tuple(bad), content.hexdigest(), folder), label)
 
 
 def _json_value(value: Any) -> str:
@@ -177,8 +195,9 @@ def _read_json(path: Path, skip_bad: bool, label: str, name: str) -> CheckedRows
     try:
         with opened(path, "rb") as file:
             if ".json" in path.suffixes[-2:] and (rows := _json_list(file)) is not None:
-                return check_rows(rows, label=label, name=name, skip_bad=skip_bad)
-            return _read_lines(file, skip_bad, label, name)
+                folder = path.parent
+                return check_rows(rows, label=label, name=name, skip_bad=skip_bad, folder=folder)
+            return _read_lines(file, skip_bad, label, name, path.parent)
     except (gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise DataError(f"{label}: not a whole gzip file: {error}") from error
 
@@ -194,14 +213,16 @@ def _json_list(file: io.BufferedIOBase) -> list[dict[str, Any]] | None:
     return content if listed else None
 
 
-def _read_lines(lines: Iterable[bytes], skip_bad: bool, label: str, name: str) -> CheckedRows:
+def _read_lines(
+    lines: Iterable[bytes], skip_bad: bool, label: str, name: str, folder: Path
+) -> CheckedRows:
     rows, bad, content = [], [], hashlib.blake2b(digest_size=16)
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = parse_object(line)
-            normalise_row(row, source=name)
+            _normal(row, name, folder)
             rows.append(row)
             content.update(line.strip() + b"\n")
         except BadRow as error:
@@ -209,7 +230,7 @@ def _read_lines(lines: Iterable[bytes], skip_bad: bool, label: str, name: str) -
         except ValueError as error:
             bad.append(_complain(f"{label}, line {number}: {error}", skip_bad))
     kept = range(len(rows))
-    return _usable(CheckedRows(rows, kept, name, tuple(bad), content.hexdigest()), label)
+    return _usable(CheckedRows(rows, kept, name, tuple(bad), content.hexdigest(), folder), label)
 
 
 def join_rows(files: Sequence[CheckedRows]) -> CheckedRows:
@@ -222,7 +243,8 @@ def join_rows(files: Sequence[CheckedRows]) -> CheckedRows:
     ]
     bad = tuple(line for file in files for line in file.bad)
     content = hashlib.blake2b("".join(file.digest for file in files).encode(), digest_size=16)
-    return CheckedRows(raw, kept, files[0].name, bad, content.hexdigest())
+    first = files[0]
+    return CheckedRows(raw, kept, first.name, bad, content.hexdigest(), first.folder)
 
 
 def _complain(message: str, skip_bad: bool) -> str:

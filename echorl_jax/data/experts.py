@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echorl_jax.core import hint_probability
+from echorl_jax.data.pictures import Processor
 from echorl_jax.data.rows import DataError
 from echorl_jax.data.stream import Prompt
 from echorl_jax.data.tokens import Template, encode_prompt, require_embedded
@@ -52,6 +53,7 @@ def require_embedded_rows(
     vocab_size: int,
     experts: bool,
     source: str,
+    processor: Processor | None = None,
 ) -> None:
     """Checks that a model has an embedding for every token of its prompts and expert texts.
 
@@ -62,6 +64,7 @@ def require_embedded_rows(
       template: of the prompts.
       vocab_size: rows of the model's embedding.
       experts: whether expert texts are used too.
+      processor: of a model with a vision tower.
       source: name of the rows in messages.
 
     Raises:
@@ -70,7 +73,7 @@ def require_embedded_rows(
     if max(tokenizer.get_vocab().values(), default=0) < vocab_size:
         return
     for place, row in enumerate(rows):
-        texts = {"prompt": encode_prompt(tokenizer, row, template)}
+        texts = {"prompt": encode_prompt(tokenizer, row, template, processor)}
         if experts and expert_text(row) is not None:
             texts["expert text"] = encode_target(tokenizer, row)
         if experts and row.get("hint"):

@@ -8,15 +8,17 @@ stand with ``<image>``; without a mark they stand before the first question, as 
 import dataclasses
 import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from echorl_jax.data.rows import BadRow
+from echorl_jax.config import Config
+from echorl_jax.data.rows import BadRow, holds_something
 from echorl_jax.errors import UserError, one_line
-from echorl_jax.types import HostArray
+from echorl_jax.types import HostArray, Image
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -35,14 +37,38 @@ class Processor:
     Args:
       min_pixels, max_pixels: a picture is scaled into this range, its sides to whole merged
         patches. They decide how many tokens a picture has, so they belong to a run's record.
+      image_id: the token that stands for a merged patch.
+      most_tokens: the most image tokens that a prompt may have.
       patch_size, frames, merge: of the vision tower, see ``models.VisionConfig``.
     """
 
     min_pixels: int
     max_pixels: int
+    image_id: int
+    most_tokens: int
     patch_size: int = 14
     frames: int = 2
     merge: int = 2
+
+    def images(self, row: Mapping[str, Any]) -> tuple[Image, ...]:
+        """The row's pictures, decoded and processed.
+
+        Raises:
+          BadRow: a picture that cannot be decoded.
+        """
+        made = []
+        for number, picture in enumerate(pictures_of(row), start=1):
+            try:
+                made.append(Image(*self(picture)))
+            # Pillow's readers raise many kinds for damaged files.
+            except Exception as error:
+                reason = f"picture {number} cannot be read: {one_line(error)}"
+                raise BadRow("images", reason) from None
+        return tuple(made)
+
+    def has_too_many(self, ids: Sequence[int]) -> bool:
+        """True if a prompt has more image tokens than it may."""
+        return sum(token == self.image_id for token in ids) > self.most_tokens
 
     def grid(self, picture: "Picture") -> tuple[int, int]:
         """Patches along height and width; reads the size alone."""
@@ -82,31 +108,120 @@ class Processor:
         )
 
 
-def pictures_of(row: Mapping[str, Any], folder: str | Path = ".") -> list["Picture"]:
-    """The row's pictures, opened but not decoded; paths are relative to ``folder``.
+def make_processor(
+    vision: Any, *, min_pixels: int, max_pixels: int, most_tokens: int
+) -> Processor | None:
+    """The processor for a vision tower (``models.VisionConfig``); None without one.
+
+    Raises:
+      UserError: Pillow is not installed.
+    """
+    if vision is None:
+        return None
+    require_pillow()
+    return Processor(
+        min_pixels=min_pixels,
+        max_pixels=max_pixels,
+        image_id=vision.image_id,
+        most_tokens=most_tokens,
+        patch_size=vision.patch_size,
+        frames=vision.frames,
+        merge=vision.merge,
+    )
+
+
+def configured_processor(config: Config, vision: Any) -> Processor | None:
+    """:func:`make_processor` with the limits of a run."""
+    data = config.data
+    return make_processor(
+        vision,
+        min_pixels=data.min_pixels,
+        max_pixels=data.max_pixels,
+        most_tokens=min(data.max_image_tokens, data.max_prompt_tokens),
+    )
+
+
+def require_pillow() -> ModuleType:
+    """Pillow's module ``PIL.Image``.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import PIL.Image
+    except ImportError:
+        raise UserError("pictures need a package: pip install 'pillow>=11'") from None
+    return PIL.Image
+
+
+class UnreadImages(Sequence[Image]):
+    """The images of a row, read at each access: for rows that are all held, such as held-out ones.
+
+    Args:
+      row: with pictures.
+      processor: of the model.
+    """
+
+    def __init__(self, row: Mapping[str, Any], processor: Processor) -> None:
+        self._row = row
+        self._processor = processor
+
+    def __len__(self) -> int:
+        return len(entries_of(self._row))
+
+    def __getitem__(self, index: int) -> Image:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return self._processor.images(self._row)[index]
+
+    def __iter__(self) -> Iterator[Image]:
+        return iter(self._processor.images(self._row))
+
+
+def entries_of(row: Mapping[str, Any]) -> list[Any]:
+    """What stands in the row's columns ``images`` and ``image``, one entry for each picture."""
+    entries: list[Any] = []
+    for column in ("images", "image"):
+        given = row.get(column)
+        if isinstance(given, Sequence) and not isinstance(given, str | bytes):
+            entries += given if holds_something(given) else []
+        elif holds_something(given):
+            entries.append(given)
+    return entries
+
+
+def located(row: Mapping[str, Any], folder: Path) -> list[Any]:
+    """The row's entries, with paths from ``folder``, after a look at each picture's size.
+
+    Raises:
+      BadRow: no picture can be read from an entry; says which and why.
+    """
+    found = []
+    for number, entry in enumerate(entries_of(row), start=1):
+        if isinstance(entry, Mapping):
+            entry = entry.get("bytes") or entry.get("path")
+        if isinstance(entry, str):
+            entry = str(folder / entry)
+        _opened(entry, number)
+        found.append(entry)
+    return found
+
+
+def pictures_of(row: Mapping[str, Any]) -> list["Picture"]:
+    """The row's pictures, opened but not decoded.
 
     Raises:
       BadRow: no picture can be read from an entry; says which and why.
       UserError: Pillow is not installed.
     """
-    given = row.get("images")
-    if given is None:
-        return []
-    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Sequence):
-        given = [given]
-    return [_opened(entry, number, Path(folder)) for number, entry in enumerate(given, start=1)]
+    return [_opened(entry, number) for number, entry in enumerate(entries_of(row), start=1)]
 
 
-def _opened(entry: Any, number: int, folder: Path) -> "Picture":
-    try:
-        import PIL.Image
-    except ImportError:
-        raise UserError("pictures need a package: pip install 'pillow>=11'") from None
+def _opened(entry: Any, number: int) -> "Picture":
+    pillow = require_pillow()
     if isinstance(entry, Mapping):
         entry = entry.get("bytes") or entry.get("path")
     try:
-        data = (folder / entry).read_bytes() if isinstance(entry, str) else entry
-        picture = PIL.Image.open(io.BytesIO(data)) if isinstance(data, bytes) else data
+        data = Path(entry).read_bytes() if isinstance(entry, str) else entry
+        picture = pillow.open(io.BytesIO(data)) if isinstance(data, bytes) else data
         height, width = picture.height, picture.width
     # Pillow's readers raise many kinds for damaged files.
     except Exception as error:

@@ -21,9 +21,9 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 GSM8K_MARK = "####"
 # Columns with the answer in rows without ``reward_model``; the first match wins.
 ANSWERS = ("ground_truth", "answer", "solution")
-# Columns of pictures, sound and films in public data sets.
+# Columns of sound and films in public data sets, and of pictures in forms that are not read.
 MEDIA = """
-image images video videos audio audios multi_modal_data multi_modal_inputs multimodal_data
+video videos audio audios multi_modal_data multi_modal_inputs multimodal_data
 mm_data decoded_image
 """.split()
 # The first characters of messages that were stored as text.
@@ -58,8 +58,8 @@ def normalise_row(raw: Mapping[str, Any], *, source: str) -> Row:
       BadRow: a column that is missing or has the wrong content.
     """
     for column in MEDIA:
-        if _holds_something(raw.get(column)):
-            raise BadRow(column, "pictures are not supported, nor sound or film")
+        if holds_something(raw.get(column)):
+            raise BadRow(column, "only pictures in columns images and image are supported")
     row = dict(raw)
     prompt = _parsed(raw.get("prompt"), "prompt")
     row["prompt"] = _prompt(raw, prompt)
@@ -107,12 +107,12 @@ def _parsed(value: Any, column: str) -> Any:
     return messages if messages and all(are_messages) else text
 
 
-def _holds_something(value: Any) -> bool:
+def holds_something(value: Any) -> bool:
     """False for None, empty text and what holds nothing else, as a shared schema fills it in."""
     if isinstance(value, Mapping):
-        return any(map(_holds_something, value.values()))
+        return any(map(holds_something, value.values()))
     if isinstance(value, list | tuple):
-        return any(map(_holds_something, value))
+        return any(map(holds_something, value))
     return value is not None and value not in ("", b"", False)
 
 
@@ -193,11 +193,29 @@ def _messages(value: Any, column: str) -> list[dict[str, str]]:
     for message in value:
         if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
             raise BadRow(column, "expected messages with role and content")
+    messages = [{**message, "content": _joined_parts(message["content"])} for message in value]
+    for message in messages:
         if not all(isinstance(message[part], str | bytes) for part in ("role", "content")):
             raise BadRow(column, "a message's role and content must be text")
     return [
-        {part: _unicode(message[part], column) for part in ("role", "content")} for message in value
+        {part: _unicode(message[part], column) for part in ("role", "content")}
+        for message in messages
     ]
+
+
+def _joined_parts(content: Any) -> Any:
+    """Text for a list of texts and marks of pictures, the form of TRL and of chat templates."""
+    if isinstance(content, str | bytes) or not isinstance(content, Sequence):
+        return content
+    pieces = []
+    for part in content:
+        if isinstance(part, Mapping) and part.get("type") == "image":
+            pieces.append("<image>")
+        elif isinstance(part, Mapping) and isinstance(part.get("text"), str):
+            pieces.append(part["text"])
+        else:
+            return content
+    return "".join(pieces)
 
 
 def _is_puzzle(raw: Mapping[str, Any]) -> bool:

@@ -31,6 +31,7 @@ from echorl_jax.remote import find_files, is_remote, local_copy
 GENERATED = {
     "countdown": "echorl_jax.data.countdown_rows:parse_countdown",
     "reduce": "echorl_jax.data.reduce_rows:parse_reduce",
+    "shapes": "echorl_jax.data.shapes_rows:parse_shapes",
 }
 
 

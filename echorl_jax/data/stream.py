@@ -2,15 +2,17 @@
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import grain
 import numpy as np
 
-from echorl_jax.data.rows import DataError, Row
+from echorl_jax.data.pictures import Processor, UnreadImages
+from echorl_jax.data.rows import BadRow, DataError, Row
 from echorl_jax.data.sources import Rows
 from echorl_jax.data.tokens import Template, encode_prompt
 from echorl_jax.parallel import from_shares, own_share
+from echorl_jax.types import HostArray, Image
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +27,32 @@ class Prompt:
     index: int  # place among the rows of the data
     hint_tokens: int = 0  # the last ids that are an expert's hint (UFT)
     prefix: Sequence[int] = ()  # tokens that every completion begins with and counts
+    images: Sequence[Image] = ()  # as the vision tower takes them
     number: int | None = None  # in the PRNG keys of its rows; None takes its place in the call
+
+
+def number_prompts(
+    rows: Sequence[Row],
+    ids: Sequence[Sequence[int]],
+    processor: Processor | None,
+    *,
+    longest: int,
+) -> list[Prompt]:
+    """The prompts that fit, numbered in order, for an evaluation; images are read when used.
+
+    Args:
+      rows, ids: of all prompts.
+      processor: of a model with a vision tower.
+      longest: tokens of a prompt that is kept.
+    """
+    fits = [i for i in range(len(rows)) if len(ids[i]) <= longest]
+    if processor is None:
+        return [Prompt(ids[i], rows[i], i, number=n) for n, i in enumerate(fits)]
+    fits = [i for i in fits if not processor.has_too_many(ids[i])]
+    return [
+        Prompt(ids[i], rows[i], i, images=UnreadImages(rows[i], processor), number=n)
+        for n, i in enumerate(fits)
+    ]
 
 
 class _UnreadRow(Mapping[str, Any]):
@@ -61,11 +88,14 @@ class PromptStream(Iterator[list[Prompt]]):
       seed: of the order.
       max_prompt_tokens: longest prompt that is kept.
       template: of the prompts.
+      processor: of a model with a vision tower; prompts then have their images. A prompt with more
+        image tokens than it allows is left out and counted too.
+      on_bad_row: "skip" leaves out, and counts, a row whose picture cannot be decoded.
       retired: True for the place of a row that must not come again; the same on every process.
 
     Raises:
       DataError: no rows, no prompts in a step, or (on reading) no prompt that is short enough and
-        not retired.
+        not retired, or a picture that cannot be decoded.
     """
 
     def __init__(
@@ -77,6 +107,8 @@ class PromptStream(Iterator[list[Prompt]]):
         seed: int,
         max_prompt_tokens: int,
         template: Template | str = "chat",
+        processor: Processor | None = None,
+        on_bad_row: Literal["error", "skip"] = "error",
         retired: Callable[[int], bool] = lambda place: False,
     ) -> None:
         if not rows:
@@ -86,6 +118,8 @@ class PromptStream(Iterator[list[Prompt]]):
         self._rows = rows
         self._tokenizer = tokenizer
         self._template = template
+        self._processor = processor
+        self._skip_bad = on_bad_row == "skip"
         self._max_prompt_tokens = max_prompt_tokens
         self._prompts_per_step = prompts_per_step
         self._retired = retired
@@ -141,22 +175,40 @@ class PromptStream(Iterator[list[Prompt]]):
         # The first column is the length. One shape for all calls: one compiled exchange.
         encoded = np.zeros((share.stop - share.start, 1 + longest), np.int32)
         own: dict[int, Row] = {}
+        images: dict[int, Sequence[Image]] = {}
         for line, place in zip(encoded, places[share], strict=False):
             own[place] = self._rows[place]
-            ids = encode_prompt(self._tokenizer, own[place], self._template)
+            ids, images[place] = self._encode(place, own[place])
             line[0] = len(ids)
             line[1 : 1 + len(ids)] = ids[:longest]
         found = from_shares(encoded, self._prompts_per_step)[: len(places)]
+
+        def prompt(place: int, ids: HostArray) -> Prompt:
+            row = own[place] if place in own else _UnreadRow(self._rows, place)
+            if self._processor is not None and place not in images:
+                images[place] = self._processor.images(row)
+            return Prompt(ids.tolist(), row, place, images=images.get(place, ()))
+
         return [
-            Prompt(
-                line[1 : 1 + line[0]].tolist(),
-                own[place] if place in own else _UnreadRow(self._rows, place),
-                place,
-            )
-            if line[0] <= longest
-            else None
+            prompt(place, line[1 : 1 + line[0]]) if line[0] <= longest else None
             for place, line in zip(places, found, strict=True)
         ]
+
+    def _encode(self, place: int, row: Row) -> tuple[Sequence[int], Sequence[Image]]:
+        """A row's ids and images; ids that are too many for a prompt that is left out."""
+        processor = self._processor
+        too_long = range(self._max_prompt_tokens + 1)
+        try:
+            ids = encode_prompt(self._tokenizer, row, self._template, processor)
+            if processor is None:
+                return ids, ()
+            if len(ids) > self._max_prompt_tokens or processor.has_too_many(ids):
+                return too_long, ()
+            return ids, processor.images(row)
+        except BadRow as error:
+            if not self._skip_bad:
+                raise DataError(f"row {place} of the training rows, {error}") from error
+            return too_long, ()
 
     def peek(self) -> list[Prompt]:
         """The next step's prompts; the stream stays where it is."""

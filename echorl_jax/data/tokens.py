@@ -7,7 +7,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from echorl_jax.config import DataConfig
-from echorl_jax.data.rows import DataError
+from echorl_jax.data.pictures import (
+    Processor,
+    content_parts,
+    entries_of,
+    pictures_of,
+    widened,
+)
+from echorl_jax.data.rows import BadRow, DataError
 from echorl_jax.errors import one_line
 from echorl_jax.files import BUILTIN, hub_answers, model_path, split_revision
 
@@ -23,7 +30,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-Messages = Sequence[dict[str, str]]
+# A message's content is text, or parts where it has pictures.
+Messages = Sequence[dict[str, Any]]
 # The call with which a chat template asks for the date; transformers offers no other clock.
 DATE = re.compile(r"""strftime_now\(\s*(?P<quote>["'])(?P<format>.*?)(?P=quote)\s*\)""")
 
@@ -324,18 +332,30 @@ def _require_layers(file: Path) -> None:
 
 
 def encode_prompt(
-    tokenizer: "PreTrainedTokenizerBase", row: Mapping[str, Any], template: Template | str = "chat"
+    tokenizer: "PreTrainedTokenizerBase",
+    row: Mapping[str, Any],
+    template: Template | str = "chat",
+    processor: Processor | None = None,
 ) -> list[int]:
     """The token ids of a row's prompt, ready for the model to go on from.
 
-    ``template`` may be the name of one without settings.
+    ``template`` may be the name of one without settings. With a ``processor``, a picture of the row
+    has as many image tokens as the model makes features of it.
 
     Raises:
       DataError: an unknown template, or one that the tokenizer or the row cannot serve; a tokenizer
         that ends every text with an end token.
+      BadRow: pictures that do not fit the text, or for a model without a vision tower.
     """
     template = Template(template) if isinstance(template, str) else template
-    text = template.render(tokenizer, row["prompt"])
+    messages, pictures = row["prompt"], [] if processor is None else pictures_of(row)
+    if processor is None and entries_of(row):
+        raise BadRow("images", "pictures, but the model has no vision tower")
+    if pictures:
+        if not template.is_chat:
+            raise DataError(f"template {template.name!r}: only chat templates show pictures")
+        messages = content_parts(messages, len(pictures))
+    text = template.render(tokenizer, messages)
     # These write the start token themselves: the tokenizer must not add another.
     starts_itself = template.is_chat or template.name == "qwen-math"
     ids = tokenizer.encode(text, add_special_tokens=not starts_itself)
@@ -347,7 +367,31 @@ def encode_prompt(
                 "start after an end; take it out of post_processor in tokenizer.json (or set "
                 "add_eos_token to false in tokenizer_config.json), or take template chat"
             )
-    return ids
+    if processor is None:
+        return ids
+    return widened(ids, processor.image_id, [processor.tokens(one) for one in pictures])
+
+
+def encode_rows(
+    tokenizer: "PreTrainedTokenizerBase",
+    rows: Iterable[Mapping[str, Any]],
+    template: Template | str = "chat",
+    processor: Processor | None = None,
+    *,
+    source: str,
+) -> list[list[int]]:
+    """:func:`encode_prompt` for each row; ``source`` is their name in messages.
+
+    Raises:
+      DataError: see there; names the row.
+    """
+    encoded = []
+    for place, row in enumerate(rows):
+        try:
+            encoded.append(encode_prompt(tokenizer, row, template, processor))
+        except BadRow as error:
+            raise DataError(f"{source}, row {place}, {error}") from error
+    return encoded
 
 
 def require_vocabulary(tokenizer: "PreTrainedTokenizerBase", vocab_size: int) -> None:

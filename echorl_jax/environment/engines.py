@@ -22,6 +22,7 @@ from echorl_jax.rollout import (
     sample_request,
 )
 from echorl_jax.rollout.host import FEWEST_SLOTS, choose_cpu_workers, worker_slots
+from echorl_jax.rollout.prompt_images import prompt_images
 from echorl_jax.rollout.request import slot_counts
 from echorl_jax.types import Array, PyTree, Rollouts
 
@@ -82,6 +83,8 @@ class JaxEngine(Engine):
     prompt_tokens: int
     # Off: calls are padded to powers of two, and each compiles a prefill and a decode program.
     one_length: bool = True
+    # Room for the image tokens of each prompt.
+    image_tokens: int = 0
 
     def sample(
         self,
@@ -102,14 +105,25 @@ class JaxEngine(Engine):
             # From the prompts of this call alone, so that a resumed run has the same shapes.
             needed = max(len(prompt.ids) for prompt in prompts)
             longest = min(longest, 1 << (needed - 1).bit_length())
+        ids, images = [prompt.ids for prompt in prompts], None
+        if self.model.config.vision is not None:
+            images = prompt_images(
+                self.model,
+                params,
+                ids,
+                [tuple(prompt.images) for prompt in prompts],
+                size=len(prompts) * self.image_tokens,
+                mesh=self.resources.mesh,
+            )
         request = make_request(
-            [prompt.ids for prompt in prompts],
+            ids,
             sampling,
             vocab_size=vocab_size,
             row_limits=row_limits,
             row_ids=_row_ids(prompts, group),
             prefixes=[prompt.prefix for prompt in prompts for _ in range(group)],
             prompt_tokens=longest,
+            images=images,
         )
         rollouts = sample_request(
             self.model,
@@ -177,11 +191,12 @@ def make_engine(
     mesh: Mesh,
     slots: int,
     page_tokens: int = 0,
+    image_tokens: int = 0,
 ) -> Engine:
     """The engine of a run: our sampler, or what ``config.rollout.engine`` names.
 
     A custom engine is made by calling ``package.module:factory`` with the keyword arguments of this
-    function but ``slots`` and ``page_tokens``.
+    function but ``slots``, ``page_tokens`` and ``image_tokens``.
 
     Raises:
       ConfigError: the import path does not work, or the factory fails; the line says how.
@@ -200,6 +215,7 @@ def make_engine(
         ),
         prompt_tokens=config.data.max_prompt_tokens,
         one_length=config.optim.compile_ahead,
+        image_tokens=image_tokens,
     )
 
 

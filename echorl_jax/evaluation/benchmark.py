@@ -17,12 +17,14 @@ import jax
 from echorl_jax.data import (
     Prompt,
     Template,
-    encode_prompt,
+    encode_rows,
     load_rows,
     load_tokenizer,
+    number_prompts,
     require_embedded_rows,
     require_vocabulary,
 )
+from echorl_jax.data.pictures import Processor, make_processor
 from echorl_jax.data.tokens import keep_date
 from echorl_jax.environment import MOST_SAMPLES, JaxEngine, end_settings
 from echorl_jax.errors import UserError, writing
@@ -39,7 +41,7 @@ from echorl_jax.evaluation.presets import Pass, passes, preset
 from echorl_jax.evaluation.progress import EvaluationProgress
 from echorl_jax.evaluation.table import SourceResult, print_results, summarise
 from echorl_jax.files import cut_torn_line, model_path, replace_json, sole_writer
-from echorl_jax.models import load_model, require_text
+from echorl_jax.models import load_model, read_config
 from echorl_jax.parallel import is_first, make_mesh, on_first, require_same, texts_from_shares
 from echorl_jax.rewards import GraderPool
 from echorl_jax.rewards.loading import grading_failed
@@ -65,6 +67,9 @@ class Benchmark:
     top_p: float = 1.0
     max_new_tokens: int = 1024
     max_prompt_tokens: int = 2048
+    min_pixels: int = 3136
+    max_pixels: int = 1003520
+    max_image_tokens: int = 1280
     limit: int = 0
     template: str = "chat"
     template_kwargs: str | None = None
@@ -96,13 +101,16 @@ class Benchmark:
         Raises:
           UserError: the first option out of its range.
         """
-        rules = [(name, 1) for name in ("max_new_tokens", "max_prompt_tokens", "batch", "tensor")]
+        least_one = "max_new_tokens max_prompt_tokens min_pixels max_pixels max_image_tokens"
+        rules = [(name, 1) for name in (*least_one.split(), "batch", "tensor")]
         rules += [(name, 0) for name in ("limit", "slots", "workers", "devices")]
         for name, least in rules:
             if (value := vars(self)[name]) < least:
                 raise UserError(f"--{name}={value}: must be at least {least}")
         if self.temperature is not None and not 0 <= self.temperature < float("inf"):
             raise UserError(f"--temperature={self.temperature}: must be 0 (greedy) or above")
+        if self.max_pixels < self.min_pixels:
+            raise UserError(f"--max_pixels={self.max_pixels}: below --min_pixels={self.min_pixels}")
         if not 0 < self.top_p <= 1:
             raise UserError(f"--top_p={self.top_p}: must be in (0, 1]")
         return self
@@ -117,6 +125,7 @@ class _Work:
     """The rows that are tried, and in which passes."""
 
     tokenizer: "PreTrainedTokenizerBase"
+    processor: Processor | None  # of a model with a vision tower
     prompts: Sequence[Prompt]  # numbered by their places in the data
     passes: Sequence[Pass]
     left_out: int  # rows whose prompts are too long
@@ -228,11 +237,18 @@ def _prepare(options: Benchmark, started: datetime) -> _Work:
     keep_date(tokenizer, started)
     loaded = load_rows(options.data)
     rows = list(itertools.islice(loaded, options.limit or None))
-    prompts = [encode_prompt(tokenizer, row, options.prompts) for row in rows]
-    fits = [i for i, ids in enumerate(prompts) if len(ids) <= options.max_prompt_tokens]
-    if not fits:
+    path = model_path(options.model)
+    processor = make_processor(
+        read_config(path).vision,
+        min_pixels=options.min_pixels,
+        max_pixels=options.max_pixels,
+        most_tokens=options.max_image_tokens,
+    )
+    ids = encode_rows(tokenizer, rows, options.prompts, processor, source=options.data)
+    prompts = number_prompts(rows, ids, processor, longest=options.max_prompt_tokens)
+    if not prompts:
         raise UserError(f"no prompt is within --max_prompt_tokens={options.max_prompt_tokens}")
-    kept = [rows[i] for i in fits]
+    kept = [prompt.row for prompt in prompts]
     plan = passes(
         [row["data_source"] for row in kept],
         samples=options.samples,
@@ -241,13 +257,14 @@ def _prepare(options: Benchmark, started: datetime) -> _Work:
     )
     if max(each.samples for each in plan) > MOST_SAMPLES:
         raise UserError(f"--samples={options.samples}: at most {MOST_SAMPLES}")
-    digest = digest_rows([prompts[i] for i in fits], kept)
+    digest = digest_rows([prompt.ids for prompt in prompts], kept)
     require_same({f"rows under --data={options.data}": digest})
     return _Work(
         tokenizer=tokenizer,
-        prompts=[Prompt(prompts[i], rows[i], index=i, number=i) for i in fits],
+        processor=processor,
+        prompts=[dataclasses.replace(prompt, number=prompt.index) for prompt in prompts],
         passes=plan,
-        left_out=len(rows) - len(fits),
+        left_out=len(rows) - len(prompts),
         bad=len(loaded.bad),
         digest=digest,
     )
@@ -257,7 +274,6 @@ def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: i
     """Appends the attempts that are missing, each as soon as it is graded."""
     devices = jax.devices()[: options.devices or None]
     mesh = make_mesh(tensor=options.tensor, devices=devices) if len(devices) > 1 else None
-    require_text(path)
     model, params = load_model(
         path,
         dtype=options.dtype,
@@ -275,6 +291,7 @@ def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: i
         vocab_size=model.config.vocab_size,
         experts=False,
         source=options.data,
+        processor=work.processor,
     )
     longest = max(len(prompt.ids) for prompt in work.prompts)
     warning = model.config.warn_of_positions(longest, options.max_new_tokens)
@@ -299,6 +316,7 @@ def _generate(options: Benchmark, work: _Work, path: str, file: Path, *, done: i
                 model,
                 Resources(slots=options.slots, mesh=mesh),
                 prompt_tokens=max(len(prompt.ids) for prompt in prompts),
+                image_tokens=options.max_image_tokens,
             )
             sampling = Sampling(
                 group_size=each.samples,

@@ -13,7 +13,7 @@ from echorl_jax.core import load_objective
 from echorl_jax.data import (
     Rows,
     Template,
-    encode_prompt,
+    encode_rows,
     encode_target,
     expert_text,
     load_rows,
@@ -21,9 +21,11 @@ from echorl_jax.data import (
     require_embedded_rows,
     require_vocabulary,
 )
+from echorl_jax.data.pictures import Processor, configured_processor, pictures_of
 from echorl_jax.evaluation.contamination import find_overlap
 from echorl_jax.files import model_path
 from echorl_jax.models import read_config
+from echorl_jax.models.config import VisionConfig
 from echorl_jax.rewards import GRADERS, GraderPool, grading_failed, mean_metrics
 from echorl_jax.rewards.mathematics import second_spelling
 
@@ -49,7 +51,8 @@ def check(config: Config, *, rows: int, show: int) -> bool:
       UserError: data, tokenizer or grader that cannot be used.
     """
     tokenizer = load_tokenizer(model_path(config.model.path, config.model.revision))
-    vocab_size = _check_model(config, tokenizer)
+    vocab_size, vision = _check_model(config, tokenizer)
+    processor = configured_processor(config, vision)
     try:
         experts = config.objective.expert_rows
         objective = load_objective(config.objective.name, expert_rows=experts)
@@ -79,8 +82,9 @@ def check(config: Config, *, rows: int, show: int) -> bool:
                 vocab_size=vocab_size,
                 experts=learns_from_experts and name == "train",
                 source=f"data.{name}",
+                processor=processor,
             )
-            prompts = [encode_prompt(tokenizer, row, template) for row in seen]
+            prompts = encode_rows(tokenizer, seen, template, processor, source=f"data.{name}")
             if not _check_lengths(prompts, config.data.max_prompt_tokens):
                 wrong.append(f"{name}: no prompt is short enough")
             if name == "train" and learns_from_experts:
@@ -92,20 +96,40 @@ def check(config: Config, *, rows: int, show: int) -> bool:
             if not _check_spellings(grader, seen) and known:
                 wrong.append(f"{name}: gold answers are right in one spelling only")
             _check_stops(json.loads(config.rollout.stop_strings), seen)
-            for ids in prompts[:show]:
-                print(f"  prompt of {len(ids)} tokens: {tokenizer.decode(ids)!r}")
-                print(f"    {tokenizer.convert_ids_to_tokens(ids)}")
+            for ids, row in zip(prompts[:show], seen, strict=False):
+                _show(tokenizer, ids, row, processor)
     if len(sets) == 2 and not _check_overlap(sets["train"], sets["eval"]):
         wrong.append("overlap: evaluation problems are among the training problems")
     print("\n".join(f"wrong: {what}" for what in wrong) or "nothing wrong found")
     return not wrong
 
 
-def _check_model(config: Config, tokenizer: "PreTrainedTokenizerBase") -> int:
-    """The size of the model's vocabulary; the tokenizer's where there is no ``config.json``."""
+def _show(
+    tokenizer: "PreTrainedTokenizerBase",
+    ids: Sequence[int],
+    row: Mapping[str, Any],
+    processor: Processor | None,
+) -> None:
+    """Prints a prompt; of pictures their sizes and numbers of tokens in place of the tokens."""
+    pictures = [] if processor is None else pictures_of(row)
+    tokens = [] if processor is None else [processor.tokens(picture) for picture in pictures]
+    shown = [token for token in ids if processor is None or token != processor.image_id]
+    print(f"  prompt of {len(ids)} tokens: {tokenizer.decode(shown)!r}")
+    for number, (picture, count) in enumerate(zip(pictures, tokens, strict=True), start=1):
+        size = f"{picture.width} x {picture.height} pixels"
+        print(f"    picture {number}: {size}, {count} tokens")
+    print(f"    {tokenizer.convert_ids_to_tokens(shown)}")
+
+
+def _check_model(
+    config: Config, tokenizer: "PreTrainedTokenizerBase"
+) -> tuple[int, VisionConfig | None]:
+    """The size of the model's vocabulary, the tokenizer's where there is no ``config.json``, and
+    its vision tower.
+    """
     path = Path(model_path(config.model.path, config.model.revision))
     if not (path / "config.json").is_file():
-        return 1 + max(tokenizer.get_vocab().values())
+        return 1 + max(tokenizer.get_vocab().values()), None
     shape = read_config(path)
     require_vocabulary(tokenizer, shape.vocab_size)
     if max(config.rollout.stop_ids, default=0) >= shape.vocab_size:
@@ -116,7 +140,7 @@ def _check_model(config: Config, tokenizer: "PreTrainedTokenizerBase") -> int:
     lengths = config.data.max_prompt_tokens, config.rollout.max_new_tokens
     if warning := shape.warn_of_positions(*lengths):
         print(warning)
-    return shape.vocab_size
+    return shape.vocab_size, shape.vision
 
 
 def _check_lengths(prompts: Sequence[Sequence[int]], longest: int) -> bool:

@@ -3,7 +3,7 @@
 from echorl_jax.models.attention import attend
 from echorl_jax.models.config import DecoderConfig, Lora, ModelError, RopeConfig
 from echorl_jax.models.decoder import Decoder
-from echorl_jax.models.hf import load_decoder, load_model, require_text, save_model
+from echorl_jax.models.hf import load_decoder, load_model, save_model
 from echorl_jax.models.hf_config import from_hf, read_config, to_hf
 from echorl_jax.models.initialise import abstract_params, init_params, merge, param_shardings
 from echorl_jax.models.lora import base_params, init_adapters, split_params, with_adapters
@@ -32,7 +32,6 @@ __all__ = [
     "push",
     "read_adapter",
     "read_config",
-    "require_text",
     "save_adapter",
     "save_model",
     "split_params",

@@ -88,6 +88,11 @@ class VisionConfig:
         return self.channels * self.frames * self.patch_size**2
 
     @property
+    def reserved_ids(self) -> tuple[int, ...]:
+        """Tokens that stand for pictures and videos, which a policy never writes."""
+        return tuple(sorted({self.image_id, self.video_id, self.start_id, self.end_id}))
+
+    @property
     def window_tokens(self) -> int:
         """Merged patches along a side of a window."""
         return self.window // self.merge // self.patch_size
@@ -128,6 +133,8 @@ class DecoderConfig:
     eos_ids: tuple[int, ...] = ()
     pad_id: int | None = None
     vision: VisionConfig | None = None
+    # Tokens without probability: sampling and training leave out their logits.
+    never: tuple[int, ...] = ()
 
     @property
     def positions(self) -> int:

@@ -46,11 +46,18 @@ class Decoder:
     remat: Remat = "layer"
     attention: Kernel = "auto"
     lora: Lora | None = None
+    # Parts of the parameters that are not trained, such as "vision".
+    frozen: tuple[str, ...] = ()
 
     @property
     def base(self) -> "Decoder":
         """The same model without adapters, for the weights of :func:`base_params`."""
         return dataclasses.replace(self, lora=None)
+
+    @property
+    def text(self) -> "Decoder":
+        """The same model without its vision tower."""
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, vision=None))
 
     def __post_init__(self) -> None:
         for name, allowed in (("remat", get_args(Remat)), ("attention", get_args(Kernel))):

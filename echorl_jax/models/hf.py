@@ -59,19 +59,6 @@ def load_decoder(
     return Decoder(config, *types, remat, attention)
 
 
-def require_text(path: str | Path) -> None:
-    """Refuses a model with a vision tower, where images have no way to it yet.
-
-    Raises:
-      ModelError: names the directory.
-    """
-    if read_config(local_directory(path)).vision is not None:
-        raise ModelError(
-            f"{path} has a vision tower; training and sampling with images are not supported yet, "
-            "only load_model, encode_images and save_model are"
-        )
-
-
 def load_model(
     path: str | Path,
     *,

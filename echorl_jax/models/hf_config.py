@@ -286,6 +286,7 @@ def _decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
     read["num_key_value_heads"] = read["num_key_value_heads"] or heads
     read["head_dim"] = read["head_dim"] or (128 if family == "qwen3" else hidden // heads)
     attention_bias = read.get("attention_bias", False)
+    vision = _vision(raw, hidden) if family == _VL else None
     same: dict[str, Any] = {_NAMES.get(name, name): read[name] for name in _FIELDS}
     return DecoderConfig(
         model_type=family,  # pyright: ignore[reportArgumentType]
@@ -300,7 +301,8 @@ def _decoder_config(raw: Mapping[str, Any]) -> DecoderConfig:
         bos_id=_optional_id(raw, "bos_token_id"),
         eos_ids=_ids(raw, "eos_token_id"),
         pad_id=_optional_id(raw, "pad_token_id"),
-        vision=_vision(raw, hidden) if family == _VL else None,
+        vision=vision,
+        never=() if vision is None else vision.reserved_ids,
     )
 
 

@@ -13,14 +13,7 @@ import numpy as np
 
 from echorl_jax.models.config import ModelError, VisionConfig
 from echorl_jax.models.vision import Patches
-from echorl_jax.types import HostArray
-
-
-class Image(NamedTuple):
-    """A processed image."""
-
-    pixels: HostArray  # f32 [patches, patch_values], as the image processor orders them
-    grid: tuple[int, int]  # patches along height and width
+from echorl_jax.types import HostArray, Image
 
 
 def merged_grid(config: VisionConfig, grid: tuple[int, int]) -> tuple[int, int]:
@@ -88,15 +81,13 @@ class ImageTokens(NamedTuple):
 
     positions: HostArray  # i32 [T, 3]: time, height and width
     delta: int  # position of a later token, less its index in the row
-    index: HostArray  # i32 [T]: a token's feature among all of the prompt's images, -1 for text
+    index: HostArray  # i32 [T]: a token's feature among those of the prompt in order, -1 for text
 
 
 def image_tokens(
     config: VisionConfig,
     tokens: Sequence[int] | HostArray,
     grids: Sequence[tuple[int, int]],
-    *,
-    windows: int,
 ) -> ImageTokens:
     """Positions and features of a prompt whose image tokens are already as many as the features.
 
@@ -106,7 +97,6 @@ def image_tokens(
       config: of the vision tower.
       tokens: ``[T]`` ids.
       grids: patches along height and width of each image, in order.
-      windows: to which each image is padded, see :func:`window_patches`.
 
     Raises:
       ModelError: other numbers of image tokens than the grids ask for.
@@ -118,7 +108,7 @@ def image_tokens(
     if is_image.sum() != wanted:
         raise ModelError(f"the prompt has {is_image.sum()} image tokens, its images have {wanted}")
     positions = np.zeros((len(tokens), 3), np.int32)
-    index = np.full(len(tokens), -1, np.int32)
+    index = np.where(is_image, np.cumsum(is_image) - 1, -1).astype(np.int32)
     at, now = 0, 0
     for number, (rows, columns) in enumerate(sizes):
         # Text up to the image's first token, then the image's rows and columns.
@@ -130,8 +120,6 @@ def image_tokens(
         now += first - at
         row, column = np.divmod(np.arange(rows * columns), columns)
         positions[first:last] = now + np.stack([np.zeros_like(row), row, column], axis=-1)
-        slots = token_slots(config, grids[number])
-        index[first:last] = number * windows * config.window_tokens**2 + slots
         at, now = last, now + max(rows, columns)
     positions[at:] = (now + np.arange(len(tokens) - at))[:, None]
     return ImageTokens(positions, now - at, index)

@@ -27,12 +27,15 @@ _PARTS = {name: "attention" for name in "qkvo"} | dict.fromkeys(("gate", "up", "
 
 
 def split_params(model: Decoder, params: PyTree) -> tuple[PyTree, PyTree]:
-    """The frozen and the trainable parameters, for :func:`merge`: (None, all) without adapters."""
-    if model.lora is None:
+    """The frozen and the trainable parameters, for :func:`merge`; None is frozen if all train."""
+    if model.lora is None and not model.frozen:
         return None, params
-    trained = ("a", "b")
-    frozen = _where(params, lambda path: not ("lora" in path and path[-1] in trained))
-    return frozen, _where(params, lambda path: "lora" in path and path[-1] in trained)
+
+    def trained(path: tuple[str, ...]) -> bool:
+        adapter = "lora" in path and path[-1] in ("a", "b")
+        return path[0] not in model.frozen and (model.lora is None or adapter)
+
+    return _where(params, lambda path: not trained(path)), _where(params, trained)
 
 
 def base_params(params: PyTree) -> PyTree:

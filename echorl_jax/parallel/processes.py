@@ -192,6 +192,8 @@ def _place(tree: PyTree, sharding: NamedSharding) -> PyTree:
         return jax.device_put(tree, sharding)
 
     def put(leaf: HostArray) -> jax.Array:
+        if isinstance(leaf, jax.Array) and leaf.sharding == sharding:
+            return leaf
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 

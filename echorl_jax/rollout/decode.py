@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from echorl_jax.core.entropy import without
 from echorl_jax.models import Decoder
 from echorl_jax.parallel import Platform, constrain
 from echorl_jax.precision import wide_einsum
@@ -233,7 +234,11 @@ def forward(
     """
     by_kernel = platform == "gpu" and kernel.fits(model.config.head_dim)
     seen = seen_by(queue, slots, longest=longest if by_kernel else 0)
-    tables = model.rotary((seen.cached + seen.written)[:, None])
+    position = seen.cached + seen.written
+    if queue.request.images is not None:
+        # After an image all three axes go on as one, from the larger of its sides.
+        position += queue.request.images.delta[seen.group]
+    tables = model.rotary(position[:, None])
     window = jnp.asarray(windows(model)) if any(model.config.windows) else None
 
     def layer(x: Array, scanned: tuple[PyTree, Array]) -> tuple[Array, Cache]:
@@ -254,6 +259,7 @@ def forward(
     x, new = over_layers(model, layer, x, params, np.arange(model.config.num_layers))
     hidden = model.final_norm(params, x)[:, 0]
     logits = wide_einsum("md,dv->mv", hidden, model.head(params))
+    logits = without(logits, model.config.never)
     if platform == "cpu" and not model.config.tied_embeddings:
         # Sampling transposes the logits. XLA would fold that into the product, which then reads a
         # head [D, V] across its rows: 2 to 5 times slower, and not implemented for bf16 operands.

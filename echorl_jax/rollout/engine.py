@@ -28,6 +28,7 @@ from echorl_jax.rollout.host import (
 from echorl_jax.rollout.memory import cache_dtype, choose_capacity
 from echorl_jax.rollout.pages import whole_pages
 from echorl_jax.rollout.prefill import PrefillSpec, begin_call
+from echorl_jax.rollout.prompt_images import prompt_images
 from echorl_jax.rollout.request import (
     Request,
     Resources,
@@ -39,7 +40,7 @@ from echorl_jax.rollout.request import (
 from echorl_jax.rollout.sampling import sampling_key
 from echorl_jax.rollout.slots import Queue, Slots
 from echorl_jax.rollout.weights import abstract_rollout_params, rollout_params
-from echorl_jax.types import Array, PyTree, Rollouts
+from echorl_jax.types import Array, Image, PyTree, Rollouts
 
 
 def generate(
@@ -60,6 +61,7 @@ def generate(
     row_limits: Sequence[int] | None = None,
     row_ids: Sequence[int] | None = None,
     prefixes: Sequence[Sequence[int]] | None = None,
+    images: Sequence[Sequence[Image]] | None = None,
     slots: int = 0,
     page_tokens: int = 0,
     expected_tokens: int = 0,
@@ -97,6 +99,8 @@ def generate(
       row_ids: N numbers that replace i in the keys, so that rows may be split into any calls.
       prefixes: N token lists that the completions begin with. They count as completion, with
         log-probabilities and entropies; a completion ends at an EOS or stop sequence in its prefix.
+      images: those of each prompt, for a model with a vision tower; None where no prompt has any.
+        A prompt has one image token for each feature.
       slots: rows decoded at once; 0 takes all rows, or as many as memory allows.
       page_tokens: positions that long completions share on each device; 0 takes as many as rows of
         the expected length need or memory allows, and none where T positions for each slot fit
@@ -135,6 +139,9 @@ def generate(
         stop_sequences=tuple(tuple(map(int, sequence)) for sequence in stop_sequences),
         banned_ids=sorted_ids(banned_ids),
     ).checked(model.config.vocab_size)
+    shown = None
+    if images is not None:
+        shown = prompt_images(model, params, prompts, images, mesh=mesh)
     request = make_request(
         prompts,
         sampling,
@@ -143,6 +150,7 @@ def generate(
         row_ids=row_ids,
         prefixes=prefixes,
         prompt_tokens=prompt_tokens,
+        images=shown,
     )
     return sample_request(
         model,
@@ -185,6 +193,8 @@ def sample_request(
       resources: how the call runs.
     """
     resources.check()
+    if model.config.vision is not None:
+        model, params = model.text, {k: v for k, v in params.items() if k != "vision"}
     _check_context(model, request, sampling)
     request, resources = _fit(model, request, sampling, resources)
     mesh, count = resources.mesh, resources.cpu_workers

@@ -10,6 +10,7 @@ from jax import lax
 
 from echorl_jax.choices import KVDtype
 from echorl_jax.models import Decoder
+from echorl_jax.models.decoder import placed
 from echorl_jax.parallel import constrain
 from echorl_jax.rollout.cache import (
     Cache,
@@ -71,8 +72,7 @@ def begin_call(
     store = prefill(
         model,
         params,
-        request.tokens,
-        cached,
+        request,
         cache(blocks=width // block, rows=prompts, block=block, whole=True),
         rows=spec.shards * greatest_divisor(prompts // spec.shards, most=most),
         chunk=chunk,
@@ -99,8 +99,7 @@ def begin_call(
 def prefill(
     model: Decoder,
     params: PyTree,
-    tokens: Array,
-    lengths: Array,
+    request: Request,
     store: Cache,
     *,
     rows: int,
@@ -114,8 +113,9 @@ def prefill(
 
     Args:
       model, params: the decoder and its weights.
-      tokens: i32 ``[P, S]``, padded on the right; P a multiple of ``rows``, S of ``chunk``.
-      lengths: i32 ``[P]``; the columns after that many must not be read.
+      request: P prompts, a multiple of ``rows``, of S tokens, a multiple of ``chunk``. The last
+        token of each is the first input of decoding: it is not needed in the store, and what is
+        written there must not be read.
       store: cache for P rows and S positions; ``chunk`` is a multiple of its block.
       rows: prompts in a piece.
       chunk: positions in a piece.
@@ -123,24 +123,49 @@ def prefill(
 
     def batch(index: Array, store: Cache) -> Cache:
         row = index * rows
-        longest = lax.dynamic_slice(lengths, (row,), (rows,)).max()
+        longest = lax.dynamic_slice(request.length, (row,), (rows,)).max() - 1
 
         def piece(number: Array, store: Cache) -> Cache:
             position = number * chunk
-            part = lax.dynamic_slice(tokens, (row, position), (rows, chunk))
-            return _prefill_piece(model, params, part, row, position, store)
+            x, positions = _inputs(model, params, request, row, position, (rows, chunk))
+            return _prefill_piece(model, params, x, positions, row, position, store)
 
         return lax.fori_loop(0, -(-longest // chunk), piece, store)
 
-    return lax.fori_loop(0, tokens.shape[0] // rows, batch, store)
+    return lax.fori_loop(0, request.tokens.shape[0] // rows, batch, store)
+
+
+def _inputs(
+    model: Decoder,
+    params: PyTree,
+    request: Request,
+    row: Array,
+    position: Array,
+    size: tuple[int, int],
+) -> tuple[Array, Array]:
+    """Embeddings ``[rows, chunk, D]`` of a piece, images among them, and its positions."""
+
+    def piece(array: Array) -> Array:
+        start = (row, position, *(0,) * (array.ndim - 2))
+        return lax.dynamic_slice(array, start, (*size, *array.shape[2:]))
+
+    x = model.embed(params, piece(request.tokens))
+    if request.images is None:
+        return x, jnp.broadcast_to((position + jnp.arange(size[1]))[None, :], size)
+    x = placed(x, request.images.features, piece(request.images.index))
+    return x, piece(request.images.positions)
 
 
 def _prefill_piece(
-    model: Decoder, params: PyTree, tokens: Array, row: Array, position: Array, store: Cache
+    model: Decoder,
+    params: PyTree,
+    x: Array,
+    positions: Array,
+    row: Array,
+    position: Array,
+    store: Cache,
 ) -> Cache:
-    """Writes ``tokens [rows, chunk]`` at ``[row, position]``; earlier positions are filled."""
-    rows, chunk = tokens.shape
-    positions = jnp.broadcast_to((position + jnp.arange(chunk))[None, :], (rows, chunk))
+    """Writes the piece ``x [rows, chunk, D]`` at ``[row, position]``; earlier ones are filled."""
     tables = model.rotary(positions)
 
     def layer(x: Array, scanned: tuple[PyTree, Array, Array]) -> tuple[Array, Cache]:
@@ -150,7 +175,7 @@ def _prefill_piece(
         out = _attend_piece(q, new, store, index, window, row, position)
         return model.finish_layer(weights, x, out), new
 
-    x = constrain(model.embed(params, tokens), "batch", "length", "feature")
+    x = constrain(x, "batch", "length", "feature")
     layers = np.arange(model.config.num_layers)
     _, new = over_layers(model, layer, x, params, windows(model), layers)
     return write_piece(store, new, row, position)

@@ -152,6 +152,16 @@ def check_lists(name: str, lists: Sequence[Sequence[int]], vocab_size: int) -> N
 
 
 @pytree
+class PromptImages:
+    """The images of a call's prompts, for a model with a vision tower."""
+
+    features: Array  # [F, D], of all images
+    index: Array  # i32 [P, S], a token's feature, -1 for a token with its own embedding
+    positions: Array  # i32 [P, S, 3]
+    delta: Array  # i32 [P], position of a later token, less its index in the row
+
+
+@pytree
 class Request:
     """The rows of one call; the rows of a prompt are adjacent. NumPy arrays until they are placed.
 
@@ -166,6 +176,7 @@ class Request:
     prefix: Array  # i32 [N, F], tokens that the completion begins with
     prefix_length: Array  # i32 [N]
     count: Array  # i32 []
+    images: PromptImages | None = None
 
     @property
     def rows(self) -> int:
@@ -215,6 +226,18 @@ class Request:
             prefix=self.prefix[rows],
             prefix_length=self.prefix_length[rows],
             count=number,  # pyright: ignore[reportArgumentType]
+            images=self._take_images(prompts),
+        )
+
+    def _take_images(self, prompts: HostArray) -> PromptImages | None:
+        if self.images is None:
+            return None
+        images = self.images
+        return PromptImages(
+            features=images.features,
+            index=images.index[prompts],
+            positions=images.positions[prompts],
+            delta=images.delta[prompts],
         )
 
 
@@ -231,8 +254,11 @@ def make_request(
     row_ids: Sequence[int] | None = None,
     prefixes: Sequence[Sequence[int]] | None = None,
     prompt_tokens: int = 0,
+    images: PromptImages | None = None,
 ) -> Request:
     """Checks the rows of a call and pads their tokens; :func:`generate` describes the arguments.
+
+    ``images`` are those of the prompts, with as many columns as the longest prompt or fewer.
 
     Raises:
       ValueError: an empty list, a length or a token out of range; the message names it.
@@ -259,6 +285,13 @@ def make_request(
     width = max(map(len, prefixes))
     prefix, prefix_length = pad_lists(prefixes, width and bucket(width))
     count: HostArray = np.int32(rows)
+    if images is not None:
+        missing = [(0, 0), (0, tokens.shape[1] - images.index.shape[1])]
+        images = dataclasses.replace(
+            images,
+            index=np.pad(images.index, missing, constant_values=-1),
+            positions=np.pad(images.positions, [*missing, (0, 0)]),
+        )
     return Request(
         tokens=tokens,
         length=length,
@@ -268,6 +301,7 @@ def make_request(
         prefix=prefix,
         prefix_length=prefix_length,
         count=count,
+        images=images,
     )
 
 

@@ -17,7 +17,7 @@ from echorl_jax.rollout.request import (
     greatest_divisor,
     pad_lists,
 )
-from echorl_jax.types import Array, PyTree, Rollouts
+from echorl_jax.types import Array, PyTree, Rollouts, RowImages
 
 
 def join_rows(rollouts: Rollouts) -> tuple[Array, Array]:
@@ -49,6 +49,7 @@ def score_rows(
     temperature: float = 1.0,
     chunk_size: int = 1024,
     segment_ids: Array | None = None,
+    images: RowImages | None = None,
 ) -> tuple[Array, Array]:
     """Scores the tokens after each row's prompt; pure, differentiable.
 
@@ -62,6 +63,7 @@ def score_rows(
       chunk_size: tokens whose logits exist at once.
       segment_ids: i32 ``[B, L]``, for several sequences in a row, which do not see each other. The
         first token of each is scored from the sequence before it; ignore that score.
+      images: those of the prompts, for a model with a vision tower.
 
     Returns:
       (logprobs, entropy), f32 ``[B, T]``, 0 past the completion. Entry t belongs to
@@ -69,7 +71,13 @@ def score_rows(
     """
     positions = None if segment_ids is None else segment_positions(segment_ids)
     hidden = model.hidden(
-        params, tokens, lengths=length, segment_ids=segment_ids, positions=positions
+        params,
+        tokens,
+        lengths=length,
+        segment_ids=segment_ids,
+        positions=positions if images is None else images.positions,
+        features=None if images is None else images.features,
+        feature_index=None if images is None else images.index,
     )
     position = prompt_length[:, None] + jnp.arange(max_new_tokens)[None, :]
     inside = position < length[:, None]
@@ -83,6 +91,7 @@ def score_rows(
         temperature=temperature,
         chunk_size=chunk_size,
         data_shards=_data_shards(tokens.shape[0]),
+        never=model.config.never,
     )
     logprobs, entropy = (jnp.where(inside, score, 0.0) for score in scores)
     return logprobs, entropy

@@ -21,7 +21,9 @@ from echorl_jax.core import (
     step_entropy,
     step_ids,
 )
+from echorl_jax.data import Prompt
 from echorl_jax.rollout import join_rows
+from echorl_jax.rollout.prompt_images import place_images
 from echorl_jax.training.experience import Experience, reward_weights
 from echorl_jax.training.setup import Setup
 from echorl_jax.types import (
@@ -30,6 +32,7 @@ from echorl_jax.types import (
     Graded,
     HostArray,
     Rollouts,
+    RowImages,
     StepData,
     TrainBatch,
     pytree,
@@ -98,6 +101,8 @@ def make_batches(
                 max_tokens=config.rollout.max_new_tokens,
             )
         )
+        batch = show_images(setup, assembled.batch, part.prompts, part.rollouts.group)
+        assembled = dataclasses.replace(assembled, batch=batch)
         if objective.hints:
             hint_tokens = np.array([prompt.hint_tokens for prompt in part.prompts], np.int32)
             batch = learn_hints(assembled.batch, part.rollouts.group, hint_tokens)
@@ -109,6 +114,28 @@ def make_batches(
 def _flat_parts(setup: Setup, experience: Experience) -> tuple[HostArray, HostArray]:
     weights = reward_weights(setup)
     return experience.groups.reward_parts.reshape(-1, len(weights)), weights
+
+
+def show_images(
+    setup: Setup, batch: TrainBatch, prompts: Sequence[Prompt], group: HostArray
+) -> TrainBatch:
+    """The batch (NumPy) with the places of its images, for a model with a vision tower.
+
+    Args:
+      batch: N rows.
+      prompts: P, with their images; features are computed later.
+      group: i32 ``[N]``, the prompt of each row.
+    """
+    if setup.model.config.vision is None:
+        return batch
+    index, positions, _ = place_images(
+        setup.model,
+        [prompt.ids for prompt in prompts],
+        [prompt.images for prompt in prompts],
+        width=batch.tokens.shape[1],
+    )
+    images = RowImages(features=None, index=index[group], positions=positions[group])
+    return dataclasses.replace(batch, images=images)
 
 
 def step_advantages(
@@ -267,7 +294,7 @@ def select_tokens(
     if objective.select_tokens is None:
         return batch
     # Without what only some updates have: one program serves all of them.
-    plain = dataclasses.replace(batch, ref_logprobs=None)
+    plain = dataclasses.replace(batch, ref_logprobs=None, images=None)
     selected = _selected(plain, logprobs, key, objective=objective)
     return dataclasses.replace(batch, selected=np.asarray(selected))
 

@@ -9,7 +9,14 @@ from typing import TypeVar
 import jax
 from orbax.checkpoint import multihost
 
-from echorl_jax.data import Prompt, Template, encode_prompt, load_rows, require_embedded_rows
+from echorl_jax.data import (
+    Prompt,
+    Template,
+    encode_rows,
+    load_rows,
+    number_prompts,
+    require_embedded_rows,
+)
 from echorl_jax.environment import Engine, JaxEngine
 from echorl_jax.errors import one_line
 from echorl_jax.evaluation.evaluate import attempt_prompts, majority_by_source, score_by_source
@@ -51,16 +58,20 @@ class Evaluator:
             vocab_size=setup.model.config.vocab_size,
             experts=False,
             source="data.eval",
+            processor=setup.processor,
         )
-        ids = [encode_prompt(setup.tokenizer, row, Template.of(config.data)) for row in rows]
-        fits = [i for i in range(len(rows)) if len(ids[i]) <= config.data.max_prompt_tokens]
+        processor, longest = setup.processor, config.data.max_prompt_tokens
+        ids = encode_rows(
+            setup.tokenizer, rows, Template.of(config.data), processor, source="data.eval"
+        )
         # Draws are numbered by the rows that fit.
-        prompts = [Prompt(ids[i], rows[i], i, number=n) for n, i in enumerate(fits)]
+        prompts = number_prompts(rows, ids, processor, longest=longest)
         if isinstance(engine, JaxEngine):
             engine = JaxEngine(
                 setup.model,
                 Resources(mesh=setup.mesh),
                 prompt_tokens=max((len(prompt.ids) for prompt in prompts), default=0),
+                image_tokens=setup.image_tokens,
             )
         return cls(setup, engine, grader, prompts)
 

@@ -13,7 +13,7 @@ from echorl_jax.rewards import GraderPool, Verdict, grading_failed
 from echorl_jax.rewards.loading import DROPPED, MAX_METRICS, parse_graders
 from echorl_jax.training.logs import timed
 from echorl_jax.training.setup import Setup
-from echorl_jax.types import Array, Graded, HostArray, PyTree, Rollouts, pytree
+from echorl_jax.types import Array, Graded, HostArray, Image, PyTree, Rollouts, pytree
 
 
 @pytree
@@ -91,6 +91,13 @@ class Experience:
             prompts=tuple(self.prompts[group] for group in groups),
             groups=jax.tree.map(lambda array: array[groups], self.groups),
         )
+
+    def images(self, parts: int) -> list[list[Image]]:
+        """The images of the prompts of each mini-batch."""
+        return [
+            [image for prompt in part.prompts for image in prompt.images]
+            for part in self.split(parts)
+        ]
 
     def split(self, parts: int) -> list["Experience"]:
         """Equal mini-batches of whole groups, in order."""

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from echorl_jax.config import Config, ConfigError
-from echorl_jax.data import Rows, Template, encode_prompt, load_rows
+from echorl_jax.data import Rows, Template, encode_rows, load_rows
 from echorl_jax.data.tokens import keep_date
 from echorl_jax.parallel import require_same, texts_from_shares
 from echorl_jax.training.setup import Setup
@@ -90,7 +90,9 @@ def read_inputs(
     keep_date(setup.tokenizer, datetime.fromisoformat(started))
     data = setup.config.data
     sample = [rows[place] for place in range(min(SAMPLE, len(rows)))]
-    prompts = [encode_prompt(setup.tokenizer, row, Template.of(data)) for row in sample]
+    prompts = encode_rows(
+        setup.tokenizer, sample, Template.of(data), setup.processor, source="data.train"
+    )
     found = {ROWS: rows.digest, PROMPTS: digest(prompts), WEIGHTS: weights}
     if setup.config.eval.every:
         found[data.eval] = load_rows(data.eval, on_bad_row=data.on_bad_row).digest

@@ -115,6 +115,7 @@ def train(
                     echo_coef=echo_coef,
                     frozen=run.frozen,
                     reference=run.reference,
+                    images=experience.images(len(parts)),
                     dumps=run.dumps,
                 )
             run.faults.reach("update", step)

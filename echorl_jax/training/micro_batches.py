@@ -169,12 +169,15 @@ def take_rows(batch: TrainBatch, index: np.ndarray, *, count: int, width: int) -
     target_width = min(most, batch.loss_mask.shape[1])
 
     def fit(path: tuple[Any, ...], value: HostArray) -> HostArray:
+        if path[-1].name == "features":
+            return value  # of all rows
         array = np.asarray(value)[index]
-        missing = [(0, count - len(index))]
-        if array.ndim == 2:
-            columns = width if path[0].name in ("tokens", "segment_ids") else target_width
+        missing = [(0, count - len(index))] + [(0, 0)] * (array.ndim - 1)
+        if array.ndim > 1:
+            whole_row = path[0].name in ("tokens", "segment_ids", "images")
+            columns = width if whole_row else target_width
             array = array[:, :columns]
-            missing.append((0, columns - array.shape[1]))
+            missing[1] = (0, columns - array.shape[1])
         return np.pad(array, missing)
 
     fitted = jax.tree_util.tree_map_with_path(fit, batch)

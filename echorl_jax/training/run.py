@@ -356,6 +356,7 @@ def _training_rows(setup: Setup) -> Rows:
         vocab_size=setup.model.config.vocab_size,
         experts=objective.supervised or objective.hints or objective.expert_rows > 0,
         source="data.train",
+        processor=setup.processor,
     )
     return rows
 
@@ -381,6 +382,8 @@ def _prompt_stream(
         prompts_per_step=prompts_per_step,
         max_prompt_tokens=setup.config.data.max_prompt_tokens,
         template=Template.of(setup.config.data),
+        processor=setup.processor,
+        on_bad_row=setup.config.data.on_bad_row,
         seed=setup.config.seed,
         retired=history.retired,
     )
@@ -431,6 +434,7 @@ def _engine(setup: Setup) -> Engine:
         mesh=setup.mesh,
         slots=setup.slots,
         page_tokens=setup.page_tokens,
+        image_tokens=setup.image_tokens,
     )
 
 

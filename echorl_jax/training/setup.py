@@ -23,6 +23,7 @@ from echorl_jax.core import (
 )
 from echorl_jax.custom import load_custom
 from echorl_jax.data import load_tokenizer, newline_delimiters, require_vocabulary
+from echorl_jax.data.pictures import Processor, configured_processor
 from echorl_jax.environment import end_settings
 from echorl_jax.errors import one_line
 from echorl_jax.files import model_path
@@ -35,7 +36,6 @@ from echorl_jax.models import (
     load_decoder,
     load_model,
     read_adapter,
-    require_text,
     with_adapters,
 )
 from echorl_jax.parallel import Platform, make_mesh, platform_of
@@ -62,6 +62,8 @@ class Setup:
     tokenizer: Any = dataclasses.field(default=None, compare=False)
     # bool [V], tokens that end a reasoning step; None in a plan.
     is_delimiter: HostArray = dataclasses.field(default=None, compare=False)
+    # Of a model with a vision tower; None in a plan.
+    processor: Processor | None = dataclasses.field(default=None, compare=False)
 
     @property
     def ends(self) -> Mapping[str, Any]:
@@ -74,6 +76,27 @@ class Setup:
     def of_reference(self) -> "Setup":
         """This setup with the model of the reference policy, which has no adapters."""
         return dataclasses.replace(self, model=self.model.base)
+
+    @property
+    def trains_tower(self) -> bool:
+        """True if the gradient goes through images' features into the vision tower."""
+        model = self.model
+        return model.config.vision is not None and not model.frozen and model.lora is None
+
+    @property
+    def image_tokens(self) -> int:
+        """The most image tokens of a prompt; 0 for a model without a vision tower."""
+        if self.model.config.vision is None:
+            return 0
+        return min(self.config.data.max_image_tokens, self.config.data.max_prompt_tokens)
+
+    @property
+    def feature_slots(self) -> int:
+        """F, room for the features of all images of an update."""
+        if self.objective.supervised:
+            return self.config.optim.sft_rows_per_step * self.image_tokens
+        prompts = self.max_rows // self.config.rollout.group_size
+        return prompts // self.mini_batches * self.image_tokens
 
     @property
     def shards(self) -> int:
@@ -182,7 +205,12 @@ def make_setup(config: Config, *, devices: Sequence[Any] | None = None) -> tuple
     require_vocabulary(tokenizer, model.config.vocab_size)
     setup = static_setup(config, mesh, model, objective, platform=platform_of(mesh))
     is_delimiter = step_delimiters(config, tokenizer, model.config.vocab_size)
-    return dataclasses.replace(setup, tokenizer=tokenizer, is_delimiter=is_delimiter), params
+    texts = {
+        "tokenizer": tokenizer,
+        "is_delimiter": is_delimiter,
+        "processor": configured_processor(config, model.config.vision),
+    }
+    return dataclasses.replace(setup, **texts), params
 
 
 def load_policy(config: Config, mesh: Mesh | None) -> tuple[Decoder, PyTree]:
@@ -193,12 +221,12 @@ def load_policy(config: Config, mesh: Mesh | None) -> tuple[Decoder, PyTree]:
     """
     path, options = model_path(config.model.path, config.model.revision), model_options(config)
     key, settings = jax.random.key(config.seed), config.lora
-    require_text(path)
     if config.model.init == "pretrained":
         model, params = load_model(path, mesh=mesh, **options)
     else:
         model = load_decoder(path, **options)
         params = init_params(model, key, mesh=mesh)
+    model = _with_frozen_tower(config, model)
     if settings.adapter:
         return load_adapter(settings.adapter, model, params, mesh=mesh)
     lora = configured_lora(config, model)
@@ -209,8 +237,15 @@ def load_policy(config: Config, mesh: Mesh | None) -> tuple[Decoder, PyTree]:
     return with_adapters(model, params, lora, adapters, mesh)
 
 
+def _with_frozen_tower(config: Config, model: Decoder) -> Decoder:
+    """The model, with a vision tower that is not trained if the config says so."""
+    frozen = config.model.vision == "frozen" and model.config.vision is not None
+    return dataclasses.replace(model, frozen=("vision",) if frozen else ())
+
+
 def configured_model(config: Config, model: Decoder) -> Decoder:
     """The model with the adapters of ``config.lora``, which may be in a directory; no weights."""
+    model = _with_frozen_tower(config, model)
     if config.lora.adapter:
         return dataclasses.replace(model, lora=read_adapter(config.lora.adapter, model)[0])
     return dataclasses.replace(model, lora=configured_lora(config, model))

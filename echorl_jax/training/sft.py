@@ -14,6 +14,7 @@ from echorl_jax.data import Prompt
 from echorl_jax.environment import target_ids
 from echorl_jax.models import Decoder
 from echorl_jax.remote import Mirror
+from echorl_jax.training.batch import show_images
 from echorl_jax.training.logs import timed
 from echorl_jax.training.metrics import training_speed
 from echorl_jax.training.micro_batches import pack_rows, packed_width
@@ -69,7 +70,8 @@ def train_supervised(
         for step in run.steps():
             seconds: dict[str, float] = {}
             with timed(seconds, "data"):
-                batch = demonstrations(setup, next(run.stream))
+                prompts = next(run.stream)
+                batch = demonstrations(setup, prompts)
                 tokens = int(batch.length.sum())
                 if packs(config, setup.model):
                     batch = pack_rows(
@@ -86,6 +88,7 @@ def train_supervised(
                     echo_coef=0.0,
                     frozen=run.frozen,
                     reference=run.reference,
+                    images=[[image for prompt in prompts for image in prompt.images]],
                     dumps=run.dumps,
                 )
             run.faults.reach("update", step)
@@ -107,14 +110,16 @@ def packs(config: Config, model: Decoder) -> bool:
     """True if demonstrations share rows.
 
     Raises:
-      ConfigError: asked for with rotary angles that depend on a whole row's length.
+      ConfigError: asked for with pictures, or with rotary angles that depend on a row's length.
     """
-    choice, dynamic = config.optim.sft_packing, model.config.rope.kind == "dynamic"
-    if choice == "on" and dynamic:
+    choice = config.optim.sft_packing
+    alone = model.config.rope.kind == "dynamic" or model.config.vision is not None
+    if choice == "on" and alone:
         raise ConfigError(
-            "config.optim.sft_packing = 'on': must be off or auto with dynamic rope scaling"
+            "config.optim.sft_packing = 'on': must be off or auto with dynamic rope scaling and "
+            "with pictures"
         )
-    return choice == "on" or (choice == "auto" and not dynamic and jax.default_backend() != "gpu")
+    return choice == "on" or (choice == "auto" and not alone and jax.default_backend() != "gpu")
 
 
 def demonstrations(setup: Setup, prompts: Sequence[Prompt]) -> TrainBatch:
@@ -130,7 +135,7 @@ def demonstrations(setup: Setup, prompts: Sequence[Prompt]) -> TrainBatch:
         mask[row, : len(target)] = 1.0
     prompt_length: HostArray = np.array([len(prompt.ids) for prompt in prompts], np.int32)
     weights = aggregation_weights(jnp.asarray(mask), mode=objective.aggregation, max_tokens=width)
-    return TrainBatch.plain(
+    batch = TrainBatch.plain(
         tokens=tokens,
         prompt_length=prompt_length,
         length=prompt_length + mask.sum(axis=1).astype(np.int32),
@@ -139,3 +144,4 @@ def demonstrations(setup: Setup, prompts: Sequence[Prompt]) -> TrainBatch:
         token_weights=np.asarray(weights),
         entropy_scale=np.asarray(mean_scale(weights)) if objective.entropy_coef else None,
     )
+    return show_images(setup, batch, prompts, np.arange(len(prompts)))

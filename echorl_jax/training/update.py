@@ -13,6 +13,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.core import LOSS_TERMS, Objective, batch_loss
 from echorl_jax.models import Decoder, merge, param_shardings, split_params
+from echorl_jax.models.image_features import image_features, tower_gradient
 from echorl_jax.parallel import place_rows, place_whole
 from echorl_jax.rollout import join_rows, score_rows
 from echorl_jax.training.batch import select_tokens
@@ -22,6 +23,7 @@ from echorl_jax.training.setup import Setup
 from echorl_jax.types import (
     Array,
     HostArray,
+    Image,
     LossTerm,
     Metrics,
     PyTree,
@@ -57,6 +59,7 @@ class Accumulated:
     """Running sums over micro-batches; adding a micro-batch donates the sums before it."""
 
     gradient: PyTree
+    of_features: Array | None  # f32 [F, D], gradient of images' features, if the tower is trained
     loss: Array
     terms: Metrics
     logprob_gap: Array
@@ -72,6 +75,7 @@ def update(
     echo_coef: float,
     frozen: PyTree = None,
     reference: PyTree | None = None,
+    images: Sequence[Sequence[Image]] | None = None,
     dumps: "Dumps | None" = None,
 ) -> tuple[TrainState, list[UpdateStats], np.ndarray]:
     """One update for each batch (NumPy), ``objective.epochs`` times over; donates ``state``.
@@ -84,6 +88,7 @@ def update(
       echo_coef: lambda, the weight of the echo loss.
       frozen: the parameters that are not trained; None trains all.
       reference: parameters of the reference policy; only with a KL term.
+      images: those of the prompts of each batch, in order; None for a model without a tower.
       dumps: writes to disk the update that the config asks for, and those that are not finite.
 
     Returns:
@@ -92,13 +97,19 @@ def update(
       was left out.
     """
     start = merge(frozen, state.params)
-    scored = [_scored(setup, start, batch, reference) for batch in batches]
+    shown: Sequence[Sequence[Image]] = [()] * len(batches) if images is None else images
+    scored = [
+        _scored(setup, start, batch, reference, own)
+        for batch, own in zip(batches, shown, strict=True)
+    ]
     del start  # the state's buffers are donated
     results: list[UpdateStats] = []
     used: list[np.ndarray] = []
     for epoch in range(setup.config.objective.epochs):
-        for batch in scored:
-            number = len(results)
+        for part, own in enumerate(shown):
+            batch, number = scored[part], len(results)
+            if setup.trains_tower and number:  # an update has changed the features
+                batch = with_features(setup, merge(frozen, state.params), batch, own)
             batch = _selected(setup, frozen, state, batch, key, number=number)
             batch, rows = trainable_rows(batch, every_row=_needs_every_row(setup.objective))
             if epoch == 0:
@@ -109,7 +120,9 @@ def update(
 
             if dumps is not None:
                 dumps.before(step, number, state.params)
-            state, stats = apply_update(setup, state, pieces(), echo_coef=echo_coef, frozen=frozen)
+            state, stats = apply_update(
+                setup, state, pieces(), echo_coef=echo_coef, frozen=frozen, images=own
+            )
             results.append(jax.device_get(stats))
             if dumps is not None:
                 dumps.after(step, number, state.params, results[-1], pieces(), echo_coef=echo_coef)
@@ -126,16 +139,35 @@ def _needs_every_row(objective: Objective) -> bool:
     )
 
 
-def _scored(
-    setup: Setup, params: PyTree, batch: TrainBatch, reference: PyTree | None
+def with_features(
+    setup: Setup, params: PyTree, batch: TrainBatch, images: Sequence[Image]
 ) -> TrainBatch:
-    """The batch with log-probabilities of the old and the reference policy, as far as needed."""
-    scored = batch
+    """The batch with the features of its images under ``params``, computed once for each image."""
+    if batch.images is None:
+        return batch
+    features = image_features(
+        setup.model, params, images, size=setup.feature_slots, mesh=setup.mesh
+    )
+    return dataclasses.replace(batch, images=dataclasses.replace(batch.images, features=features))
+
+
+def _scored(
+    setup: Setup,
+    params: PyTree,
+    batch: TrainBatch,
+    reference: PyTree | None,
+    images: Sequence[Image],
+) -> TrainBatch:
+    """The batch with features of its images, and log-probabilities of the old and the reference
+    policy, as far as needed.
+    """
+    scored = batch = with_features(setup, params, batch, images)
     if setup.scores_old_policy:
         scored = dataclasses.replace(scored, old_logprobs=_needed_logprobs(setup, params, batch))
     if reference is not None:
+        seen = with_features(setup.of_reference, reference, batch, images)
         scored = dataclasses.replace(
-            scored, ref_logprobs=_needed_logprobs(setup.of_reference, reference, batch)
+            scored, ref_logprobs=_needed_logprobs(setup.of_reference, reference, seen)
         )
     return scored
 
@@ -202,7 +234,7 @@ def micro_gradient(
     """Gradient and loss of one micro-batch, computed by the program that training runs."""
     with jax.set_mesh(setup.mesh):
         zeros = _zeros_like(setup, params)(params)
-        placed = place_rows(micro, setup.mesh)
+        placed = _placed(micro, setup.mesh)
         coef = np.float32(echo_coef)
         return _accumulate(zeros, params, frozen, placed, coef, **_loss_arguments(setup))
 
@@ -214,23 +246,48 @@ def apply_update(
     *,
     echo_coef: Array | float,
     frozen: PyTree = None,
+    images: Sequence[Image] = (),
 ) -> tuple[TrainState, UpdateStats]:
     """Applies the sum of the micro-batches' gradients; ``state`` is donated.
 
     Rows of a micro-batch are spread over the mesh axes ``data`` and ``fsdp``. A non-finite gradient
     leaves parameters and optimizer as they were and adds one to ``bad_updates``; a finite one sets
     that to 0. Without any micro-batch everything stays as it is.
+
+    The rows' features of ``images`` are those of the state's parameters.
     """
     total = None
     coef = np.float32(echo_coef)
     with jax.set_mesh(setup.mesh):
         for micro in micro_batches:
             total = _zeros_like(setup, state.params)(state.params) if total is None else total
-            placed = place_rows(micro, setup.mesh)
+            placed = _placed(micro, setup.mesh)
             total = _accumulate(total, state.params, frozen, placed, coef, **_loss_arguments(setup))
         if total is None:
             return state, _no_stats()
+        if total.of_features is not None:
+            gradient = tower_gradient(
+                setup.model,
+                frozen,
+                state.params,
+                images,
+                total.of_features,
+                total.gradient,
+                mesh=setup.mesh,
+            )
+            total = dataclasses.replace(total, gradient=gradient, of_features=None)
         return _apply(state, total, optimizer=setup.optimizer, schedule=setup.schedule)
+
+
+def _placed(micro: TrainBatch, mesh: Mesh) -> TrainBatch:
+    """The micro-batch on the mesh: rows are spread, features are whole on every device."""
+    if micro.images is None:
+        return place_rows(micro, mesh)
+    features = place_whole(micro.images.features, mesh)
+    rows = dataclasses.replace(micro.images, features=None)
+    placed = place_rows(dataclasses.replace(micro, images=rows), mesh)
+    whole = dataclasses.replace(placed.images, features=features)
+    return dataclasses.replace(placed, images=whole)
 
 
 def _loss_arguments(setup: Setup) -> dict[str, Any]:
@@ -262,7 +319,7 @@ def score_batch(
     """
     scores = np.zeros(shape, np.float32)
     for places, micro in micro_batches:
-        placed = place_rows(micro, setup.mesh)
+        placed = _placed(micro, setup.mesh)
         with jax.set_mesh(setup.mesh):
             values = _score(params, placed, **_score_arguments(setup), quantity=quantity)
         values = np.asarray(values)[: len(places)]  # the rest is padding
@@ -288,6 +345,7 @@ def _score_micro_batch(
         max_new_tokens=micro.loss_mask.shape[1],
         temperature=temperature,
         segment_ids=micro.segment_ids,
+        images=micro.images,
     )
 
 
@@ -329,14 +387,19 @@ def _loss(
 
 def _zeros_like(setup: Setup, params: PyTree) -> Callable[[PyTree], Accumulated]:
     """A compiled function from parameters to sums of zero, with the parameters' shardings."""
-    return _zeros(setup.model, setup.mesh, jax.tree.structure(params))
+    slots = setup.feature_slots if setup.trains_tower else 0
+    return _zeros(setup.model, setup.mesh, jax.tree.structure(params), slots)
 
 
 @functools.cache
-def _zeros(model: Decoder, mesh: Mesh, structure: Any) -> Callable[[PyTree], Accumulated]:
+def _zeros(
+    model: Decoder, mesh: Mesh, structure: Any, feature_slots: int
+) -> Callable[[PyTree], Accumulated]:
     def zeros(params: PyTree) -> Accumulated:
-        zero = jnp.zeros(())
-        return Accumulated(jax.tree.map(jnp.zeros_like, params), zero, _no_terms(), zero)
+        zero, shape = jnp.zeros(()), (feature_slots, model.config.hidden_size)
+        of_features = jnp.zeros(shape) if feature_slots else None
+        gradient = jax.tree.map(jnp.zeros_like, params)
+        return Accumulated(gradient, of_features, zero, _no_terms(), zero)
 
     def trained_part(shardings: PyTree, trained: PyTree) -> PyTree:
         """The shardings of the leaves that ``trained`` has too."""
@@ -347,7 +410,9 @@ def _zeros(model: Decoder, mesh: Mesh, structure: Any) -> Callable[[PyTree], Acc
     trained = jax.tree.unflatten(structure, range(structure.num_leaves))  # only keys are used
     gradient = trained_part(param_shardings(model, mesh), trained)
     replicated: Any = NamedSharding(mesh, PartitionSpec())
-    placed = Accumulated(gradient, replicated, replicated, replicated)
+    placed = Accumulated(
+        gradient, replicated if feature_slots else None, replicated, replicated, replicated
+    )
     return jax.jit(zeros, out_shardings=placed)
 
 
@@ -365,15 +430,27 @@ def _accumulate(
     objective: Objective,
     temperature: float,
 ) -> Accumulated:
-    def loss_of(trainable: PyTree):
-        params = merge(frozen, trainable)
+    def loss_of(trainable: PyTree, features: Array | None):
+        params, rows = merge(frozen, trainable), micro
+        if micro.images is not None and features is not None:
+            images = dataclasses.replace(micro.images, features=features)
+            rows = dataclasses.replace(micro, images=images)
         return _loss(
-            params, micro, echo_coef, model=model, objective=objective, temperature=temperature
+            params, rows, echo_coef, model=model, objective=objective, temperature=temperature
         )
 
-    (loss, (terms, gap)), gradient = jax.value_and_grad(loss_of, has_aux=True)(trainable)
+    features = None
+    if micro.images is not None and total.of_features is not None:
+        features = micro.images.features
+    (loss, (terms, gap)), (gradient, of_features) = jax.value_and_grad(
+        loss_of, argnums=(0, 1), has_aux=True
+    )(trainable, features)
+    summed = total.of_features
+    if summed is not None and of_features is not None:
+        summed += of_features.astype(summed.dtype)
     return Accumulated(
         gradient=jax.tree.map(jnp.add, total.gradient, gradient),
+        of_features=summed,
         loss=total.loss + loss,
         terms={key: total.terms[key] + term for key, term in terms.items()},
         logprob_gap=jnp.maximum(total.logprob_gap, gap),

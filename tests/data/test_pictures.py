@@ -7,9 +7,10 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from echorl_jax.data.pictures import Processor, content_parts, pictures_of, widened
+from echorl_jax.data.pictures import Processor, content_parts, located, pictures_of, widened
 from echorl_jax.data.rows import BadRow
 
+MODEL = {"image_id": 9, "most_tokens": 4096}
 GEOMETRY = Path(__file__).parents[3] / "shared" / "data" / "geometry3k_6.parquet"
 
 
@@ -38,9 +39,10 @@ def test_every_form_of_the_column_gives_the_same_picture(tmp_path):
     ]
     for entry in entries:
         for given in ([entry], entry) if not isinstance(entry, str) else ([entry],):
-            (found,) = pictures_of({"images": given}, tmp_path)
+            (found,) = pictures_of({"images": located({"images": given}, tmp_path)})
             np.testing.assert_array_equal(np.asarray(found), np.asarray(image))
-    assert len(pictures_of({"images": entries}, tmp_path)) == len(entries)
+    assert len(located({"images": entries}, tmp_path)) == len(entries)
+    assert len(located({"image": entries[3]}, tmp_path)) == 1
     assert pictures_of({"images": None}) == pictures_of({}) == pictures_of({"images": []}) == []
 
 
@@ -57,14 +59,14 @@ def test_every_form_of_the_column_gives_the_same_picture(tmp_path):
 )
 def test_a_broken_picture_is_named(entry, reason, tmp_path):
     with pytest.raises(BadRow, match=reason):
-        pictures_of({"images": [png(picture()), entry]}, tmp_path)
+        located({"images": [png(picture()), entry]}, tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
 def test_patches_are_colours_by_the_formula(mode):
     """A picture whose size stays as it is: patches, frames and colours worked out from the text."""
     image = picture(84, 56, mode)
-    processor = Processor(28 * 28, 28 * 28 * 100)
+    processor = Processor(28 * 28, 28 * 28 * 100, **MODEL)
     assert processor.grid(image) == (4, 6) and processor.tokens(image) == 6
     pixels, grid = processor(image)
     assert grid == (4, 6) and pixels.shape == (24, 3 * 2 * 14**2)
@@ -79,7 +81,7 @@ def test_patches_are_colours_by_the_formula(mode):
 
 @pytest.mark.parametrize(("width", "height"), [(300, 413), (5, 5), (4000, 3000), (30, 900)])
 def test_the_grid_is_known_from_the_size_alone(width, height):
-    processor = Processor(56 * 56, 28 * 28 * 1280)
+    processor = Processor(56 * 56, 28 * 28 * 1280, **MODEL)
     pixels, grid = processor(picture(width, height))
     assert processor.grid(picture(width, height)) == grid
     assert 56 * 56 <= grid[0] * grid[1] * 14**2 <= 28 * 28 * 1280
@@ -111,7 +113,7 @@ def test_rows_of_geometry3k():
     import pyarrow.parquet as pq
 
     # EasyR1's limits give 320 tokens and more for these drawings.
-    processor = Processor(262_144, 4_194_304)
+    processor = Processor(262_144, 4_194_304, **MODEL)
     for row in pq.read_table(GEOMETRY).to_pylist():
         (found,) = pictures_of(row)
         assert 300 < processor.tokens(found) < 500

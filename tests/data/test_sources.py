@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from echorl_jax.data import DataError, expert_text, load_rows
+from echorl_jax.data import DataError, encode_rows, expert_text, load_rows, load_tokenizer
 from echorl_jax.data.rows import BadRow, normalise_row
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -106,10 +106,10 @@ COUNTDOWN = {"ground_truth": {"numbers": [1, 2], "target": 3}}
         ({"data_source": 3}, "column data_source: expected text, found a number"),
         ({"extra_info": [1]}, "column extra_info: expected an object, found a list"),
         ({"target": [{"role": "assistant"}]}, "column target: expected messages"),
-        ({"images": ["x"]}, "column images: pictures are not supported"),
-        ({"image": {"bytes": None, "path": "1.png"}}, "column image: pictures are not supported"),
-        ({"multi_modal_data": {"image": [{"a": 1}]}}, "column multi_modal_data: pictures are not"),
-        ({"video": "clip.mp4"}, "column video: pictures are not supported, nor sound or film"),
+        ({"images": ["x"]}, "column images: picture 1 cannot be read"),
+        ({"image": {"bytes": None, "path": "1.png"}}, "column images: picture 1 cannot be read"),
+        ({"multi_modal_data": {"image": [{"a": 1}]}}, "column multi_modal_data: only pictures in"),
+        ({"video": "clip.mp4"}, "column video: only pictures in columns images and image are"),
         ({"prompt": "[{'role': 'user', 'content': 'x'}]"}, "column prompt: text that begins as"),
         ({"prompt": '[{"role": "user"}]'}, "column prompt: expected messages with role"),
         ({"prompt": '[{"role": "user", "content": 3}]'}, "column prompt: a message's role and"),
@@ -482,6 +482,10 @@ def test_public_files_are_read_as_they_are(name, count, source, expert):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no public data files beside the repository")
-def test_rows_with_pictures_are_refused():
-    with pytest.raises(DataError, match="row 0, column images: pictures are not supported"):
-        load_rows(str(SHARED / "geometry3k_6.parquet"))
+def test_a_model_without_a_vision_tower_refuses_pictures():
+    rows, tokenizer = (
+        load_rows(str(SHARED / "geometry3k_6.parquet")),
+        load_tokenizer("builtin:countdown"),
+    )
+    with pytest.raises(DataError, match="train, row 0, column images: pictures, but the model has"):
+        encode_rows(tokenizer, rows, source="train")

@@ -13,7 +13,6 @@ import pytest
 import vision_cases as cases
 from safetensors.numpy import load_file, save_file
 
-from echorl_jax.config import Config, ModelConfig
 from echorl_jax.models import (
     Decoder,
     ModelError,
@@ -24,9 +23,10 @@ from echorl_jax.models import (
     save_model,
 )
 from echorl_jax.models.hf_names import tensor_names
-from echorl_jax.models.images import Image, image_tokens, window_count, window_patches
+from echorl_jax.models.image_features import image_features
+from echorl_jax.models.images import image_tokens, window_patches
 from echorl_jax.parallel import make_mesh
-from echorl_jax.training.setup import load_policy
+from echorl_jax.types import Image
 
 GOLDEN = Path(__file__).parent / "golden" / "vision"
 BOUND = 1e-4
@@ -54,13 +54,12 @@ def images_of(name: str) -> list[Image]:
 
 
 def run(model: Decoder, params: Any, name: str, tokens: np.ndarray, spare: int = 1):
-    """Logits f32 ``[T, V]`` and the images' features; each image has ``spare`` windows too many."""
-    vision, grids = model.config.vision, cases.PROMPTS[name]
-    windows = spare + max((window_count(vision, grid) for grid in grids), default=0)
-    row = image_tokens(vision, tokens, grids, windows=windows)
-    features = None
+    """Logits f32 ``[T, V]`` and the images' features, which have room for ``spare`` more."""
+    grids = cases.PROMPTS[name]
+    row = image_tokens(model.config.vision, tokens, grids)
+    features, size = None, spare + int((row.index >= 0).sum())
     if grids:
-        features = model.encode_images(params, window_patches(vision, images_of(name), windows))
+        features = image_features(model, params, images_of(name), size=size)
     hidden = model.hidden(
         params,
         jnp.asarray(tokens)[None],
@@ -132,12 +131,12 @@ def test_image_tokens_that_do_not_fit_the_images_are_refused(loaded):
     tokens = cases.tokens_of("two")
     more = np.append(tokens, cases.IMAGE_ID)
     with pytest.raises(ModelError, match="has 18 image tokens, its images have 17"):
-        image_tokens(vision, more, grids, windows=8)
+        image_tokens(vision, more, grids)
     # The first image's last token changes places with the token behind it.
     last = int(np.flatnonzero(tokens == cases.IMAGE_ID)[grids[0][0] * grids[0][1] // 4 - 1])
     tokens[[last, last + 1]] = tokens[[last + 1, last]]
     with pytest.raises(ModelError, match="text stands inside the tokens of image 1"):
-        image_tokens(vision, tokens, grids, windows=8)
+        image_tokens(vision, tokens, grids)
 
 
 def test_images_that_do_not_fit_are_named(loaded):
@@ -149,14 +148,6 @@ def test_images_that_do_not_fit_are_named(loaded):
     text = dataclasses.replace(loaded[0].config, model_type="qwen2", vision=None)
     with pytest.raises(ModelError, match="qwen2 has no vision tower"):
         dataclasses.replace(loaded[0], config=text).encode_images({}, None)
-
-
-def test_training_refuses_a_model_whose_images_it_would_not_see(loaded, tmp_path):
-    model, params = loaded
-    save_model(tmp_path / "vl", model, params)
-    config = Config(model=ModelConfig(path=str(tmp_path / "vl")))
-    with pytest.raises(ModelError, match="vl has a vision tower"):
-        load_policy(config, None)
 
 
 @pytest.mark.parametrize("style", ["newer names", "nested config"])

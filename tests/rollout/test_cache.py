@@ -10,6 +10,7 @@ import pytest
 from echorl_jax.models import init_params
 from echorl_jax.rollout import cache
 from echorl_jax.rollout.prefill import prefill
+from echorl_jax.rollout.request import Sampling, make_request
 from tests.rollout.conftest import decoder
 
 SHAPE = {"layers": 2, "blocks": 3, "rows": 4, "kv_heads": 2, "block": 8, "head_dim": 6}
@@ -106,12 +107,17 @@ def test_prefill_in_pieces_equals_prefill_at_once(rows, chunk):
     model = decoder(windows=(None, 10))
     params = init_params(model, jax.random.key(0))
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 60, (4, 32)), jnp.int32)
-    lengths = jnp.array([32, 0, 17, 5])
+    lengths = jnp.array([31, 0, 17, 5])
+    request = make_request(
+        [tokens[row, : length + 1].tolist() for row, length in enumerate(lengths)],
+        Sampling(group_size=1, max_new_tokens=1),
+        vocab_size=60,
+    )
     shape = {"layers": 2, "rows": 4, "kv_heads": 2, "head_dim": 8, "dtype": "float32"}
 
     def run(block, rows, chunk):
         store = cache.empty_cache(**shape, blocks=32 // block, block=block)
-        filled = prefill(model, params, tokens, lengths, store, rows=rows, chunk=chunk)
+        filled = prefill(model, params, request, store, rows=rows, chunk=chunk)
         # [L, blocks, rows, KV, block, K] -> [L, rows, KV, positions, K]
         return jnp.moveaxis(filled.v, 1, 3).reshape(2, 4, 2, 32, 8)
 

@@ -13,7 +13,7 @@ import numpy as np
 from echorl_jax.core import step_ids
 from echorl_jax.data import (
     Prompt,
-    encode_prompt,
+    encode_rows,
     load_tokenizer,
     newline_delimiters,
     require_embedded,
@@ -114,7 +114,7 @@ class Policy:
 
     def prompt(self, row: Mapping[str, Any]) -> list[int]:
         """The token ids that ask for an answer to ``row``."""
-        return encode_prompt(self.tokenizer, row, self.options.template)
+        return encode_rows(self.tokenizer, [row], self.options.template, source="--data")[0]
 
     def score(
         self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], what: str

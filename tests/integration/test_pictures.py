@@ -1,0 +1,225 @@
+"""Runs with pictures: pixels reach the loss, both ways, and nothing else changes."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+import pytest
+
+from echorl_jax.config import Config, ConfigError, validate
+from echorl_jax.core import batch_loss
+from echorl_jax.data import DataError, Prompt, PromptStream, load_rows
+from echorl_jax.files import read_steps
+from echorl_jax.models.image_features import image_features
+from echorl_jax.rollout import generate, score_rows
+from echorl_jax.rollout.prompt_images import place_images
+from echorl_jax.training import loop
+from echorl_jax.training.setup import Setup, make_setup
+from echorl_jax.training.sft import demonstrations
+from echorl_jax.training.update import micro_gradient, tower_gradient, with_features
+from echorl_jax.types import RowImages, TrainBatch
+from tests.integration.conftest import small_config
+from tests.integration.test_train import steady
+
+ONE = jax.devices()[:1]
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+
+
+def shapes_config(**sections: Any) -> Config:
+    """A short run of the tiny model with a vision tower, from random weights."""
+    model = {"path": "builtin:shapes", "init": "random", "dtype": "float32", "remat": "none"}
+    data = {
+        "train": "shapes:count=64",
+        "grader": "shapes",
+        "grader_workers": 0,
+        "max_prompt_tokens": 64,
+        "max_image_tokens": 16,
+    }
+    return small_config(
+        model={**model, **sections.pop("model", {})},
+        data={**data, **sections.pop("data", {})},
+        rollout={"max_new_tokens": 16, **sections.pop("rollout", {})},
+        optim={"compile_ahead": False, "learning_rate": 1e-3, **sections.pop("optim", {})},
+        **sections,
+    )
+
+
+def prompts_of(setup: Setup, count: int) -> list[Prompt]:
+    stream = PromptStream(
+        load_rows(setup.config.data.train),
+        setup.tokenizer,
+        prompts_per_step=count,
+        seed=0,
+        max_prompt_tokens=64,
+        processor=setup.processor,
+    )
+    return next(stream)
+
+
+def test_the_gradient_in_two_stages_is_that_of_the_whole_loss():
+    """Features once an image, their gradient summed over rows, then the tower's: the same sums."""
+    config = shapes_config(objective={"name": "sft"}, echo={"enabled": False})
+    setup, params = make_setup(config, devices=ONE)
+    prompts = prompts_of(setup, 4)
+    # A prompt with two rows, and rows of one batch in two micro-batches.
+    prompts = [prompts[0], *prompts]
+    batch = demonstrations(setup, prompts)
+    images = [image for prompt in prompts for image in prompt.images]
+    seen = with_features(setup, params, batch, images)
+
+    def whole(params: Any) -> Any:
+        features = image_features(setup.model, params, images, size=setup.feature_slots)
+        rows = dataclasses.replace(
+            batch, images=dataclasses.replace(batch.images, features=features)
+        )
+        logprobs, entropy = score_rows(
+            setup.model,
+            params,
+            *(jnp.asarray(x) for x in (rows.tokens, rows.prompt_length, rows.length)),
+            max_new_tokens=rows.loss_mask.shape[1],
+            images=rows.images,
+        )
+        return batch_loss(logprobs, entropy, rows, setup.objective, echo_coef=0.0)[0]
+
+    expected = jax.jit(jax.grad(whole))(params)
+
+    def rows_of(part: slice) -> TrainBatch:
+        def cut(path: Any, leaf: Any) -> Any:
+            return leaf if path[-1].name == "features" else leaf[part]
+
+        return jax.tree_util.tree_map_with_path(cut, seen)
+
+    parts = [
+        micro_gradient(setup, params, rows_of(part), echo_coef=0.0)
+        for part in (slice(0, 2), slice(2, 5))
+    ]
+    of_features = sum(part.of_features for part in parts)
+    gradient = jax.tree.map(jnp.add, *(part.gradient for part in parts))
+    with jax.set_mesh(setup.mesh):
+        gradient = tower_gradient(
+            setup.model, None, params, images, of_features, gradient, mesh=setup.mesh
+        )
+    largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected["vision"]))
+    assert largest > 1e-3
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), gradient, expected
+    )
+
+
+@pytest.mark.parametrize("axes", [(1, 1, 1), (2, 2, 2)])
+def test_sampler_and_trainer_agree_on_rows_with_pictures(axes: tuple[int, int, int]):
+    """Log-probabilities and entropies by both; no token for pictures has any probability."""
+    sizes = dict(zip(("data", "fsdp", "tensor"), axes, strict=True))
+    config = shapes_config(mesh=sizes)
+    setup, params = make_setup(config, devices=jax.devices()[: int(np.prod(axes))])
+    model, mesh = setup.model, setup.mesh
+    prompts = prompts_of(setup, 8)
+    ids, images = [prompt.ids for prompt in prompts], [prompt.images for prompt in prompts]
+    rollouts = generate(
+        model,
+        params,
+        ids,
+        jax.random.key(3),
+        group_size=2,
+        max_new_tokens=24,
+        eos_ids=setup.eos_ids,
+        images=images,
+        mesh=mesh,
+    )
+    width = rollouts.prompt_ids.shape[1] + 24
+    index, positions, _ = place_images(model, ids, images, width=width)
+    group = np.asarray(rollouts.group)
+    every = [image for own in images for image in own]
+    params = jax.device_get(params)
+    features = image_features(model, params, every, size=8 * 16)
+    tokens = np.zeros((len(group), width), np.int32)
+    length = np.zeros(len(group), np.int32)
+    for row, prompt in enumerate(group):
+        written = np.asarray(rollouts.completion_ids[row, : rollouts.completion_length[row]])
+        whole = [*ids[prompt], *written]
+        tokens[row, : len(whole)], length[row] = whole, len(whole)
+        assert not set(written.tolist()) & set(model.config.never)
+    logprobs, entropy = jax.jit(score_rows, static_argnames=("model", "max_new_tokens"))(
+        model,
+        params,
+        tokens,
+        np.array([len(ids[prompt]) for prompt in group]),
+        length,
+        max_new_tokens=24,
+        images=RowImages(features, index[group], positions[group]),
+    )
+    written = np.arange(24) < np.asarray(rollouts.completion_length)[:, None]
+    for ours, theirs in ((logprobs, rollouts.rollout_logprobs), (entropy, rollouts.token_entropy)):
+        np.testing.assert_allclose(
+            np.where(written, ours, 0), np.where(written, theirs, 0), atol=2e-5
+        )
+
+
+@pytest.mark.parametrize("vision", ["trained", "frozen"])
+def test_a_run_trains_the_tower_or_leaves_it_and_resumes_bit_for_bit(vision: str, tmp_path: Path):
+    config = shapes_config(
+        steps=3,
+        model={"vision": vision},
+        rollout={"check_every": 1, "prompts_per_step": 4, "group_size": 4},
+        # Half of the rows are right, at random, so that there is something to learn.
+        data={"grader": "tests.integration.graders:even_length", "grader_workers": 1},
+        objective={"kl_coef": 0.01, "mini_batches": 2},
+        checkpoint={"every": 1, "keep": 3},
+    )
+    _, params = make_setup(config, devices=ONE)
+    before = jax.device_get(params)
+    state = loop.train(config, tmp_path / "run", devices=ONE)
+    lines = list(read_steps(tmp_path / "run" / "metrics.jsonl"))
+    assert all(line["optim/skipped"] == 0 for line in lines)
+    assert max(line["rollout/logprob_gap_mean"] for line in lines) < 1e-4
+    if vision == "frozen":
+        assert "vision" not in state.params
+    else:
+        moved = jax.tree.map(
+            lambda a, b: float(np.abs(a - b).max()), state.params["vision"], before["vision"]
+        )
+        assert min(jax.tree.leaves(moved)) > 0
+    short = dataclasses.replace(config, steps=2)
+    loop.train(short, tmp_path / "other", devices=ONE)
+    again = loop.train(config, tmp_path / "other", devices=ONE)
+    jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
+    assert steady(tmp_path / "other") == steady(tmp_path / "run")
+
+
+def test_pictures_that_do_not_decode_and_too_many_tokens(tmp_path: Path):
+    sides = {"a": 84, "broken": 84, "c": 84, "large": 112}
+    for name, side in sides.items():
+        PIL.Image.new("RGB", (side, side), "white").save(tmp_path / f"{name}.png")
+    whole = (tmp_path / "broken.png").read_bytes()
+    (tmp_path / "broken.png").write_bytes(whole[: len(whole) // 2])
+    file = tmp_path / "rows.jsonl"
+    rows = [{"problem": "<image>How many?", "answer": "0", "images": [f"{n}.png"]} for n in sides]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    setup, _ = make_setup(shapes_config(data={"train": str(file)}), devices=ONE)
+    options = {"prompts_per_step": 3, "seed": 0, "max_prompt_tokens": 64}
+    stream = PromptStream(
+        load_rows(str(file)), setup.tokenizer, **options, processor=setup.processor
+    )
+    with pytest.raises(DataError, match="row 1 of the training rows, column images: picture 1 can"):
+        next(stream)
+    stream = PromptStream(
+        load_rows(str(file)),
+        setup.tokenizer,
+        **options,
+        processor=dataclasses.replace(setup.processor, most_tokens=9),
+        on_bad_row="skip",
+    )
+    # Of four rows one is broken and one has 16 image tokens.
+    assert {prompt.index for prompt in next(stream)} <= {0, 2} and stream.too_long > 0
+
+
+def test_what_does_not_go_together_is_refused():
+    with pytest.raises(
+        ConfigError, match="config.model.vision = 'trained': must be None or frozen"
+    ):
+        validate(shapes_config(model={"vision": "trained"}, lora={"rank": 4}))
