@@ -5,6 +5,7 @@ of Hugging Face) or a Pillow image (an opened data set of Hugging Face). The tex
 stand with ``<image>``; without a mark they stand before the first question, as in TRL.
 """
 
+import base64
 import dataclasses
 import functools
 import io
@@ -231,6 +232,18 @@ def _opened(entry: Any, number: int) -> "Picture":
     return picture
 
 
+# Pixels along the larger side of a thumbnail; its JPEG then has some kilobytes.
+THUMBNAIL = 160
+
+
+def thumbnail(picture: "Picture") -> str:
+    """A small JPEG of the picture as base64, for a page that shows samples."""
+    small, out = picture.convert("RGB"), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(out, "JPEG", quality=75)
+    return base64.b64encode(out.getvalue()).decode()
+
+
 def content_parts(messages: Sequence[Mapping[str, Any]], pictures: int) -> list[dict[str, Any]]:
     """The messages with their text split at each mark, as chat templates take pictures.
 
@@ -256,6 +269,16 @@ def content_parts(messages: Sequence[Mapping[str, Any]], pictures: int) -> list[
     if before:
         raise BadRow("images", "pictures, but no message of the user to put them before")
     return split
+
+
+def narrowed(ids: Sequence[int], image_id: int) -> list[int]:
+    """Token ids to read: one image token for each run of them.
+
+    >>> narrowed([5, 9, 9, 6, 9, 9, 9], 9)
+    [5, 9, 6, 9]
+    """
+    pairs = zip([None, *ids], ids, strict=False)
+    return [token for before, token in pairs if not token == before == image_id]
 
 
 def widened(ids: Sequence[int], image_id: int, tokens: Sequence[int]) -> list[int]:

@@ -21,7 +21,7 @@ from echorl_jax.data import (
     require_embedded_rows,
     require_vocabulary,
 )
-from echorl_jax.data.pictures import Processor, configured_processor, pictures_of
+from echorl_jax.data.pictures import Processor, configured_processor, narrowed, pictures_of
 from echorl_jax.evaluation.contamination import find_overlap
 from echorl_jax.files import model_path
 from echorl_jax.models import read_config
@@ -113,7 +113,7 @@ def _show(
     """Prints a prompt; of pictures their sizes and numbers of tokens in place of the tokens."""
     pictures = [] if processor is None else pictures_of(row)
     tokens = [] if processor is None else [processor.tokens(picture) for picture in pictures]
-    shown = [token for token in ids if processor is None or token != processor.image_id]
+    shown = list(ids) if processor is None else narrowed(ids, processor.image_id)
     print(f"  prompt of {len(ids)} tokens: {tokenizer.decode(shown)!r}")
     for number, (picture, count) in enumerate(zip(pictures, tokens, strict=True), start=1):
         size = f"{picture.width} x {picture.height} pixels"

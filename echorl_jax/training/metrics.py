@@ -5,12 +5,14 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from echorl_jax.config import Config
 from echorl_jax.custom import accepted, load_custom
+from echorl_jax.data import Prompt
+from echorl_jax.data.pictures import narrowed, pictures_of, thumbnail
 from echorl_jax.errors import UserError, one_line
 from echorl_jax.files import write_jsonl
 from echorl_jax.parallel import is_first
@@ -19,9 +21,6 @@ from echorl_jax.training.batch import Assembled
 from echorl_jax.training.experience import Experience
 from echorl_jax.training.setup import Setup
 from echorl_jax.types import EchoClips, HostArray, TrainBatch
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 
 def step_metrics(
@@ -262,9 +261,7 @@ def record_samples(
     if groups:
         clips = _clips_by_row(made.clips)
         rows = np.flatnonzero(np.isin(experience.rollouts.group, groups))
-        lines = (
-            _sample(step, row, experience, made, clips, setup.tokenizer) for row in rows.tolist()
-        )
+        lines = (_sample(step, row, experience, made, clips, setup) for row in rows.tolist())
         write_jsonl(directory / f"step_{step:06d}.jsonl", lines)
 
 
@@ -306,9 +303,9 @@ def _sample(
     experience: Experience,
     made: Assembled,
     clips: dict[int, tuple[int, int]],
-    tokenizer: "PreTrainedTokenizerBase",
+    setup: Setup,
 ) -> dict[str, Any]:
-    rollouts = experience.rollouts
+    tokenizer, rollouts = setup.tokenizer, experience.rollouts
     length, group = int(rollouts.completion_length[row]), int(rollouts.group[row])
     ids = rollouts.completion_ids[row, :length].tolist()
     steps = made.step_ids[row, :length]
@@ -320,7 +317,7 @@ def _sample(
         "group": group,
         "row": int(row),
         "data_source": prompt.row["data_source"],
-        "prompt": tokenizer.decode(list(prompt.ids)),
+        **_prompt_shown(prompt, setup, with_pictures=row % setup.config.rollout.group_size == 0),
         "response": tokenizer.decode(ids, skip_special_tokens=True),
         "reward": float(experience.graded.rewards[row]) if judged else None,
         "correct": bool(experience.graded.correct[row]) if judged else None,
@@ -336,6 +333,15 @@ def _sample(
         "clip_tokens": clip_tokens,
         "clip_step": clip_step,
     }
+
+
+def _prompt_shown(prompt: Prompt, setup: Setup, *, with_pictures: bool) -> dict[str, Any]:
+    """The prompt's text, and small pictures in the first row of a group."""
+    if setup.processor is None:
+        return {"prompt": setup.tokenizer.decode(list(prompt.ids))}
+    text = setup.tokenizer.decode(narrowed(prompt.ids, setup.processor.image_id))
+    pictures = pictures_of(prompt.row) if with_pictures else []
+    return {"prompt": text, "pictures": [thumbnail(picture) for picture in pictures]}
 
 
 def _clips_by_row(clips: EchoClips) -> dict[int, tuple[int, int]]:

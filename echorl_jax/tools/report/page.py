@@ -118,7 +118,7 @@ def _render(
         scripts=scripts,
         styles=styles,
         policy=f"default-src 'none'; script-src {_hashes(scripts)}; style-src {_hashes(styles)}; "
-        "base-uri 'none'; form-action 'none'",
+        "img-src data:; base-uri 'none'; form-action 'none'",
         data=embed_json(
             {
                 "sections": map_leaves(panels, _visible),

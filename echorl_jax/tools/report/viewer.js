@@ -83,6 +83,15 @@ function badges(rollout) {
   return made;
 }
 
+function pictures(group) {
+  return group.pictures.map((data, i) => {
+    const image = element("img", "picture");
+    image.alt = "Picture " + (i + 1) + " of the prompt";
+    image.src = "data:image/jpeg;base64," + data;
+    return image;
+  });
+}
+
 function fullRollout(group, number) {
   const rollout = group.rollouts[number];
   const sheet = element("article", "sheet");
@@ -99,6 +108,7 @@ function fullRollout(group, number) {
   );
   title.append(...badges(rollout));
   sheet.append(title, element("p", "facts-line", verdict(rollout)), element("div", "prompt", group.prompt));
+  sheet.append(...pictures(group));
   if (rollout.entropy.length) {
     const scale = element("p", "scale", "0");
     scale.append(

@@ -29,6 +29,9 @@ PAGE_BYTES = 5_000_000  # of JSON in the page
 MAX_FILES = 60
 READ_BYTES = 150_000_000  # of sample files
 MAX_TOKENS = 3_000  # shown of one rollout
+MAX_PICTURES = 8  # of one prompt
+PICTURE_CHARACTERS = 60_000  # of a thumbnail's base64
+_BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 # Control characters except tab and newline; zero-width marks; the marks that turn the direction of
 # text; line and paragraph separators; halves of surrogate pairs; the byte-order mark.
 _HIDDEN = re.compile(
@@ -219,10 +222,18 @@ def pack_group(rows: Sequence[Row]) -> Row:
         "group": integer(first.get("group")),
         "source": visible(str(first.get("data_source") or "")),
         "prompt": visible(str(first.get("prompt") or "")),
+        "pictures": pack_pictures(first.get("pictures")),
         "outcome": "wrong" if right == 0 else "right" if right == judged else "mixed",
         "right": right,
         "rollouts": [pack_rollout(row) for row in rows],
     }
+
+
+def pack_pictures(given: Any) -> list[str]:
+    """The thumbnails of a prompt, JPEG as base64; anything else is left out."""
+    texts = [text for text in given if isinstance(text, str)] if isinstance(given, list) else []
+    fitting = [text for text in texts if len(text) <= PICTURE_CHARACTERS]
+    return [text for text in fitting if _BASE64.fullmatch(text)][:MAX_PICTURES]
 
 
 def pack_verdict(row: Row) -> bool | None:
