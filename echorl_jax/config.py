@@ -169,7 +169,7 @@ class DataConfig:
     retire_above: Annotated[float | None, POSITIVE_SHARE] = None
     # A broken row stops the run with its file and number, or is skipped and counted.
     on_bad_row: Literal["error", "skip"] = "error"
-    # The grader: auto (by the row's data source), math, choice, countdown, reduce, shapes,
+    # The grader: auto (by the row's data source), math, choice, countdown, format, reduce, shapes,
     # "package.module:function" or "FILE.py:function". Several are a list with weights, such as
     # "math@0.9, mine.py:format@0.1": the reward is the weighted sum, and success is the verdict of
     # the first, or of the one with a star before it (docs/graders.md).

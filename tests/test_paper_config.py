@@ -10,27 +10,52 @@ from echorl_jax.config import ConfigError
 from echorl_jax.config_file import load_config
 from echorl_jax.core import OBJECTIVES
 from echorl_jax.models.published import architecture
+from echorl_jax.rewards.loading import parse_graders
 from echorl_jax.training.setup import configured_objective
 
 FILE = str(Path(__file__).parent.parent / "configs" / "paper.py")
-MODELS = ("qwen2.5-math-1.5b", "qwen2.5-math-7b", "qwen2.5-7b-instruct", "llama-3.1-8b-instruct")
+KINDS = {
+    "qwen2.5-math-1.5b": "qwen2",
+    "qwen2.5-math-7b": "qwen2",
+    "qwen2.5-7b-instruct": "qwen2",
+    "llama-3.1-8b-instruct": "llama",
+    "qwen2.5-vl-3b": "qwen2_5_vl",
+    "qwen2.5-vl-7b": "qwen2_5_vl",
+}
 KNOWN = Path(echorl_jax.__file__).parent / "assets" / "architectures"
 PUBLISHED = {file.stem.replace("--", "/") for file in KNOWN.glob("*.json")}
 METHODS = ("grpo", *sorted(set(OBJECTIVES) - {"grpo"}))
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", KINDS)
 @pytest.mark.parametrize("method", METHODS)
 def test_every_combination_loads(model: str, method: str) -> None:
     plain = load_config(f"{FILE}:{model},{method}")
     assert not plain.echo.enabled and plain.model.path in PUBLISHED
-    assert architecture(plain.model.path).model_type == ("llama" if "llama" in model else "qwen2")
+    assert architecture(plain.model.path).model_type == KINDS[model]
     objective = configured_objective(plain)
     assert objective.expert_rows == (1 if method == "luffy" else 0)
     assert objective.hints == (method == "uft")
     assert objective.dynamic_sampling == (method == "dapo")
     if method != "sft":
         assert load_config(f"{FILE}:{model},{method},echo").echo.enabled
+
+
+def test_the_recipe_with_pictures() -> None:
+    config = load_config(f"{FILE}:qwen2.5-vl-7b,grpo,echo")
+    rollout, objective = config.rollout, configured_objective(config)
+    assert (rollout.prompts_per_step, rollout.group_size, rollout.max_new_tokens) == (512, 5, 2048)
+    assert rollout.prompts_per_step // config.objective.mini_batches == 128
+    assert (objective.kl_coef, objective.kl_estimator, config.optim.weight_decay) == (
+        0.01,
+        "k3",
+        0.01,
+    )
+    assert objective.aggregation == "token-mean" and config.model.vision == "trained"
+    assert [(each.name, each.weight) for each in parse_graders(config.data.grader)[0]] == [
+        ("math", 0.9),
+        ("format", 0.1),
+    ]
 
 
 def test_the_recipe_of_the_authors() -> None:

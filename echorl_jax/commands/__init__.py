@@ -26,7 +26,7 @@ from echorl_jax.remote import is_remote
 
 MODEL = "Hugging Face directory, repository id or builtin:countdown"
 GRADERS = (
-    "auto (default), math, choice, countdown, reduce, shapes, package.module:function or "
+    "auto (default), math, choice, countdown, format, reduce, shapes, package.module:function or "
     "FILE.py:function; several as a list with weights, 'math@0.9, mine.py:format@0.1'"
 )
 DTYPES = ("bfloat16", "float32")

@@ -49,6 +49,12 @@ LUFFY_SYSTEM = (
 )
 # The system prompt that Qwen2.5-Math was tuned with.
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+# The instruction of verl's and EasyR1's recipes for Geometry3K, after the problem.
+THINK = (
+    " You FIRST think about the reasoning process as an internal monologue and then provide the "
+    "final answer. The reasoning process MUST BE enclosed within <think> </think> tags. The final "
+    "answer MUST BE put in \\boxed{}."
+)
 # The prompt of UFT's files, for base models: it ends inside an opened thought.
 UFT_START = (
     "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
@@ -115,7 +121,7 @@ class Template:
     @property
     def is_chat(self) -> bool:
         """True if the text is made by a chat template."""
-        return self.is_file or self.name in ("chat", "luffy")
+        return self.is_file or self.name in ("chat", "luffy", "think")
 
     def render(self, tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
         """The prompt's text.
@@ -130,7 +136,7 @@ class Template:
         if not self.is_chat and self.kwargs != "{}":
             raise DataError(f"template {self.name!r} is no chat template and takes no arguments")
         if self.system is not None:
-            if not self.is_file and self.name not in ("chat", "plain"):
+            if not self.is_file and self.name not in ("chat", "plain", "think"):
                 raise DataError(f"template {self.name!r} has its own system prompt")
             start = [{"role": "system", "content": self.system}] if self.system else []
             messages = [*start, *_without_system(messages)]
@@ -231,6 +237,16 @@ def _qwen_math(tokenizer: "PreTrainedTokenizerBase", messages: Messages, _: Temp
     return "".join([*lines, "<|im_start|>assistant\n"])
 
 
+def _think(tokenizer: "PreTrainedTokenizerBase", messages: Messages, template: Template) -> str:
+    *before, last = messages
+    content: Any = last["content"]
+    if isinstance(content, str):
+        asked: Any = f"{content}{THINK}"
+    else:
+        asked = [*content, {"type": "text", "text": THINK}]
+    return _chat(tokenizer, [*before, {**last, "content": asked}], template)
+
+
 def _boxed(tokenizer: "PreTrainedTokenizerBase", messages: Messages, template: Template) -> str:
     return f"{_plain(tokenizer, _without_system(messages), template)}\n{BOXED}\n"
 
@@ -255,6 +271,8 @@ TEMPLATES: dict[str, Callable[["PreTrainedTokenizerBase", Messages, Template], s
     "plain": _plain,
     # chat with the authors' system prompt in place of the row's.
     "luffy": _luffy,
+    # chat with the instruction to think within <think> tags and to box the answer.
+    "think": _think,
     # Qwen's chat format with its instruction to box the answer.
     "qwen-math": _qwen_math,
     # The question and that instruction, for base models.

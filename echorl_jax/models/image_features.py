@@ -6,6 +6,7 @@ replace: prompt by prompt, image by image, row by row.
 """
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -145,6 +146,47 @@ def tower_gradient(
         placed = _placed(batch, mesh)
         gradient = _pull_back(gradient, frozen, trainable, of_features, placed, model=model)
     return gradient
+
+
+def largest_batch(
+    config: VisionConfig, *, most_tokens: int, shards: int
+) -> tuple[tuple[int, int], ImageBatch]:
+    """The shape of a full batch of the largest images: (images, windows), and its abstract arrays.
+
+    Args:
+      most_tokens: of an image, which is taken as square.
+      shards: devices that divide the images.
+    """
+    side = math.isqrt(most_tokens - 1) + 1
+    windows = 1 << ((-(-side // config.window_tokens)) ** 2 - 1).bit_length()
+    images = shards * max(1, PATCHES // (windows * config.window_patches))
+    patches = (images, windows, config.window_patches)
+    batch = ImageBatch(
+        Patches(
+            jax.ShapeDtypeStruct((*patches, config.patch_values), np.float32),
+            jax.ShapeDtypeStruct((*patches, 2), np.int32),
+        ),
+        jax.ShapeDtypeStruct((images, windows * config.window_tokens**2), np.int32),
+    )
+    return (images, windows), batch
+
+
+def lower_encode(
+    model: Decoder, params: PyTree, features: Array, batch: ImageBatch
+) -> jax.stages.Lowered:
+    """The program of a batch of images, from shapes with shardings: nothing is computed."""
+    return _encode_into.lower(features, params, batch, model=model)
+
+
+def lower_pull_back(
+    model: Decoder,
+    frozen: PyTree,
+    trainable: PyTree,
+    of_features: Array,
+    batch: ImageBatch,
+) -> jax.stages.Lowered:
+    """The program of the tower's gradient, from shapes with shardings."""
+    return _pull_back.lower(trainable, frozen, trainable, of_features, batch, model=model)
 
 
 def _tower(model: Decoder) -> VisionConfig:

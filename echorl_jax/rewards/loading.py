@@ -177,13 +177,14 @@ GRADERS = {
     "auto": "echorl_jax.rewards.auto:grade",
     "choice": "echorl_jax.rewards.choice:grade",
     "countdown": "echorl_jax.rewards.countdown:grade",
+    "format": "echorl_jax.rewards.format:grade",
     "math": "echorl_jax.rewards.mathematics:grade",
     "reduce": "echorl_jax.rewards.reduce:grade",
     "shapes": "echorl_jax.rewards.shapes:grade",
 }
 # Graders whose costs are linear in the length of a response, as tests show: they may run in the
 # training process. math-verify may not, and neither may a user's grader.
-BOUNDED = ("choice", "countdown", "reduce", "shapes")
+BOUNDED = ("choice", "countdown", "format", "reduce", "shapes")
 # Arguments of verl's reward functions.
 VERL_ARGUMENTS = ("data_source", "solution_str", "ground_truth", "extra_info")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +29,9 @@ from echorl_jax.rollout.host import (
 from echorl_jax.rollout.memory import cache_dtype, choose_capacity
 from echorl_jax.rollout.pages import whole_pages
 from echorl_jax.rollout.prefill import PrefillSpec, begin_call
-from echorl_jax.rollout.prompt_images import prompt_images
+from echorl_jax.rollout.prompt_images import place_images, prompt_images
 from echorl_jax.rollout.request import (
+    PromptImages,
     Request,
     Resources,
     Sampling,
@@ -361,7 +363,13 @@ def _rollouts(
 
 
 def lower_prefill(
-    model: Decoder, sampling: Sampling, resources: Resources, *, prompts: int, prompt_tokens: int
+    model: Decoder,
+    sampling: Sampling,
+    resources: Resources,
+    *,
+    prompts: int,
+    prompt_tokens: int,
+    image_tokens: int = 0,
 ) -> jax.stages.Lowered:
     """Lowers the prefill program from shapes alone.
 
@@ -371,16 +379,23 @@ def lower_prefill(
       resources: with slots, and a mesh of real devices or of those of a topology.
       prompts: P, padded to an allowed shape as :func:`generate` does.
       prompt_tokens: S, padded likewise.
+      image_tokens: room for each prompt's, for a model with a vision tower.
     """
     mesh = resources.mesh
     assert mesh is not None
-    blank = [[0] * prompt_tokens] * prompts
+    blank, images = [[0] * prompt_tokens] * prompts, None
+    if model.config.vision is not None:
+        index, positions, delta = place_images(model, blank, [()] * prompts, width=prompt_tokens)
+        size = prompts * image_tokens, model.config.hidden_size
+        features: Any = jax.ShapeDtypeStruct(size, model.dtype)
+        images = PromptImages(features, index, positions, delta)
     request, resources = _fit(
         model,
-        make_request(blank, sampling, vocab_size=model.config.vocab_size),
+        make_request(blank, sampling, vocab_size=model.config.vocab_size, images=images),
         sampling,
         dataclasses.replace(resources, cpu_workers=1),
     )
+    model = model.text
     spec = _prefill_spec(request, sampling, resources)
     whole = NamedSharding(mesh, PartitionSpec())
     request, key = jax.tree.map(
@@ -406,7 +421,7 @@ def lower_decode(
       prefill: its result.
       prefilled: its result, compiled.
     """
-    mesh = resources.mesh
+    mesh, model = resources.mesh, model.text
     assert mesh is not None
     queue, slots, output = jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),

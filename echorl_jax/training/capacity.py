@@ -91,11 +91,13 @@ def weight_memory(
         "train",
     )
     reference = reference and model.lora is None
+    text = model.text  # samples from the features of images
+    sampled = jax.eval_shape(text.cast, text.param_shapes())
     return PersistentMemory(
         master=local_bytes(axes, shapes, mesh, "train"),
         trained=trained,
         moments=(trained * moment_bytes - spared * saved_bytes) // width,
-        sampler=0 if shares_weights else local_bytes(axes, narrow, mesh, "rollout"),
+        sampler=0 if shares_weights else local_bytes(text.param_axes(), sampled, mesh, "rollout"),
         reference=local_bytes(axes, narrow, mesh, "train") if reference else 0,
     )
 

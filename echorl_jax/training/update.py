@@ -506,7 +506,7 @@ def lower_apply(setup: Setup, state: TrainState) -> jax.stages.Lowered:
     with jax.set_mesh(setup.mesh):
         return _apply.lower(
             state,
-            _abstract_total(setup, state.params),
+            dataclasses.replace(_abstract_total(setup, state.params), of_features=None),
             optimizer=setup.optimizer,
             schedule=setup.schedule,
         )

@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from echorl_jax.core import token_level
 from echorl_jax.models import abstract_params, split_params
+from echorl_jax.models.image_features import largest_batch, lower_encode, lower_pull_back
 from echorl_jax.rollout import Resources, Sampling
 from echorl_jax.rollout.engine import lower_decode, lower_prefill
 from echorl_jax.tools.plan.roofline import layer_weights
@@ -22,11 +23,11 @@ from echorl_jax.training.capacity import persistent_memory, sampling_memory
 from echorl_jax.training.optimizer import abstract_state
 from echorl_jax.training.setup import Setup
 from echorl_jax.training.update import lower_accumulate, lower_apply, lower_score
-from echorl_jax.types import TrainBatch
+from echorl_jax.types import PyTree, RowImages, TrainBatch
 
 # The programs of a step in the order in which they run.
 SAMPLING = ("prefill", "decode")
-PROGRAMS = (*SAMPLING, "score", "accumulate", "apply")
+PROGRAMS = ("encode", *SAMPLING, "score", "accumulate", "tower", "apply")
 # Tokens whose logits exist at once in the update; see rollout.scoring.
 LOGIT_CHUNK = 1024
 # Copies of one layer's hidden and MLP features that its backward pass holds, in the compute type:
@@ -128,14 +129,47 @@ def lower_program(
             return lower_decode(setup.model, sampling, resources, *prefilled)
         prompts, tokens = rollout.prompts_per_step, config.data.max_prompt_tokens
         return lower_prefill(
-            setup.model, sampling, resources, prompts=prompts, prompt_tokens=tokens
+            setup.model,
+            sampling,
+            resources,
+            prompts=prompts,
+            prompt_tokens=tokens,
+            image_tokens=setup.image_tokens,
         )
     params = abstract_params(setup.model, mesh)
+    if name in ("encode", "tower"):
+        return _lower_tower(setup, name, params)
     if name == "apply":
         trained = split_params(setup.model, params)[1]
         return lower_apply(setup, abstract_state(trained, setup.optimizer, mesh))
     lower = lower_score if name == "score" else lower_accumulate
     return lower(setup, params, abstract_batch(setup))
+
+
+def _lower_tower(setup: Setup, name: str, params: PyTree) -> jax.stages.Lowered:
+    """The tower's forward or backward pass over a full batch of the largest images."""
+    model, vision = setup.model, setup.model.config.vision
+    assert vision is not None
+    data, pixels = setup.config.data, (vision.patch_size * vision.merge) ** 2
+    most = min(data.max_pixels // pixels, setup.image_tokens)
+    _, batch = largest_batch(vision, most_tokens=most, shards=setup.shards)
+    batch = _on_mesh(setup, batch, ("data", "fsdp"))
+    size = setup.feature_slots, model.config.hidden_size
+    frozen, trainable = split_params(model, params)
+    with jax.set_mesh(setup.mesh):
+        if name == "encode":
+            features = _on_mesh(setup, jax.ShapeDtypeStruct(size, model.dtype))
+            return lower_encode(model, params, features, batch)
+        of_features = _on_mesh(setup, jax.ShapeDtypeStruct(size, np.float32))
+        return lower_pull_back(model, frozen, trainable, of_features, batch)
+
+
+def _on_mesh(setup: Setup, tree: PyTree, *axes: tuple[str, ...]) -> PyTree:
+    """Abstract arrays, split along their first axis over mesh axes, or whole on every device."""
+    sharding = NamedSharding(setup.mesh, PartitionSpec(*axes))
+    return jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
+    )
 
 
 def abstract_batch(setup: Setup) -> TrainBatch:
@@ -167,6 +201,13 @@ def abstract_batch(setup: Setup) -> TrainBatch:
         "selected": array(rows, targets, dtype=np.bool_) if objective.select_tokens else None,
         "solved": array(rows, dtype=np.bool_) if objective.acts_on_solved else None,
     }
+    if setup.model.config.vision is not None:
+        size = setup.feature_slots, setup.model.config.hidden_size
+        fields["images"] = RowImages(
+            features=_on_mesh(setup, jax.ShapeDtypeStruct(size, setup.model.dtype)),
+            index=array(rows, width, dtype=np.int32),  # pyright: ignore[reportArgumentType]
+            positions=array(rows, width, 3, dtype=np.int32),  # pyright: ignore[reportArgumentType]
+        )
     return TrainBatch(**fields)  # pyright: ignore[reportArgumentType]
 
 
@@ -177,7 +218,7 @@ def _resident(setup: Setup, name: str, source: str) -> Memory:
         program=name,
         weights=held.master + held.reference + (held.sampler if sampling else 0),
         optimizer=held.moments,
-        gradient=held.trained if name in ("accumulate", "apply") else 0,
+        gradient=held.trained if name in ("accumulate", "tower", "apply") else 0,
         cache=sampling_memory(setup).cache if sampling else 0,
         batch=0,
         temporaries=0,
@@ -235,7 +276,8 @@ def estimate(setup: Setup) -> list[Memory]:
     Sampling: see :func:`echorl_jax.rollout.rollout_memory`. Learning, with n tokens on a chip: the
     input of every layer is kept (``n D L`` numbers; without rematerialisation every product), one
     layer's products are held at once, and of the logits of 1,024 tokens three copies; the head's
-    gradient is summed in float32 on every chip. With adapters the head has none; frozen kernels
+    gradient is summed in float32 on every chip. Features of images are whole on every chip, the
+    tower's activations are left out. With adapters the head has none; frozen kernels
     of another type than that of the products are converted layer by layer.
     """
     rollout, (rows, width) = sampling_memory(setup), setup.micro_batch
@@ -243,10 +285,17 @@ def estimate(setup: Setup) -> list[Memory]:
     half = max(setup.slots // 2, setup.shards)
     shrink = rollout.slots - sampling_memory(dataclasses.replace(setup, slots=half)).slots
     fields = 6 + bool(setup.objective.hints) + bool(setup.objective.kl_coef)
+    width_bytes = jnp.dtype(setup.model.dtype).itemsize
+    hidden, prompts = setup.model.config.hidden_size, setup.config.rollout.prompts_per_step
+    features = hidden * setup.feature_slots
+    learnt = rows // setup.shards * width * 4 * fields + features * width_bytes
+    if setup.trains_tower:
+        learnt += 4 * features
+    written = rollout.outputs + hidden * prompts * setup.image_tokens * width_bytes
     terms = {
-        "prefill": (rollout.outputs, rollout.logits),
-        "decode": (rollout.outputs, max(rollout.logits, shrink)),
-        "accumulate": (rows // setup.shards * width * 4 * fields, activation_bytes(setup)),
+        "prefill": (written, rollout.logits),
+        "decode": (written, max(rollout.logits, shrink)),
+        "accumulate": (learnt, activation_bytes(setup)),
         "apply": (0, 0),
     }
     return [

@@ -157,9 +157,14 @@ def _plan(
     """Plans a changed config; takes the sampler's programs from ``before`` if they are the same."""
     setup = plan_setup(changed(config, changes), target)
     supervised = setup.objective.supervised
-    wanted = [name for name in PROGRAMS if name != "score" or setup.scoring_passes]
+    left_out = set() if setup.scoring_passes else {"score"}
+    if setup.model.config.vision is None:
+        left_out.add("encode")
+    if not setup.trains_tower:
+        left_out.add("tower")
     if supervised:
-        wanted = ["accumulate", "apply"]
+        left_out |= {*SAMPLING, "score"}
+    wanted = [name for name in PROGRAMS if name not in left_out]
     if target.devices is None:
         memory = estimate(setup)
     else:
@@ -170,7 +175,7 @@ def _plan(
         memory = [*known, *compile_programs(setup, names=missing, say=say)]
     seconds = {phase.name: phase.seconds(target.chip) for phase in step_phases(setup, lengths)}
     if supervised:
-        seconds = {name: seconds[name] for name in wanted}
+        seconds = {name: seconds[name] for name in wanted if name in seconds}
     return Plan(setup, target, changes, memory, seconds, lengths)
 
 
