@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,19 @@ import numpy as np
 import PIL.Image
 import pytest
 
+from echorl_jax.commands.train import finish
 from echorl_jax.config import Config, ConfigError, validate
 from echorl_jax.core import batch_loss
 from echorl_jax.data import DataError, Prompt, PromptStream, load_rows
+from echorl_jax.errors import UserError
+from echorl_jax.evaluation.benchmark import Benchmark, run_benchmark
+from echorl_jax.evaluation.check import check
 from echorl_jax.files import read_steps
 from echorl_jax.models.image_features import image_features
 from echorl_jax.rollout import generate, score_rows
 from echorl_jax.rollout.prompt_images import place_images
 from echorl_jax.training import loop
+from echorl_jax.training.convert import convert
 from echorl_jax.training.setup import Setup, make_setup
 from echorl_jax.training.sft import demonstrations
 from echorl_jax.training.update import micro_gradient, tower_gradient, with_features
@@ -223,3 +229,46 @@ def test_what_does_not_go_together_is_refused():
         ConfigError, match="config.model.vision = 'trained': must be None or frozen"
     ):
         validate(shapes_config(model={"vision": "trained"}, lora={"rank": 4}))
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="no public data files beside the repository")
+def test_geometry3k_through_check_training_evaluation_and_report(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    rows = str(SHARED / "geometry3k_6.parquet")
+    pictures = {"template": "think", "max_pixels": 50_000, "max_image_tokens": 64}
+    config = shapes_config(
+        steps=2,
+        data={
+            "train": rows,
+            "grader": "math@0.9, format@0.1",
+            "grader_workers": 1,
+            "max_prompt_tokens": 320,
+            **pictures,
+        },
+    )
+    assert check(config, rows=6, show=1)
+    shown = capsys.readouterr().out
+    assert "picture 1: " in shown and " pixels, " in shown and "train: 6 rows" in shown
+    run = tmp_path / "run"
+    loop.train(config, run, devices=ONE)
+    finish(run, report=True)
+    lines = list(read_steps(run / "metrics.jsonl"))
+    assert len(lines) == 2 and all(line["optim/skipped"] == 0 for line in lines)
+    page = (run / "report.html").read_text()
+    assert page.count("/9j/") >= 4  # JPEG as base64
+    assert max(map(len, re.findall(r'"/9j/[^"]*"', page))) < 20_000
+    options = Benchmark(
+        model="builtin:shapes",
+        data=rows,
+        grader="math",
+        max_new_tokens=8,
+        max_pixels=50_000,
+        dtype="float32",
+    )
+    with pytest.raises(UserError, match="model.safetensors"):
+        run_benchmark(options, tmp_path / "none")
+    convert(run, tmp_path / "model")
+    trained = dataclasses.replace(options, model=str(tmp_path / "model"))
+    assert run_benchmark(trained, tmp_path / "scores").keys() == {"geometry3k_6"}
+    assert len((tmp_path / "scores" / "generations.jsonl").read_text().splitlines()) == 6
