@@ -52,7 +52,7 @@ def test_the_recipe_with_pictures() -> None:
         0.01,
     )
     assert objective.aggregation == "token-mean" and config.model.vision == "trained"
-    assert [(each.name, each.weight) for each in parse_graders(config.data.grader)[0]] == [
+    assert [(each.name, each.weight) for each in parse_graders(config.data.grader)] == [
         ("math", 0.9),
         ("format", 0.1),
     ]
