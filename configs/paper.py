@@ -121,7 +121,7 @@ def _geometry(config: ConfigDict, method: str) -> None:
     config.data.eval = "hf:hiyouga/geometry3k?split=test"
     config.data.template = "think"  # [EasyR1], [verl] think within tags, box the answer
     config.data.grader = "math@0.9, format@0.1"  # [EasyR1], [verl]
-    config.data.max_prompt_tokens = 2048  # [EasyR1]; [verl] 1,024
+    config.data.max_prompt_tokens = 1024  # [verl]; [EasyR1] 2,048
     config.data.min_pixels, config.data.max_pixels = 262_144, 4_194_304  # [EasyR1]
     config.data.max_image_tokens = 768  # [ours] its drawings have 320 to 350, few have more
     config.rollout.prompts_per_step = 512  # [EasyR1], [verl]
