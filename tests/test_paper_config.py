@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+import jax
 import pytest
 
 import echorl_jax
 from echorl_jax.config import ConfigError
 from echorl_jax.config_file import load_config
 from echorl_jax.core import OBJECTIVES
+from echorl_jax.models import Decoder
 from echorl_jax.models.published import architecture
 from echorl_jax.rewards.loading import parse_graders
 from echorl_jax.training.setup import configured_objective
@@ -92,7 +94,10 @@ def test_a_wrong_word_is_named(argument: str, expected: str) -> None:
 
 
 def test_parameter_counts_are_those_of_the_model_cards() -> None:
-    """1.54B, 7.61B, 7.61B and 8.03B, by the arithmetic of the published fields."""
+    """1.54B, 7.61B, 7.61B and 8.03B, by the arithmetic of the published fields.
+
+    The texts of the vision models are those of Qwen2.5; with their towers, 3.75B and 8.29B.
+    """
     counts = {}
     for name in PUBLISHED:
         a = architecture(name)
@@ -103,10 +108,16 @@ def test_parameter_counts_are_those_of_the_model_cards() -> None:
         counts[name] = a.num_layers * layer + tables + a.hidden_size
     assert {name: round(n / 1e9, 2) for name, n in counts.items()} == {
         "Qwen/Qwen2.5-7B-Instruct": 7.62,
+        "Qwen/Qwen2.5-VL-3B-Instruct": 3.09,
+        "Qwen/Qwen2.5-VL-7B-Instruct": 7.62,
         "Qwen/Qwen2.5-Math-1.5B": 1.54,
         "Qwen/Qwen2.5-Math-7B": 7.62,
         "meta-llama/Llama-3.1-8B-Instruct": 8.03,
     }
+    for name, total in (("3B", 3.75), ("7B", 8.29)):
+        model = Decoder(architecture(f"Qwen/Qwen2.5-VL-{name}-Instruct"))
+        leaves = jax.tree.leaves(model.param_shapes())
+        assert round(sum(leaf.size for leaf in leaves) / 1e9, 2) == total
 
 
 def test_a_directory_goes_before_what_is_known(tmp_path: Path, monkeypatch) -> None:

@@ -18,6 +18,7 @@ from echorl_jax.data.tokens import model_path
 from echorl_jax.errors import UserError
 from echorl_jax.files import read_steps
 from echorl_jax.models import load_model, save_model
+from echorl_jax.remote import Mirror
 from echorl_jax.training import loop
 from echorl_jax.training.convert import convert
 from echorl_jax.training.diagnose import replay
@@ -70,7 +71,7 @@ def test_a_run_trains_saves_and_exports_adapters_alone(
     adapter = load_file(run / "export" / "adapter" / "adapter_model.safetensors")
     down = adapter["base_model.model.model.layers.0.mlp.down_proj.lora_B.weight"]
     np.testing.assert_array_equal(down, np.asarray(b)[0].T)
-    finish(run, report=False)
+    finish(Mirror(str(run), run), report=False)
     assert f"model:   {run / 'export'} (Hugging Face format)\n" in capsys.readouterr().out
     # The merged model and the adapter on the base are the same policy.
     merged = load_model(run / "export", dtype="float32")
@@ -183,7 +184,8 @@ def test_a_run_goes_on_from_an_adapter(tmp_path: Path, capsys: pytest.CaptureFix
     adapter = str(tmp_path / "first" / "export" / "adapter")
     raw = json.loads((Path(adapter) / "adapter_config.json").read_text())
     assert raw["target_modules"] == ["q_proj", "down_proj"] and raw["use_rslora"] is True
-    finish(tmp_path / "first", report=False)
+    first = tmp_path / "first"
+    finish(Mirror(str(first), first), report=False)
     told = capsys.readouterr().out
     assert "Hugging Face format" not in told and "--config.checkpoint.merge=true" in told
     assert f"echorl evaluate --model=builtin:countdown --adapter={adapter}\n" in told

@@ -21,6 +21,7 @@ from echorl_jax.evaluation.benchmark import Benchmark, run_benchmark
 from echorl_jax.evaluation.check import check
 from echorl_jax.files import read_steps
 from echorl_jax.models.image_features import image_features
+from echorl_jax.remote import Mirror
 from echorl_jax.rollout import generate, score_rows
 from echorl_jax.rollout.prompt_images import place_images
 from echorl_jax.training import loop
@@ -133,7 +134,7 @@ def test_sampler_and_trainer_agree_on_rows_with_pictures(axes: tuple[int, int, i
         jax.random.key(3),
         group_size=2,
         max_new_tokens=24,
-        eos_ids=setup.eos_ids,
+        eos_ids=setup.sampling.eos_ids,
         images=images,
         mesh=mesh,
     )
@@ -252,7 +253,7 @@ def test_geometry3k_through_check_training_evaluation_and_report(
     assert "picture 1: " in shown and " pixels, " in shown and "train: 6 rows" in shown
     run = tmp_path / "run"
     loop.train(config, run, devices=ONE)
-    finish(run, report=True)
+    finish(Mirror(str(run), run), report=True)
     lines = list(read_steps(run / "metrics.jsonl"))
     assert len(lines) == 2 and all(line["optim/skipped"] == 0 for line in lines)
     page = (run / "report.html").read_text()

@@ -192,7 +192,7 @@ def test_a_missing_libtpu_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatc
         raise ModuleNotFoundError("No module named 'libtpu'")
 
     monkeypatch.setattr(topologies, "get_topology_desc", missing)
-    with pytest.raises(ConfigError, match=r"echorl-jax\[tpu\]"):
+    with pytest.raises(ConfigError, match=r"pip install 'jax\[tpu\]=="):
         find_target("v5p:2x2x2")
 
 
