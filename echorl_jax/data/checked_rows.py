@@ -54,10 +54,13 @@ class CheckedRows(Sequence[Row]):
 
 
 def _normal(raw: Mapping[str, Any], source: str, folder: Path) -> Row:
-    row = normalise_row(raw, source=source)
-    if images := located(row, folder):
-        row = {**row, "images": images, "image": None}
-    return row
+    return _with_paths(normalise_row(raw, source=source), folder)
+
+
+def _with_paths(row: Row, folder: Path) -> Row:
+    """The row with the paths of its pictures from ``folder``."""
+    images = located(row, folder)
+    return {**row, "images": images, "image": None} if images else row
 
 
 class _TableRows(Sequence[dict[str, Any]]):
@@ -78,18 +81,20 @@ class _TableRows(Sequence[dict[str, Any]]):
 
 
 class _JoinedRows(Sequence[Mapping[str, Any]]):
-    """Several sequences of rows, end to end."""
+    """The raw rows of several files, end to end."""
 
-    def __init__(self, parts: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-        self._parts = parts
-        *self.starts, self._length = itertools.accumulate(map(len, parts), initial=0)
+    def __init__(self, files: Sequence[CheckedRows]) -> None:
+        self._files = files
+        lengths = [len(file.raw) for file in files]
+        *self.starts, self._length = itertools.accumulate(lengths, initial=0)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
-        part = bisect.bisect_right(self.starts, index) - 1
-        return self._parts[part][index - self.starts[part]]
+        number = bisect.bisect_right(self.starts, index) - 1
+        file = self._files[number]
+        return _with_paths(dict(file.raw[index - self.starts[number]]), file.folder)
 
 
 def _objects(rows: pa.Table | pa.RecordBatch) -> list[dict[str, Any]]:
@@ -237,14 +242,13 @@ def join_rows(files: Sequence[CheckedRows]) -> CheckedRows:
     """The rows of several files of one source, end to end."""
     if len(files) == 1:
         return files[0]
-    raw = _JoinedRows([file.raw for file in files])
+    raw = _JoinedRows(files)
     kept = [
         start + place for start, file in zip(raw.starts, files, strict=True) for place in file.kept
     ]
     bad = tuple(line for file in files for line in file.bad)
     content = hashlib.blake2b("".join(file.digest for file in files).encode(), digest_size=16)
-    first = files[0]
-    return CheckedRows(raw, kept, first.name, bad, content.hexdigest(), first.folder)
+    return CheckedRows(raw, kept, files[0].name, bad, content.hexdigest())
 
 
 def _complain(message: str, skip_bad: bool) -> str:

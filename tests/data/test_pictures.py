@@ -1,12 +1,14 @@
 """Pictures of rows: every form that public files have, damage, marks, and patches by hand."""
 
 import io
+import json
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 
+from echorl_jax.data import load_rows
 from echorl_jax.data.pictures import Processor, content_parts, located, pictures_of, widened
 from echorl_jax.data.rows import BadRow
 
@@ -120,3 +122,16 @@ def test_rows_of_geometry3k():
         assert processor(found)[0].shape[0] == 4 * processor.tokens(found)
         (message,) = content_parts([{"role": "user", "content": row["problem"]}], 1)
         assert sum(part["type"] == "image" for part in message["content"]) == 1
+
+
+def test_paths_begin_in_the_folder_of_each_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, side in (("one", 56), ("two", 84)):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        picture(side, side).save(folder / "a.png")
+        row = {"problem": "<image>What?", "answer": "1", "images": ["a.png"]}
+        (folder / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    rows = load_rows("data/*/rows.jsonl")
+    assert [pictures_of(row)[0].width for row in rows] == [56, 84]
+    assert pictures_of(load_rows("data/two/rows.jsonl")[0])[0].width == 84
