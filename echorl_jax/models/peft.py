@@ -147,11 +147,16 @@ def _pairs(directory: Path, model: Decoder) -> dict[str, tuple[StoredTensor, Sto
     if not file.exists() and (pickled := directory / "adapter_model.bin").exists():
         raise ModelError(f"{file} does not exist; {pickled.name} is a pickle, never loaded")
     tensors = read_header(file)
+    if model.config.vision is not None:
+        # Older files name the layers as those of a text model.
+        older = f"{_PREFIX}model.layers."
+        newer = f"{_PREFIX}{_module('model.layers.', model)}"
+        tensors = {name.replace(older, newer): tensor for name, tensor in tensors.items()}
     found = {}
     for name in _kernels(model):
         outputs, inputs = name.stored_shape
         for stored in name.stored:
-            module = _PREFIX + stored.removesuffix(".weight")
+            module = _PREFIX + _module(stored, model)
             names = [f"{module}.lora_A.weight", f"{module}.lora_B.weight"]
             pair = [tensors.pop(each, None) for each in names]
             if pair == [None, None]:
@@ -209,7 +214,7 @@ def save_adapter(path: str | Path, model: Decoder, params: PyTree, *, base: str 
         stored_names = names[adapted.linear].stored
         for layer, (stored, rank) in enumerate(zip(stored_names, adapted.ranks, strict=True)):
             if rank:
-                module = _PREFIX + stored.removesuffix(".weight")
+                module = _PREFIX + _module(stored, model)
                 a_kept = a[layer].reshape(-1, a.shape[-1])[:, :rank]  # [in, rank]
                 b_kept = b[layer].reshape(b.shape[1], -1)[:rank]  # [rank, out]
                 tensors[f"{module}.lora_A.weight"] = np.ascontiguousarray(a_kept.T)
@@ -221,7 +226,7 @@ def save_adapter(path: str | Path, model: Decoder, params: PyTree, *, base: str 
     partial = directory / f"{WEIGHTS}.part"
     save_file(tensors, partial, {"format": "pt"})
     partial.rename(directory / WEIGHTS)
-    replace_json(directory / CONFIG, _config(model.lora, names, base))
+    replace_json(directory / CONFIG, _config(model, model.lora, names, base))
 
 
 def _gathered(values: Array) -> np.ndarray:
@@ -232,19 +237,30 @@ def _gathered(values: Array) -> np.ndarray:
     return np.asarray(values)
 
 
-def _config(lora: Lora, names: Mapping[str, TensorName], base: str) -> dict[str, Any]:
+def _module(stored: str, model: Decoder) -> str:
+    """The module of a tensor in transformers' model; a vision model has the text's in a part."""
+    module = stored.removesuffix(".weight")
+    if model.config.vision is None:
+        return module
+    return module.replace("model.", "model.language_model.", 1)
+
+
+def _config(
+    model: Decoder, lora: Lora, names: Mapping[str, TensorName], base: str
+) -> dict[str, Any]:
     """The content of adapter_config.json: the most common rank and alpha are the defaults.
 
     Other ranks and alphas are patterns, which PEFT matches with the end of a module's name.
     """
     modules = {
-        stored.removeprefix("model.").removesuffix(".weight"): (rank, alpha)
+        _module(stored, model).removeprefix("model."): (rank, alpha)
         for one in lora.adapted
         for stored, rank, alpha in zip(names[one.linear].stored, one.ranks, one.alphas, strict=True)
         if rank
     }
     rank, alpha = Counter(modules.values()).most_common(1)[0][0]
-    in_every_layer = all(all(one.ranks) for one in lora.adapted)
+    # The tower of a vision model has linears of the same names.
+    by_name = model.config.vision is None and all(all(one.ranks) for one in lora.adapted)
     targets = [f"{one.linear}_proj" for one in lora.adapted]
     return {
         "peft_type": "LORA",
@@ -256,7 +272,7 @@ def _config(lora: Lora, names: Mapping[str, TensorName], base: str) -> dict[str,
         "use_rslora": lora.rslora,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": targets if in_every_layer else [*modules],
+        "target_modules": targets if by_name else [*modules],
         "rank_pattern": {name: r for name, (r, _) in modules.items() if r != rank},
         "alpha_pattern": {name: a for name, (_, a) in modules.items() if a != alpha},
     }

@@ -39,6 +39,8 @@ def place_images(
             found = image_tokens(config, ids, [image.grid for image in own])
         except ModelError as error:
             raise ModelError(f"prompts[{row}]: {error}") from error
+        if found.index[-1] >= 0:
+            raise ModelError(f"prompts[{row}] ends inside an image; text has to follow it")
         count = len(ids)
         index[row, :count] = np.where(found.index >= 0, found.index + first, -1)
         positions[row] = (np.arange(width) + found.delta)[:, None]

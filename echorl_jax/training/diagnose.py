@@ -63,7 +63,8 @@ class Dump:
 class Dumps:
     """Writes the update of ``debug.dump_step``, and updates that are not finite.
 
-    Every process of a multi-process run makes the same calls.
+    Updates with pictures are not written, and a line says so: their features depend on the tower,
+    so a replay would need the pictures too. Every process of a run makes the same calls.
 
     Args:
       say: is called with a line on each dump.
@@ -79,7 +80,7 @@ class Dumps:
     def before(self, step: int, update: int, params: PyTree) -> None:
         """Writes the parameters if the update was asked for: they are donated to it."""
         self._partial = None
-        if update == 0 and step == self._setup.config.debug.dump_step:
+        if update == 0 and step == self._setup.config.debug.dump_step and self._possible(step):
             self._partial = self._write_params(step, update, params)
 
     def after(
@@ -93,11 +94,18 @@ class Dumps:
         echo_coef: float,
     ) -> None:
         """Writes the rest, and the parameters of an update that left them as they were."""
-        if self._partial is None and not done.finite and self._has_room():
+        if self._partial is None and not done.finite and self._has_room() and self._possible(step):
             self._partial = self._write_params(step, update, params)
         if self._partial is not None:
             path = self._finish(self._partial, micro_batches, done, echo_coef=echo_coef)
             self._say(f"step {step}: update written to {path} for `echorl replay`")
+
+    def _possible(self, step: int) -> bool:
+        """False, with a line, for a model with a vision tower."""
+        if self._setup.model.config.vision is None:
+            return True
+        self._say(f"step {step}: updates with pictures are not written for `echorl replay`")
+        return False
 
     def _has_room(self) -> bool:
         """True if fewer than ``debug.max_dumps`` are there; the same on all processes."""

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import PIL.Image
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from echorl_jax.commands.train import finish
 from echorl_jax.config import Config, ConfigError, validate
@@ -20,6 +21,7 @@ from echorl_jax.errors import UserError
 from echorl_jax.evaluation.benchmark import Benchmark, run_benchmark
 from echorl_jax.evaluation.check import check
 from echorl_jax.files import read_steps
+from echorl_jax.models import base_params, load_decoder, load_model, save_model
 from echorl_jax.models.image_features import image_features
 from echorl_jax.remote import Mirror
 from echorl_jax.rollout import generate, score_rows
@@ -273,3 +275,36 @@ def test_geometry3k_through_check_training_evaluation_and_report(
     trained = dataclasses.replace(options, model=str(tmp_path / "model"))
     assert run_benchmark(trained, tmp_path / "scores").keys() == {"geometry3k_6"}
     assert len((tmp_path / "scores" / "generations.jsonl").read_text().splitlines()) == 6
+
+
+def test_adapters_beside_a_frozen_tower(tmp_path: Path):
+    """LoRA trains the text's adapters; PEFT's files name the part of the model that they are in."""
+    config = shapes_config(
+        steps=2,
+        lora={"rank": 4},
+        data={"grader": "tests.integration.graders:even_length", "grader_workers": 1},
+        checkpoint={"export": True, "merge": True},
+        debug={"dump_step": 1},
+    )
+    run = tmp_path / "run"
+    state = loop.train(config, run, devices=ONE)
+    assert "vision" not in state.params and not (run / "dumps").exists()
+    adapter = run / "export" / "adapter"
+    names = load_file(adapter / "adapter_model.safetensors")
+    first = "base_model.model.model.language_model.layers.0.self_attn.q_proj.lora_A.weight"
+    assert first in names and not any("visual" in name for name in names)
+    targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    assert "language_model.layers.2.mlp.down_proj" in targets
+    base = tmp_path / "base"
+    _, params = make_setup(config, devices=ONE)
+    model = load_decoder("builtin:shapes", dtype="float32")
+    save_model(base, model, base_params(params))
+    apart = load_model(base, dtype="float32", adapter=adapter)
+    merged = load_model(run / "export", dtype="float32")
+    tokens = np.arange(12, dtype=np.int32)[None]
+    ours, theirs = (np.asarray(jax.jit(m.logits)(p, tokens)) for m, p in (merged, apart))
+    np.testing.assert_allclose(ours, theirs, atol=0.06)  # merged in bfloat16
+    older = {name.replace("language_model.", ""): value for name, value in names.items()}
+    save_file(older, adapter / "adapter_model.safetensors")
+    again = load_model(base, dtype="float32", adapter=adapter)
+    jax.tree.map(np.testing.assert_array_equal, again[1], apart[1])
