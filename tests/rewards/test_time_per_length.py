@@ -13,6 +13,8 @@ ROWS = {
     "math": {"prompt": [{"content": "?"}], "reward_model": {"ground_truth": "5"}},
 }
 ROWS["auto"] = ROWS["choice"]
+ROWS["format"] = ROWS["math"]
+ROWS["shapes"] = {"reward_model": {"ground_truth": {"last_line": "5"}}}
 # Each is (start, what is repeated, end).
 SHAPES = [
     ("The answer is", "\n", "x"),
@@ -37,6 +39,7 @@ SHAPES = [
     ("", "9", ""),
     ("", ".", ""),
     ("5*9", "+0", "=45"),
+    ("<think>", "</think>", "\\boxed{"),
 ]
 
 
