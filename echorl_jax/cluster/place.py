@@ -63,11 +63,10 @@ def find_place(
         return _explicit(environment)
     if "SLURM_STEP_NUM_TASKS" in environment:
         return _slurm(environment)
-    if environment.get("TPU_WORKER_HOSTNAMES"):
-        return _slice(
-            environment["TPU_WORKER_HOSTNAMES"].split(","),
-            _number(environment, "TPU_WORKER_ID"),
-        )
+    if hosts := environment.get("TPU_WORKER_HOSTNAMES"):
+        if "," not in hosts:
+            return None  # one host, whatever its number: `echorl plan` sets the name alone
+        return _slice(hosts.split(","), _number(environment, "TPU_WORKER_ID"))
     if metadata is None and not on_tpu_vm(environment):
         return None
     return _tpu_vm(metadata or _ask_metadata)

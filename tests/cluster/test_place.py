@@ -32,6 +32,7 @@ def test_alone_nothing_is_needed_or_asked() -> None:
     assert find_place({**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) is None
     assert find_place({"JOB_COMPLETION_INDEX": "0"}) is None
     assert find_place({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}) is None
+    assert find_place({"TPU_WORKER_HOSTNAMES": "localhost"}) is None
 
 
 def test_explicit_comes_first() -> None:

@@ -29,7 +29,12 @@ def rows() -> list[list[str]]:
 
 
 @pytest.mark.slow
-def test_the_table_of_memory_and_time_by_formula(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table_of_memory_and_time_by_formula(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The command sets them for its process, which is that of other tests too.
+    monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+    monkeypatch.setenv("TPU_WORKER_HOSTNAMES", "localhost")
     assert len(rows()) == 13
     for model, chips, changes, slots, sampling, learning, seconds in rows():
         options = [f"--config.{change}" for change in changes.strip("`").split()]
