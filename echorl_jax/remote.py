@@ -71,7 +71,7 @@ def _errors(url: str, kind: type[Exception]) -> Iterator[None]:
 
 
 def cache_folder() -> Path:
-    """Where remote files are kept: ``ECHORL_CACHE``, or ``~/.cache/echorl``."""
+    """The folder that keeps remote files: ``ECHORL_CACHE``, or ``~/.cache/echorl``."""
     return Path(os.environ.get("ECHORL_CACHE") or "~/.cache/echorl").expanduser()
 
 
@@ -158,6 +158,7 @@ class Mirror:
                 start = len(root.rstrip("/")) + 1
                 names = [path[start:] for path in fs.find(root)]
             names = [name for name in names if wanted(name)]
+            _require_inside(names, self.url)
             copies = [self.directory / name for name in names]
             for folder in {copy.parent for copy in copies}:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -267,13 +268,32 @@ class Mirror:
         return found
 
 
+def _require_inside(names: Sequence[str], url: str) -> None:
+    """Refuses names that would be written outside the local folder."""
+    for name in names:
+        if name.startswith("/") or ".." in name.split("/"):
+            raise UserError(f"{url}: the name {name!r:.80} lies outside the folder")
+
+
+def _folder_name(url: str) -> str:
+    """The last part of an address, the name of its local folder.
+
+    Raises:
+      UserError: it names no folder.
+    """
+    name = url.rpartition("/")[2]
+    if name in ("", ".", ".."):
+        raise UserError(f"{url}: the last part of the address is no name of a folder")
+    return name
+
+
 @contextmanager
 def mirrored(path: str | Path, *, periodic: bool = False) -> Iterator[Mirror]:
     """A local folder for a path; a remote one is downloaded first and uploaded at the end.
 
     Args:
       path: a local path stands for itself.
-      periodic: upload now and then too, where nobody calls ``start_upload``.
+      periodic: whether to upload every minute too, where nobody calls ``start_upload``.
 
     Raises:
       UserError: the bucket cannot be read, or another process of this machine works there.
@@ -283,10 +303,11 @@ def mirrored(path: str | Path, *, periodic: bool = False) -> Iterator[Mirror]:
         yield Mirror(str(path), Path(path))
         return
     url = str(path).rstrip("/")
+    name = _folder_name(url)
     place = cache_folder() / "mirrors" / hashlib.sha256(url.encode()).hexdigest()[:16]
     filesystem(url)
     with sole_writer(place):
-        mirror = Mirror(url, place / url.rpartition("/")[2])
+        mirror = Mirror(url, place / name)
         # What a killed process left may be older than the bucket, which is the truth.
         shutil.rmtree(mirror.directory, ignore_errors=True)
         mirror.directory.mkdir()
@@ -320,7 +341,7 @@ def local_run(path: str | Path) -> Iterator[Path]:
         return
     url = str(path).rstrip("/")
     with tempfile.TemporaryDirectory() as folder:
-        mirror = Mirror(url, Path(folder, url.rpartition("/")[2]))
+        mirror = Mirror(url, Path(folder, _folder_name(url)))
         mirror.directory.mkdir()
         mirror.download(lambda name: name.partition("/")[0] not in UNREAD)
         yield mirror.directory

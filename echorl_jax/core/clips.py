@@ -20,7 +20,7 @@ ClipRule = Callable[..., Float[Array, "N num_steps"]]
 
 
 def load_clip_rule(select: str) -> Select | ClipRule:
-    """What ``echo.select`` names: a built-in word as it is, or ``package.module:function``.
+    """Reads ``echo.select``: a built-in word as it is, or ``package.module:function``.
 
     Raises:
       UserError: there is no such function.

@@ -178,7 +178,7 @@ class UnreadImages(Sequence[Image]):
 
 
 def entries_of(row: Mapping[str, Any]) -> list[Any]:
-    """What stands in the row's columns ``images`` and ``image``, one entry for each picture."""
+    """The entries of the row's columns ``images`` and ``image``, one for each picture."""
     entries: list[Any] = []
     for column in ("images", "image"):
         given = row.get(column)

@@ -102,7 +102,7 @@ for messages in conversations:
 
 @dataclasses.dataclass(frozen=True)
 class Template:
-    """How a row's messages become the text of a prompt."""
+    """Makes the text of a prompt from a row's messages."""
 
     name: str = "chat"  # in TEMPLATES, or a file with a chat template in Jinja
     kwargs: str = "{}"  # arguments of a chat template, a JSON object

@@ -86,7 +86,7 @@ class Benchmark:
 
     @property
     def prompts(self) -> Template:
-        """How rows become prompts."""
+        """The template that makes prompts of rows."""
         return Template(self.template, self.template_kwargs or "{}", self.system_prompt)
 
     @classmethod

@@ -83,7 +83,7 @@ def seen_by(queue: Queue, slots: Slots, *, longest: int) -> Seen:
 
 
 def _in_order(queue: Queue, slots: Slots) -> bool:
-    """Whether slot i holds row i or is idle: with a slot for each row, unless rows may leave."""
+    """True if slot i holds row i or is idle: with a slot for each row, unless rows may leave."""
     return slots.pages is None and slots.row.shape[0] == queue.rows
 
 

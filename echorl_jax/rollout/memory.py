@@ -93,7 +93,7 @@ def rollout_memory(
 
 @dataclasses.dataclass(frozen=True)
 class Capacity:
-    """How many rows are written at once, and into what."""
+    """The number of rows written at once, and the pages they are written into."""
 
     slots: int  # M
     page_tokens: int  # positions of the pages on each device; 0: each slot holds T positions

@@ -31,7 +31,7 @@ CHUNK = 32
 
 
 def is_paged(length: int, block: int) -> bool:
-    """Whether completions of up to ``length`` tokens are paged."""
+    """True if completions of up to ``length`` tokens are paged."""
     return length >= PAGED_BLOCKS * block
 
 
@@ -80,7 +80,7 @@ def _replicated(pages: Pages) -> Pages:
 
 
 def live_pages(pages: Pages, row: Array) -> Array:
-    """Whether the row that wrote the page is still in its slot, bool ``[D, Q/D]``.
+    """True where the row that wrote the page is still in its slot, bool ``[D, Q/D]``.
 
     Args:
       pages: the pool.
@@ -92,7 +92,7 @@ def live_pages(pages: Pages, row: Array) -> Array:
 
 
 def room(pages: Pages, row: Array, busy: Array) -> Array:
-    """How many rows each part may take, i32 ``[D]``: at the next full block each needs a page.
+    """Rows that each part may take, i32 ``[D]``: at the next full block each needs a page.
 
     An empty part may always take one.
     """

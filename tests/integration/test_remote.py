@@ -243,3 +243,23 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(UserError, match="^s3://a/b.jsonl needs a package: pip install 's3fs'$"):
         load_rows("s3://a/b.jsonl")
+
+
+@pytest.mark.parametrize("name", ["../stolen.txt", "/stolen.txt", "a/../../stolen.txt"])
+def test_a_manifest_cannot_name_files_outside_the_folder(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("ECHORL_CACHE", str(tmp_path / "cache"))
+    bucket = fsspec.filesystem("memory")
+    manifest = {"writer": "other", "files": {name: 3}}
+    bucket.pipe_file("/run/manifest.json", json.dumps(manifest).encode())
+    with pytest.raises(UserError, match="lies outside the folder"), mirrored("memory://run"):
+        pass
+    assert not list(tmp_path.rglob("stolen.txt"))
+
+
+def test_an_address_without_a_name_clears_nothing(tmp_path, monkeypatch):
+    monkeypatch.setenv("ECHORL_CACHE", str(tmp_path))
+    kept = tmp_path / "mirrors" / "kept"
+    kept.mkdir(parents=True)
+    with pytest.raises(UserError, match="is no name of a folder"), mirrored("memory://runs/.."):
+        pass
+    assert kept.is_dir()
