@@ -60,13 +60,14 @@ def image_batches(
     assert first[-1] <= size, f"{first[-1]} image tokens, room for {size}"
     by_size: dict[int, list[int]] = {}
     for number, image in enumerate(images):
-        if used is None or used[first[number] : first[number + 1]].any():
-            windows = 1 << (window_count(config, image.grid) - 1).bit_length()
-            by_size.setdefault(windows, []).append(number)
+        windows = 1 << (window_count(config, image.grid) - 1).bit_length()
+        by_size.setdefault(windows, []).append(number)
     for windows, numbers in sorted(by_size.items()):
         most = max(1, PATCHES // (windows * config.window_patches))
         needed = 1 << (-(-len(numbers) // shards) - 1).bit_length()
         count = shards * min(most, needed)
+        if used is not None:  # the shape stays that of all images
+            numbers = [n for n in numbers if used[first[n] : first[n + 1]].any()]
         for start in range(0, len(numbers), count):
             chosen = numbers[start : start + count]
             yield _batch(config, images, chosen, first, shape=(count, windows), size=size)

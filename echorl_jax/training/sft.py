@@ -54,7 +54,8 @@ def train_supervised(
         setup = run.setup
         if config.optim.compile_ahead and not run.stopping():
             # As wide as any batch of the run.
-            batch = demonstrations(setup, run.stream.peek())
+            peeked = run.stream.peek()
+            batch = demonstrations(setup, peeked)
             if packs(config, setup.model):
                 batch = pack_rows(batch, width=batch.tokens.shape[1])
             with run.compiling():
@@ -65,6 +66,7 @@ def train_supervised(
                     rows=rows,
                     frozen=run.frozen,
                     reference=run.reference,
+                    images=[image for prompt in peeked for image in prompt.images],
                     say=run.log.say,
                 )
         for step in run.steps():

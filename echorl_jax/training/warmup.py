@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -19,13 +20,20 @@ from echorl_jax.config import ConfigError
 from echorl_jax.data import Prompt
 from echorl_jax.environment import Engine, append_experts, expert_completions
 from echorl_jax.models import merge
+from echorl_jax.models.image_features import tower_gradient
 from echorl_jax.rewards import Verdict
 from echorl_jax.training.batch import make_batches, select_tokens
 from echorl_jax.training.experience import join_rounds, with_verdicts
 from echorl_jax.training.micro_batches import micro_batch_shapes, take_rows
 from echorl_jax.training.setup import Setup
-from echorl_jax.training.update import Quantity, micro_gradient, score_batch, token_entropies
-from echorl_jax.types import PyTree, TrainBatch
+from echorl_jax.training.update import (
+    Quantity,
+    micro_gradient,
+    score_batch,
+    token_entropies,
+    with_features,
+)
+from echorl_jax.types import Image, PyTree, TrainBatch
 
 
 @contextmanager
@@ -139,6 +147,7 @@ def warm_up(
         frozen=frozen,
         reference=reference,
         entropies=not engine.entropies,
+        images=one.images(setup.mini_batches)[0],
         say=say,
     )
 
@@ -152,6 +161,7 @@ def warm_up_updates(
     frozen: PyTree = None,
     reference: PyTree | None = None,
     entropies: bool = False,
+    images: Sequence[Image] = (),
     say: Callable[[str], None],
 ) -> None:
     """Runs the gradient, and the scores that updates need, of every shape of micro-batch.
@@ -161,11 +171,13 @@ def warm_up_updates(
       batch: rows (NumPy) as wide as any of the run.
       rows: of a batch, at most.
       entropies: whether the trainer computes the entropies of sampled tokens.
+      images: those of the rows' prompts, for a model with a vision tower.
 
     Raises:
       ConfigError: a program needs more memory than there is.
     """
     policy = merge(frozen, params)
+    batch = with_features(setup, policy, batch, images)
     scores: list[tuple[Setup, PyTree, Quantity]] = []
     if reference is not None:
         scores.append((setup.of_reference, reference, "logprobs"))
@@ -181,7 +193,12 @@ def warm_up_updates(
         chosen = np.arange(min(count, len(batch.length)))
         try:
             total = micro_gradient(setup, params, micro, echo_coef=0.0, frozen=frozen)
-            jax.block_until_ready(total.loss)
+            if total.of_features is not None and number == len(shapes):
+                ones = jnp.ones_like(total.of_features)
+                arguments = frozen, params, images, ones, total.gradient
+                gradient = tower_gradient(setup.model, *arguments, mesh=setup.mesh)
+                total = dataclasses.replace(total, gradient=gradient)
+            jax.block_until_ready(total)
             del total
             for scored, weights, quantity in scores:
                 score_batch(

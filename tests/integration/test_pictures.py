@@ -308,3 +308,18 @@ def test_adapters_beside_a_frozen_tower(tmp_path: Path):
     save_file(older, adapter / "adapter_model.safetensors")
     again = load_model(base, dtype="float32", adapter=adapter)
     jax.tree.map(np.testing.assert_array_equal, again[1], apart[1])
+
+
+@pytest.mark.parametrize("objective", ["grpo", "dapo"])
+def test_nothing_is_compiled_after_the_first_step(objective: str, tmp_path: Path):
+    """The warm-up runs the tower's programs and micro-batches with features."""
+    config = shapes_config(
+        steps=2,
+        objective={"name": objective, "max_rounds": 2},
+        optim={"compile_ahead": True},
+        data={"grader": "tests.integration.graders:even_length", "grader_workers": 1},
+    )
+    loop.train(config, tmp_path, devices=ONE)
+    first, second = read_steps(tmp_path / "metrics.jsonl")
+    assert first["optim/skipped"] == second["optim/skipped"] == 0
+    assert first["compile/count"] == second["compile/count"]
