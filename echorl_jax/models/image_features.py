@@ -19,6 +19,7 @@ from echorl_jax.models.config import VisionConfig
 from echorl_jax.models.decoder import Decoder
 from echorl_jax.models.images import merged_grid, token_slots, window_count, window_patches
 from echorl_jax.models.initialise import merge
+from echorl_jax.models.lora import split_params
 from echorl_jax.models.vision import Patches
 from echorl_jax.parallel import constrain, place_rows, place_whole
 from echorl_jax.types import Array, HostArray, Image, PyTree
@@ -229,4 +230,6 @@ def _pull_back(
     # Padding has no feature: its target is one past the last.
     padded = jnp.pad(of_features, ((0, 1), (0, 0)))
     (own,) = pull(padded[target].astype(out.dtype))
-    return jax.tree.map(jnp.add, gradient, own)
+    # The sharding stays that of the parameters, so that the next batch takes the same program.
+    axes = split_params(model, model.param_axes())[1]
+    return jax.tree.map(lambda a, b, names: constrain(a + b, *names), gradient, own, axes)

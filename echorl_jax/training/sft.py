@@ -66,7 +66,7 @@ def train_supervised(
                     rows=rows,
                     frozen=run.frozen,
                     reference=run.reference,
-                    images=[image for prompt in peeked for image in prompt.images],
+                    images=[[image for prompt in peeked for image in prompt.images]],
                     say=run.log.say,
                 )
         for step in run.steps():

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -131,8 +130,11 @@ def warm_up(
     one = with_verdicts(setup, prompts, rollouts, on_policy, wrong)
     most = setup.config.objective.max_rounds if objective.dynamic_sampling else 1
     batches: list[TrainBatch] = []
+    images: list[Sequence[Image]] = []
     for rounds in range(1, most + 1):
-        parts, _ = make_batches(setup, join_rounds([one] * rounds), key, step=1)
+        joined = join_rounds([one] * rounds)
+        images.append(joined.images(setup.mini_batches)[0])
+        parts, _ = make_batches(setup, joined, key, step=1)
         for part in parts:
             batch = select_tokens(part.batch, part.batch.old_logprobs, key, objective=objective)
             if reference is not None:
@@ -147,7 +149,7 @@ def warm_up(
         frozen=frozen,
         reference=reference,
         entropies=not engine.entropies,
-        images=one.images(setup.mini_batches)[0],
+        images=images,
         say=say,
     )
 
@@ -161,7 +163,7 @@ def warm_up_updates(
     frozen: PyTree = None,
     reference: PyTree | None = None,
     entropies: bool = False,
-    images: Sequence[Image] = (),
+    images: Sequence[Sequence[Image]] = ((),),
     say: Callable[[str], None],
 ) -> None:
     """Runs the gradient, and the scores that updates need, of every shape of micro-batch.
@@ -171,13 +173,14 @@ def warm_up_updates(
       batch: rows (NumPy) as wide as any of the run.
       rows: of a batch, at most.
       entropies: whether the trainer computes the entropies of sampled tokens.
-      images: those of the rows' prompts, for a model with a vision tower.
+      images: those of the rows' prompts, for a model with a vision tower, and of larger updates.
 
     Raises:
       ConfigError: a program needs more memory than there is.
     """
     policy = merge(frozen, params)
-    batch = with_features(setup, policy, batch, images)
+    for shown in reversed(images):
+        batch = with_features(setup, policy, batch, shown)
     scores: list[tuple[Setup, PyTree, Quantity]] = []
     if reference is not None:
         scores.append((setup.of_reference, reference, "logprobs"))
@@ -194,9 +197,12 @@ def warm_up_updates(
         try:
             total = micro_gradient(setup, params, micro, echo_coef=0.0, frozen=frozen)
             if total.of_features is not None and number == len(shapes):
-                ones = jnp.ones_like(total.of_features)
-                arguments = frozen, params, images, ones, total.gradient
-                gradient = tower_gradient(setup.model, *arguments, mesh=setup.mesh)
+                gradient = total.gradient
+                with jax.set_mesh(setup.mesh):
+                    ones = total.of_features * 0 + 1  # where those of the run lie
+                    for shown in images:
+                        arguments = frozen, params, shown, ones, gradient
+                        gradient = tower_gradient(setup.model, *arguments, mesh=setup.mesh)
                 total = dataclasses.replace(total, gradient=gradient)
             jax.block_until_ready(total)
             del total
