@@ -10,7 +10,10 @@ workdir=""
 for word in "$@"; do
   case "$word" in --workdir=*) workdir="${word#--workdir=}" ;; esac
 done
-[ -n "$workdir" ] || { echo "attempt.sh: --workdir=DIR is missing" >&2; exit 2; }
+case "$workdir" in
+  "") echo "attempt.sh: --workdir=DIR is missing" >&2; exit 2 ;;
+  *://*) echo "attempt.sh: --workdir=$workdir: must be a path, such as a mounted bucket, to see how far the run is" >&2; exit 2 ;;
+esac
 
 "$@" &
 child=$!
