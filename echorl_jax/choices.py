@@ -38,8 +38,17 @@ Remat = Literal["layer", "dots", "none"]
 Kernel = Literal["auto", "xla", "splash", "cudnn"]
 # Type of the sampler's keys and values.
 KVDtype = Literal["float32", "bfloat16", "int8"]
-# Linears of a layer that may have adapters, and how a fresh adapter's A is drawn (PEFT's names).
-LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# Linears that may have adapters, by PEFT's names: of the text model, and of the vision tower.
+# Then the part of the model that has them, and how a fresh adapter's A is drawn.
+LINEARS = {f"{name}_proj": name for name in ("q", "k", "v", "o", "gate", "up", "down")}
+TOWER_LINEARS = {
+    "qkv": "vision/qkv",
+    "attn.proj": "vision/o",
+    **{f"{name}_proj": f"vision/{name}" for name in ("gate", "up", "down")},
+    "merger.mlp.0": "vision/merger/up",
+    "merger.mlp.2": "vision/merger/down",
+}
+LoraModules = Literal["text", "tower", "both"]
 LoraInit = Literal["kaiming", "gaussian"]
 # Type of the frozen weights beside adapters.
 BaseDtype = Literal["float32", "bfloat16", "int8"]

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from echorl_jax.choices import (
     LINEARS,
+    TOWER_LINEARS,
     Aggregation,
     BaseDtype,
     Baseline,
@@ -24,6 +25,7 @@ from echorl_jax.choices import (
     KLEstimator,
     KVDtype,
     LoraInit,
+    LoraModules,
     Normalise,
     OrderStatistic,
     Remat,
@@ -69,8 +71,8 @@ ORDER_SAMPLES = Bound("in [1, 32]", lambda samples: 1 <= samples <= 32)
 DEVICES = Bound("-1 or at least 1", lambda devices: devices == -1 or devices >= 1)
 STEPS = Bound("steps from 1 on", lambda steps: min(steps, default=1) >= 1)
 TARGETS = Bound(
-    f"all-linear, or names of {', '.join(LINEARS)} with commas between",
-    lambda text: text == "all-linear" or set(text.split(",")) <= set(LINEARS),
+    f"all-linear, or names of {', '.join(LINEARS | TOWER_LINEARS)} with commas between",
+    lambda text: text == "all-linear" or set(text.split(",")) <= {*LINEARS, *TOWER_LINEARS},
 )
 
 
@@ -113,8 +115,8 @@ class ModelConfig:
     base_dtype: BaseDtype | None = None
     # What the backward pass recomputes: everything in a layer, all but matrix products, or nothing.
     remat: Remat = "layer"
-    # The vision tower of a model that has one: trained with the rest, or frozen. None trains it,
-    # but not beside LoRA adapters.
+    # The weights of a vision tower: trained with the rest, or frozen. None trains them, but not
+    # beside LoRA adapters, which lora.modules places.
     vision: Literal["trained", "frozen"] | None = None
     # Attention kernel; "auto" takes splash on TPU, cuDNN on GPU, XLA elsewhere.
     attention: Kernel = "auto"
@@ -126,7 +128,9 @@ class LoraConfig:
     rank: Annotated[int, at_least(0)] = 0
     # An adapter's output is multiplied by alpha / rank.
     alpha: Annotated[float, above(0)] = 32.0
-    # Adapted linears: all-linear, or names such as "q_proj,v_proj".
+    # The part of a model with a vision tower that has adapters: text, tower or both.
+    modules: LoraModules = "text"
+    # Adapted linears of that part: all-linear, or names such as "q_proj,v_proj".
     targets: Annotated[str, TARGETS] = "all-linear"
     # How A is drawn, as by PEFT: kaiming from U(-1/sqrt(in), 1/sqrt(in)), or gaussian from
     # N(0, 1/rank^2). B begins as zeros.
@@ -546,6 +550,12 @@ def _relations(c: Config) -> Iterator[tuple[str, bool, str]]:
     lora = c.lora.rank > 0 or bool(c.lora.adapter)
     yield "model.base_dtype", lora or c.model.base_dtype is None, "None without lora.rank"
     yield "lora.rank", not (c.lora.rank and c.lora.adapter), "0 with lora.adapter, which has ranks"
+    fresh = c.lora.rank > 0 or c.lora.modules == "text"
+    yield "lora.modules", fresh, "text without lora.rank"
+    parts = {"text": LINEARS, "tower": TOWER_LINEARS, "both": LINEARS | TOWER_LINEARS}
+    linears = {"all-linear"} | parts[c.lora.modules].keys()
+    inside = set(c.lora.targets.split(",")) <= linears
+    yield "lora.targets", inside, f"linears of lora.modules = {c.lora.modules!r}"
     export = c.checkpoint.export
     yield "checkpoint.export_every", export or not c.checkpoint.export_every, "0 without export"
     yield "checkpoint.push", export or not c.checkpoint.push, '"" without checkpoint.export'

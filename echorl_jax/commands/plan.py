@@ -31,6 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="print one JSON object")
     add("--tries", type=whole(), default=4, help="other settings to compile, at most (default 4)")
     add("--prompt_tokens", type=number, default=0, help=f"mean prompt length, {mean}")
+    images = "mean image tokens of a prompt"
+    add("--image_tokens", type=number, default=0, help=f"{images}, {mean}")
     add("--completion_tokens", type=number, default=0, help=f"mean completion length, {mean}")
 
 
@@ -53,7 +55,9 @@ def run(arguments: argparse.Namespace) -> int:
     plans = make_plan(
         config,
         arguments.topology,
-        lengths=Lengths(arguments.prompt_tokens, arguments.completion_tokens),
+        lengths=Lengths(
+            arguments.prompt_tokens, arguments.completion_tokens, arguments.image_tokens
+        ),
         tries=arguments.tries,
         say=say,
         formula=arguments.estimate,

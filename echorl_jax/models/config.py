@@ -179,11 +179,24 @@ class DecoderConfig:
             raise ModelError(f"{len(self.windows)} layer_types for {self.num_layers} layers")
 
 
+# The place of each linear that may have adapters in the parameters.
+LINEAR_PATHS: dict[str, tuple[str, ...]] = {
+    **{name: ("layers", "attention", name) for name in "qkvo"},
+    **{name: ("layers", "mlp", name) for name in ("gate", "up", "down")},
+    **{f"vision/{name}": ("vision", "layers", name) for name in ("qkv", "o")},
+    **{f"vision/{name}": ("vision", "layers", "mlp", name) for name in ("gate", "up", "down")},
+    **{f"vision/merger/{name}": ("vision", "merger", name) for name in ("up", "down")},
+}
+
+
 @dataclasses.dataclass(frozen=True)
 class Adapted:
-    """The adapters of one linear, in each layer; rank 0 is a layer without one."""
+    """The adapters of one linear, in each layer; rank 0 is a layer without one.
 
-    linear: str  # q, k, v, o, gate, up or down
+    A linear outside layers, such as the merger's, counts as one layer.
+    """
+
+    linear: str  # see LINEAR_PATHS
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
 
@@ -210,8 +223,14 @@ class Lora:
         rslora: bool,
     ) -> "Lora":
         """Adapters of one rank on the named linears of every layer."""
-        count = config.num_layers
-        each = [Adapted(name, (rank,) * count, (alpha,) * count) for name in linears]
+
+        def count(name: str) -> int:
+            if "layers" not in LINEAR_PATHS[name]:
+                return 1
+            tower = config.vision if name.startswith("vision/") else None
+            return (tower or config).num_layers
+
+        each = [Adapted(name, (rank,) * count(name), (alpha,) * count(name)) for name in linears]
         return cls(tuple(each), rslora)
 
     def rank(self, linear: str) -> int:

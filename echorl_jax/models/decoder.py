@@ -255,8 +255,8 @@ def _trunk(config: DecoderConfig, lora: Lora | None, int8: bool) -> Trunk:
         if config.vision is not None:
             from echorl_jax.models.vision import Tower
 
-            plain = linear_maker(None, int8=False)
-            trunk.vision = Tower(config.vision, config.hidden_size, plain)
+            linear = linear_maker(lora, int8=False, prefix="vision/")
+            trunk.vision = Tower(config.vision, config.hidden_size, linear)
         return trunk
 
     return nnx.eval_shape(make)

@@ -1,13 +1,14 @@
 """Low-rank adapters beside frozen weights, which may be int8.
 
 A linear with an adapter has ``lora`` beside ``kernel``, and in it ``a`` ``[L, in..., r]``, ``b``
-``[L, r, out...]`` and ``scale`` ``[L, 1]``. Only a and b are trained. A layer of a lower rank has
-zeros in the rest of a and b, whose gradients are zero.
+``[L, r, out...]`` and ``scale`` ``[L, 1]``, without L outside layers. Only a and b are trained. A
+layer of a lower rank has zeros in the rest of a and b, whose gradients are zero.
 """
 
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,13 +18,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from echorl_jax.choices import LoraInit
-from echorl_jax.models.config import Adapted, Lora
+from echorl_jax.models.config import LINEAR_PATHS, Adapted, Lora
 from echorl_jax.models.decoder import Decoder
 from echorl_jax.models.initialise import merge, param_shardings
 from echorl_jax.parallel import Layout
 from echorl_jax.types import Array, PyTree
-
-_PARTS = {name: "attention" for name in "qkvo"} | dict.fromkeys(("gate", "up", "down"), "mlp")
 
 
 def split_params(model: Decoder, params: PyTree) -> tuple[PyTree, PyTree]:
@@ -78,9 +77,10 @@ def with_adapters(
     """
     model = dataclasses.replace(model, lora=lora)
     scales = {
-        one.linear: {"lora": {"scale": np.array(lora.scales(one), np.float32)[:, None]}}
+        one.linear: of_layers(one.linear, np.array(lora.scales(one), np.float32)[:, None])
         for one in lora.adapted
     }
+    scales = {linear: {"lora": {"scale": scale}} for linear, scale in scales.items()}
     placed = _placed(model, merge(by_linear(scales), adapters), mesh, layout)
     return model, merge(params, placed)
 
@@ -102,10 +102,16 @@ def _placed(model: Decoder, tree: PyTree, mesh: Mesh | None, layout: Layout) -> 
 
 def by_linear(parts: dict[str, Any]) -> PyTree:
     """A parameter tree from what belongs to each linear."""
-    layers: dict[str, Any] = {}
+    tree: dict[str, Any] = {}
     for name, part in parts.items():
-        layers.setdefault(_PARTS[name], {})[name] = part
-    return {"layers": layers}
+        *above, last = LINEAR_PATHS[name]
+        functools.reduce(lambda node, key: node.setdefault(key, {}), above, tree)[last] = part
+    return tree
+
+
+def of_layers(linear: str, values: Any) -> Any:
+    """Values ``[L, ...]`` of a linear as its parameters are: without L outside layers."""
+    return values if "layers" in LINEAR_PATHS[linear] else values[0]
 
 
 def init_adapters(
@@ -126,16 +132,17 @@ def init_adapters(
 
 def _draw(shapes: PyTree, lora: Lora, init: LoraInit, key: Array) -> PyTree:
     drawn = {}
-    for number, one in enumerate(lora.adapted):
-        a, b = (shapes["layers"][_PARTS[one.linear]][one.linear]["lora"][name] for name in "ab")
-        bound = 1 / math.sqrt(math.prod(a.shape[1:-1]))
+    for number, (one, linear) in enumerate(linears(lora, shapes)):
+        a, b = (linear["lora"][name] for name in "ab")
+        inputs = a.shape[1 if "layers" in LINEAR_PATHS[one.linear] else 0 : -1]
+        bound = 1 / math.sqrt(math.prod(inputs))
         own = jax.random.fold_in(key, number)
         if init == "kaiming":
             values = jax.random.uniform(own, a.shape, minval=-bound, maxval=bound)
         else:
             values = jax.random.normal(own, a.shape) / a.shape[-1]
         used = np.arange(a.shape[-1]) < np.array(one.ranks)[:, None]  # [L, r]
-        used = used.reshape(a.shape[0], *(1,) * (a.ndim - 2), -1)
+        used = of_layers(one.linear, used.reshape(len(one.ranks), *(1,) * len(inputs), -1))
         drawn[one.linear] = {"lora": {"a": jnp.where(used, values, 0), "b": jnp.zeros(b.shape)}}
     return by_linear(drawn)
 
@@ -143,7 +150,7 @@ def _draw(shapes: PyTree, lora: Lora, init: LoraInit, key: Array) -> PyTree:
 def linears(lora: Lora, params: PyTree) -> Iterator[tuple[Adapted, PyTree]]:
     """Each adapted linear with its parameters."""
     for one in lora.adapted:
-        yield one, params["layers"][_PARTS[one.linear]][one.linear]
+        yield one, functools.reduce(operator.getitem, LINEAR_PATHS[one.linear], params)
 
 
 def plain_kernel(linear: PyTree) -> Array:

@@ -116,13 +116,19 @@ def _scaled(rows: Array, factors: Array) -> Array:
 MakeLinear = Callable[..., Linear]
 
 
-def linear_maker(lora: Lora | None, *, int8: bool) -> MakeLinear:
-    """The constructor of a layer's linears, ``(name, shape, axes, *, bias, inputs)``."""
+def linear_maker(lora: Lora | None, *, int8: bool, prefix: str = "") -> MakeLinear:
+    """The constructor of a layer's linears, ``(name, shape, axes, *, bias, inputs)``.
+
+    Args:
+      lora: adapters, by names that begin with ``prefix``.
+      int8: whether kernels are int8.
+      prefix: of the part of the model.
+    """
 
     def make(
         name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], **options: Any
     ) -> Linear:
-        rank = lora.rank(name) if lora else 0
+        rank = lora.rank(prefix + name) if lora else 0
         return Linear(shape, axes, rank=rank, int8=int8, **options)
 
     return make

@@ -16,10 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
 
 from echorl_jax.files import replace_json
-from echorl_jax.models.config import Adapted, Lora, ModelError
+from echorl_jax.models.config import LINEAR_PATHS, Adapted, Lora, ModelError
 from echorl_jax.models.decoder import Decoder
 from echorl_jax.models.hf_names import TensorName, tensor_names
-from echorl_jax.models.lora import by_linear, linears, with_adapters
+from echorl_jax.models.lora import by_linear, linears, of_layers, with_adapters
 from echorl_jax.models.tensor_files import StoredTensor, read_header, read_json
 from echorl_jax.parallel import Layout
 from echorl_jax.types import Array, PyTree
@@ -74,19 +74,20 @@ def read_adapter(directory: str | Path, model: Decoder) -> tuple[Lora, PyTree]:
     raw = _read_config(directory)
     found = _pairs(directory, model)
     adapted, parts = [], {}
-    for name in _kernels(model):
+    for linear, name in _kernels(model):
         pairs = [found.get(stored) for stored in name.stored]
         if not any(pairs):
             continue
         ranks = tuple(0 if pair is None else pair[0].shape[0] for pair in pairs)
-        modules = [stored.removesuffix(".weight") for stored in name.stored]
+        modules = [_module(stored, model) for stored in name.stored]
         wanted = [_module_value(raw, "rank_pattern", "r", module) for module in modules]
         for module, rank, want in zip(modules, ranks, wanted, strict=True):
             if rank not in (0, want):
                 raise ModelError(f"{directory}: {module} has rank {rank}, but {CONFIG} says {want}")
         alphas = [_module_value(raw, "alpha_pattern", "lora_alpha", module) for module in modules]
-        adapted.append(Adapted(name.path[-2], ranks, tuple(map(float, alphas))))
-        parts[name.path[-2]] = {"lora": _stack(directory, name, pairs, max(ranks))}
+        adapted.append(Adapted(linear, ranks, tuple(map(float, alphas))))
+        stacked = _stack(directory, name, pairs, max(ranks))
+        parts[linear] = {"lora": {key: of_layers(linear, x) for key, x in stacked.items()}}
     return Lora(tuple(adapted), rslora=bool(raw.get("use_rslora"))), by_linear(parts)
 
 
@@ -127,7 +128,10 @@ def _module_value(raw: Mapping[str, Any], patterns: str, default: str, module: s
     """The value of the first pattern that matches the module, as PEFT matches; else the default."""
     for pattern, value in (raw.get(patterns) or {}).items():
         try:
-            matches = regex.match(rf"(.*\.)?({pattern})$", module, timeout=_PATTERN_SECONDS)
+            matches = any(
+                regex.match(rf"(.*\.)?({pattern})$", name, timeout=_PATTERN_SECONDS)
+                for name in (module, _older(module))
+            )
         except (regex.error, TimeoutError) as error:
             raise ModelError(f"{CONFIG}: {patterns} has {pattern!r:.80}: {error}") from None
         if matches:
@@ -135,10 +139,12 @@ def _module_value(raw: Mapping[str, Any], patterns: str, default: str, module: s
     return raw.get(default, 8)
 
 
-def _kernels(model: Decoder) -> Iterator[TensorName]:
-    """Kernels of the decoder's layers; adapters of the vision tower are not supported."""
-    names = tensor_names(model)
-    return (n for n in names if n.path[0] == "layers" and n.path[-1] == "kernel")
+def _kernels(model: Decoder) -> Iterator[tuple[str, TensorName]]:
+    """Each linear that may have adapters, with the tensors of its kernel."""
+    names = {name.path: name for name in tensor_names(model)}
+    for linear, path in LINEAR_PATHS.items():
+        if name := names.get((*path, "kernel")):
+            yield linear, name
 
 
 def _pairs(directory: Path, model: Decoder) -> dict[str, tuple[StoredTensor, StoredTensor]]:
@@ -148,12 +154,12 @@ def _pairs(directory: Path, model: Decoder) -> dict[str, tuple[StoredTensor, Sto
         raise ModelError(f"{file} does not exist; {pickled.name} is a pickle, never loaded")
     tensors = read_header(file)
     if model.config.vision is not None:
-        # Older files name the layers as those of a text model.
-        older = f"{_PREFIX}model.layers."
-        newer = f"{_PREFIX}{_module('model.layers.', model)}"
-        tensors = {name.replace(older, newer): tensor for name, tensor in tensors.items()}
+        # Older files have the names of published files.
+        for older in ("model.layers.", "visual."):
+            newer = _PREFIX + _module(older, model)
+            tensors = {name.replace(_PREFIX + older, newer): x for name, x in tensors.items()}
     found = {}
-    for name in _kernels(model):
+    for _, name in _kernels(model):
         outputs, inputs = name.stored_shape
         for stored in name.stored:
             module = _PREFIX + _module(stored, model)
@@ -170,7 +176,7 @@ def _pairs(directory: Path, model: Decoder) -> dict[str, tuple[StoredTensor, Sto
                 )
             found[stored] = (a, b)
     if tensors:
-        raise ModelError(f"{file}: {min(tensors)} is no adapter of a linear of this model's layers")
+        raise ModelError(f"{file}: {min(tensors)} is no adapter of a linear of this model")
     if not found:
         raise ModelError(f"{file} holds no adapter")
     return found
@@ -207,10 +213,12 @@ def save_adapter(path: str | Path, model: Decoder, params: PyTree, *, base: str 
     """
     if model.lora is None:
         raise ModelError("save_adapter: the model has no adapters")
-    names = {name.path[-2]: name for name in _kernels(model)}
+    names = dict(_kernels(model))
     tensors = {}
     for adapted, linear in linears(model.lora, params):
         a, b = (_gathered(linear["lora"][part]) for part in "ab")
+        if not names[adapted.linear].stacked:
+            a, b = a[None], b[None]
         stored_names = names[adapted.linear].stored
         for layer, (stored, rank) in enumerate(zip(stored_names, adapted.ranks, strict=True)):
             if rank:
@@ -242,7 +250,14 @@ def _module(stored: str, model: Decoder) -> str:
     module = stored.removesuffix(".weight")
     if model.config.vision is None:
         return module
+    if module.startswith("visual."):
+        return f"model.{module}"
     return module.replace("model.", "model.language_model.", 1)
+
+
+def _older(module: str) -> str:
+    """The module's name in older versions of transformers, which is that in published files."""
+    return module.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
 
 
 def _config(

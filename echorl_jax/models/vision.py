@@ -66,8 +66,8 @@ class Merger(nnx.Module):
     def __init__(self, config: VisionConfig, width: int, linear: MakeLinear):
         joined = config.hidden_size * config.merge**2
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.up = linear("up", (joined, joined), ("embed", "mlp"), bias=True)
-        self.down = linear("down", (joined, width), ("mlp", "embed"), bias=True)
+        self.up = linear("merger/up", (joined, joined), ("embed", "mlp"), bias=True)
+        self.down = linear("merger/down", (joined, width), ("mlp", "embed"), bias=True)
 
     def __call__(self, x: Array) -> Array:
         joined = self.norm(x).reshape(x.shape[0], -1, self.up.kernel.shape[0])

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from echorl_jax.choices import LINEARS
+from echorl_jax.choices import LINEARS, TOWER_LINEARS
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.core import (
     Objective,
@@ -36,6 +36,7 @@ from echorl_jax.models import (
     load_decoder,
     load_model,
     read_adapter,
+    split_params,
     with_adapters,
 )
 from echorl_jax.parallel import Platform, make_mesh, platform_of
@@ -80,8 +81,7 @@ class Setup:
     @property
     def trains_tower(self) -> bool:
         """True if the gradient goes through images' features into the vision tower."""
-        model = self.model
-        return model.config.vision is not None and not model.frozen and model.lora is None
+        return "vision" in split_params(self.model, self.model.param_shapes())[1]
 
     @property
     def image_tokens(self) -> int:
@@ -238,8 +238,12 @@ def load_policy(config: Config, mesh: Mesh | None) -> tuple[Decoder, PyTree]:
 
 
 def _with_frozen_tower(config: Config, model: Decoder) -> Decoder:
-    """The model, with a vision tower that is not trained if the config says so."""
+    """The model, with a vision tower that is not trained if the config says so.
+
+    Beside adapters all weights are frozen anyway, and the tower's adapters are trained.
+    """
     frozen = config.model.vision == "frozen" and model.config.vision is not None
+    frozen = frozen and not _adapted(config)
     return dataclasses.replace(model, frozen=("vision",) if frozen else ())
 
 
@@ -283,24 +287,42 @@ def static_setup(
 
 def model_options(config: Config) -> dict[str, Any]:
     """Options of :func:`load_decoder` that say how the model computes."""
-    adapted = config.lora.rank > 0 or config.lora.adapter
     return {
         "dtype": config.model.dtype,
-        "param_dtype": (config.model.base_dtype or "bfloat16") if adapted else "float32",
+        "param_dtype": (config.model.base_dtype or "bfloat16") if _adapted(config) else "float32",
         "remat": config.model.remat,
         "attention": config.model.attention,
     }
 
 
+def _adapted(config: Config) -> bool:
+    return config.lora.rank > 0 or bool(config.lora.adapter)
+
+
 def configured_lora(config: Config, model: Decoder) -> Lora | None:
-    """The fresh adapters that ``config.lora`` describes; None if all weights are trained."""
+    """The fresh adapters that ``config.lora`` describes; None if all weights are trained.
+
+    Raises:
+      ConfigError: adapters of the tower for a model without one.
+    """
     settings = config.lora
     if not settings.rank:
         return None
-    names = LINEARS if settings.targets == "all-linear" else settings.targets.split(",")
+    if settings.modules != "text" and model.config.vision is None:
+        raise ConfigError(
+            f"config.lora.modules = {settings.modules!r}: {config.model.path} has no vision tower"
+        )
+    parts = {"text": [LINEARS], "tower": [TOWER_LINEARS], "both": [LINEARS, TOWER_LINEARS]}
+    every, named = settings.targets == "all-linear", settings.targets.split(",")
+    linears = [
+        linear
+        for part in parts[settings.modules]
+        for name, linear in part.items()
+        if every or name in named
+    ]
     return Lora.uniform(
         model.config,
-        tuple(name.removesuffix("_proj") for name in LINEARS if name in names),
+        tuple(linears),
         rank=settings.rank,
         alpha=settings.alpha,
         rslora=settings.rslora,

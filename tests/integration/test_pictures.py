@@ -14,14 +14,21 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from echorl_jax.commands.train import finish
-from echorl_jax.config import Config, ConfigError, validate
+from echorl_jax.config import Config, ConfigError, LoraConfig, validate
 from echorl_jax.core import batch_loss
 from echorl_jax.data import DataError, Prompt, PromptStream, load_rows
 from echorl_jax.errors import UserError
 from echorl_jax.evaluation.benchmark import Benchmark, run_benchmark
 from echorl_jax.evaluation.check import check
 from echorl_jax.files import read_steps
-from echorl_jax.models import base_params, load_decoder, load_model, save_model
+from echorl_jax.models import (
+    base_params,
+    load_decoder,
+    load_model,
+    merge,
+    save_model,
+    split_params,
+)
 from echorl_jax.models.image_features import image_features
 from echorl_jax.remote import Mirror
 from echorl_jax.rollout import generate, score_rows
@@ -70,10 +77,26 @@ def prompts_of(setup: Setup, count: int) -> list[Prompt]:
     return next(stream)
 
 
-def test_the_gradient_in_two_stages_is_that_of_the_whole_loss():
-    """Features once an image, their gradient summed over rows, then the tower's: the same sums."""
-    config = shapes_config(objective={"name": "sft"}, echo={"enabled": False})
+@pytest.mark.parametrize("modules", ["", "tower", "both"])
+def test_the_gradient_in_two_stages_is_that_of_the_whole_loss(modules: str):
+    """Features once an image, their gradient summed over rows, then the tower's: the same sums.
+
+    The tower is trained itself or by its adapters.
+    """
+    lora = {"rank": 3, "modules": modules} if modules else {}
+    config = shapes_config(
+        model={"base_dtype": "float32"} if lora else {},
+        lora=lora,
+        objective={"name": "sft"},
+        echo={"enabled": False},
+    )
     setup, params = make_setup(config, devices=ONE)
+    if lora:  # b begins as zeros
+        noise = 0.02 * jax.random.normal(jax.random.key(1), (10_000,))
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, x: noise[: x.size].reshape(x.shape) if path[-1].key == "b" else x, params
+        )
+    frozen, trainable = split_params(setup.model, params)
     prompts = prompts_of(setup, 4)
     # A prompt with two rows, and rows of one batch in two micro-batches.
     prompts = [prompts[0], *prompts]
@@ -81,7 +104,8 @@ def test_the_gradient_in_two_stages_is_that_of_the_whole_loss():
     images = [image for prompt in prompts for image in prompt.images]
     seen = with_features(setup, params, batch, images)
 
-    def whole(params: Any) -> Any:
+    def whole(trainable: Any) -> Any:
+        params = merge(frozen, trainable)
         features = image_features(setup.model, params, images, size=setup.feature_slots)
         rows = dataclasses.replace(
             batch, images=dataclasses.replace(batch.images, features=features)
@@ -95,7 +119,7 @@ def test_the_gradient_in_two_stages_is_that_of_the_whole_loss():
         )
         return batch_loss(logprobs, entropy, rows, setup.objective, echo_coef=0.0)[0]
 
-    expected = jax.jit(jax.grad(whole))(params)
+    expected = jax.jit(jax.grad(whole))(trainable)
 
     def rows_of(part: slice) -> TrainBatch:
         def cut(path: Any, leaf: Any) -> Any:
@@ -104,15 +128,16 @@ def test_the_gradient_in_two_stages_is_that_of_the_whole_loss():
         return jax.tree_util.tree_map_with_path(cut, seen)
 
     parts = [
-        micro_gradient(setup, params, rows_of(part), echo_coef=0.0)
+        micro_gradient(setup, trainable, rows_of(part), echo_coef=0.0, frozen=frozen)
         for part in (slice(0, 2), slice(2, 5))
     ]
     of_features = sum(part.of_features for part in parts)
     gradient = jax.tree.map(jnp.add, *(part.gradient for part in parts))
     with jax.set_mesh(setup.mesh):
         gradient = tower_gradient(
-            setup.model, None, params, images, of_features, gradient, mesh=setup.mesh
+            setup.model, frozen, trainable, images, of_features, gradient, mesh=setup.mesh
         )
+    assert ("layers" in expected) == (modules != "tower")
     largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected["vision"]))
     assert largest > 1e-3
     jax.tree.map(
@@ -227,11 +252,34 @@ def test_pictures_that_do_not_decode_and_too_many_tokens(tmp_path: Path):
     assert {prompt.index for prompt in next(stream)} <= {0, 2} and stream.too_long > 0
 
 
-def test_what_does_not_go_together_is_refused():
-    with pytest.raises(
-        ConfigError, match="config.model.vision = 'trained': must be None or frozen"
-    ):
-        validate(shapes_config(model={"vision": "trained"}, lora={"rank": 4}))
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        (
+            {"model": {"vision": "trained"}, "lora": {"rank": 4}},
+            "config.model.vision = 'trained': must be None or frozen",
+        ),
+        ({"lora": {"modules": "tower"}}, "config.lora.modules = 'tower': must be text without"),
+        (
+            {"lora": {"rank": 4, "modules": "tower", "targets": "q_proj"}},
+            "config.lora.targets = 'q_proj': must be linears of lora.modules = 'tower'",
+        ),
+        (
+            {"lora": {"rank": 4, "targets": "q_proj,qkv"}},
+            "config.lora.targets = 'q_proj,qkv': must be linears of lora.modules = 'text'",
+        ),
+        ({"lora": {"rank": 4, "targets": "q_proj,head"}}, "config.lora.targets = 'q_proj,head'"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(sections: dict[str, Any], message: str):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        validate(shapes_config(**sections))
+
+
+def test_adapters_of_the_tower_need_a_tower():
+    config = small_config(lora={"rank": 4, "modules": "both"})
+    with pytest.raises(ConfigError, match="lora.modules = 'both': builtin:countdown has no vision"):
+        make_setup(config, devices=ONE)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no public data files beside the repository")
@@ -308,6 +356,45 @@ def test_adapters_beside_a_frozen_tower(tmp_path: Path):
     save_file(older, adapter / "adapter_model.safetensors")
     again = load_model(base, dtype="float32", adapter=adapter)
     jax.tree.map(np.testing.assert_array_equal, again[1], apart[1])
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "qkv,merger.mlp.0,o_proj"])
+def test_adapters_of_the_tower_train_beside_frozen_weights(targets: str, tmp_path: Path):
+    """A frozen tower's adapters are trained; a run resumes, and one goes on from the PEFT file."""
+    config = shapes_config(
+        steps=2,
+        model={"vision": "frozen"},
+        lora={"rank": 4, "modules": "both", "targets": targets},
+        rollout={"check_every": 1},
+        objective={"kl_coef": 0.01},
+        data={"grader": "tests.integration.graders:even_length", "grader_workers": 1},
+        checkpoint={"every": 1, "keep": 3, "export": True},
+    )
+    run = tmp_path / "run"
+    state = loop.train(config, run, devices=ONE)
+    lines = list(read_steps(run / "metrics.jsonl"))
+    assert all(line["optim/skipped"] == 0 for line in lines)
+    assert max(line["rollout/logprob_gap_mean"] for line in lines) < 1e-4
+    moved = [float(jnp.abs(x).max()) for x in adapters_of(state.params["vision"], "b")]
+    assert len(moved) == (7 if targets == "all-linear" else 2) and min(moved) > 0
+    assert all("lora" in jax.tree_util.keystr(path) for path, _ in leaves_of(state.params))
+    loop.train(dataclasses.replace(config, steps=1), tmp_path / "other", devices=ONE)
+    again = loop.train(config, tmp_path / "other", devices=ONE)
+    jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
+    after = dataclasses.replace(
+        config, lora=dataclasses.replace(LoraConfig(), adapter=str(run / "export" / "adapter"))
+    )
+    setup, params = make_setup(after, devices=ONE)
+    assert setup.trains_tower
+    jax.tree.map(np.testing.assert_array_equal, split_params(setup.model, params)[1], state.params)
+
+
+def leaves_of(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_leaves_with_path(tree)
+
+
+def adapters_of(tree: Any, part: str) -> list[Any]:
+    return [leaf for path, leaf in leaves_of(tree) if path[-1].key == part]
 
 
 @pytest.mark.parametrize("objective", ["grpo", "dapo"])

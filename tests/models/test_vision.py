@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,19 @@ from safetensors.numpy import load_file, save_file
 
 from echorl_jax.models import (
     Decoder,
+    Lora,
     ModelError,
     RopeConfig,
     from_hf,
+    init_adapters,
+    load_adapter,
     load_model,
+    merge,
     param_shardings,
+    save_adapter,
     save_model,
+    split_params,
+    with_adapters,
 )
 from echorl_jax.models.hf_names import tensor_names
 from echorl_jax.models.image_features import image_features
@@ -29,6 +37,7 @@ from echorl_jax.parallel import make_mesh
 from echorl_jax.types import Image
 
 GOLDEN = Path(__file__).parent / "golden" / "vision"
+ADAPTER = Path(__file__).parent / "golden" / "peft_vision"
 BOUND = 1e-4
 
 
@@ -173,6 +182,105 @@ def test_both_generations_of_files_hold_the_same_model(style, loaded, tmp_path):
     again, same = load_model(other, dtype="float32")
     assert again == model
     jax.tree.map(np.testing.assert_array_equal, same, params)
+
+
+def adapted_vision(loaded: Any, adapter: Path = ADAPTER) -> tuple[Decoder, Any]:
+    return load_adapter(adapter, *loaded)
+
+
+def mean_loss(model: Decoder, params: Any, name: str) -> Any:
+    """The mean next-token loss of a prompt, and its logits."""
+    tokens = cases.tokens_of(name)
+    logits = run(model, params, name, tokens)[0]
+    logprobs = jax.nn.log_softmax(logits[:-1])
+    return -jnp.take_along_axis(logprobs, jnp.asarray(tokens)[1:, None], axis=-1).mean(), logits
+
+
+def test_adapters_of_text_and_tower_equal_peft(loaded, tmp_path):
+    """Logits, and gradients of A and B, which are compared in the layout of PEFT's file."""
+    model, params = adapted_vision(loaded)
+    frozen, trainable = split_params(model, params)
+
+    def loss(trainable: Any) -> Any:
+        return mean_loss(model, merge(frozen, trainable), "two")
+
+    gradients, logits = jax.jit(jax.grad(loss, has_aux=True))(trainable)
+    with np.load(ADAPTER / "results.npz") as arrays:
+        theirs = dict(arrays)
+    np.testing.assert_allclose(logits, theirs.pop("logits"), rtol=0, atol=BOUND)
+    without = mean_loss(*loaded, "two")[1]
+    assert np.abs(without - logits).max() > 0.1
+    save_adapter(tmp_path, model, gradients)
+    ours = load_file(tmp_path / "adapter_model.safetensors")
+    assert ours.keys() == theirs.keys() and sum("visual" in name for name in ours) == 44
+    for key, value in theirs.items():
+        assert np.abs(value).max() > 0, key
+        np.testing.assert_allclose(ours[key], value, rtol=1e-4, atol=BOUND, err_msg=key)
+
+
+def test_adapters_of_the_tower_survive_the_round_trip_and_a_merge(loaded, tmp_path):
+    model, params = adapted_vision(loaded)
+    save_adapter(tmp_path / "again", model, params)
+    tensors = load_file(tmp_path / "again" / "adapter_model.safetensors")
+    expected = load_file(ADAPTER / "adapter_model.safetensors")
+    assert tensors.keys() == expected.keys()
+    for key, value in expected.items():
+        np.testing.assert_array_equal(tensors[key], value)
+    # Older versions of PEFT and transformers name modules as published files do.
+    for name in ("model.language_model.", "model.visual."):
+        older = {"model.visual.": "visual."}.get(name, "model.")
+        tensors = {key.replace(f"l.{name}", f"l.{older}"): x for key, x in tensors.items()}
+    shutil.copytree(tmp_path / "again", tmp_path / "older")
+    save_file(tensors, tmp_path / "older" / "adapter_model.safetensors", {"format": "pt"})
+    assert not tensors.keys() & expected.keys()
+    for directory in (tmp_path / "again", tmp_path / "older"):
+        other, same = adapted_vision(loaded, directory)
+        assert other == model
+        jax.tree.map(np.testing.assert_array_equal, same, params)
+    save_model(tmp_path / "merged", model, params, dtype="float32")
+    merged = load_model(tmp_path / "merged", dtype="float32")
+    assert merged[0].lora is None
+    logits = [
+        jax.jit(lambda p, m=m: mean_loss(m, p, "two")[1])(p) for m, p in (merged, (model, params))
+    ]
+    np.testing.assert_allclose(*logits, rtol=0, atol=BOUND)
+
+
+def test_fresh_adapters_of_the_tower_change_nothing_on_any_mesh(loaded):
+    model, params = loaded
+    names = ("q", "vision/qkv", "vision/o", "vision/down", "vision/merger/up")
+    lora = Lora.uniform(model.config, names, rank=4, alpha=8.0, rslora=False)
+    expected = mean_loss(model, params, "two")[1]
+    drawn = []
+    for mesh in (None, make_mesh(data=2, fsdp=2, tensor=2)):
+        placed = params if mesh is None else jax.device_put(params, param_shardings(model, mesh))
+        adapters = init_adapters(model, lora, jax.random.key(0), init="kaiming", mesh=mesh)
+        whole = with_adapters(model, placed, lora, adapters, mesh)
+        np.testing.assert_allclose(
+            jax.jit(lambda p, m=whole[0]: mean_loss(m, p, "two")[1])(whole[1]), expected, atol=BOUND
+        )
+        drawn.append(jax.device_get(adapters))
+    jax.tree.map(np.testing.assert_array_equal, *drawn)
+    a = drawn[0]["vision"]["merger"]["up"]["lora"]["a"]  # [128, 4], drawn from +- 1 / sqrt(128)
+    assert a.shape == (128, 4) and 0.08 < np.abs(a).max() < 128**-0.5
+
+
+@pytest.mark.slow
+def test_peft_gives_our_saved_adapter_of_text_and_tower_the_same_logits(
+    loaded, torch_python, tmp_path
+):
+    model, params = adapted_vision(loaded)
+    save_model(tmp_path / "base", *loaded, dtype="float32")
+    save_adapter(tmp_path / "ours", model, params)
+    script, out = Path(__file__).parent / "peft_reference.py", tmp_path / "theirs"
+    paths = {"--out": out, "--load": tmp_path / "base", "--adapter": tmp_path / "ours"}
+    command = [torch_python, str(script), *(str(x) for pair in paths.items() for x in pair)]
+    subprocess.run(command, check=True)
+    logits = mean_loss(model, params, "two")[1]
+    np.testing.assert_allclose(logits, np.load(out / "logits.npy")[0], rtol=0, atol=BOUND)
+    ours, again = (load_file(d / "adapter_model.safetensors") for d in (tmp_path / "ours", out))
+    assert ours.keys() == again.keys()
+    assert all(np.array_equal(value, again[key]) for key, value in ours.items())
 
 
 @pytest.mark.slow

@@ -55,6 +55,14 @@ PROMPTS: dict[str, list[tuple[int, int]]] = {
     "none": [],
 }
 GREEDY = 6
+# PEFT's LoraConfig of an adapter of text and tower.
+ADAPTER: dict[str, Any] = {
+    "r": 3,
+    "lora_alpha": 5,
+    "target_modules": "all-linear",
+    "rank_pattern": {"visual.blocks.1.attn.qkv": 2, "merger.mlp.0": 4, "k_proj": 1},
+    "alpha_pattern": {"attn.proj": 2},
+}
 
 
 def tokens_of(name: str) -> np.ndarray:

@@ -106,7 +106,8 @@ def make_plan(
     target = find_target(topology, formula=formula)
     prompt, completion = config.data.max_prompt_tokens, config.rollout.max_new_tokens
     given = lengths or Lengths(0, 0)
-    lengths = Lengths(given.prompt or prompt, given.completion or completion)
+    image = given.image or min(config.data.max_image_tokens, given.prompt or prompt)
+    lengths = Lengths(given.prompt or prompt, given.completion or completion, image)
     plans = [_plan(config, {}, target, lengths, say=say)]
     if warning := plans[0].setup.model.config.warn_of_positions(prompt, completion):
         say(warning)

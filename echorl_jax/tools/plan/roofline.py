@@ -20,6 +20,7 @@ from echorl_jax.parallel import local_bytes
 from echorl_jax.rollout.memory import position_bytes
 from echorl_jax.tools.plan.chips import Chip
 from echorl_jax.training.setup import Setup
+from echorl_jax.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Lengths:
 
     prompt: float
     completion: float
+    image: float = 0.0  # image tokens of a prompt, counted as those of one image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +46,13 @@ class Phase:
 
 def layer_weights(model: Decoder) -> int:
     """Weights in the matrices of all layers, without adapters."""
+    return _kernel_weights(model.layers(model.param_shapes()))
+
+
+def _kernel_weights(shapes: PyTree) -> int:
     return sum(
         math.prod(shape.shape)
-        for path, shape in jax.tree_util.tree_leaves_with_path(model.layers(model.param_shapes()))
+        for path, shape in jax.tree_util.tree_leaves_with_path(shapes)
         if path[-1].key == "kernel"
     )
 
@@ -133,8 +139,43 @@ def forward_flops(model: Decoder, *, length: float, targets: float) -> float:
     return 2 * layer_weights(model) * length + attention + head
 
 
+def tower_flops(model: Decoder, *, tokens: float) -> float:
+    """Operations of the vision tower's forward pass for one image of n tokens.
+
+    With W weights in the matrices that see each of the ``p = merge^2 n`` patches, V in those of the
+    merger, which see each token, and H heads of size K: ``2 W p + 2 V n``, and ``4 H K p s`` in
+    each layer, where s is p if the layer sees the whole image, else the patches of a window.
+    """
+    config = model.config.vision
+    assert config is not None
+    parts = {part: _kernel_weights(tree) for part, tree in model.param_shapes()["vision"].items()}
+    patches = config.merge**2 * tokens
+    inside = config.num_layers - len(config.full_layers)
+    seen = len(config.full_layers) * patches + inside * min(patches, config.window_patches)
+    matrices = (parts["patch"] + parts["layers"]) * patches + parts["merger"] * tokens
+    return 2 * matrices + 4 * config.hidden_size * patches * seen
+
+
+def _tower_phases(setup: Setup, lengths: Lengths) -> list[Phase]:
+    """Features for the sampler and the update, and the tower's gradient, once for each image."""
+    if setup.model.config.vision is None:
+        return []
+    supervised, objective = setup.objective.supervised, setup.config.objective
+    images = setup.rows if supervised else setup.config.rollout.prompts_per_step
+    one = tower_flops(setup.model, tokens=lengths.image) * images / setup.mesh.size
+    # For the sampler, the first update and the reference; later updates have another tower.
+    passes = 1.0 if supervised else 2.0 + (setup.objective.kl_coef != 0)
+    if not setup.trains_tower:
+        return [Phase("encode", passes * one, 0.0)]
+    passes += objective.epochs - 1 / setup.mini_batches
+    # Forward again (twice where layers are recomputed), then two passes, one with adapters.
+    backward = 1 + (setup.model.remat != "none") + (2 if setup.model.lora is None else 1)
+    tower = Phase("tower", backward * one * objective.epochs, 0.0)
+    return [Phase("encode", passes * one, 0.0), tower]
+
+
 def step_phases(setup: Setup, lengths: Lengths) -> list[Phase]:
-    """Sampling, scoring if the config asks for it, and learning, all rows with a gradient."""
+    """Images, sampling, scoring if the config asks for it, and learning from all rows."""
     chips, epochs, rows = setup.mesh.size, setup.config.objective.epochs, setup.rows
     length, prompts = lengths.prompt + lengths.completion, setup.config.rollout.prompts_per_step
     prefill = forward_flops(setup.model, length=lengths.prompt, targets=0) * prompts
@@ -154,6 +195,7 @@ def step_phases(setup: Setup, lengths: Lengths) -> list[Phase]:
     # Parameters, both moments: read and written; gradient: read. Float32.
     state = 28 * params * setup.mini_batches * epochs / (chips / setup.mesh.shape["data"])
     phases = [
+        *_tower_phases(setup, lengths),
         Phase("prefill", prefill / chips, 0.0),
         _decode(setup, lengths),
         Phase("score", score / chips, 0.0),
