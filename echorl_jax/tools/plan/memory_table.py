@@ -84,11 +84,11 @@ def compile_programs(
       not fit. Decode is left out if prefill did not fit.
     """
     found, prefilled = [], None
-    for name in names:
+    for number, name in enumerate(names, 1):
         if name == "decode" and prefilled is None:
             continue
         start = time.monotonic()
-        say(f"compiling {name} ...")
+        say(f"compiling {name} ({number} of {len(names)}) ...")
         try:
             lowered = lower_program(setup, name, prefilled)
             outcome = lowered.compile()

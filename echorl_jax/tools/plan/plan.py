@@ -4,17 +4,19 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from importlib import metadata
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
+from packaging.requirements import Requirement
 
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.files import model_path
 from echorl_jax.models import Decoder
 from echorl_jax.models.published import architecture
 from echorl_jax.parallel import AXES, ShardingError, make_mesh
-from echorl_jax.tools.plan.chips import GPUS, Chip, local_chip, parse_topology
+from echorl_jax.tools.plan.chips import GB, Chip, local_chip, parse_topology
 from echorl_jax.tools.plan.memory_table import (
     PROGRAMS,
     SAMPLING,
@@ -44,6 +46,7 @@ class Target:
     count: int
     devices: Any  # real or described ones to compile for; None: estimate by formula
     attention: str | None  # the attention kernel; None keeps the config's
+    compiler: str = ""  # libtpu and its version, where it compiles
 
     @property
     def usable_bytes(self) -> int:
@@ -87,15 +90,17 @@ def make_plan(
     tries: int,
     say: Say,
     formula: bool = False,
+    memory_gb: float = 0.0,
 ) -> list[Plan]:
     """Plans the config and, while that does not fit, changed ones.
 
     Args:
-      topology: ``v5p:2x2x2``, ``h100:8``; "" is this machine.
+      topology: as :func:`~echorl_jax.tools.plan.chips.parse_topology` reads; "" is this machine.
       lengths: mean lengths for the times; the longest allowed where 0 or not given.
       tries: changed configs to compile, at most.
       say: receives lines of progress.
       formula: estimate, do not compile.
+      memory_gb: of a chip, in place of what the topology's has; 0 keeps that.
 
     Returns:
       The plans in the order tried: the first is of the unchanged config, the last is the best.
@@ -104,6 +109,11 @@ def make_plan(
       ConfigError: a topology, model or mesh that cannot be, or no libtpu for a TPU.
     """
     target = find_target(topology, formula=formula)
+    if warning := unpinned(target.compiler):
+        say(warning)
+    if memory_gb:
+        chip = dataclasses.replace(target.chip, memory_bytes=round(memory_gb * GB))
+        target = dataclasses.replace(target, chip=chip)
     prompt, completion = config.data.max_prompt_tokens, config.rollout.max_new_tokens
     given = lengths or Lengths(0, 0)
     image = given.image or min(config.data.max_image_tokens, given.prompt or prompt)
@@ -122,7 +132,7 @@ def make_plan(
 
 
 def find_target(topology: str, *, formula: bool = False) -> Target:
-    """The chips of a ``--topology``, described by libtpu where they are TPUs.
+    """The chips of a ``--topology``, described by libtpu where it can compile for them.
 
     Raises:
       ConfigError: the topology is malformed, or libtpu is missing or does not know it.
@@ -130,20 +140,38 @@ def find_target(topology: str, *, formula: bool = False) -> Target:
     if not topology:
         devices = jax.devices()
         return Target(local_chip(), len(devices), None if formula else devices, None)
-    chip, count = parse_topology(topology)
-    if formula or topology.partition(":")[0] in GPUS:
-        return Target(chip, count, None, "xla")
+    given = parse_topology(topology)
+    if formula or not given.chip.libtpu_name:
+        return Target(given.chip, given.count, None, "xla")
     from jax.experimental import topologies
 
     try:
-        devices = topologies.get_topology_desc(topology, "tpu").devices
+        devices = topologies.get_topology_desc(given.name, "tpu").devices
     except Exception as error:  # a missing plugin raises one of several types
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"--topology={topology}: libtpu does not describe it ({reason}); it has to be "
-            f"installed (pip install 'jax[tpu]=={jax.__version__}') and to know that shape"
+            f"--topology={topology}: libtpu does not describe {given.name} ({reason}); it has to "
+            f"be installed (pip install 'jax[tpu]=={jax.__version__}') and to know that shape"
         ) from error
-    return Target(chip, count, devices, "splash")
+    compiler = f"libtpu {metadata.version('libtpu')}"
+    return Target(given.chip, given.count, devices, "splash", compiler)
+
+
+def unpinned(compiler: str) -> str:
+    """A warning if this is not the libtpu that JAX asks for; "" if it is, or there is none.
+
+    >>> unpinned("libtpu 0.0.1").partition(";")[0]
+    'warning: libtpu 0.0.1 compiles these programs'
+    """
+    wanted = [r for r in map(Requirement, metadata.requires("jax") or []) if r.name == "libtpu"]
+    version = compiler.removeprefix("libtpu ")
+    if not compiler or not wanted or wanted[0].specifier.contains(version, prereleases=True):
+        return ""
+    return (
+        f"warning: {compiler} compiles these programs; jax {jax.__version__} runs with libtpu"
+        f"{wanted[0].specifier}, which may need other memory (pip install "
+        f"'jax[tpu]=={jax.__version__}')"
+    )
 
 
 def _plan(

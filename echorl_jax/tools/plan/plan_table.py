@@ -36,6 +36,7 @@ def as_dict(plans: list[Plan], topology: str) -> dict[str, Any]:
         "topology": topology or "local",
         "chip": target.chip.name,
         "chips": target.count,
+        "compiler": target.compiler,
         "memory_bytes_per_chip": target.chip.memory_bytes,
         "usable_bytes_per_chip": target.usable_bytes,
         "fits": plan.fits,
@@ -77,7 +78,9 @@ def print_plan(plans: list[Plan], console: Console) -> None:
         used = f"{program['total'] / chip.memory_bytes:.0%}"
         table.add_row(program["program"], *cells, used)
     console.print(table)
-    source = "the compiler's" if plan.memory[0].source == "compiler" else "estimated by formula"
+    source = "estimated by formula"
+    if plan.memory[0].source == "compiler":
+        source = f"the compiler's{f' ({plan.target.compiler})' if plan.target.compiler else ''}"
     rows, width = setup.micro_batch
     seconds = "  ".join(f"{name} {s:.3g}" for name, s in plan.seconds.items())
     lines = [

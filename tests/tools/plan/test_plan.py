@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+from importlib.metadata import requires
 from pathlib import Path
 
 import jax
@@ -14,9 +16,16 @@ from echorl_jax.config_file import load_config
 from echorl_jax.core import OBJECTIVES
 from echorl_jax.models import Decoder, DecoderConfig, init_params
 from echorl_jax.parallel import AXES, Platform, make_mesh
-from echorl_jax.tools.plan.chips import GB, GPUS, TPUS, parse_topology
+from echorl_jax.tools.plan.chips import GB, TPUS, parse_topology
 from echorl_jax.tools.plan.memory_table import compile_programs, lower_program
-from echorl_jax.tools.plan.plan import Target, candidates, find_target, make_plan, plan_setup
+from echorl_jax.tools.plan.plan import (
+    Target,
+    candidates,
+    find_target,
+    make_plan,
+    plan_setup,
+    unpinned,
+)
 from echorl_jax.tools.plan.plan_table import as_dict
 from echorl_jax.tools.plan.roofline import Exchange, Lengths, exchanges, forward_flops, step_phases
 from echorl_jax.training.capacity import weight_memory
@@ -177,12 +186,67 @@ def test_micro_batches_equal_those_of_the_run() -> None:
     assert (sft.rows, sft.max_rows, sft.micro_batch) == (16, 16, (32, 128))
 
 
-def test_topologies_are_read_or_refused() -> None:
-    assert parse_topology("v5p:2x2x2") == (TPUS["v5p"], 8)
-    assert parse_topology("h100:8") == (GPUS["h100"], 8)
-    for text in ("v9:2x2", "v5p", "v5p:2x", "v5p:0x2", "h100:"):
-        with pytest.raises(ConfigError, match="must be CHIP:SHAPE such as v5p:2x2x2"):
-            parse_topology(text)
+@pytest.mark.parametrize(
+    ("text", "chip", "count", "name"),
+    [
+        ("v5p:2x2x2", "TPU v5p", 8, "v5p:2x2x2"),
+        # Google's types and their shapes: v5e and v6e count chips, v4 and v5p cores.
+        ("v5litepod-16", "TPU v5e", 16, "v5e:4x4"),
+        ("v5litepod-1", "TPU v5e", 1, "v5e:1x1"),
+        ("v6e-8", "TPU v6e", 8, "v6e:2x4"),
+        ("v6e-256", "TPU v6e", 256, "v6e:16x16"),
+        ("v5p-8", "TPU v5p", 4, "v5p:2x2x1"),
+        ("v5p-64", "TPU v5p", 32, "v5p:2x4x4"),
+        ("v4-32", "TPU v4", 16, "v4:2x2x4"),
+        ("v4-2048", "TPU v4", 1024, "v4:8x8x16"),
+        ("h100:8", "H100 80 GB", 8, "h100:8"),
+        ("8xH100", "H100 80 GB", 8, "h100:8"),
+        ("2xA100-40GB", "A100 40 GB", 2, "a100-40gb:2"),
+        ("a100-80gb:4", "A100 80 GB", 4, "a100:4"),
+        ("4090", "RTX 4090 24 GB", 1, "rtx4090:1"),
+        ("L40S", "L40S 48 GB", 1, "l40s:1"),
+        ("a10g:4", "A10G 24 GB", 4, "a10g:4"),
+        ("b200:8", "B200 180 GB", 8, "b200:8"),
+    ],
+)
+def test_the_names_of_clouds_and_cards_are_read(
+    text: str, chip: str, count: int, name: str
+) -> None:
+    found = parse_topology(text)
+    assert (found.chip.name, found.count, found.name) == (chip, count, name)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("h10:8", "no chip is called 'h10'; known: h100"),
+        ("8xA100-48GB", "known: a100-80gb, a100-40gb, a10g"),
+        ("v5e:4xx", "must be CHIP and a number or shape"),
+        ("v5p", "must be CHIP and a number or shape"),
+        ("v5p:0x2", "must be CHIP and a number or shape"),
+        ("h100:", "must be CHIP and a number or shape"),
+        ("v5p-7", "must be CHIP and a number or shape"),
+        ("v6e-12", "must be CHIP and a number or shape"),
+        ("zzz:1", "known: v4, v5e"),
+    ],
+)
+def test_an_unknown_chip_is_refused_with_near_names(text: str, said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)) as error:
+        parse_topology(text)
+    assert "\n" not in str(error.value)
+
+
+def test_the_memory_of_another_card_is_given() -> None:
+    config = small_config()
+    plans = make_plan(config, "4090", tries=0, say=quiet, formula=True, memory_gb=48)
+    assert plans[-1].target.chip.memory_bytes == 48 * GB
+
+
+def test_a_libtpu_that_jax_does_not_pin_is_told() -> None:
+    (pinned,) = re.findall(r"libtpu==([\d.]+)", " ".join(requires("jax") or []))
+    assert unpinned(f"libtpu {pinned}1") == unpinned("") == ""
+    said = unpinned("libtpu 99.0.1")
+    assert "libtpu 99.0.1" in said and f"libtpu=={pinned}" in said and "\n" not in said
 
 
 def test_a_missing_libtpu_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
