@@ -3,6 +3,7 @@
 Compiles the programs of a training step (prompt prefill, decode loop, scoring, gradient of a
 micro-batch, optimizer) from shapes alone: for a TPU topology through libtpu, with no TPU present,
 or for this machine. For GPUs and TPU v4 the figures are estimated by formula. No weights are read.
+Times are lower bounds; below them: an estimate at measured shares of the peak, and the run's hours.
 If a program does not fit, other settings are tried and the best is printed. Exit code 1 if nothing
 fits.
 

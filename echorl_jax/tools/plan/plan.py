@@ -24,7 +24,7 @@ from echorl_jax.tools.plan.memory_table import (
     compile_programs,
     estimate,
 )
-from echorl_jax.tools.plan.roofline import Lengths, step_phases
+from echorl_jax.tools.plan.roofline import SHARES, Lengths, exchanges, step_phases
 from echorl_jax.training.capacity import USABLE, with_slots
 from echorl_jax.training.setup import (
     Setup,
@@ -80,6 +80,13 @@ class Plan:
     @property
     def step_seconds(self) -> float:
         return sum(self.seconds.values())
+
+    @property
+    def likely_seconds(self) -> float:
+        """An estimate: phases at measured shares of the peak, and communication not hidden."""
+        phases = sum(seconds / SHARES[name][0] for name, seconds in self.seconds.items())
+        sent = (e.seconds(self.target.chip) or 0.0 for e in exchanges(self.setup, self.lengths))
+        return phases + sum(sent)
 
 
 def make_plan(

@@ -2,15 +2,18 @@
 
 import dataclasses
 import math
+from contextlib import suppress
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from echorl_jax.errors import UserError
 from echorl_jax.tools.plan.chips import GB
 from echorl_jax.tools.plan.plan import Plan, describe
-from echorl_jax.tools.plan.roofline import exchanges
+from echorl_jax.tools.plan.roofline import SHARES, exchanges
 from echorl_jax.training.capacity import persistent_memory
+from echorl_jax.training.run import with_steps
 
 _FIELDS = ("weights", "optimizer", "gradient", "cache", "batch", "temporaries", "total")
 _HEADINGS = ("weights", "optim", "grad", "cache", "batch", "temp", "total")
@@ -20,7 +23,7 @@ def as_dict(plans: list[Plan], topology: str) -> dict[str, Any]:
     """The last plan in full, and a summary of all that were tried."""
     plan = plans[-1]
     setup, target, lengths = plan.setup, plan.target, plan.lengths
-    rows = _rows_per_step(plan)
+    rows, steps = _rows_per_step(plan), _steps(plan)
     tokens = rows * lengths.completion
     sampling = sum(plan.seconds.get(name, 0.0) for name in ("prefill", "decode"))
     communication = [
@@ -55,6 +58,16 @@ def as_dict(plans: list[Plan], topology: str) -> dict[str, Any]:
             "rollout_tokens_per_second": round(tokens / sampling) if sampling else 0,
             "step_tokens_per_second": round(tokens / plan.step_seconds),
             "communication_estimate": communication,  # not part of the seconds of the step
+        },
+        # A guess by comparison: the floor is in "roofline".
+        "estimate": {
+            "step_seconds": round(plan.likely_seconds, 3),
+            "steps": steps,
+            "run_hours": None if steps is None else round(plan.likely_seconds * steps / 3600, 3),
+            "shares_of_peak": {
+                name: dict(zip(("share", "source"), SHARES[name], strict=True))
+                for name in plan.seconds
+            },
         },
         "tried": [
             {"changes": p.changes, "fits": p.fits, "peak_bytes_per_chip": p.peak_bytes}
@@ -96,6 +109,15 @@ def print_plan(plans: list[Plan], console: Console) -> None:
         parts = "  ".join(f"{e['phase']} over {e['axis']} {e['seconds']:.3g}" for e in estimates)
         links = f"at {speed / GB:g} GB/s of links a chip"
         lines.append(f"communication, estimated, seconds {links}: {parts}")
+    shares = ", ".join(f"{name} {SHARES[name][0]:.0%}" for name in plan.seconds)
+    likely, hours = figures["estimate"], "hours unknown without the rows of data.train"
+    if likely["steps"] is not None:
+        hours = f"{likely['run_hours']:.3g} h for {likely['steps']} steps"
+    lines.append(
+        f"estimate, not a bound: {likely['step_seconds']:.3g} s a step, {hours}, at shares of the "
+        f"peak measured on other chips ({shares}; sources: --json), communication not hidden; "
+        "grading, evaluation and compilation not counted"
+    )
     for line in (*lines, verdict(plans)):
         console.print(line, highlight=False, soft_wrap=True)
 
@@ -103,6 +125,15 @@ def print_plan(plans: list[Plan], console: Console) -> None:
 def _rows_per_step(plan: Plan) -> int:
     """Sampled rows, or demonstrations, of a step."""
     return plan.setup.rows if plan.setup.objective.supervised else plan.setup.sampled_rows
+
+
+def _steps(plan: Plan) -> int | None:
+    """Steps of the whole run; None if its epochs are of rows that cannot be read here."""
+    config, rows = plan.setup.config, plan.setup.config.rollout.prompts_per_step
+    if plan.setup.objective.supervised:
+        rows = config.optim.sft_rows_per_step
+    with suppress(UserError):  # a plan may be made where the rows are not
+        return with_steps(config, rows).steps
 
 
 def verdict(plans: list[Plan]) -> str:

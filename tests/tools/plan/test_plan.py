@@ -242,6 +242,29 @@ def test_the_memory_of_another_card_is_given() -> None:
     assert plans[-1].target.chip.memory_bytes == 48 * GB
 
 
+def test_the_hours_are_those_of_the_epochs(tmp_path: Path) -> None:
+    """30 rows, 4 prompts a step, 2 passes: 15 steps."""
+    row = {"prompt": "1 + 1", "answer": "2"}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n" * 30)
+    config = small_config(data={"train": str(tmp_path / "rows.jsonl")})
+    config = dataclasses.replace(config, epochs=2.0, steps=999)
+    assert config.rollout.prompts_per_step == 4
+    found = as_dict(make_plan(config, "l4", tries=0, say=quiet, formula=True), "l4")["estimate"]
+    assert found["steps"] == 15
+    hours = 15 * found["step_seconds"] / 3600
+    assert found["run_hours"] == pytest.approx(hours, abs=1e-3)
+    config = dataclasses.replace(small_config(data={"train": "not/here.jsonl"}), epochs=2.0)
+    found = as_dict(make_plan(config, "l4", tries=0, say=quiet, formula=True), "l4")["estimate"]
+    assert found["steps"] is None and found["run_hours"] is None and found["step_seconds"] > 0
+
+
+def test_progress_says_which_of_how_many_compiles() -> None:
+    said: list[str] = []
+    setup = plan_setup(small_config(), Target(TPUS["v5p"], 1, jax.devices()[:1], None))
+    compile_programs(setup, names=("apply",), say=said.append)
+    assert said[0] == "compiling apply (1 of 1) ..." and said[1].startswith("compiled apply in ")
+
+
 def test_a_libtpu_that_jax_does_not_pin_is_told() -> None:
     (pinned,) = re.findall(r"libtpu==([\d.]+)", " ".join(requires("jax") or []))
     assert unpinned(f"libtpu {pinned}1") == unpinned("") == ""
@@ -304,10 +327,18 @@ def test_the_command_prints_json_or_a_table(capsys: pytest.CaptureFixture[str]) 
     # 7.6B parameters in bfloat16, of which each of 8 sends 7/8.
     assert sent["weights", "fsdp"]["bytes_per_chip"] == pytest.approx(15.23e9 * 7 / 8, rel=0.01)
     assert sent["weights", "fsdp"]["seconds"] == pytest.approx(15.23 * 7 / 8 / 450, rel=0.01)
+    likely = result["estimate"]
+    shares = {name: entry["share"] for name, entry in likely["shares_of_peak"].items()}
+    assert shares == {"prefill": 0.5, "decode": 0.35, "accumulate": 0.5, "apply": 0.78}
+    seconds = sum(s / shares[name] for name, s in result["roofline"]["seconds"].items())
+    seconds += sum(exchange["seconds"] for exchange in sent.values())
+    assert likely["step_seconds"] == pytest.approx(seconds, rel=1e-3)
+    assert likely["run_hours"] == pytest.approx(seconds * likely["steps"] / 3600, rel=1e-3)
     assert cli.run(["plan", f"--config={PAPER}", "--topology=h100:8"]) == 0
     said = capsys.readouterr().out.replace("\n", " ")
     assert (
         "communication, estimated, seconds at 450 GB/s of links a chip: weights over fsdp" in said
     )
+    assert "estimate, not a bound:" in said and f"h for {likely['steps']} steps" in said
     assert cli.run(["plan", f"--config={PAPER}", "--topology=h100:1", "--estimate"]) == 1
     assert "does not fit" in capsys.readouterr().out.replace("\n", " ")
