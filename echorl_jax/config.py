@@ -389,9 +389,12 @@ class OptimConfig:
     max_grad_norm: Annotated[float, above(0)] = 1.0
     # Tokens in a micro-batch, padding included, on each data-parallel device.
     micro_batch_tokens: Annotated[int, at_least(1)] = 32768
-    # Compile every shape that a run can meet before its first step: no step waits later, and what
-    # does not fit shows at once. False compiles each when it is first needed.
+    # Compile every shape that a run can meet ahead of the steps that need it. What does not fit in
+    # memory shows before step 1. False compiles each when it is first needed.
     compile_ahead: bool = True
+    # Smaller micro-batches than the largest are compiled while the first steps run (one process).
+    # False compiles them before step 1, so that no step waits and all take their usual time.
+    compile_in_background: bool = True
     # Rows per step of supervised training (`echorl sft`).
     sft_rows_per_step: Annotated[int, at_least(1)] = 256
     # Several demonstrations in a row of `echorl sft`, which leaves little padding: the same loss

@@ -59,7 +59,7 @@ def train(
     ):
         setup = run.setup
         if config.optim.compile_ahead and not run.stopping():
-            with run.compiling():
+            with run.compiling() as later:
                 warm_up(
                     setup,
                     state.params,
@@ -68,6 +68,7 @@ def train(
                     frozen=run.frozen,
                     reference=run.reference,
                     say=run.log.say,
+                    later=later,
                 )
         for step in run.steps():
             sample_key, clip_key = jax.random.split(run.key(step))

@@ -5,7 +5,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from operator import attrgetter
 from pathlib import Path
@@ -38,7 +38,7 @@ from echorl_jax.training.logs import RunLog
 from echorl_jax.training.optimizer import TrainState, init_state
 from echorl_jax.training.setup import Setup, configured_objective, make_setup
 from echorl_jax.training.trackers import Sender, require_trackers, trackers
-from echorl_jax.training.warmup import CompileCounter, keep_compiled
+from echorl_jax.training.warmup import CompileJob, Compiles, keep_compiled
 from echorl_jax.training.workdir import ASIDE, COURSE, last_step, open_workdir, require_new, rewind
 from echorl_jax.types import Array, PyTree
 
@@ -58,7 +58,7 @@ class Run:
     engine: Engine
     health: Health
     dumps: Dumps
-    compiles: CompileCounter
+    compiles: Compiles
     stop: StopRequest
     faults: Faults
     frozen: PyTree  # parameters beside those of the state; None trains all
@@ -82,12 +82,20 @@ class Run:
                 yield step
 
     @contextmanager
-    def compiling(self) -> Iterator[None]:
-        """Tells how many programs were compiled inside, and how long it took."""
+    def compiling(self) -> Iterator[Callable[[CompileJob], None] | None]:
+        """Tells how many programs were compiled inside, and how long it took.
+
+        Yields:
+          A function that takes compilations for later; None where all must be done here.
+        """
         start = time.monotonic()
-        yield
+        # Several processes compile their programs in the same order.
+        behind = self.setup.config.optim.compile_in_background and jax.process_count() == 1
+        yield self.compiles.later if behind else None
         seconds = time.monotonic() - start
-        self.log.say(f"compiled {self.compiles.count} programs in {seconds:.0f} s")
+        said = f"compiled {self.compiles.count} programs in {seconds:.0f} s"
+        left = self.compiles.left
+        self.log.say(f"{said}; {left} more while the first steps run" if left else said)
 
     def key(self, step: int) -> Array:
         """The PRNG key of a step."""
@@ -279,11 +287,11 @@ def open_run(
         open_workdir(workdir, config) as (directory, config_before),
         writing(directory),
         keep_compiled(directory, config.checkpoint.compiled),
+        closing(Compiles()) as compiles,
         trackers(directory, config) as senders,
     ):
         if config.checkpoint.push and is_first():
             claim_repository(config.checkpoint.push)
-        compiles = CompileCounter()
         setup, params = make_setup(config, devices=devices)
         rows = _training_rows(setup)
         frozen, trainable = split_params(setup.model, params)

@@ -58,7 +58,7 @@ def train_supervised(
             batch = demonstrations(setup, peeked)
             if packs(config, setup.model):
                 batch = pack_rows(batch, width=batch.tokens.shape[1])
-            with run.compiling():
+            with run.compiling() as later:
                 warm_up_updates(
                     setup,
                     state.params,
@@ -68,6 +68,7 @@ def train_supervised(
                     reference=run.reference,
                     images=[[image for prompt in peeked for image in prompt.images]],
                     say=run.log.say,
+                    later=later,
                 )
         for step in run.steps():
             seconds: dict[str, float] = {}

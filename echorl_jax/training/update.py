@@ -234,9 +234,9 @@ def micro_gradient(
     """Gradient and loss of one micro-batch, computed by the program that training runs."""
     with jax.set_mesh(setup.mesh):
         zeros = _zeros_like(setup, params)(params)
-        placed = _placed(micro, setup.mesh)
+        rows = placed(micro, setup.mesh)
         coef = np.float32(echo_coef)
-        return _accumulate(zeros, params, frozen, placed, coef, **_loss_arguments(setup))
+        return _accumulate(zeros, params, frozen, rows, coef, **_loss_arguments(setup))
 
 
 def apply_update(
@@ -261,8 +261,8 @@ def apply_update(
     with jax.set_mesh(setup.mesh):
         for micro in micro_batches:
             total = _zeros_like(setup, state.params)(state.params) if total is None else total
-            placed = _placed(micro, setup.mesh)
-            total = _accumulate(total, state.params, frozen, placed, coef, **_loss_arguments(setup))
+            rows = placed(micro, setup.mesh)
+            total = _accumulate(total, state.params, frozen, rows, coef, **_loss_arguments(setup))
         if total is None:
             return state, _no_stats()
         if total.of_features is not None:
@@ -279,15 +279,15 @@ def apply_update(
         return _apply(state, total, optimizer=setup.optimizer, schedule=setup.schedule)
 
 
-def _placed(micro: TrainBatch, mesh: Mesh) -> TrainBatch:
+def placed(micro: TrainBatch, mesh: Mesh) -> TrainBatch:
     """The micro-batch on the mesh: rows are spread, features are whole on every device."""
     if micro.images is None:
         return place_rows(micro, mesh)
     features = place_whole(micro.images.features, mesh)
     rows = dataclasses.replace(micro.images, features=None)
-    placed = place_rows(dataclasses.replace(micro, images=rows), mesh)
-    whole = dataclasses.replace(placed.images, features=features)
-    return dataclasses.replace(placed, images=whole)
+    spread = place_rows(dataclasses.replace(micro, images=rows), mesh)
+    whole = dataclasses.replace(spread.images, features=features)
+    return dataclasses.replace(spread, images=whole)
 
 
 def _loss_arguments(setup: Setup) -> dict[str, Any]:
@@ -319,9 +319,9 @@ def score_batch(
     """
     scores = np.zeros(shape, np.float32)
     for places, micro in micro_batches:
-        placed = _placed(micro, setup.mesh)
+        rows = placed(micro, setup.mesh)
         with jax.set_mesh(setup.mesh):
-            values = _score(params, placed, **_score_arguments(setup), quantity=quantity)
+            values = _score(params, rows, **_score_arguments(setup), quantity=quantity)
         values = np.asarray(values)[: len(places)]  # the rest is padding
         scores[places, : values.shape[1]] = values
     return scores
@@ -512,10 +512,12 @@ def lower_apply(setup: Setup, state: TrainState) -> jax.stages.Lowered:
         )
 
 
-def lower_score(setup: Setup, params: PyTree, micro: TrainBatch) -> jax.stages.Lowered:
+def lower_score(
+    setup: Setup, params: PyTree, micro: TrainBatch, quantity: Quantity = "logprobs"
+) -> jax.stages.Lowered:
     """The program that scores one micro-batch, from shapes with shardings."""
     with jax.set_mesh(setup.mesh):
-        return _score.lower(params, micro, **_score_arguments(setup), quantity="logprobs")
+        return _score.lower(params, micro, **_score_arguments(setup), quantity=quantity)
 
 
 def _abstract_total(setup: Setup, params: PyTree) -> Accumulated:

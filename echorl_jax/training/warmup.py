@@ -1,12 +1,13 @@
-"""Compiled programs: counted, kept in the workdir, and compiled before step 1.
+"""Compiled programs: counted, kept in the workdir, and compiled ahead of the steps that need them.
 
-The warm-up runs every program once with zero loss weights. Out-of-memory shows there, largest
-shape first.
+The warm-up runs the sampler and the largest micro-batch with zero loss weights, where out-of-memory
+shows. The smaller ones are compiled in a thread while the first steps run, or before step 1.
 """
 
 import dataclasses
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
@@ -27,7 +28,10 @@ from echorl_jax.training.micro_batches import micro_batch_shapes, take_rows
 from echorl_jax.training.setup import Setup
 from echorl_jax.training.update import (
     Quantity,
+    lower_accumulate,
+    lower_score,
     micro_gradient,
+    placed,
     score_batch,
     token_entropies,
     with_features,
@@ -64,19 +68,47 @@ def _use(place: str | None) -> None:
     compilation_cache.reset_cache()
 
 
-class CompileCounter:
-    """Counts XLA compilations in this process from its creation on."""
+# Compiles one program.
+CompileJob = Callable[[], object]
+
+
+class Compiles:
+    """The XLA compilations of this process: counted from here on, some of them in a thread."""
 
     def __init__(self) -> None:
         self.count = 0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="compile")
+        self._later: list[Future[object]] = []
         self._expected: int | None = None  # compilations up to this count are expected
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         self.count += event == "/jax/core/compile/backend_compile_duration"
 
+    def later(self, job: CompileJob) -> None:
+        """Runs the job in the thread, after those before it."""
+        self._later.append(self._thread.submit(job))
+
+    @property
+    def left(self) -> int:
+        """Jobs of the thread that are not done."""
+        return sum(not job.done() for job in self._later)
+
+    def close(self) -> None:
+        """Ends the thread with the program that it compiles."""
+        self._thread.shutdown(cancel_futures=True)
+
     def surprised(self) -> bool:
-        """True once, if anything was compiled since the first call, which ends the warm-up."""
+        """True once, if anything was compiled since the first call after the warm-up's last job.
+
+        Raises:
+          Exception: of a job that failed.
+        """
+        for job in self._later:
+            if job.done():
+                job.result()
+        if self.left:
+            return False
         if self._expected is None:
             self._expected = self.count
         found = self.count > self._expected
@@ -102,8 +134,9 @@ def warm_up(
     frozen: PyTree = None,
     reference: PyTree | None = None,
     say: Callable[[str], None],
+    later: Callable[[CompileJob], None] | None = None,
 ) -> None:
-    """Runs sampling, assembly and the gradient of every shape of micro-batch.
+    """Runs sampling, assembly and the gradient of the largest micro-batch; compiles the others.
 
     Args:
       params: the trainable parameters; not changed.
@@ -111,6 +144,7 @@ def warm_up(
       frozen: the other parameters; None trains all.
       reference: parameters of the reference policy, with a KL term.
       say: prints a line of progress.
+      later: takes the compilations of smaller micro-batches; None runs all of them here.
 
     Raises:
       ConfigError: a program needs more memory than there is.
@@ -151,6 +185,7 @@ def warm_up(
         entropies=not engine.entropies,
         images=images,
         say=say,
+        later=later,
     )
 
 
@@ -165,11 +200,12 @@ def warm_up_updates(
     entropies: bool = False,
     images: Sequence[Sequence[Image]] = ((),),
     say: Callable[[str], None],
+    later: Callable[[CompileJob], None] | None = None,
 ) -> None:
-    """Runs the gradient, and the scores that updates need, of every shape of micro-batch.
+    """Runs the gradient, and the scores that updates need, of the largest micro-batch.
 
     Args:
-      setup, params, frozen, reference, say: see :func:`warm_up`.
+      setup, params, frozen, reference, say, later: see :func:`warm_up`.
       batch: rows (NumPy) as wide as any of the run.
       rows: of a batch, at most.
       entropies: whether the trainer computes the entropies of sampled tokens.
@@ -190,13 +226,17 @@ def warm_up_updates(
         scores.append((setup, policy, "entropy"))
     shapes = micro_batch_shapes(rows, setup.bounds)
     for number, (count, width) in enumerate(shapes, 1):
-        say(f"compiling ahead: micro-batch {number}/{len(shapes)}, {count} x {width} tokens")
         micro = _of_shape(batch, count, width)
         plain = dataclasses.replace(micro, ref_logprobs=None, selected=None)
-        chosen = np.arange(min(count, len(batch.length)))
-        try:
+        if number > 1 and later is not None:
+            later(_gradient_job(setup, policy, micro))
+            for scored, weights, quantity in scores:
+                later(_score_job(scored, weights, plain, quantity))
+            continue
+        say(f"compiling ahead: micro-batch {number}/{len(shapes)}, {count} x {width} tokens")
+        with _memory_errors(setup, micro):
             total = micro_gradient(setup, params, micro, echo_coef=0.0, frozen=frozen)
-            if total.of_features is not None and number == len(shapes):
+            if total.of_features is not None and number == 1:
                 gradient = total.gradient
                 with jax.set_mesh(setup.mesh):
                     ones = total.of_features * 0 + 1  # where those of the run lie
@@ -206,22 +246,53 @@ def warm_up_updates(
                 total = dataclasses.replace(total, gradient=gradient)
             jax.block_until_ready(total)
             del total
+            chosen, shape = np.arange(min(count, len(batch.length))), batch.loss_mask.shape
             for scored, weights, quantity in scores:
-                score_batch(
-                    scored,
-                    weights,
-                    [(chosen, plain)],
-                    shape=batch.loss_mask.shape,
-                    quantity=quantity,
-                )
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            budget = setup.config.optim.micro_batch_tokens
-            raise ConfigError(
-                f"config.optim.micro_batch_tokens = {budget}: the gradient of {count} rows x "
-                f"{width} tokens does not fit in memory; `echorl plan` says what to change"
-            ) from error
+                score_batch(scored, weights, [(chosen, plain)], shape=shape, quantity=quantity)
+
+
+@contextmanager
+def _memory_errors(setup: Setup, micro: TrainBatch) -> Iterator[None]:
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        count, width = micro.tokens.shape
+        budget = setup.config.optim.micro_batch_tokens
+        raise ConfigError(
+            f"config.optim.micro_batch_tokens = {budget}: the gradient of {count} rows x "
+            f"{width} tokens does not fit in memory; `echorl plan` says what to change"
+        ) from error
+
+
+def _gradient_job(setup: Setup, policy: PyTree, micro: TrainBatch) -> CompileJob:
+    shapes = _shapes(policy)
+
+    def job() -> None:
+        with _memory_errors(setup, micro):
+            lower_accumulate(setup, shapes, placed(micro, setup.mesh)).compile()
+
+    return job
+
+
+def _score_job(setup: Setup, policy: PyTree, micro: TrainBatch, quantity: Quantity) -> CompileJob:
+    shapes = _shapes(policy)
+
+    def job() -> None:
+        with _memory_errors(setup, micro):
+            lower_score(setup, shapes, placed(micro, setup.mesh), quantity).compile()
+
+    return job
+
+
+def _shapes(params: PyTree) -> PyTree:
+    """The shapes with shardings: an update gives the arrays themselves away."""
+
+    def shape(array: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+    return jax.tree.map(shape, params)
 
 
 def _of_shape(batch: TrainBatch, rows: int, width: int) -> TrainBatch:

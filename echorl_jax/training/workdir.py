@@ -41,6 +41,7 @@ MAY_CHANGE = (
     *("model.remat", "model.attention", "data.eval", "data.grader_workers"),
     *("rollout.slots", "rollout.expected_tokens", "rollout.check_every", "rollout.max_logprob_gap"),
     *("optim.micro_batch_tokens", "optim.max_bad_steps", "optim.compile_ahead"),
+    "optim.compile_in_background",
     *COURSE,
     "optim.sft_packing",
     *RENAMED,

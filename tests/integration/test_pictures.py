@@ -403,7 +403,7 @@ def test_nothing_is_compiled_after_the_first_step(objective: str, tmp_path: Path
     config = shapes_config(
         steps=2,
         objective={"name": objective, "max_rounds": 2},
-        optim={"compile_ahead": True},
+        optim={"compile_ahead": True, "compile_in_background": False},
         data={"grader": "tests.integration.graders:even_length", "grader_workers": 1},
     )
     loop.train(config, tmp_path, devices=ONE)

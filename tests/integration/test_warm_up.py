@@ -1,17 +1,22 @@
 """Programs compiled ahead: a closed set, and none after the first step."""
 
-from collections.abc import Iterator
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
+from echorl_jax.config import ConfigError
 from echorl_jax.environment.engines import slot_limits
 from echorl_jax.files import read_steps
 from echorl_jax.training import loop
+from echorl_jax.training.run import open_run
 from echorl_jax.training.sft import train_supervised
-from echorl_jax.training.warmup import CompileCounter
+from echorl_jax.training.warmup import CompileJob, Compiles, warm_up
 from tests.integration.conftest import small_config
 
 
@@ -33,7 +38,7 @@ def test_nothing_is_compiled_after_the_first_step(
     config = small_config(
         steps=3,
         objective=objective,
-        optim={"compile_ahead": True},
+        optim={"compile_ahead": True, "compile_in_background": False},
         rollout={"prompts_per_step": 4, "group_size": 4, "slots": 8},
         log={"profile_steps": (2,)},
     )
@@ -51,6 +56,70 @@ def test_nothing_is_compiled_after_the_first_step(
     # Python's calls are left out: to take them beside a save's threads crashes the process.
     assert not any(name.startswith("$") for name in seen)
     assert not (tmp_path / "ahead" / "profile" / "step_1").exists()
+
+
+@pytest.mark.parametrize(
+    ("objective", "lora"),
+    [
+        ({"name": "grpo", "kl_coef": 0.001}, {}),
+        pytest.param({"name": "uft", "old_logprobs": "trainer"}, {}, marks=pytest.mark.slow),
+        pytest.param({"name": "grpo", "kl_coef": 0.0}, {"rank": 4}, marks=pytest.mark.slow),
+    ],
+)
+def test_background_jobs_compile_the_programs_that_updates_run(
+    objective: dict, lora: dict, tmp_path: Path
+) -> None:
+    config = small_config(
+        objective=objective,
+        lora=lora,
+        optim={"compile_ahead": True},
+        rollout={"prompts_per_step": 4, "group_size": 4, "max_new_tokens": 20},
+    )
+    with open_run(config, tmp_path, prompts_per_step=4, devices=jax.devices()[:1]) as (run, state):
+
+        def all_shapes(later: Callable[[CompileJob], None] | None) -> None:
+            warm_up(
+                run.setup,
+                state.params,
+                run.stream.peek(),
+                engine=run.engine,
+                frozen=run.frozen,
+                reference=run.reference,
+                say=print,
+                later=later,
+            )
+
+        jobs: list[CompileJob] = []
+        all_shapes(later=jobs.append)
+        before = run.compiles.count
+        for job in jobs:
+            job()
+        compiled = run.compiles.count
+        assert len(jobs) > 1 and compiled - before == len(jobs)
+        all_shapes(later=None)  # runs every shape
+        assert run.compiles.count == compiled
+
+
+def test_steps_run_while_the_thread_compiles(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = small_config(steps=2, optim={"compile_ahead": True}, checkpoint={"every": 0})
+    loop.train(config, tmp_path, devices=jax.devices()[:1])
+    said = capsys.readouterr().err
+    assert "more while the first steps run" in said and "after the warm-up" not in said
+    assert "micro-batch 2/" not in said
+    assert not any(thread.name.startswith("compile") for thread in threading.enumerate())
+
+
+def test_a_job_that_fails_is_raised_once_it_is_done() -> None:
+    def fail() -> None:
+        raise ConfigError("config.optim.micro_batch_tokens = 9: too many")
+
+    with closing(Compiles()) as compiles:
+        compiles.later(fail)
+        with pytest.raises(ConfigError, match="too many"):
+            while not compiles.surprised():
+                time.sleep(0.01)
 
 
 def host_events(trace: Path) -> Iterator[jax.profiler.ProfileEvent]:
@@ -71,7 +140,7 @@ def test_demonstrations_compile_nothing_either(
         objective={"name": "sft", "kl_coef": None},
         echo={"enabled": False},
         optim={
-            **{"compile_ahead": True, "sft_packing": packing},
+            **{"compile_ahead": True, "compile_in_background": False, "sft_packing": packing},
             **{"sft_rows_per_step": 16, "micro_batch_tokens": 256},
         },
         checkpoint={"every": 0},
@@ -95,11 +164,11 @@ def test_slots_pass_through_every_level() -> None:
 
 
 def test_a_late_compile_surprises_once() -> None:
-    counter = CompileCounter()
+    counter = Compiles()
     assert not counter.surprised()
     jax.jit(lambda x: x * 3 + 1)(np.float32(2))
     assert counter.surprised() and not counter.surprised()
-    patient = CompileCounter()
+    patient = Compiles()
     assert not patient.surprised()
     with patient.expected():
         jax.jit(lambda x: x * 5 + 1)(np.float32(2))
