@@ -1,7 +1,9 @@
 """Pictures of prompts: the columns of public data sets, and the image processor of the model.
 
 A row's ``images`` column holds bytes, a path, ``{"bytes": ..., "path": ...}`` (verl, EasyR1, files
-of Hugging Face) or a Pillow image (an opened data set of Hugging Face). The text says where they
+of Hugging Face), or a Pillow image or an array of colours (an opened data set of Hugging Face).
+The first picture of a film counts, and a camera's note on how to turn a picture is followed. The
+text says where they
 stand with ``<image>``; without a mark they stand before the first question, as in TRL.
 """
 
@@ -29,6 +31,8 @@ MARK = "<image>"
 MOST_ASPECT = 200
 # Pillow decodes lazily, and a small file may claim any size.
 MOST_PIXELS = 2**26
+_ORIENTATION = 0x0112  # of Exif
+_Bytes = bytes | bytearray | memoryview
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +95,7 @@ class Processor:
 
     def __call__(self, picture: "Picture") -> tuple[HostArray, tuple[int, int]]:
         """Patches f32 ``[patches, values]`` of the scaled and normalised picture, and its grid."""
-        made = self._library(picture, return_tensors="np")
+        made = self._library(_eight_bits(picture), return_tensors="np")
         _, height, width = np.asarray(made["image_grid_thw"])[0].tolist()
         return np.asarray(made["pixel_values"], np.float32), (height, width)
 
@@ -182,7 +186,9 @@ def entries_of(row: Mapping[str, Any]) -> list[Any]:
     entries: list[Any] = []
     for column in ("images", "image"):
         given = row.get(column)
-        if isinstance(given, Sequence) and not isinstance(given, str | bytes):
+        if isinstance(given, np.ndarray) and given.dtype == object:
+            given = given.tolist()
+        if isinstance(given, Sequence) and not isinstance(given, str | _Bytes):
             entries += given if holds_something(given) else []
         elif holds_something(given):
             entries.append(given)
@@ -199,7 +205,7 @@ def located(row: Mapping[str, Any], folder: Path) -> list[Any]:
     for number, entry in enumerate(entries_of(row), start=1):
         if isinstance(entry, Mapping):
             entry = entry.get("bytes") or entry.get("path")
-        if isinstance(entry, str):
+        if isinstance(entry, str | Path):
             entry = str(folder / entry)
         _opened(entry, number)
         found.append(entry)
@@ -217,19 +223,52 @@ def pictures_of(row: Mapping[str, Any]) -> list["Picture"]:
 
 
 def _opened(entry: Any, number: int) -> "Picture":
-    pillow = require_pillow()
     if isinstance(entry, Mapping):
         entry = entry.get("bytes") or entry.get("path")
     try:
-        data = Path(entry).read_bytes() if isinstance(entry, str) else entry
-        picture = pillow.open(io.BytesIO(data)) if isinstance(data, bytes) else data
-        height, width = picture.height, picture.width
+        picture = _parsed(entry)
+        width, height = picture.size
+        if width * height <= MOST_PIXELS and max(width, height) <= MOST_ASPECT * min(width, height):
+            return _upright(picture)
     # Pillow's readers raise many kinds for damaged files.
     except Exception as error:
         raise BadRow("images", f"picture {number} cannot be read: {one_line(error)}") from None
-    if width * height > MOST_PIXELS or max(height, width) > MOST_ASPECT * min(height, width):
-        raise BadRow("images", f"picture {number} has {width} x {height} pixels")
-    return picture
+    raise BadRow("images", f"picture {number} has {width} x {height} pixels")
+
+
+def _parsed(entry: Any) -> "Picture":
+    """The picture of an entry, whose file is read as far as its size."""
+    pillow = require_pillow()
+    if isinstance(entry, str | Path):
+        entry = Path(entry).read_bytes()
+    if isinstance(entry, _Bytes):
+        return pillow.open(io.BytesIO(entry))
+    if isinstance(entry, np.ndarray):
+        return pillow.fromarray(entry)
+    if not isinstance(entry, pillow.Image):
+        raise TypeError(f"{type(entry).__name__} is no picture, and neither bytes nor a path")
+    return entry
+
+
+def _upright(picture: "Picture") -> "Picture":
+    """The picture turned as its Exif data say, as Hugging Face's data sets show it."""
+    from PIL import ImageOps
+
+    # Other files would have to be decoded whole to look for Exif data at their end.
+    if "exif" not in picture.info and picture.format != "TIFF":
+        return picture
+    turned = picture.getexif().get(_ORIENTATION, 1) != 1
+    return ImageOps.exif_transpose(picture) if turned else picture
+
+
+def _eight_bits(picture: "Picture") -> "Picture":
+    """The picture, with 16 bits of grey cut to 8, which Pillow would clip to white."""
+    if not picture.mode.startswith("I"):
+        return picture
+    grey = np.asarray(picture, np.int64).clip(0, 2**16 - 1)
+    if picture.mode != "I" or grey.max() > 255:
+        grey >>= 8
+    return require_pillow().fromarray(grey.astype(np.uint8))
 
 
 # Pixels along the larger side of a thumbnail; its JPEG then has some kilobytes.
@@ -238,7 +277,7 @@ THUMBNAIL = 160
 
 def thumbnail(picture: "Picture") -> str:
     """A small JPEG of the picture as base64, for a page that shows samples."""
-    small, out = picture.convert("RGB"), io.BytesIO()
+    small, out = _eight_bits(picture).convert("RGB"), io.BytesIO()
     small.thumbnail((THUMBNAIL, THUMBNAIL))
     small.save(out, "JPEG", quality=75)
     return base64.b64encode(out.getvalue()).decode()

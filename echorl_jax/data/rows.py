@@ -13,6 +13,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from echorl_jax.config import ConfigError
 
 Row = dict[str, Any]
@@ -108,12 +110,14 @@ def _parsed(value: Any, column: str) -> Any:
 
 
 def holds_something(value: Any) -> bool:
-    """False for None, empty text and what holds nothing else, as a shared schema fills it in."""
+    """False for None, NaN, empty text and what holds only those, as shared schemas fill it in."""
+    if isinstance(value, np.ndarray):
+        return value.size > 0 and (value.dtype != object or any(map(holds_something, value.flat)))
     if isinstance(value, Mapping):
         return any(map(holds_something, value.values()))
     if isinstance(value, list | tuple):
         return any(map(holds_something, value))
-    return value is not None and value not in ("", b"", False)
+    return value is not None and value == value and value not in ("", b"", False)
 
 
 def _question(raw: Mapping[str, Any]) -> str:

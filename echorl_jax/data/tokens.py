@@ -16,6 +16,7 @@ import numpy as np
 
 from echorl_jax.config import DataConfig
 from echorl_jax.data.pictures import (
+    MARK,
     Processor,
     content_parts,
     entries_of,
@@ -369,9 +370,10 @@ def encode_prompt(
     messages, pictures = row["prompt"], [] if processor is None else pictures_of(row)
     if processor is None and entries_of(row):
         raise BadRow("images", "pictures, but the model has no vision tower")
-    if pictures:
-        if not template.is_chat:
-            raise DataError(f"template {template.name!r}: only chat templates show pictures")
+    if pictures and not template.is_chat:
+        raise DataError(f"template {template.name!r}: only chat templates show pictures")
+    marked = processor is not None and any(MARK in message["content"] for message in messages)
+    if pictures or marked:
         messages = content_parts(messages, len(pictures))
     text = template.render(tokenizer, messages)
     # These write the start token themselves: the tokenizer must not add another.

@@ -21,7 +21,7 @@ from echorl_jax.core import (
     step_entropy,
     step_ids,
 )
-from echorl_jax.data import Prompt
+from echorl_jax.data import DataError, Prompt
 from echorl_jax.rollout import join_rows
 from echorl_jax.rollout.prompt_images import place_images
 from echorl_jax.training.experience import Experience, reward_weights
@@ -125,9 +125,13 @@ def show_images(
       batch: N rows.
       prompts: P, with their images; features are computed later.
       group: i32 ``[N]``, the prompt of each row.
+
+    Raises:
+      DataError: a completion, say an expert's, with a token that stands for pictures.
     """
     if setup.model.config.vision is None:
         return batch
+    _require_writable(setup, batch, prompts, group)
     index, positions, _ = place_images(
         setup.model,
         [prompt.ids for prompt in prompts],
@@ -136,6 +140,22 @@ def show_images(
     )
     images = RowImages(features=None, index=index[group], positions=positions[group])
     return dataclasses.replace(batch, images=images)
+
+
+def _require_writable(
+    setup: Setup, batch: TrainBatch, prompts: Sequence[Prompt], group: HostArray
+) -> None:
+    """Refuses completions with tokens that have no logits: their loss would be infinite."""
+    place = np.arange(batch.tokens.shape[1])
+    written = (place >= batch.prompt_length[:, None]) & (place < batch.length[:, None])
+    bad = np.argwhere(written & np.isin(batch.tokens, setup.model.config.never))
+    if bad.size:
+        row, column = bad[0]
+        token = setup.tokenizer.convert_ids_to_tokens(int(batch.tokens[row, column]))
+        raise DataError(
+            f"row {prompts[group[row]].index} of the training rows: its completion holds the token "
+            f"{token!r}, which stands for pictures and is never written"
+        )
 
 
 def step_advantages(

@@ -470,7 +470,7 @@ def _apply(
     # optax mixes Python numbers and integers with float32.
     with jax.numpy_dtype_promotion("standard"):
         changes, opt_state = optimizer.update(total.gradient, state.opt_state, state.params)
-    rate = schedule(state.step)
+        rate = schedule(state.step)
     params = jax.tree.map(lambda p, change: p + rate * change, state.params, changes)
 
     def keep(new: PyTree, old: PyTree) -> PyTree:

@@ -252,6 +252,97 @@ def test_pictures_that_do_not_decode_and_too_many_tokens(tmp_path: Path):
     assert {prompt.index for prompt in next(stream)} <= {0, 2} and stream.too_long > 0
 
 
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps({"answer": "0", **row}) + "\n" for row in rows))
+    return str(path)
+
+
+def test_rows_with_and_without_pictures_in_one_file(tmp_path: Path):
+    """Steps of training in which all, some and none of the rows show one, and an evaluation."""
+    PIL.Image.new("RGB", (84, 84), "red").save(tmp_path / "a.png")
+    shown = {"problem": "Is <image> like <image>?", "images": ["a.png", "a.png"]}
+    plain: list[dict[str, Any]] = [
+        {"problem": "How many are there?", "images": images} for images in (None, [], [None])
+    ]
+    config = shapes_config(
+        steps=1,
+        rollout={"prompts_per_step": 4, "check_every": 1},
+        data={"grader": "tests.integration.graders:even_length", "grader_workers": 1}
+        | {"max_image_tokens": 24},
+    )
+    for name, rows in (("mixed", [shown, *plain]), ("none", [*plain, plain[0]])):
+        file = write_rows(tmp_path / f"{name}.jsonl", rows)
+        own = dataclasses.replace(config, data=dataclasses.replace(config.data, train=file))
+        loop.train(own, tmp_path / name, devices=ONE)
+        (line,) = read_steps(tmp_path / name / "metrics.jsonl")
+        assert line["optim/skipped"] == 0 and line["rollout/logprob_gap_mean"] < 1e-4
+    convert(tmp_path / "mixed", tmp_path / "model")
+    options = Benchmark(
+        model=str(tmp_path / "model"),
+        data=str(tmp_path / "mixed.jsonl"),
+        grader="math",
+        max_new_tokens=4,
+        dtype="float32",
+    )
+    (result,) = run_benchmark(options, tmp_path / "scores").values()
+    assert len((tmp_path / "scores" / "generations.jsonl").read_text().splitlines()) == 4, result
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"problem": "<image><image>Which?", "images": ["a.png"]}, "1 pictures, but <image> stand"),
+        ({"problem": "<image>Which?", "images": ["a.png"] * 2}, "2 pictures, but <image> stands 1"),
+        ({"problem": "<image>Which?", "images": [None]}, "0 pictures, but <image> stands 1 times"),
+        ({"problem": "<image>Which?"}, "0 pictures, but <image> stands 1 times"),
+        ({"problem": "A <|image_pad|>?", "images": ["a.png"]}, "1 pictures, but the prompt has 2"),
+        ({"problem": "A <|image_pad|>?"}, "0 pictures, but the prompt has 1 image tokens"),
+    ],
+)
+def test_texts_and_pictures_that_do_not_fit_name_the_row(
+    row: dict[str, Any], message: str, tmp_path: Path
+):
+    PIL.Image.new("RGB", (84, 84), "red").save(tmp_path / "a.png")
+    good = {"problem": "<image>Which?", "images": ["a.png"]}
+    file = write_rows(tmp_path / "rows.jsonl", [good, row])
+    setup, _ = make_setup(shapes_config(data={"train": file}), devices=ONE)
+    options = {"prompts_per_step": 2, "seed": 0, "max_prompt_tokens": 64}
+    stream = PromptStream(load_rows(file), setup.tokenizer, **options, processor=setup.processor)
+    with pytest.raises(DataError, match=re.escape(f"column images: {message}")) as error:
+        next(stream)
+    assert "row 1 of the training rows" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_an_expert_who_writes_tokens_of_pictures_is_refused(tmp_path: Path):
+    """The text <image> is text in a completion; a token that stands for a picture has no logit."""
+    PIL.Image.new("RGB", (84, 84), "red").save(tmp_path / "a.png")
+
+    def batch_of(text: str) -> TrainBatch:
+        row = {"problem": "<image>Which?", "images": ["a.png"], "solution": text}
+        file = write_rows(tmp_path / "rows.jsonl", [row])
+        sections = {"objective": {"name": "sft"}, "echo": {"enabled": False}}
+        setup, _ = make_setup(shapes_config(data={"train": file}, **sections), devices=ONE)
+        return demonstrations(setup, prompts_of(setup, 1))
+
+    assert batch_of("see <image>").loss_mask.sum() > 3
+    with pytest.raises(DataError, match=r"row 0 .*'<\|vision_start\|>', which stands for pictures"):
+        batch_of("see <|vision_start|>")
+
+
+def test_a_model_of_text_refuses_pictures_in_one_line(tmp_path: Path):
+    PIL.Image.new("RGB", (84, 84), "red").save(tmp_path / "a.png")
+    row = {"problem": "<image>Which?", "images": ["a.png"]}
+    file = write_rows(tmp_path / "rows.jsonl", [row])
+    line = "row 0.*column images: pictures, but the model has no vision tower"
+    data = {"train": file, "grader": "math", "grader_workers": 0}
+    for on_bad_row in ("error", "skip"):
+        config = small_config(data={**data, "on_bad_row": on_bad_row})
+        with pytest.raises(UserError, match=line):
+            loop.train(config, tmp_path / on_bad_row, devices=ONE)
+    with pytest.raises(UserError, match=line):
+        run_benchmark(Benchmark(model="builtin:countdown", data=file), tmp_path / "scores")
+
+
 @pytest.mark.parametrize(
     ("sections", "message"),
     [
