@@ -49,10 +49,12 @@ class Phase:
 _MAXTEXT = 0.5, "MaxText, pre-training on v5e: 46 to 67% (its README for configs/v5e)"
 _SAMPLER = "EchoRL's sampler, Qwen2.5-Math-1.5B, 64 slots on an H200 (docs/performance.md)"
 SHARES = {
+    "encode": _MAXTEXT,
     "prefill": _MAXTEXT,
     "decode": (0.35, _SAMPLER),
     "score": _MAXTEXT,
     "accumulate": _MAXTEXT,
+    "tower": _MAXTEXT,
     "apply": (0.78, "JAX's copy of 4 GB on an H200 (docs/performance.md)"),
 }
 

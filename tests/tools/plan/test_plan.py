@@ -258,6 +258,16 @@ def test_the_hours_are_those_of_the_epochs(tmp_path: Path) -> None:
     assert found["steps"] is None and found["run_hours"] is None and found["step_seconds"] > 0
 
 
+def test_the_tower_of_images_is_part_of_the_estimate() -> None:
+    """Qwen2.5-VL-7B has two phases more, ``encode`` and ``tower``."""
+    config = load_config(f"{ROOT / 'configs' / 'paper.py'}:qwen2.5-vl-7b,grpo,echo")
+    plans = make_plan(config, "v5p-16", tries=0, say=quiet, formula=True)
+    found = as_dict(plans, "v5p-16")
+    shares = found["estimate"]["shares_of_peak"]
+    assert set(shares) == set(found["roofline"]["seconds"]) and "encode" in shares
+    assert found["estimate"]["step_seconds"] > found["roofline"]["step_seconds"]
+
+
 def test_progress_says_which_of_how_many_compiles() -> None:
     said: list[str] = []
     setup = plan_setup(small_config(), Target(TPUS["v5p"], 1, jax.devices()[:1], None))
