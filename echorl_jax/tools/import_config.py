@@ -118,9 +118,10 @@ def import_file(file: Path) -> Imported:
     project = _project(settings, file)
     found = Imported(project, {}, [], [], [])
     known = {name: line for line in other_names() if line.project == project for name in line.names}
-    given = {**DEFAULTS[project], **settings}
+    given = {**DEFAULTS[project], **_with_objects(settings)}
     for name, value in given.items():
-        origin = "" if name in settings else f" (default of {PROJECTS[project]})"
+        default = name in DEFAULTS[project] and name not in settings
+        origin = f" (default of {PROJECTS[project]})" if default else ""
         shown = f"{name} = {' '.join(str(value).split()):.80}{origin}"
         line = known.get(name)
         if line is None:
@@ -132,6 +133,19 @@ def import_file(file: Path) -> Imported:
     _drop_unused(found)
     _drop_invalid(found)
     return found
+
+
+def _with_objects(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """``chat_template_kwargs.enable_thinking`` and the like joined to the object they are of."""
+    joined: dict[str, Any] = {}
+    members: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        whole, found, member = name.partition("chat_template_kwargs.")
+        if found:
+            members.setdefault(f"{whole}chat_template_kwargs", {})[member] = _plain(value)
+        else:
+            joined[name] = value
+    return members | joined
 
 
 def _drop_invalid(found: Imported) -> None:
@@ -523,10 +537,31 @@ def _data_source(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
     return {"data.train": f"hf:{value}?split={given.get('dataset_train_split', 'train')}"}
 
 
-def _wandb(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
-    if "wandb" not in _listed(value):
+def _trackers(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """The trackers by their names, with the project that another setting names."""
+    project = str(given.get("wandb_project") or given.get("trainer.project_name") or "echorl")
+    names = {"wandb", "mlflow", "tensorboard"} if value == "all" else _listed(value).split(",")
+    keys = {"wandb": "log.wandb_project", "mlflow": "log.mlflow_experiment"}
+    return {key: project for name, key in keys.items() if name in names} | {
+        "log.tensorboard": "tensorboard" in names
+    }
+
+
+def _project_name(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Read by the rule of the trackers; without a list of them verl has W&B."""
+    return {} if "trainer.logger" in given else {"log.wandb_project": str(value)}
+
+
+def _push(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    if not _get(given, "push_to_hub"):
         return {}
-    return {"log.wandb_project": str(given.get("wandb_project", "echorl"))}
+    if not given.get("hub_model_id"):
+        raise Refused("set config.checkpoint.push to OWNER/NAME; hub_model_id is not given")
+    return {"checkpoint.push": str(given["hub_model_id"])}
+
+
+def _template_kwargs(value: Any, given: Mapping[str, Any]) -> dict[str, Any]:
+    return {"data.template_kwargs": value if isinstance(value, str) else json.dumps(value)}
 
 
 _FILES = {"data.train_files": "data.train", "data.val_files": "data.eval"}
@@ -539,6 +574,9 @@ _RULES: dict[str, Rule] = {
     "trainer.total_epochs": _epochs,
     "trainer.save_freq": _every("checkpoint.every"),
     "trainer.test_freq": _every("eval.every"),
+    "trainer.logger": _trackers,
+    "trainer.project_name": _project_name,
+    "data.apply_chat_template_kwargs": _template_kwargs,
     "trainer.resume_mode": _chosen("checkpoint.resume", {"auto": "auto", "disable": "none"}),
     "custom_reward_function.path": _verl_grader,
     "custom_reward_function.name": _nothing,
@@ -592,7 +630,10 @@ _RULES: dict[str, Rule] = {
         | {"constant_with_warmup": "constant", "cosine_with_min_lr": "cosine"}
         | {"warmup_stable_decay": "wsd"},
     ),
-    "report_to": _wandb,
+    "report_to": _trackers,
+    "push_to_hub": _push,
+    "hub_model_id": _push,
+    "chat_template_kwargs": _template_kwargs,
     "lora_target_modules": lambda v, g: {"lora.targets": _listed(v)},
     "use_peft": _nothing,
     "resume_from_checkpoint": _nothing,

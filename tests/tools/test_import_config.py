@@ -193,3 +193,37 @@ def test_epochs_and_schedules_are_taken_over(tmp_path):
     config = from_dict(nested(found.values))
     assert (config.epochs, config.optim.schedule, config.optim.warmup_ratio) == (15, "cosine", 0.03)
     assert (config.optim.min_lr_ratio, config.optim.warmup_steps) == (0.1, 0)
+
+
+TRL_HUB = """
+num_generations: 4
+max_steps: 2
+push_to_hub: true
+hub_model_id: me/out
+report_to: [mlflow, tensorboard]
+chat_template_kwargs: {enable_thinking: false, depth: 2}
+"""
+VERL_TRACKERS = """python3 -m verl.trainer.main_ppo data.train_batch_size=8 \\
+    trainer.project_name=maths trainer.logger='["console","wandb"]' \\
+    +data.apply_chat_template_kwargs.enable_thinking=False
+"""
+
+
+def test_hub_trackers_and_arguments_of_the_template(tmp_path):
+    found = values(tmp_path, "trl.yaml", TRL_HUB).values
+    assert found["checkpoint.push"] == "me/out" and found["log.tensorboard"]
+    assert found["log.mlflow_experiment"] == "echorl" and "log.wandb_project" not in found
+    assert json.loads(found["data.template_kwargs"]) == {"enable_thinking": False, "depth": 2}
+    found = values(tmp_path, "verl.sh", VERL_TRACKERS).values
+    assert found["log.wandb_project"] == "maths" and not found["log.tensorboard"]
+    assert json.loads(found["data.template_kwargs"]) == {"enable_thinking": False}
+    from_dict(nested(found))
+
+
+@pytest.mark.parametrize(
+    "push", ["push_to_hub: true", "hub_model_id: me/out", "push_to_hub: false"]
+)
+def test_nothing_is_pushed_without_a_name_or_a_wish(push, tmp_path):
+    found = values(tmp_path, "trl.yaml", f"num_generations: 4\nmax_steps: 2\n{push}\n")
+    assert "checkpoint.push" not in found.values
+    assert any("checkpoint.push" in line for line in found.missing) == (push == "push_to_hub: true")
