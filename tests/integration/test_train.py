@@ -13,12 +13,15 @@ import pytest
 
 from echorl_jax.config import Config, ConfigError
 from echorl_jax.data import load_tokenizer
+from echorl_jax.environment import JaxEngine
 from echorl_jax.errors import UserError
 from echorl_jax.files import read_steps
 from echorl_jax.models import load_decoder, load_model
 from echorl_jax.tools.report.page import write_report
 from echorl_jax.training import loop
 from echorl_jax.training.optimizer import TrainState
+from echorl_jax.training.run import open_run
+from echorl_jax.types import Rollouts
 from tests.integration.conftest import small_config
 
 # Differ from run to run on the same machine.
@@ -292,3 +295,33 @@ def test_a_custom_rule_or_metric_that_does_not_work_is_one_line_at_the_start(
 def test_a_custom_metric_that_fails_in_a_step_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="config.log.metrics = 'math:ceil': TypeError"):
         train(small_config(steps=1, log={"metrics": "math:ceil"}), tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_evaluations_have_their_own_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A top_p near 0 leaves the likeliest token, as temperature 0 does."""
+    sample, drawn = JaxEngine.sample, []
+
+    def record(*arguments: Any, **settings: Any) -> Rollouts:
+        drawn.append(sample(*arguments, **settings))
+        return drawn[-1]
+
+    monkeypatch.setattr(JaxEngine, "sample", record)
+
+    def first_evaluation(name: str, **limits: float) -> list[list[int]]:
+        evaluation = {"every": 1, "rows": 64, "temperature": 1.0, **limits}
+        data = {"eval": "countdown:split=eval&count=64"}
+        config = small_config(data=data, eval=evaluation)
+        with open_run(config, tmp_path / name, prompts_per_step=4, devices=jax.devices()[:1]):
+            pass
+        ids, length = drawn[-1].completion_ids, drawn[-1].completion_length
+        return [row[:end].tolist() for row, end in zip(ids, length, strict=True)]
+
+    greedy, narrow = (
+        first_evaluation("greedy", temperature=0.0),
+        first_evaluation("narrow", top_p=1e-6),
+    )
+    assert greedy == narrow != first_evaluation("wide")
+    assert max(map(len, greedy)) > 2
+    short = first_evaluation("short", max_new_tokens=2, temperature=0.0)
+    assert short == [row[:2] for row in greedy]
