@@ -198,8 +198,12 @@ def _attend_piece(
         return merge_block(partial, grouped, block, valid[None, None])
 
     def earlier(index: Array, partial: Partial) -> Partial:
-        block = read_block(store, layer, index)
-        block = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, row, rows), block)
+        # All devices slice the same rows: with rows split over devices, the compiler would gather
+        # the whole store over "tensor" first.
+        block = jax.tree.map(
+            lambda x: constrain(x, None, "kv_heads", *(None,) * (x.ndim - 2)),
+            read_block(store, layer, index, row, rows),
+        )
         return merge(partial, block, index * store.block)
 
     piece = jax.tree.map(lambda x: x[0], as_blocks(new, axis=1, block=chunk))

@@ -8,7 +8,8 @@ import pytest
 
 from echorl_jax.models import init_params
 from echorl_jax.parallel import make_mesh
-from echorl_jax.rollout import generate, host, score_rollouts
+from echorl_jax.rollout import Resources, Sampling, generate, host, score_rollouts
+from echorl_jax.rollout.engine import lower_prefill
 from tests.rollout.conftest import EOS, PROMPTS, check_equal, completions, decoder
 
 SETTINGS = {"group_size": 6, "max_new_tokens": 20, "eos_ids": EOS}
@@ -30,6 +31,20 @@ def collectives(program: str) -> list[tuple[str, int]]:
         for shape in re.findall(r"\[([\d,]*)\]", results):
             found.append((kind, math.prod(map(int, filter(None, shape.split(","))))))
     return found
+
+
+@pytest.mark.parametrize("shape", [(1, 4, 2), (1, 2, 4), (8, 1, 1)])
+def test_prefill_gathers_no_store(shape):
+    """Compilers for TPU would gather all of it for each block that is read."""
+    mesh, model = make_mesh(*shape), decoder(num_heads=8, num_kv_heads=4)
+    sampling, resources = Sampling(group_size=2, max_new_tokens=16), Resources(slots=8, mesh=mesh)
+    # Several pieces of 512 tokens in a row, so that earlier ones are read from the store.
+    lowered = lower_prefill(model, sampling, resources, prompts=64, prompt_tokens=2048)
+    sent = collectives(lowered.compile().as_text())
+    # New keys and values go to all devices; what is read from the store is there already.
+    assert [kind for kind, _ in sent].count("all-gather") == 2
+    store = 2 * 64 * 2048 * 4 * 8 // shape[2]  # layers, prompts, tokens, heads, width: of keys
+    assert max(size for _, size in sent) < store / 4
 
 
 @pytest.mark.parametrize("shape, slots", [((2, 2, 2), 8), ((4, 1, 2), 0), ((1, 2, 4), 8)])
