@@ -2,9 +2,9 @@
 
 A row's ``images`` column holds bytes, a path, ``{"bytes": ..., "path": ...}`` (verl, EasyR1, files
 of Hugging Face), or a Pillow image or an array of colours (an opened data set of Hugging Face).
-The first picture of a film counts, and a camera's note on how to turn a picture is followed. The
-text says where they
-stand with ``<image>``; without a mark they stand before the first question, as in TRL.
+An animation counts with its first picture, and pictures are turned as their Exif data say. The text
+says where pictures stand with ``<image>``; without a mark they stand before the first question, as
+in TRL.
 """
 
 import base64

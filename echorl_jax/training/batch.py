@@ -146,8 +146,8 @@ def _require_writable(
     setup: Setup, batch: TrainBatch, prompts: Sequence[Prompt], group: HostArray
 ) -> None:
     """Refuses completions with tokens that have no logits: their loss would be infinite."""
-    place = np.arange(batch.tokens.shape[1])
-    written = (place >= batch.prompt_length[:, None]) & (place < batch.length[:, None])
+    position = np.arange(batch.tokens.shape[1])
+    written = (position >= batch.prompt_length[:, None]) & (position < batch.length[:, None])
     bad = np.argwhere(written & np.isin(batch.tokens, setup.model.config.never))
     if bad.size:
         row, column = bad[0]

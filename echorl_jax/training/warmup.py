@@ -5,6 +5,7 @@ shows. The smaller ones are compiled in a thread while the first steps run, or b
 """
 
 import dataclasses
+import functools
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,6 +71,8 @@ def _use(place: str | None) -> None:
 
 # Compiles one program.
 CompileJob = Callable[[], object]
+# Lowers a program from a setup, the shapes of parameters, and a micro-batch.
+Lower = Callable[[Setup, PyTree, TrainBatch], jax.stages.Lowered]
 
 
 class Compiles:
@@ -229,9 +232,10 @@ def warm_up_updates(
         micro = _of_shape(batch, count, width)
         plain = dataclasses.replace(micro, ref_logprobs=None, selected=None)
         if number > 1 and later is not None:
-            later(_gradient_job(setup, policy, micro))
+            later(_compile_job(setup, micro, lower_accumulate, policy))
             for scored, weights, quantity in scores:
-                later(_score_job(scored, weights, plain, quantity))
+                lower = functools.partial(lower_score, quantity=quantity)
+                later(_compile_job(scored, plain, lower, weights))
             continue
         say(f"compiling ahead: micro-batch {number}/{len(shapes)}, {count} x {width} tokens")
         with _memory_errors(setup, micro):
@@ -266,22 +270,12 @@ def _memory_errors(setup: Setup, micro: TrainBatch) -> Iterator[None]:
         ) from error
 
 
-def _gradient_job(setup: Setup, policy: PyTree, micro: TrainBatch) -> CompileJob:
+def _compile_job(setup: Setup, micro: TrainBatch, lower: Lower, policy: PyTree) -> CompileJob:
     shapes = _shapes(policy)
 
     def job() -> None:
         with _memory_errors(setup, micro):
-            lower_accumulate(setup, shapes, placed(micro, setup.mesh)).compile()
-
-    return job
-
-
-def _score_job(setup: Setup, policy: PyTree, micro: TrainBatch, quantity: Quantity) -> CompileJob:
-    shapes = _shapes(policy)
-
-    def job() -> None:
-        with _memory_errors(setup, micro):
-            lower_score(setup, shapes, placed(micro, setup.mesh), quantity).compile()
+            lower(setup, shapes, placed(micro, setup.mesh)).compile()
 
     return job
 

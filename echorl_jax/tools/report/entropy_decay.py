@@ -117,7 +117,7 @@ def fit_entropy_law(entropy: Sequence[float], reward: Sequence[float]) -> dict[s
 def points_of(run: Run) -> tuple[list[float], list[float]]:
     """``(entropy, reward)`` at the steps that logged both, averaged over spans in a long run."""
     rows = [row for row in run.metrics if KEY in row and "reward/mean" in row]
-    # Damaged lines hold numbers whose exponential or square no float has.
+    # Damaged lines hold numbers whose exponential or square overflows.
     rows = [row for row in rows if abs(row[KEY]) < 100 and abs(row["reward/mean"]) < 1e100]
     steps = [int(row["step"]) for row in rows]
     _, lines = averaged(*((steps, [row[key] for row in rows]) for key in (KEY, "reward/mean")))
