@@ -149,8 +149,15 @@ def _mesh_axes(name: str, size: int, mesh: Mesh | AbstractMesh, layout: Layout) 
 def sharding_of(
     axes: Axes, shape: Sequence[int], mesh: Mesh, layout: Layout = "train"
 ) -> NamedSharding:
-    """:func:`partition_spec` as a sharding."""
-    return NamedSharding(mesh, partition_spec(axes, shape, mesh, layout))
+    """:func:`partition_spec` as a sharding, without whole dimensions at its end.
+
+    So compilers return it, and JAX takes the two for different arguments of a program: parameters
+    of an update would ask for other programs than the first ones.
+    """
+    entries = list(partition_spec(axes, shape, mesh, layout))
+    while entries and entries[-1] is None:
+        entries.pop()
+    return NamedSharding(mesh, PartitionSpec(*entries))
 
 
 def tree_shardings(axes: PyTree, shapes: PyTree, mesh: Mesh, layout: Layout = "train") -> PyTree:

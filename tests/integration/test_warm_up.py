@@ -1,5 +1,6 @@
 """Programs compiled ahead: a closed set, and none after the first step."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -101,11 +102,19 @@ def test_background_jobs_compile_the_programs_that_updates_run(
         assert run.compiles.count == compiled
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), pytest.param((2, 2, 2), marks=pytest.mark.slow)])
 def test_steps_run_while_the_thread_compiles(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shape: tuple[int, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    config = small_config(steps=2, optim={"compile_ahead": True}, checkpoint={"every": 0})
-    loop.train(config, tmp_path, devices=jax.devices()[:1])
+    """Step 2 has a micro-batch that only the thread has compiled, for parameters of an update."""
+    jax.clear_caches()
+    config = small_config(
+        steps=2,
+        mesh=dict(zip(("data", "fsdp", "tensor"), shape, strict=True)),
+        optim={"compile_ahead": True},
+        checkpoint={"every": 0},
+    )
+    loop.train(config, tmp_path, devices=jax.devices()[: math.prod(shape)])
     said = capsys.readouterr().err
     assert "more while the first steps run" in said and "after the warm-up" not in said
     assert "micro-batch 2/" not in said

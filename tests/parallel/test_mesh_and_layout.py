@@ -83,3 +83,8 @@ def test_trees_of_axes_become_trees_of_shardings():
     mesh = make_mesh(1, 4, 2)
     shapes = {"a": jax.ShapeDtypeStruct((8, 6), jnp.float32)}
     assert tree_shardings({"a": ("embed", "mlp")}, shapes, mesh)["a"].spec == P("fsdp", "tensor")
+    # Whole dimensions at the end are left out, as in the results of programs.
+    assert tree_shardings({"a": ("embed", "length")}, shapes, mesh)["a"].spec == P("fsdp")
+    whole = tree_shardings({"a": ("length", None)}, shapes, mesh)["a"]
+    doubled = jax.jit(lambda x: 2 * x)(jax.device_put(jnp.ones((8, 6)), whole))
+    assert whole.spec == P() == doubled.sharding.spec
